@@ -1,0 +1,84 @@
+"""Documents for the catalogue's tests: listings that fit their tokens, published in one call."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import random
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from vllm_kvmarket.catalogue import Catalogue, Listing
+from vllm_kvmarket.identity import chunk_keys, document_id
+
+NAMESPACE = bytes(range(32))
+OTHER_NAMESPACE = bytes(32)
+
+
+def tokens(count: int, seed: int = 0) -> list[int]:
+    """Make a document's token ids from a seed."""
+    return random.Random(seed).choices(range(1, 50_000), k=count)
+
+
+def listing_of(token_ids: Sequence[int], chunk_tokens: int = 256, **terms: object) -> Listing:
+    """Make the listing of a document, with the id that its tokens give it."""
+    keys = chunk_keys(NAMESPACE, token_ids, chunk_tokens)
+    listing = Listing(
+        document_id=document_id(keys[-1]),
+        namespace=NAMESPACE,
+        title="a document",
+        publisher="publisher",
+        token_count=len(token_ids),
+        chunk_keys=tuple(keys),
+    )
+    return dataclasses.replace(listing, **terms)
+
+
+def publish(
+    catalogue: Catalogue, token_ids: Sequence[int], chunk_tokens: int = 256, **terms: object
+) -> Listing:
+    """Publish a document: begin and commit; returns the live listing."""
+    begun = catalogue.begin(listing_of(token_ids, chunk_tokens, **terms), token_ids)
+    return catalogue.commit(begun.document_id, stored_bytes=1000)
+
+
+def start_process(script: str, *arguments: object) -> subprocess.Popen[str]:
+    """Run a script in a process of its own that talks over stdin and stdout.
+
+    Everything of this module is imported already, and `home` is its first argument as a path.
+    """
+    here = Path(__file__).parent
+    preamble = (
+        "import sys, time, os\n"
+        "from pathlib import Path\n"
+        "from catalogue_documents import *\n"
+        "home = Path(sys.argv[1])\n"
+    )
+    return subprocess.Popen(
+        [sys.executable, "-c", preamble + script, *map(str, arguments)],
+        env=os.environ | {"PYTHONPATH": str(here)},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+
+
+def heard(process: subprocess.Popen[str]) -> str:
+    """Wait for the next line that a process says."""
+    assert process.stdout is not None
+    return process.stdout.readline().strip()
+
+
+def tell(process: subprocess.Popen[str], line: str = "") -> None:
+    """Say a line to a process."""
+    assert process.stdin is not None
+    process.stdin.write(line + "\n")
+    process.stdin.flush()
+
+
+def ended(process: subprocess.Popen[str]) -> int:
+    """Close the pipes and wait for a process; returns its exit code."""
+    process.communicate(timeout=60)
+    return process.returncode

@@ -1,0 +1,138 @@
+"""A market without a model: documents that are listed directly, and an engine that is none."""
+
+import json
+import os
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from vllm_kvmarket import cli
+from vllm_kvmarket.catalogue import Listing
+from vllm_kvmarket.cli import engine
+from vllm_kvmarket.identity import ROOT, chunk_keys, document_id, pack_tokens
+from vllm_kvmarket.market import Market
+from vllm_kvmarket.purchase import Usage
+from vllm_kvmarket.store import ChunkLayout, LayerLayout
+from vllm_kvmarket.tariff import NANO
+
+NAMESPACE = bytes(range(32))
+LAYOUT = ChunkLayout("test", "uint8", 16, (LayerLayout("layer", (64,), 64),))
+
+
+def list_document(market, tokens, publisher="publisher", **fields):
+    """Store and list a document as the connector would, without a model."""
+    width = market.config.chunk_tokens
+    keys = chunk_keys(NAMESPACE, tokens, width)
+    name = document_id(keys[-1])
+    fresh = Listing(
+        document_id=name,
+        namespace=NAMESPACE,
+        publisher=publisher,
+        token_count=len(tokens),
+        **{"title": "a title", **fields},
+    )
+    if market.catalogue.begin(fresh, tokens).state != "live":
+        stored = 0
+        for number, key in enumerate(keys):
+            part = tokens[number * width : (number + 1) * width]
+            pages = np.full(LAYOUT.page_count(len(part)) * 64, number, dtype=np.uint8)
+            stored += market.store.put(
+                key=key,
+                parent=keys[number - 1] if number else ROOT,
+                namespace=NAMESPACE,
+                tokens=pack_tokens(part),
+                layout=LAYOUT,
+                layers=[[pages]],
+            )
+        market.catalogue.commit(name, stored)
+    return market.catalogue.get(name)
+
+
+class FakeEngine:
+    """As much of a vllm.LLM on a market as publishing asks for: a byte is a token."""
+
+    def __init__(self, market):
+        self.market = market
+        sizes = SimpleNamespace(block_size=16), SimpleNamespace(max_model_len=2000)
+        facts = SimpleNamespace(cache_config=sizes[0], model_config=sizes[1])
+        self.llm_engine = SimpleNamespace(vllm_config=facts)
+
+    def get_tokenizer(self):
+        return lambda text: {"input_ids": list(text.encode())}
+
+    def get_default_sampling_params(self):
+        return SimpleNamespace()
+
+    def generate(self, prompts, sampling, use_tqdm):
+        os.write(1, b"an engine's process prints what it likes\n")
+        wish = sampling.extra_args["kv_transfer_params"]["kvmarket"]["publish"]
+        listing = list_document(self.market, prompts[0]["prompt_token_ids"], **wish)
+        answer = {"kvmarket": {"document_id": listing.document_id}}
+        return [SimpleNamespace(kv_transfer_params=answer)]
+
+
+@pytest.fixture
+def home(tmp_path, monkeypatch):
+    monkeypatch.setenv("KVMARKET_HOME", str(tmp_path / "home"))
+    return tmp_path / "home"
+
+
+@pytest.fixture
+def run(home, capfd):
+    def run(*argv, code=0):
+        got = cli.main([str(word) for word in argv])
+        out, err = capfd.readouterr()
+        assert got == code, err
+        return SimpleNamespace(out=out, err=err)
+
+    return run
+
+
+@pytest.fixture
+def run_json(run):
+    return lambda *argv, code=0: json.loads(run(*argv, "--json", code=code).out)
+
+
+@pytest.fixture(name="list_document")
+def list_document_fixture():
+    return list_document
+
+
+@pytest.fixture
+def sold(home):
+    """A market with one document of 600 tokens, which alice reused once."""
+    tokens = list(range(600))
+    with Market.open(home) as market:
+        market.create_account("publisher", "publisher")
+        market.create_account("alice")
+        market.deposit("alice", NANO)
+        listing = list_document(market, tokens, title="The Licence")
+        match = market.match(NAMESPACE, tokens)
+        purchase = market.reserve(
+            key="p1", request_id="r1", account="alice", match=match, model="tiny"
+        )
+        purchase._reservation.result()
+        assert purchase.state().value == "reserved"
+        purchase.settle(Usage(600, 600, 600, 0, 0, 10, 5))
+    return listing
+
+
+@pytest.fixture
+def fake_engine(monkeypatch):
+    opened = []
+
+    def open_engine(model, market, max_model_len, dtype):
+        opened.append((model, max_model_len, dtype))
+        return FakeEngine(market)
+
+    monkeypatch.setattr(engine, "open_engine", open_engine)
+    return opened
+
+
+@pytest.fixture
+def program():
+    """The installed program, as a user has it on PATH."""
+    return Path(sys.executable).with_name("kvmarket")

@@ -1,0 +1,103 @@
+"""Chunks for the store's tests: small layouts, random pages, and every way to load them."""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+
+import numpy as np
+
+from vllm_kvmarket.identity import ROOT, chunk_key, pack_tokens
+from vllm_kvmarket.store import ChunkLayout, DiskStore, LayerLayout
+
+NAMESPACE = bytes(range(32))
+OTHER_NAMESPACE = bytes(32)
+# Layers that end inside a block of 4,096 are padded; others lie one after another.
+PADDED = 100
+DENSE = 2048
+
+
+def layout_of(page_bytes: int = PADDED, layers: int = 3, **facts: object) -> ChunkLayout:
+    """Make a layout of blocks of 4 tokens with equal layers."""
+    described = tuple(
+        LayerLayout(name=f"layer.{index}", page_shape=(page_bytes,), page_bytes=page_bytes)
+        for index in range(layers)
+    )
+    return ChunkLayout(
+        **{"tag": "01/test", "dtype": "uint8", "block_tokens": 4, "layers": described, **facts}
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Sample:
+    """One chunk as a caller has it; `pages[layer]` is uint8 (pages, page_bytes)."""
+
+    layout: ChunkLayout
+    tokens: bytes
+    pages: tuple[np.ndarray, ...]
+    namespace: bytes = NAMESPACE
+    parent: bytes = ROOT
+
+    @property
+    def key(self) -> bytes:
+        """The chunk's key."""
+        return chunk_key(self.namespace, self.parent, self.tokens)
+
+    @property
+    def page_count(self) -> int:
+        """Pages a layer."""
+        return len(self.pages[0])
+
+    def put(self, store: DiskStore) -> int:
+        """Store it, a buffer a page."""
+        return store.put(
+            key=self.key,
+            parent=self.parent,
+            namespace=self.namespace,
+            tokens=self.tokens,
+            layout=self.layout,
+            layers=[list(layer) for layer in self.pages],
+        )
+
+    def load(self, store: DiskStore) -> None:
+        """Load it whole and in part; whatever comes back is asserted to be what was stored."""
+        with store.open(self.key, self.layout, self.namespace) as chunk:
+            whole = self.room(0, self.page_count)
+            chunk.copy_all_pages(0, self.page_count, [[layer] for layer in whole])
+            self.assert_holds(whole, 0, self.page_count)
+            first = self.room(0, 1)
+            chunk.copy_all_pages(0, 1, [[layer] for layer in first])
+            self.assert_holds(first, 0, 1)
+
+    def room(self, first_page: int, last_page: int) -> list[np.ndarray]:
+        """Memory for some pages of every layer, filled with a value that must not stay."""
+        return [np.full_like(layer[first_page:last_page], 0xAA) for layer in self.pages]
+
+    def assert_holds(self, room: list[np.ndarray], first_page: int, last_page: int) -> None:
+        """Check that memory holds these pages."""
+        for got, stored in zip(room, self.pages, strict=True):
+            np.testing.assert_array_equal(got, stored[first_page:last_page])
+
+
+def sample(
+    layout: ChunkLayout | None = None, token_count: int = 7, seed: int = 0, **facts: object
+) -> Sample:
+    """Make a chunk from a seed: by default of 7 tokens in two pages, the last partly filled."""
+    layout = layout or layout_of()
+    rng = np.random.default_rng(seed)
+    tokens = random.Random(seed).choices(range(50_000), k=token_count)
+    pages = layout.page_count(token_count)
+    return Sample(
+        layout=layout,
+        tokens=pack_tokens(tokens),
+        pages=tuple(
+            rng.integers(0, 256, (pages, layer.page_bytes), dtype=np.uint8)
+            for layer in layout.layers
+        ),
+        **facts,
+    )
+
+
+def files_in(store: DiskStore) -> list[str]:
+    """Every file in the store, temporary ones included."""
+    return sorted(file.name for file in store.root.rglob("*") if not file.is_dir())

@@ -1,0 +1,359 @@
+"""A stored chunk is bit-exact, or an error: damage is made for real, byte by byte."""
+
+from __future__ import annotations
+
+import errno
+import os
+import resource
+import shutil
+from pathlib import Path
+
+import msgspec
+import pytest
+from store_chunks import DENSE, NAMESPACE, OTHER_NAMESPACE, PADDED, Sample, layout_of, sample
+
+from vllm_kvmarket.errors import ChunkDamagedError, LayoutMismatchError, StoreError
+from vllm_kvmarket.store import ChunkHeader, DiskStore, LayerLayout, chunkfile, open_chunk
+
+Sizes = pytest.mark.parametrize("page_bytes", [PADDED, DENSE])
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> DiskStore:
+    return DiskStore(tmp_path / "chunks")
+
+
+def stored(store: DiskStore, page_bytes: int = PADDED, **facts: object) -> tuple[Sample, Path]:
+    """Store a sample; also says where."""
+    chunk = sample(layout_of(page_bytes), **facts)
+    chunk.put(store)
+    return chunk, store.path(chunk.key)
+
+
+def assert_damaged(store: DiskStore, chunk: Sample) -> None:
+    """Neither a load nor a check takes the chunk for whole, and the next put repairs it."""
+    with pytest.raises(ChunkDamagedError):
+        chunk.load(store)
+    with pytest.raises(ChunkDamagedError):
+        store.verify(chunk.key)
+    assert chunk.put(store) > 0
+    chunk.load(store)
+    store.verify(chunk.key)
+
+
+@Sizes
+def test_every_single_byte_is_checked_on_load(store: DiskStore, page_bytes: int) -> None:
+    """One flipped bit in any byte of the file, padding included, makes the load fail."""
+    chunk, path = stored(store, page_bytes)
+    content = path.read_bytes()
+    undetected = []
+    with path.open("r+b", buffering=0) as file:
+        for position, byte in enumerate(content):
+            os.pwrite(file.fileno(), bytes([byte ^ 1 << position % 8]), position)
+            try:
+                chunk.load(store)
+            except StoreError as error:
+                if "\n" in str(error):
+                    undetected.append(position)
+            else:
+                undetected.append(position)
+            os.pwrite(file.fileno(), bytes([byte]), position)
+    assert undetected == []
+    chunk.load(store)
+
+
+@Sizes
+@pytest.mark.parametrize("value", [0x00, 0xFF])
+def test_a_block_that_the_disk_lost(store: DiskStore, page_bytes: int, value: int) -> None:
+    """4,096 bytes that became zeros or ones are detected, wherever they begin."""
+    chunk, path = stored(store, page_bytes)
+    content = path.read_bytes()
+    for start in range(0, len(content), 1024):
+        lost = bytes([value]) * len(content[start : start + 4096])
+        if content[start : start + 4096] != lost:
+            path.write_bytes(content[:start] + lost + content[start + 4096 :])
+            with pytest.raises(ChunkDamagedError):
+                chunk.load(store)
+    assert_damaged(store, chunk)
+
+
+@Sizes
+def test_a_truncated_file(store: DiskStore, page_bytes: int) -> None:
+    """Whatever is missing at the end, down to one byte, is detected when the chunk is opened."""
+    chunk, path = stored(store, page_bytes)
+    size = path.stat().st_size
+    for length in sorted({*range(0, size, 61), 1, 8, 23, 24, 25, 4095, 4096, 4097, size - 1}):
+        os.truncate(path, length)
+        with pytest.raises(ChunkDamagedError):
+            store.open(chunk.key, chunk.layout, NAMESPACE)
+        assert chunk.put(store) == size
+    chunk.load(store)
+
+
+@pytest.mark.parametrize("extra", [b"\0", b"x", bytes(4096)])
+def test_an_extended_file(store: DiskStore, extra: bytes) -> None:
+    """A single byte too many, also a zero, is detected when the chunk is opened."""
+    chunk, path = stored(store)
+    with path.open("ab") as file:
+        file.write(extra)
+    with pytest.raises(ChunkDamagedError, match="instead of"):
+        store.open(chunk.key, chunk.layout, NAMESPACE)
+    assert_damaged(store, chunk)
+
+
+@pytest.mark.parametrize("content", [b"", b"KVMCHUNK", b"garbage" * 3000, bytes(20_000)])
+def test_a_file_of_something_else(store: DiskStore, content: bytes) -> None:
+    """An empty file and a file of other bytes are no chunks."""
+    chunk, path = stored(store)
+    path.write_bytes(content)
+    assert_damaged(store, chunk)
+
+
+def test_a_file_of_another_key_renamed_into_place(store: DiskStore) -> None:
+    """A whole chunk under the wrong name is not handed out."""
+    chunk, path = stored(store)
+    other, other_path = stored(store, seed=1)
+    other_path.rename(path)
+    with pytest.raises(ChunkDamagedError, match=f"holds another chunk, {other.key.hex()}"):
+        chunk.load(store)
+    assert_damaged(store, chunk)
+
+
+def test_a_file_of_another_namespace_renamed_into_place(store: DiskStore) -> None:
+    """The same tokens computed by another model are not handed out."""
+    chunk, path = stored(store)
+    other = sample(namespace=OTHER_NAMESPACE)
+    other.put(store)
+    store.path(other.key).rename(path)
+    with pytest.raises(ChunkDamagedError, match="another chunk"):
+        chunk.load(store)
+    assert_damaged(store, chunk)
+
+
+def test_another_ranks_file_renamed_into_place(store: DiskStore) -> None:
+    """A rank never takes another rank's share for its own."""
+    shares = [sample(layout_of(rank=rank, world_size=2)) for rank in (0, 1)]
+    for share in shares:
+        share.put(store)
+    key = shares[0].key
+    shutil.copy(store.path(key, 1, 2), store.path(key, 0, 2))
+    with pytest.raises(LayoutMismatchError):
+        shares[0].load(store)
+    with pytest.raises(ChunkDamagedError, match="share of rank 1 of 2"):
+        store.verify(key)
+    shares[0].put(store)
+    store.verify(key)
+
+
+def test_a_file_in_another_layout_is_replaced_by_the_next_put(store: DiskStore) -> None:
+    """Whoever publishes with another layout stores the chunk anew for that layout."""
+    chunk, path = stored(store)
+    other = sample(layout_of(tag="10/test"))
+    with pytest.raises(LayoutMismatchError):
+        other.load(store)
+    store.verify(chunk.key)
+    assert other.put(store) == path.stat().st_size
+    other.load(store)
+
+
+@pytest.mark.parametrize("filled", [False, True])
+def test_a_directory_in_its_place(store: DiskStore, filled: bool) -> None:
+    """A directory is damage, makes way for the chunk, and goes with the next sweep."""
+    chunk, path = stored(store)
+    path.unlink()
+    path.mkdir()
+    if filled:
+        (path / "something").write_text("else")
+    assert_damaged(store, chunk)
+    assert store.sweep_temporary(0) == 1
+    assert [file.name for file in path.parent.iterdir()] == [path.name]
+
+
+@pytest.mark.timeout(20)
+def test_a_pipe_in_its_place(store: DiskStore) -> None:
+    """A named pipe that nobody writes to is damage; nobody waits for it."""
+    chunk, path = stored(store)
+    path.unlink()
+    os.mkfifo(path)
+    assert_damaged(store, chunk)
+
+
+@pytest.mark.parametrize("target", ["/dev/zero", "/nowhere", "itself"])
+def test_a_link_in_its_place(store: DiskStore, target: str) -> None:
+    """A link to a device, to nothing or to itself never yields a chunk, and makes way for it."""
+    chunk, path = stored(store)
+    path.unlink()
+    path.symlink_to(path if target == "itself" else target)
+    with pytest.raises(StoreError):
+        chunk.load(store)
+    assert chunk.put(store) > 0
+    assert path.is_file()
+    assert not path.is_symlink()
+    chunk.load(store)
+
+
+def test_a_file_that_may_not_be_read(store: DiskStore) -> None:
+    """A file without permission to read is reported as such, not as missing."""
+    chunk, path = stored(store)
+    path.chmod(0)
+    user = os.geteuid()
+    if user == 0:
+        os.seteuid(65534)  # root may read everything
+    try:
+        with pytest.raises(ChunkDamagedError, match=r"cannot be read.*permission"):
+            chunk.load(store)
+    finally:
+        os.seteuid(user)
+    path.chmod(0o644)
+    chunk.load(store)
+
+
+def test_a_device_that_fails(store: DiskStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An I/O error while a layer is read is damage, and leaves zeros, never half a layer."""
+    chunk, _ = stored(store)
+    room = chunk.room(0, 2)
+    real = os.preadv
+    with store.open(chunk.key, chunk.layout, NAMESPACE) as opened:
+
+        def fail(descriptor: int, buffers: list, position: int) -> int:
+            if position > 8192:
+                raise OSError(errno.EIO, os.strerror(errno.EIO))
+            return real(descriptor, buffers, position)
+
+        monkeypatch.setattr(os, "preadv", fail)
+        with pytest.raises(ChunkDamagedError, match="Input/output error"):
+            opened.copy_all_pages(0, 2, [[layer] for layer in room])
+    assert not any(layer.any() for layer in room)
+
+
+def test_a_file_that_is_cut_under_its_reader(store: DiskStore) -> None:
+    """A chunk that is truncated once it is open is an error, where a mapping would be a crash."""
+    chunk, path = stored(store, DENSE)
+    room = chunk.room(0, 2)
+    with store.open(chunk.key, chunk.layout, NAMESPACE) as opened:
+        os.truncate(path, 4096 + DENSE)
+        with pytest.raises(ChunkDamagedError, match="became shorter"):
+            opened.copy_all_pages(0, 2, [[layer] for layer in room])
+    assert not any(layer.any() for layer in room)
+
+
+@Sizes
+@pytest.mark.parametrize("pages", [(0, 2), (0, 1), (1, 2)])
+def test_no_unverified_byte_stays_behind(
+    store: DiskStore, page_bytes: int, pages: tuple[int, int]
+) -> None:
+    """When a layer is damaged, also outside the wanted pages, the destination is all zeros."""
+    chunk, path = stored(store, page_bytes)
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    room = chunk.room(*pages)
+    with store.open(chunk.key, chunk.layout, NAMESPACE) as opened:
+        with pytest.raises(ChunkDamagedError, match="layer 2 is not what was stored"):
+            opened.copy_all_pages(*pages, [[layer] for layer in room])
+        assert not any(layer.any() for layer in room)
+        one = chunk.room(*pages)[2]
+        with pytest.raises(ChunkDamagedError):
+            opened.copy_pages(2, *pages, [one])
+        assert not one.any()
+        good = chunk.room(*pages)[0]
+        opened.copy_pages(0, *pages, [good])
+        assert (good == chunk.pages[0][slice(*pages)]).all()
+
+
+def test_a_process_out_of_files_does_not_call_a_chunk_damaged(store: DiskStore) -> None:
+    """Too many open files is this process's trouble: a whole chunk stays a whole chunk."""
+    chunk, _ = stored(store)
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    lowest_free = os.dup(0)
+    os.close(lowest_free)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (lowest_free, limits[1]))
+    try:
+        with pytest.raises(StoreError, match="try again") as raised:
+            store.open(chunk.key, chunk.layout, NAMESPACE)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    assert not isinstance(raised.value, ChunkDamagedError)
+    chunk.load(store)
+
+
+# Headers that are wrong but carry the right checksum: a bug's work, or an enemy's.
+
+
+def forgeries(header: ChunkHeader) -> dict[str, dict[str, object]]:
+    """Fields to replace, by what is wrong with them."""
+    layout, replace = header.layout, msgspec.structs.replace
+    nothing = {"layer_offsets": (), "layer_bytes": (), "checksums": ()}
+    return {
+        "namespace": {"namespace": OTHER_NAMESPACE},
+        "parent": {"parent": b"p" * 32},
+        "tokens": {"tokens": bytes(28)},
+        "half a token": {"tokens": header.tokens[:-1]},
+        "no tokens": {"tokens": b""},
+        "short key": {"key": header.key[:31]},
+        "short namespace": {"namespace": b"n"},
+        "offsets": {"layer_offsets": (0, 0, 0)},
+        "negative offset": {"layer_offsets": (-4096, 0, 4096)},
+        "sizes": {"layer_bytes": (200, 200, 199)},
+        "missing checksum": {"checksums": header.checksums[:2]},
+        "checksum too many": {"checksums": (*header.checksums, 1)},
+        "no layers": {"layout": replace(layout, layers=()), **nothing},
+        "blocks of nothing": {"layout": replace(layout, block_tokens=0)},
+        "pages of nothing": {"layout": replace(layout, layers=(LayerLayout("l", (0,), 0),) * 3)},
+    }
+
+
+def rewrite_header(store: DiskStore, chunk: Sample, **fields: object) -> None:
+    """Give a stored chunk another header, checksum and all, in front of the same payload."""
+    path = store.path(chunk.key)
+    with store.open(chunk.key, chunk.layout, chunk.namespace) as opened:
+        header = opened.header
+    payload = path.read_bytes()[len(chunkfile.encode(header)) :]
+    path.write_bytes(chunkfile.encode(msgspec.structs.replace(header, **fields)) + payload)
+
+
+def test_forged_headers(store: DiskStore) -> None:
+    """A header that contradicts itself, its payload or its key is damage, never a crash."""
+    chunk, path = stored(store)
+    with store.open(chunk.key, chunk.layout, NAMESPACE) as opened:
+        wrong = forgeries(opened.header)
+    for fields in wrong.values():
+        rewrite_header(store, chunk, **fields)
+        # For whatever layout the file claims, so that only its truth counts.
+        with pytest.raises(ChunkDamagedError):
+            open_chunk(path, chunk.key)
+        assert_damaged(store, chunk)
+
+
+def test_an_unknown_codec_is_a_mismatch(store: DiskStore) -> None:
+    """An intact chunk in a codec of a later kvmarket is no damage."""
+    chunk, _ = stored(store)
+    rewrite_header(store, chunk, codec="zstd-exponent")
+    with pytest.raises(LayoutMismatchError, match="codec 'zstd-exponent'"):
+        chunk.load(store)
+
+
+def test_a_later_format_is_a_mismatch(store: DiskStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An intact chunk of a later format is no damage, though a flipped version byte is."""
+    monkeypatch.setattr(chunkfile, "FORMAT_VERSION", 2)
+    chunk, path = stored(store)
+    monkeypatch.undo()
+    with pytest.raises(LayoutMismatchError, match="format 2, this kvmarket reads 1"):
+        chunk.load(store)
+    content = bytearray(path.read_bytes())
+    content[8] = 1
+    path.write_bytes(content)
+    with pytest.raises(ChunkDamagedError):
+        chunk.load(store)
+
+
+def test_an_unknown_header_field_is_damage(store: DiskStore) -> None:
+    """A field that this format does not have is not passed over."""
+    chunk, path = stored(store)
+    with store.open(chunk.key, chunk.layout, NAMESPACE) as opened:
+        fields = msgspec.structs.asdict(opened.header)
+    odd = msgspec.defstruct("Odd", [*fields, "surprise"])(**fields, surprise=1)
+    payload = path.read_bytes()[4096:]
+    path.write_bytes(chunkfile.encode(odd) + payload)
+    with pytest.raises(ChunkDamagedError, match="surprise"):
+        chunk.load(store)

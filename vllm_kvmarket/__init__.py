@@ -1,0 +1,1 @@
+"""kvmarket: a market for KV caches inside vLLM."""

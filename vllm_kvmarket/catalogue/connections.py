@@ -1,0 +1,93 @@
+"""The catalogue's two connections to the market's database: one writes, one reads."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import apsw
+
+from vllm_kvmarket import database
+from vllm_kvmarket.errors import CatalogueError
+
+
+class Connections:
+    """Thread-safe; whoever reads never waits for whoever waits to write.
+
+    Every method raises CatalogueError when the database cannot be used.
+    """
+
+    def __init__(self, path: Path, room: str, migrations: Sequence[str]) -> None:
+        self._path = path
+        self._write_lock = threading.Lock()
+        self._read_lock = threading.Lock()
+        with self._reported():
+            self._writer = database.connect(path)
+            database.migrate(self._writer, room, migrations)
+            self._reader = database.connect(path)
+        self._file = self._file_identity()
+
+    def close(self) -> None:
+        """Release the database, once what is under way is done."""
+        with self._write_lock, self._read_lock:
+            self._writer.close()
+            self._reader.close()
+
+    @contextmanager
+    def transaction(self) -> Iterator[apsw.Connection]:
+        """Change the database, durably and all or nothing."""
+        with self._write_lock, self._reported():
+            self._check_file()
+            self._writer.execute("BEGIN IMMEDIATE")
+            try:
+                yield self._writer
+                self._writer.execute("COMMIT")
+            except BaseException:
+                # SQLite has rolled back already after some errors, a full disk for one.
+                if self._writer.in_transaction:
+                    self._writer.execute("ROLLBACK")
+                raise
+
+    @contextmanager
+    def reading(self) -> Iterator[apsw.Connection]:
+        """Read the database statement by statement, each as of its own moment."""
+        with self._read_lock, self._reported():
+            self._check_file()
+            yield self._reader
+
+    @contextmanager
+    def snapshot(self) -> Iterator[apsw.Connection]:
+        """Read the database as of one moment, whatever others write meanwhile."""
+        with self.reading() as db, db:
+            yield db
+
+    @contextmanager
+    def _reported(self) -> Iterator[None]:
+        """Turn the database's errors into ours."""
+        try:
+            yield
+        except apsw.Error as error:
+            raise CatalogueError(
+                f"the market's database {self._path} cannot be used ({error}); see `kvmarket env`"
+            ) from error
+
+    def _file_identity(self) -> tuple[int, int]:
+        try:
+            status = self._path.stat()
+        except OSError as error:
+            raise CatalogueError(
+                f"the market's database {self._path} is gone ({error.strerror}); restore it"
+            ) from None
+        return status.st_dev, status.st_ino
+
+    def _check_file(self) -> None:
+        """Raise CatalogueError unless the open database is the one that is there.
+
+        SQLite would go on reading and writing a deleted file.
+        """
+        if self._file_identity() != self._file:
+            raise CatalogueError(
+                f"the market's database {self._path} was replaced; restart this process"
+            )

@@ -1,0 +1,63 @@
+"""Which publishers are still there: a process holds a lock on a file for as long as it lives.
+
+The system releases the lock however the process ends, so that what a crashed publisher left behind
+can be told from what a living one is at. Source: flock(2).
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import uuid
+from pathlib import Path
+
+
+class Owner:
+    """One process (or one catalogue in it) as a publisher. Not synchronised.
+
+    Callers hold the database's write lock, which keeps one from judging a file that another has
+    made and not yet locked.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._file: int | None = None
+        self.name = uuid.uuid4().hex
+
+    def announce(self) -> None:
+        """Be alive in the eyes of others until closed; sweeps what the dead left behind."""
+        if self._file is not None:
+            return
+        self._folder.mkdir(parents=True, exist_ok=True)
+        for file in self._folder.iterdir():
+            self.is_alive(file.name)
+        self._file = os.open(
+            self._folder / self.name, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666
+        )
+        fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+    def is_alive(self, name: str) -> bool:
+        """Say whether the owner of that name has announced itself and not ended since."""
+        if name == self.name:
+            return self._file is not None
+        path = self._folder / name
+        try:
+            file = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+        except FileNotFoundError:
+            return False
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        else:
+            path.unlink(missing_ok=True)
+            return False
+        finally:
+            os.close(file)
+
+    def close(self) -> None:
+        """End in the eyes of others."""
+        if self._file is not None:
+            (self._folder / self.name).unlink(missing_ok=True)
+            os.close(self._file)
+            self._file = None

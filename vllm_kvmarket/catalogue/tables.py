@@ -1,0 +1,272 @@
+"""The catalogue's tables, and the statements on them. Transactions belong to the caller."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+import apsw
+
+from vllm_kvmarket.catalogue.listing import Listing, ListingState
+
+ROOM = "catalogue"
+
+# `revision` numbers every change; a listing keeps that of its own last change.
+# `listed` is the revision that put a listing on offer: its place in line while it stays there.
+MIGRATIONS = (
+    """
+    CREATE TABLE catalogue (
+        revision INTEGER NOT NULL,
+        chunk_tokens INTEGER
+    ) STRICT;
+    INSERT INTO catalogue VALUES (0, NULL);
+    CREATE TABLE listing (
+        document_id TEXT PRIMARY KEY,
+        namespace BLOB NOT NULL CHECK (length(namespace) = 32),
+        title TEXT NOT NULL,
+        publisher TEXT NOT NULL,
+        token_count INTEGER NOT NULL CHECK (token_count > 0),
+        rendered_as TEXT NOT NULL CHECK (rendered_as IN ('text', 'chat')),
+        cache_read_nano_per_mtok INTEGER CHECK (cache_read_nano_per_mtok >= 0),
+        royalty_ppm INTEGER CHECK (royalty_ppm BETWEEN 0 AND 1000000),
+        state TEXT NOT NULL
+            CHECK (state IN ('publishing', 'live', 'failed', 'delisted', 'damaged')),
+        reason TEXT NOT NULL,
+        created_at_s REAL NOT NULL,
+        stored_bytes INTEGER NOT NULL CHECK (stored_bytes >= 0),
+        listed INTEGER UNIQUE,
+        revision INTEGER NOT NULL,
+        CHECK (state NOT IN ('live', 'damaged') OR listed IS NOT NULL)
+    ) STRICT;
+    CREATE INDEX listing_revision ON listing (revision);
+    CREATE TABLE chunk (
+        key BLOB PRIMARY KEY CHECK (length(key) = 32),
+        tokens BLOB NOT NULL CHECK (length(tokens) > 0 AND length(tokens) % 4 = 0),
+        damaged INTEGER NOT NULL DEFAULT 0 CHECK (damaged IN (0, 1))
+    ) STRICT;
+    CREATE TABLE listing_chunk (
+        document_id TEXT NOT NULL REFERENCES listing (document_id),
+        position INTEGER NOT NULL,
+        key BLOB NOT NULL REFERENCES chunk (key),
+        PRIMARY KEY (document_id, position)
+    ) STRICT, WITHOUT ROWID;
+    CREATE INDEX listing_chunk_key ON listing_chunk (key);
+    CREATE TABLE publishing (
+        id INTEGER PRIMARY KEY,
+        document_id TEXT NOT NULL REFERENCES listing (document_id),
+        owner TEXT NOT NULL
+    ) STRICT;
+    CREATE INDEX publishing_document ON publishing (document_id);
+    """,
+)
+
+# Listing's own fields in their own order; its chunk keys, the last field, have their own table.
+_COLUMNS = ", ".join(field.name for field in fields(Listing)[:-1])
+_OFFERED: tuple[ListingState, ...] = ("live", "damaged")
+
+
+@dataclass(frozen=True, slots=True)
+class StoredChunk:
+    """A document's chunk as the database has it; `tokens` are packed."""
+
+    key: bytes
+    tokens: bytes
+    damaged: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """A listing that changed: its place in line, and the chunks that can be matched, if any."""
+
+    listing: Listing
+    place: int | None
+    chunks: tuple[bytes, ...]
+
+
+def rows(
+    db: apsw.Connection, statement: str, bindings: Sequence[apsw.SQLiteValue] = ()
+) -> list[tuple[Any, ...]]:
+    """Run one statement and return all its rows."""
+    return db.execute(statement, bindings).fetchall()
+
+
+def revision(db: apsw.Connection) -> int:
+    """Return the number of the last change."""
+    return int(rows(db, "SELECT revision FROM catalogue")[0][0])
+
+
+def fix_chunk_tokens(db: apsw.Connection, chunk_tokens: int) -> int:
+    """Return the chunk size of this catalogue, `chunk_tokens` if none was chosen; mutates then."""
+    statement = "UPDATE catalogue SET chunk_tokens = ? WHERE chunk_tokens IS NULL"
+    db.execute(statement, (chunk_tokens,))
+    return int(rows(db, "SELECT chunk_tokens FROM catalogue")[0][0])
+
+
+def _next_revision(db: apsw.Connection) -> int:
+    statement = "UPDATE catalogue SET revision = revision + 1 RETURNING revision"
+    return int(rows(db, statement)[0][0])
+
+
+def find_listing(db: apsw.Connection, document_id: str) -> Listing | None:
+    """Return one listing, if there is one of that id."""
+    found = read_listings(db, "document_id = ?", (document_id,))
+    return found[0] if found else None
+
+
+def read_listings(
+    db: apsw.Connection, where: str = "TRUE", bindings: Sequence[apsw.SQLiteValue] = ()
+) -> list[Listing]:
+    """Return the listings that satisfy a condition, newest first."""
+    order = "ORDER BY created_at_s DESC, document_id"
+    found = rows(db, f"SELECT {_COLUMNS} FROM listing WHERE {where} {order}", bindings)  # noqa: S608  # conditions are ours, values are bound
+    return [Listing(**_fields(row), chunk_keys=_chunk_keys(db, row[0])) for row in found]
+
+
+def read_changes(db: apsw.Connection, since: int) -> list[Change]:
+    """Return what became of every listing that changed after that revision."""
+    statement = f"SELECT {_COLUMNS}, listed FROM listing WHERE revision > ?"  # noqa: S608  # column names are ours
+    return [_change(db, row) for row in rows(db, statement, (since,))]
+
+
+def _fields(row: Sequence[Any]) -> dict[str, Any]:
+    return dict(zip(_COLUMNS.split(", "), row, strict=True))
+
+
+def _chunk_keys(db: apsw.Connection, document_id: str) -> tuple[bytes, ...]:
+    statement = "SELECT key FROM listing_chunk WHERE document_id = ? ORDER BY position"
+    return tuple(key for (key,) in rows(db, statement, (document_id,)))
+
+
+def _change(db: apsw.Connection, row: Sequence[Any]) -> Change:
+    *columns, place = row
+    chunks = chunks_of(db, row[0])
+    listing = Listing(**_fields(columns), chunk_keys=tuple(chunk.key for chunk in chunks))
+    return Change(listing, place, matchable(listing, chunks))
+
+
+def matchable(listing: Listing, chunks: Iterable[StoredChunk]) -> tuple[bytes, ...]:
+    """Return the tokens of a listing's chunks up to the first damaged one; none if not on offer."""
+    tokens: list[bytes] = []
+    if listing.state in _OFFERED:
+        for chunk in chunks:
+            if chunk.damaged:
+                break
+            tokens.append(chunk.tokens)
+    return tuple(tokens)
+
+
+def chunks_of(db: apsw.Connection, document_id: str) -> list[StoredChunk]:
+    """Return a document's chunks, in order."""
+    statement = (
+        "SELECT key, tokens, damaged FROM listing_chunk JOIN chunk USING (key) "
+        "WHERE document_id = ? ORDER BY position"
+    )
+    found = rows(db, statement, (document_id,))
+    return [StoredChunk(key, tokens, bool(damaged)) for key, tokens, damaged in found]
+
+
+def write_listing(db: apsw.Connection, listing: Listing) -> None:
+    """Insert a listing, or restart the one of the same document; its chunks are not touched.
+
+    One that is damaged keeps its place in line and its bytes.
+    """
+    values = [getattr(listing, field.name) for field in fields(Listing)[:-1]]
+    db.execute(
+        f"INSERT INTO listing ({_COLUMNS}, revision) VALUES (?,?,?,?,?,?,?,?,?,?,?,?,?) "  # noqa: S608  # column names are ours
+        "ON CONFLICT (document_id) DO UPDATE SET title = excluded.title, "
+        "publisher = excluded.publisher, rendered_as = excluded.rendered_as, "
+        "cache_read_nano_per_mtok = excluded.cache_read_nano_per_mtok, "
+        "royalty_ppm = excluded.royalty_ppm, state = excluded.state, reason = excluded.reason, "
+        "created_at_s = excluded.created_at_s, revision = excluded.revision, "
+        "stored_bytes = iif(listed IS NULL, excluded.stored_bytes, stored_bytes)",
+        [*values, _next_revision(db)],
+    )
+
+
+def write_chunks(
+    db: apsw.Connection, document_id: str, chunks: Sequence[tuple[bytes, bytes]]
+) -> None:
+    """Insert a document's chunks, given as (key, packed tokens), where they are not there yet."""
+    db.executemany("INSERT INTO chunk (key, tokens) VALUES (?, ?) ON CONFLICT DO NOTHING", chunks)
+    db.executemany(
+        "INSERT INTO listing_chunk VALUES (?, ?, ?) ON CONFLICT DO NOTHING",
+        [(document_id, position, key) for position, (key, _) in enumerate(chunks)],
+    )
+
+
+def set_state(db: apsw.Connection, document_id: str, state: ListingState, reason: str = "") -> None:
+    """Move one listing to another state, and into the line of those on offer or out of it."""
+    number = _next_revision(db)
+    db.execute(
+        "UPDATE listing SET state = ?, reason = ?, revision = ?, "
+        "listed = iif(?, coalesce(listed, ?), NULL) WHERE document_id = ?",
+        (state, reason, number, state in _OFFERED, number, document_id),
+    )
+
+
+def set_offered(
+    db: apsw.Connection, document_id: str, reason: str = "a stored chunk could not be loaded"
+) -> None:
+    """Make a listing live when all its chunks are whole, damaged (for that reason) when not."""
+    if any(chunk.damaged for chunk in chunks_of(db, document_id)):
+        set_state(db, document_id, "damaged", reason)
+    else:
+        set_state(db, document_id, "live")
+
+
+def set_stored_bytes(db: apsw.Connection, document_id: str, stored_bytes: int) -> None:
+    """Note how much publishing wrote; repairing a listing writes a part of it only."""
+    statement = "UPDATE listing SET stored_bytes = max(stored_bytes, ?) WHERE document_id = ?"
+    db.execute(statement, (stored_bytes, document_id))
+
+
+def is_listed(db: apsw.Connection, document_id: str) -> bool:
+    """Return whether a listing has a place in line: on offer now, or when it was restarted."""
+    statement = "SELECT 1 FROM listing WHERE document_id = ? AND listed IS NOT NULL"
+    return bool(rows(db, statement, (document_id,)))
+
+
+def set_damaged(db: apsw.Connection, key: bytes, damaged: bool) -> bool:
+    """Mark a chunk as lost or whole; returns whether that was news."""
+    statement = "UPDATE chunk SET damaged = ? WHERE key = ? AND damaged <> ?"
+    db.execute(statement, (int(damaged), key, int(damaged)))
+    return db.changes() > 0
+
+
+def holders(db: apsw.Connection, key: bytes, states: Sequence[ListingState]) -> list[str]:
+    """Return the documents in one of these states that hold a chunk."""
+    statement = (
+        "SELECT document_id FROM listing_chunk JOIN listing USING (document_id) WHERE key = ? "  # noqa: S608  # only question marks are put in
+        f"AND state IN ({', '.join('?' * len(states))})"
+    )
+    return [document_id for (document_id,) in rows(db, statement, (key, *states))]
+
+
+def add_publishing(db: apsw.Connection, document_id: str, owner: str) -> None:
+    """Note that an owner publishes a document, once more if it did already."""
+    statement = "INSERT INTO publishing (document_id, owner) VALUES (?, ?)"
+    db.execute(statement, (document_id, owner))
+
+
+def end_publishing(db: apsw.Connection, document_id: str, owner: str | None = None) -> None:
+    """Note that one publishing by an owner ended; without an owner, all of the document's."""
+    if owner is None:
+        db.execute("DELETE FROM publishing WHERE document_id = ?", (document_id,))
+    else:
+        db.execute(
+            "DELETE FROM publishing WHERE id = "
+            "(SELECT min(id) FROM publishing WHERE document_id = ? AND owner = ?)",
+            (document_id, owner),
+        )
+
+
+def forget_owner(db: apsw.Connection, owner: str) -> None:
+    """Note that an owner publishes no more."""
+    db.execute("DELETE FROM publishing WHERE owner = ?", (owner,))
+
+
+def owners_of(db: apsw.Connection, document_id: str) -> set[str]:
+    """Return who publishes a document."""
+    statement = "SELECT DISTINCT owner FROM publishing WHERE document_id = ?"
+    return {owner for (owner,) in rows(db, statement, (document_id,))}

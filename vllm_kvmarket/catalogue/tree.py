@@ -1,0 +1,284 @@
+"""The prefix tree over published chunks: token ids -> longest published prefix.
+
+A node is a chunk. Children are sorted by their packed tokens, so that the one with the longest
+common prefix is a neighbour of where the request's tokens would stand: a million children cost
+twenty comparisons. Tokens are compared, digests never trusted: the tree does not look at keys.
+"""
+
+from __future__ import annotations
+
+import threading
+from array import array
+from bisect import bisect_left, bisect_right
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise, takewhile
+from operator import attrgetter
+
+import numpy as np
+
+from vllm_kvmarket.catalogue.listing import Listing, Match, MatchedChunk
+from vllm_kvmarket.identity import ROOT, TOKEN_BYTES, pack_tokens
+
+_MAX_TOKEN_ID = 2**32 - 1
+_tokens = attrgetter("tokens")
+
+
+def common_tokens(a: bytes, b: bytes) -> int:
+    """Count the leading tokens that two packed sequences share."""
+    if a[:TOKEN_BYTES] != b[:TOKEN_BYTES]:
+        return 0
+    size = min(len(a), len(b))
+    # Read as big-endian numbers, the first byte that differs is the highest one of their XOR.
+    difference = int.from_bytes(a[:size], "big") ^ int.from_bytes(b[:size], "big")
+    return (size - (difference.bit_length() + 7) // 8) // TOKEN_BYTES
+
+
+def _pack_valid(token_ids: Sequence[int]) -> bytes:
+    """Pack tokens up to the first that no document can contain: a request must not fail for it."""
+    try:
+        return pack_tokens(token_ids)
+    except ValueError:
+        valid = takewhile(lambda token: 0 <= token <= _MAX_TOKEN_ID, token_ids)
+        return pack_tokens(list(valid))
+
+
+class Children:
+    """A chunk's continuations, in the order of their tokens; never empty."""
+
+    __slots__ = ("firsts", "nodes")
+
+    def __init__(self, node: Node) -> None:
+        self.nodes = [node]
+        # Each node's `first`, in one array: the earliest of thousands is found in microseconds.
+        self.firsts = array("q", [node.first])
+
+    def index(self, tokens: bytes) -> int | None:
+        """Find the child with exactly these tokens."""
+        at = bisect_left(self.nodes, tokens, key=_tokens)
+        return at if at < len(self.nodes) and self.nodes[at].tokens == tokens else None
+
+    def insert(self, node: Node) -> None:
+        """Add a child that is not there yet; mutates."""
+        at = bisect_left(self.nodes, node.tokens, key=_tokens)
+        self.nodes.insert(at, node)
+        self.firsts.insert(at, node.first)
+
+    def closest(self, tokens: bytes) -> tuple[Node | None, int]:
+        """Find the child that shares most leading tokens, and how many those are (0: no child).
+
+        Of several, the one that ends there, else the one that was listed first.
+        """
+        nodes = self.nodes
+        at = bisect_left(nodes, tokens, key=_tokens)
+        if at < len(nodes) and nodes[at].tokens == tokens:
+            return nodes[at], len(tokens) // TOKEN_BYTES
+        shared = max(common_tokens(node.tokens, tokens) for node in nodes[max(at - 1, 0) : at + 1])
+        if shared == 0:
+            return None, 0
+        prefix = tokens[: shared * TOKEN_BYTES]
+        low = bisect_left(nodes, prefix, key=_tokens)
+        if len(nodes[low].tokens) > len(prefix):
+            high = bisect_right(nodes, prefix, low, key=lambda node: node.tokens[: len(prefix)])
+            low += int(np.frombuffer(self.firsts, np.int64)[low:high].argmin())
+        return nodes[low], shared
+
+
+class Node:
+    """A chunk in the tree.
+
+    `ended` are the places of the listings whose (undamaged) chunks end here, `first` is the lowest
+    place among them and all listings below: the one that was listed first.
+    """
+
+    __slots__ = ("children", "ended", "first", "tokens")
+
+    def __init__(self, tokens: bytes, first: int) -> None:
+        self.tokens = tokens
+        self.first = first
+        self.ended: tuple[int, ...] = ()
+        self.children: Children | None = None
+
+    def child(self, tokens: bytes) -> Node | None:
+        """Find the child with exactly these tokens."""
+        if self.children is None or (at := self.children.index(tokens)) is None:
+            return None
+        return self.children.nodes[at]
+
+    def add_child(self, node: Node) -> None:
+        """Insert a child in order; mutates."""
+        if self.children is None:
+            self.children = Children(node)
+        else:
+            self.children.insert(node)
+
+    def remove_child(self, node: Node) -> None:
+        """Remove a child; mutates."""
+        assert self.children is not None
+        at = self.children.index(node.tokens)
+        assert at is not None
+        del self.children.nodes[at], self.children.firsts[at]
+        if not self.children.nodes:
+            self.children = None
+
+    def set_first_of(self, node: Node, first: int) -> None:
+        """Note that a child's `first` has changed; mutates both."""
+        assert self.children is not None
+        at = self.children.index(node.tokens)
+        assert at is not None
+        node.first = self.children.firsts[at] = first
+
+    def earliest(self) -> int:
+        """Compute what `first` must be. Raises ValueError for a node without listings."""
+        places = list(self.ended)
+        if self.children is not None:
+            places.append(int(np.frombuffer(self.children.firsts, np.int64).min()))
+        return min(places)
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """A listing in the tree: its place in line, and its nodes from the namespace's root down."""
+
+    place: int
+    path: tuple[Node, ...]
+
+
+class PrefixTree:
+    """Every chunk that can be matched, by namespace.
+
+    Any number of threads may match while one at a time puts and removes.
+    """
+
+    def __init__(self, chunk_tokens: int) -> None:
+        self.chunk_tokens = chunk_tokens
+        self.chunk_count = 0
+        self.roots: dict[bytes, Node] = {}
+        self.entries: dict[str, Entry] = {}
+        self._listings: dict[int, Listing] = {}
+        # Held for microseconds: what a change needs is prepared before it is taken.
+        self._lock = threading.Lock()
+
+    def put(self, listing: Listing, place: int, chunks: Sequence[bytes]) -> None:
+        """Make a document match in `chunks` (packed tokens, at least one chunk); mutates.
+
+        `place` is its place in line, no two documents' the same. What the tree had of the document
+        is replaced in one step.
+        """
+        assert chunks
+        entry = self.entries.get(listing.document_id)
+        if entry is not None and entry.place == place and len(entry.path) == len(chunks) + 1:
+            with self._lock:
+                self._listings[place] = listing
+        elif entry is not None:
+            with self._lock:
+                self._detach(listing)
+                self._attach(listing, place, *self._prepare(listing, place, chunks))
+        else:
+            path, fresh = self._prepare(listing, place, chunks)
+            with self._lock:
+                self._attach(listing, place, path, fresh)
+
+    def remove(self, document_id: str) -> None:
+        """Make a document match no more; chunks that no other listing has go too; mutates."""
+        entry = self.entries.get(document_id)
+        if entry is not None:
+            with self._lock:
+                self._detach(self._listings[entry.place])
+
+    def match(self, namespace: bytes, token_ids: Sequence[int]) -> Match | None:
+        """Find the longest published prefix of `token_ids`, down to inside a chunk.
+
+        It is paid to the listing that ends with it, else to the first listed of those that contain
+        it.
+        """
+        with self._lock:
+            found = self._find(namespace, token_ids)
+        if found is None:
+            return None
+        listing, total, nodes = found
+        keys = listing.chunk_keys
+        chunks = []
+        for index, node in enumerate(nodes):
+            count = len(node.tokens) // TOKEN_BYTES
+            chunks.append(
+                MatchedChunk(
+                    key=keys[index],
+                    parent=keys[index - 1] if index else ROOT,
+                    tokens=node.tokens,
+                    token_count=count,
+                    matched=min(count, total - index * self.chunk_tokens),
+                )
+            )
+        return Match(listing, total, tuple(chunks))
+
+    def _find(
+        self, namespace: bytes, token_ids: Sequence[int]
+    ) -> tuple[Listing, int, list[Node]] | None:
+        node = self.roots.get(namespace)
+        nodes: list[Node] = []
+        total = 0
+        # Packed chunk by chunk: a request that matches nothing costs one chunk, however long.
+        while node is not None and node.children is not None:
+            tokens = _pack_valid(token_ids[total : total + self.chunk_tokens])
+            node, shared = node.children.closest(tokens)
+            if node is not None:
+                nodes.append(node)
+                total += shared
+                if shared < self.chunk_tokens:
+                    break
+        if not nodes:
+            return None
+        return self._payee(nodes[-1], total), total, nodes
+
+    def _payee(self, node: Node, total: int) -> Listing:
+        """Say whose listing a match of `total` tokens that ends in `node` is paid to."""
+        for place in node.ended:
+            if self._listings[place].token_count == total:
+                return self._listings[place]
+        return self._listings[node.first]
+
+    def _prepare(
+        self, listing: Listing, place: int, chunks: Sequence[bytes]
+    ) -> tuple[list[Node], list[Node]]:
+        """Find the nodes that are there already, and make those that are not; mutates nothing."""
+        path = [self.roots.get(listing.namespace) or Node(b"", place)]
+        for tokens in chunks:
+            child = path[-1].child(tokens)
+            if child is None:
+                break
+            path.append(child)
+        fresh = [Node(tokens, place) for tokens in chunks[len(path) - 1 :]]
+        for parent, child in pairwise(fresh):
+            parent.add_child(child)
+        return path, fresh
+
+    def _attach(self, listing: Listing, place: int, path: list[Node], fresh: list[Node]) -> None:
+        if fresh:
+            path[-1].add_child(fresh[0])
+        self.roots[listing.namespace] = path[0]
+        path[0].first = min(path[0].first, place)
+        for parent, node in pairwise(path):
+            if place < node.first:
+                parent.set_first_of(node, place)
+        path += fresh
+        path[-1].ended += (place,)
+        self.chunk_count += len(fresh)
+        self.entries[listing.document_id] = Entry(place, tuple(path))
+        self._listings[place] = listing
+
+    def _detach(self, listing: Listing) -> None:
+        entry = self.entries.pop(listing.document_id)
+        place, path = entry.place, entry.path
+        path[-1].ended = tuple(other for other in path[-1].ended if other != place)
+        for parent, node in zip(path[-2::-1], path[:0:-1], strict=True):
+            if not node.ended and node.children is None:
+                parent.remove_child(node)
+                self.chunk_count -= 1
+            elif node.first == place:
+                parent.set_first_of(node, node.earliest())
+        if path[0].children is None:
+            del self.roots[listing.namespace]
+        elif path[0].first == place:
+            path[0].first = path[0].earliest()
+        del self._listings[place]

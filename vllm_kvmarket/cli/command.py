@@ -1,0 +1,99 @@
+"""What every command is made of: a name, its options, how it opens the market.
+
+Modules of commands import what they work with inside their functions, so that `kvmarket --help` is
+quick and works without vLLM.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from vllm_kvmarket.errors import KVMarketError, NotFoundError
+
+if TYPE_CHECKING:
+    from vllm_kvmarket.market import Market
+
+_COUNT = re.compile(r"([0-9]{1,15})([kKMG]?)")
+_SUFFIXES = {"": 1, "k": 1_000, "K": 1_000, "M": 1_000_000, "G": 1_000_000_000}
+
+
+class UsageError(Exception):
+    """Options that do not go together; the command ends with exit code 2."""
+
+
+@dataclass(frozen=True, slots=True)
+class Command:
+    """One command: `name` may have two words, `run` gives the exit code (0 ok, 1 failed)."""
+
+    name: str
+    help: str
+    run: Callable[[argparse.Namespace], int]
+    configure: Callable[[argparse.ArgumentParser], None] | None = None
+
+
+@contextmanager
+def open_market(args: argparse.Namespace, *, create: bool = False) -> Iterator[Market]:
+    """Open the market that --home and --config name; `create` one where there is none.
+
+    Raises NotFoundError where there is none, so that a mistyped home is not an empty market, and
+    KVMarketError when its database cannot be read or written.
+    """
+    import apsw
+
+    from vllm_kvmarket import config
+    from vllm_kvmarket.market import DATABASE_FILE, Market
+
+    chosen = config.load(args.config)
+    home = Path(args.home or chosen.home).expanduser()
+    database = home / DATABASE_FILE
+    if not create and not database.exists():
+        raise NotFoundError(
+            f"there is no market at {home}; publish a document or create an account to start one, "
+            "or name another with --home"
+        )
+    try:
+        with Market.open(home, chosen) as market:
+            yield market
+    except apsw.Error as error:
+        raise KVMarketError(
+            f"the market's database {database}: {error}; look at it with `kvmarket fsck`"
+        ) from error
+
+
+def amount(text: str) -> int:
+    """Read an option's amount in currency units as nano-units."""
+    from vllm_kvmarket.tariff import parse_nano
+
+    return _option(parse_nano, text)
+
+
+def share(text: str) -> int:
+    """Read an option's share from 0 to 1 as parts per million."""
+    from vllm_kvmarket.tariff import parse_ppm
+
+    return _option(parse_ppm, text)
+
+
+def _option(parse: Callable[[str], int], text: str) -> int:
+    try:
+        return parse(text)
+    except ValueError as error:
+        # argparse shows the message of this exception only.
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def count(text: str) -> int:
+    """Read an option's positive number: 3774, 4k, 80M."""
+    match = _COUNT.fullmatch(text)
+    number = int(match.group(1)) * _SUFFIXES[match.group(2)] if match else 0
+    if number < 1:
+        raise argparse.ArgumentTypeError(
+            f"expected a number above 0 like 3774 or 80M, not {text!r}"
+        )
+    return number

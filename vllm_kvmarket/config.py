@@ -1,0 +1,227 @@
+"""The market's configuration: one frozen object, the same keys in JSON, TOML and Python."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import os
+import re
+import tomllib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+import msgspec
+
+from vllm_kvmarket.errors import ConfigError
+from vllm_kvmarket.tariff import Tariff
+
+HOME_VARIABLE = "KVMARKET_HOME"
+MIN_CHUNK_TOKENS, MAX_CHUNK_TOKENS = 16, 4096
+
+
+def default_home() -> str:
+    """Return $KVMARKET_HOME, else `kvmarket` in the user's XDG data directory."""
+    chosen = os.environ.get(HOME_VARIABLE)
+    if chosen:
+        return chosen
+    data = os.environ.get("XDG_DATA_HOME") or "~/.local/share"
+    return str(Path(data).expanduser() / "kvmarket")
+
+
+class MarketConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """Everything that an operator can set; see `markdown_table` for the meanings."""
+
+    home: Annotated[
+        str,
+        msgspec.Meta(
+            min_length=1,
+            description="folder of the market's database and chunks; "
+            "$KVMARKET_HOME, else `kvmarket` in the user's data directory",
+        ),
+    ] = msgspec.field(default_factory=default_home)
+    chunk_tokens: Annotated[
+        int,
+        msgspec.Meta(
+            ge=MIN_CHUNK_TOKENS,
+            le=MAX_CHUNK_TOKENS,
+            description="tokens a chunk; a power of two and a multiple of the engine's block size",
+        ),
+    ] = 256
+    tariff: Annotated[Tariff, msgspec.Meta(description="prices")] = Tariff()
+    without_account: Annotated[
+        Literal["recompute", "free"],
+        msgspec.Meta(
+            description="what a request that names no account gets: everything computed, "
+            "or reuse without a charge"
+        ),
+    ] = "recompute"
+    trust_requests: Annotated[
+        bool | None,
+        msgspec.Meta(
+            description="whether a request may name an account, publish and preload without a "
+            "token; null: yes in the offline API, no under `vllm serve`"
+        ),
+    ] = None
+    min_reuse_tokens: Annotated[
+        int, msgspec.Meta(ge=1, description="a match shorter than this is neither sold nor loaded")
+    ] = 64
+    reservation_timeout_s: Annotated[
+        int,
+        msgspec.Meta(ge=1, le=86_400, description="a reservation older than this expires"),
+    ] = 900
+    io_threads: Annotated[
+        int, msgspec.Meta(ge=1, le=64, description="threads a worker loads and saves with")
+    ] = 2
+    refresh_interval_s: Annotated[
+        float,
+        msgspec.Meta(
+            gt=0, le=60, description="how often an engine looks for other processes' listings"
+        ),
+    ] = 0.25
+
+    def __post_init__(self) -> None:
+        if self.chunk_tokens & (self.chunk_tokens - 1):
+            raise ConfigError(f"chunk_tokens: expected a power of two, not {self.chunk_tokens}")
+
+
+def load(source: MarketConfig | Mapping[str, Any] | str | Path | None = None) -> MarketConfig:
+    """Read the configuration in `source`: a mapping, a JSON object, or the path of a .json or
+    .toml file.
+
+    Nothing at all gives the defaults. A MarketConfig is checked too: Python does not check what its
+    constructor is given. Raises ConfigError, in one line that names the key.
+    """
+    mapping = to_mapping(source) if isinstance(source, MarketConfig) else _read(source)
+    try:
+        return msgspec.convert(mapping, MarketConfig)
+    except msgspec.ValidationError as error:
+        raise ConfigError(_explain(str(error), mapping)) from None
+
+
+def _read(source: Mapping[str, Any] | str | Path | None) -> Mapping[str, Any]:
+    if source is None:
+        return {}
+    if isinstance(source, Mapping):
+        return source
+    text = str(source)
+    if isinstance(source, str) and text.lstrip().startswith(("{", "[")):
+        return _parse_json(text, "the configuration")
+    path = Path(text).expanduser()
+    try:
+        content = path.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise ConfigError(
+            f"cannot read the configuration {text!r} ({reason}); "
+            "give a JSON object, or the path of a .json or .toml file"
+        ) from None
+    if path.suffix == ".toml":
+        try:
+            return tomllib.loads(content)
+        except tomllib.TOMLDecodeError as error:
+            raise ConfigError(f"{path} is not valid TOML: {error}") from None
+    return _parse_json(content, str(path))
+
+
+def _parse_json(text: str, where: str) -> Mapping[str, Any]:
+    try:
+        parsed = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"{where} is not valid JSON: {error}") from None
+    if not isinstance(parsed, dict):
+        raise ConfigError(f"{where} must be a JSON object, not {_shown(parsed)}")
+    return parsed
+
+
+def _explain(message: str, mapping: Mapping[str, Any]) -> str:
+    """Rewrite what msgspec says: the key first, then what it takes, then what it was given."""
+    place = re.search(r" - at `(?:key in )?\$\.?([^`]*)`$", message)
+    inside = place.group(1) if place else ""
+    text = message[: place.start()] if place else message
+    unknown = re.fullmatch(r"Object contains unknown field `(.*)`", text)
+    if unknown:
+        return _explain_unknown(f"{inside}.{unknown.group(1)}" if inside else unknown.group(1))
+    kinds = {key: kind for key, kind, *_ in describe()}
+    limit = re.search(r" ([<>]=? \S+)$", text)
+    if "of length" in text:
+        expected = "a text that is not empty"
+    elif limit:
+        expected = f"{kinds[inside].removesuffix(' or null')} {limit.group(1)}"
+    else:
+        expected = kinds.get(inside, "an object")
+    given = _shown(_value(mapping, inside))
+    return f"{inside or 'configuration'}: expected {expected}, not {given}"
+
+
+def _explain_unknown(key: str) -> str:
+    known = [name for name, *_ in describe()]
+    near = difflib.get_close_matches(key, known, 1)
+    # A key of the tariff that is written beside it is near to no full name.
+    near = near or [name for name in known if name.rpartition(".")[2] == key]
+    near = near or difflib.get_close_matches(key, {name.partition(".")[0] for name in known}, 1)
+    hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(known)}"
+    return f"unknown configuration key {key!r}; {hint}"
+
+
+def _value(mapping: Any, key: str) -> Any:
+    for part in filter(None, key.split(".")):
+        mapping = mapping[part]
+    return mapping
+
+
+def _shown(value: Any) -> str:
+    """Show a value as JSON has it, in one line of bounded length."""
+    try:
+        text = json.dumps(value)
+    except (TypeError, ValueError):
+        text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def to_mapping(config: MarketConfig) -> dict[str, Any]:
+    """Return the configuration as plain JSON values; `load` gives an equal object back."""
+    mapping: dict[str, Any] = msgspec.to_builtins(config)
+    return mapping
+
+
+def describe() -> list[tuple[str, str, str, str]]:
+    """List every key with its type, default (JSON, "" for a computed one) and meaning."""
+    return list(_describe(MarketConfig, ""))
+
+
+def _describe(struct: type[msgspec.Struct], prefix: str) -> Iterator[tuple[str, str, str, str]]:
+    for field in msgspec.structs.fields(struct):
+        annotated, *metas = get_args(field.type)
+        if isinstance(annotated, type) and issubclass(annotated, msgspec.Struct):
+            yield from _describe(annotated, f"{prefix}{field.name}.")
+            continue
+        meaning = " ".join(meta.description for meta in metas if meta.description)
+        default = "" if field.default is msgspec.NODEFAULT else json.dumps(field.default)
+        yield f"{prefix}{field.name}", _kind(annotated), default, meaning
+
+
+_KINDS = {str: "string", int: "integer", float: "number", bool: "boolean", NoneType: "null"}
+
+
+def _kind(annotated: Any) -> str:
+    """Name a field's type in the words of JSON."""
+    origin, inner = get_origin(annotated), get_args(annotated)
+    if origin is Annotated:
+        return _kind(inner[0])
+    if origin is Literal:
+        return " or ".join(json.dumps(value) for value in inner)
+    if origin in (Union, UnionType):
+        return " or ".join(_kind(option) for option in inner)
+    return _KINDS[annotated]
+
+
+def markdown_table() -> str:
+    """Return the README's table of keys."""
+    rows = ["| key | type | default | meaning |", "|---|---|---|---|"]
+    rows += [
+        f"| `{key}` | {kind} | {f'`{default}`' if default else ''} | {meaning} |"
+        for key, kind, default, meaning in describe()
+    ]
+    return "\n".join(rows)

@@ -1,0 +1,166 @@
+"""The connector that vLLM's engine loads: hands each call to the half that it concerns."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from vllm.distributed.kv_transfer.kv_connector.v1.base import (
+    KVConnectorBase_V1,
+    KVConnectorMetadata,
+    KVConnectorRole,
+    KVConnectorTransferResults,
+    KVConnectorWorkerMetadata,
+)
+from vllm.v1.metrics.cache_hit_source import CacheHitSource
+
+from vllm_kvmarket.config import load
+from vllm_kvmarket.connector.messages import Instructions
+from vllm_kvmarket.connector.scheduler import SchedulerHalf
+from vllm_kvmarket.connector.worker import WorkerHalf
+from vllm_kvmarket.errors import ConfigError
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+    from vllm.forward_context import ForwardContext
+    from vllm.v1.attention.backend import AttentionMetadata
+    from vllm.v1.core.kv_cache_manager import KVCacheBlocks
+    from vllm.v1.core.sched.output import SchedulerOutput
+    from vllm.v1.kv_cache_interface import KVCacheConfig
+    from vllm.v1.outputs import KVConnectorOutput
+    from vllm.v1.request import Request
+
+
+def block_tokens_of(kv_cache_config: KVCacheConfig, chunk_tokens: int) -> int:
+    """Tokens a block. Raises ConfigError for a cache that kvmarket cannot store."""
+    groups = kv_cache_config.kv_cache_groups
+    if len(groups) != 1:
+        raise ConfigError(
+            f"this model keeps {len(groups)} kinds of KV cache (recurrent or cross-attention layers); "
+            "kvmarket supports models with one"
+        )
+    block_tokens = int(groups[0].kv_cache_spec.block_size)
+    if chunk_tokens % block_tokens:
+        raise ConfigError(
+            f"chunk_tokens {chunk_tokens} is no multiple of the engine's block size {block_tokens}; "
+            f"set --block-size to a divisor of {chunk_tokens}"
+        )
+    return block_tokens
+
+
+class KVMarketConnector(KVConnectorBase_V1):
+    """Built once in the scheduler's process and once in each worker's."""
+
+    _cache_hit_source = CacheHitSource.DISK
+
+    def __init__(
+        self, vllm_config: VllmConfig, role: KVConnectorRole, kv_cache_config: KVCacheConfig
+    ) -> None:
+        super().__init__(vllm_config, role, kv_cache_config)
+        config = load(self._kv_transfer_config.kv_connector_extra_config)
+        block_tokens = block_tokens_of(kv_cache_config, config.chunk_tokens)
+        self._scheduler: SchedulerHalf | None = None
+        self._worker: WorkerHalf | None = None
+        self._idle = False
+        if role is KVConnectorRole.SCHEDULER:
+            self._scheduler = SchedulerHalf(vllm_config, config, block_tokens)
+        else:
+            self._worker = WorkerHalf(vllm_config, config, block_tokens)
+
+    @property
+    def scheduler(self) -> SchedulerHalf:
+        """The scheduler half; only in the scheduler's process."""
+        assert self._scheduler is not None
+        return self._scheduler
+
+    @property
+    def worker(self) -> WorkerHalf:
+        """The worker half; only in a worker's process."""
+        assert self._worker is not None
+        return self._worker
+
+    @property
+    def requires_kv_delivery(self) -> bool:
+        """False: a save that preemption drops is a document published later, not a lost answer."""
+        return False
+
+    # The scheduler's calls
+
+    def on_new_request(self, request: Request) -> None:
+        """See SchedulerHalf.on_new_request."""
+        self.scheduler.on_new_request(request)
+
+    def get_num_new_matched_tokens(
+        self, request: Request, num_computed_tokens: int
+    ) -> tuple[int | None, bool]:
+        """See SchedulerHalf.num_external_tokens."""
+        return self.scheduler.num_external_tokens(request, num_computed_tokens)
+
+    def update_state_after_alloc(
+        self, request: Request, blocks: KVCacheBlocks, num_external_tokens: int
+    ) -> None:
+        """See SchedulerHalf.allocated."""
+        self.scheduler.allocated(request, blocks, num_external_tokens)
+
+    def build_connector_meta(self, scheduler_output: SchedulerOutput) -> KVConnectorMetadata:
+        """See SchedulerHalf.take_instructions."""
+        return self.scheduler.take_instructions()
+
+    def update_connector_output(self, connector_output: KVConnectorOutput) -> None:
+        """See SchedulerHalf.worker_reported."""
+        self.scheduler.worker_reported(connector_output)
+
+    def request_finished(
+        self, request: Request, block_ids: list[int]
+    ) -> tuple[bool, dict[str, Any] | None]:
+        """See SchedulerHalf.finished."""
+        return self.scheduler.finished(request, block_ids)
+
+    # The workers' calls
+
+    def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
+        """See WorkerHalf.register."""
+        self.worker.register(kv_caches)
+
+    def start_load_kv(self, forward_context: ForwardContext, **kwargs: Any) -> None:
+        """Start this step's loads and saves; see WorkerHalf.start."""
+        instructions = self._get_connector_metadata()
+        assert isinstance(instructions, Instructions)
+        self._idle = forward_context.attn_metadata is None
+        self.worker.start(instructions)
+
+    def wait_for_layer_load(self, layer_name: str) -> None:
+        """Nothing: loads end before their request is scheduled."""
+
+    def save_kv_layer(
+        self,
+        layer_name: str,
+        kv_layer: torch.Tensor,
+        attn_metadata: AttentionMetadata,
+        **kwargs: Any,
+    ) -> None:
+        """Nothing: a document is stored when its request has finished."""
+
+    def wait_for_save(self) -> None:
+        """Nothing: the scheduler keeps the blocks until they are stored."""
+
+    def get_transfer_results(self, finished_req_ids: set[str]) -> KVConnectorTransferResults:
+        """See WorkerHalf.collect."""
+        return self.worker.collect(self._idle)
+
+    def get_block_ids_with_load_errors(self) -> set[int]:
+        """See WorkerHalf.bad_blocks."""
+        return self.worker.bad_blocks()
+
+    def build_connector_worker_meta(self) -> KVConnectorWorkerMetadata | None:
+        """See WorkerHalf.report."""
+        return self.worker.report()
+
+    # Both
+
+    def shutdown(self) -> None:
+        """Finish what is under way and release the market."""
+        if self._scheduler is not None:
+            self._scheduler.close()
+        if self._worker is not None:
+            self._worker.close()

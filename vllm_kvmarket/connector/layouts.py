@@ -1,0 +1,186 @@
+"""The paged cache as bytes: which layout it has, and how pages are read and written.
+
+vLLM gives each layer a tensor of logical shape (blocks, ...) whose strides differ by backend. A page
+is one block of one layer, on every head. Whatever the order inside it, a page that is dense in
+memory can be copied as it lies there; the order goes into the layout's tag.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from vllm_kvmarket.errors import LayoutMismatchError
+from vllm_kvmarket.store import ChunkLayout, LayerLayout
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+Bytes = npt.NDArray[np.uint8]
+
+
+def byte_rows(name: str, tensor: torch.Tensor) -> torch.Tensor:
+    """One layer's cache as uint8 rows (blocks, page_bytes), sharing its memory.
+
+    Raises LayoutMismatchError when a block's bytes are not dense.
+    """
+    page_elements = tensor[0].numel()
+    span = 1 + sum(
+        (size - 1) * stride
+        for size, stride in zip(tensor.shape[1:], tensor.stride()[1:], strict=True)
+    )
+    if span != page_elements:
+        raise LayoutMismatchError(
+            f"layer {name}: a block's bytes are spread over the cache (shape {tuple(tensor.shape)}, "
+            f"strides {tensor.stride()}), which kvmarket cannot store; choose another attention backend"
+        )
+    item = tensor.element_size()
+    storage = torch.empty(0, dtype=torch.uint8, device=tensor.device)
+    storage.set_(tensor.untyped_storage())  # type: ignore[call-overload]  # torch's stub lacks this form
+    return storage.as_strided(
+        (tensor.shape[0], page_elements * item),
+        (tensor.stride(0) * item, 1),
+        tensor.storage_offset() * item,
+    )
+
+
+def page_order(tensor: torch.Tensor) -> str:
+    """The dimensions inside a block from outermost to innermost in memory, for example `012`."""
+    strides = tensor.stride()[1:]
+    return "".join(str(i) for i in sorted(range(len(strides)), key=lambda i: -strides[i]))
+
+
+def packing(vllm_config: VllmConfig, block_tokens: int, device: torch.device) -> str:
+    """What decides the meaning of a page's bytes beside its shape, strides and dtype."""
+    backend = "default"
+    if device.type == "cpu":
+        # The CPU kernels pack K per instruction set; vLLM has no public name for the choice.
+        from vllm.v1.attention.backends.cpu_attn import _get_attn_isa
+
+        model = vllm_config.model_config
+        backend = _get_attn_isa(
+            model.dtype, block_tokens, model.get_head_size(), vllm_config.cache_config.cache_dtype
+        )
+    elif (chosen := vllm_config.attention_config.backend) is not None:
+        backend = chosen.name
+    return f"{device.type}-{backend}"
+
+
+class PagedCache:
+    """Every layer's pages of one rank; the only code that touches vLLM's KV memory.
+
+    Callers own the blocks that they name. Not synchronised: different threads may copy different
+    blocks at once.
+    """
+
+    def __init__(
+        self,
+        vllm_config: VllmConfig,
+        kv_caches: dict[str, torch.Tensor],
+        block_tokens: int,
+        rank: int,
+        world_size: int,
+    ) -> None:
+        # Layers that share their KV (cross-layer sharing) are one entry.
+        unique = {tensor.data_ptr(): (name, tensor) for name, tensor in kv_caches.items()}
+        self.rows = [byte_rows(name, tensor) for name, tensor in unique.values()]
+        first = next(iter(unique.values()))[1]
+        self.device = first.device
+        self.layout = ChunkLayout(
+            tag=f"{page_order(first)}/{packing(vllm_config, block_tokens, first.device)}",
+            dtype=str(first.dtype).removeprefix("torch."),
+            block_tokens=block_tokens,
+            layers=tuple(
+                LayerLayout(
+                    name=name,
+                    page_shape=tuple(tensor.shape[1:]),
+                    page_bytes=tensor[0].numel() * tensor.element_size(),
+                )
+                for name, tensor in unique.values()
+            ),
+            rank=rank,
+            world_size=world_size,
+        )
+        self._host: list[Bytes] | None = None
+        if self.device.type == "cpu":
+            self._host = [rows.numpy() for rows in self.rows]
+
+    @property
+    def layer_count(self) -> int:
+        """How many layers hold pages of their own."""
+        return len(self.rows)
+
+    @property
+    def on_host(self) -> bool:
+        """Whether pages can be copied in place, without a device in between."""
+        return self._host is not None
+
+    def host_pages(self, layer: int, block_ids: Sequence[int]) -> list[Bytes]:
+        """The pages themselves, writable, uint8 (page_bytes,); only when `on_host`.
+
+        Blocks that lie side by side come as one longer run.
+        """
+        assert self._host is not None
+        rows = self._host[layer]
+        if rows.strides[0] != rows.shape[1]:
+            return [rows[block] for block in block_ids]
+        return [rows[start:end].reshape(-1) for start, end in runs(block_ids)]
+
+
+def runs(block_ids: Sequence[int]) -> list[tuple[int, int]]:
+    """Neighbouring block ids as half-open ranges, in order: [4, 5, 9] -> [(4, 6), (9, 10)]."""
+    cuts = [i + 1 for i, (a, b) in enumerate(pairwise(block_ids)) if b != a + 1]
+    starts = [0, *cuts]
+    ends = [*cuts, len(block_ids)]
+    return [(block_ids[s], block_ids[e - 1] + 1) for s, e in zip(starts, ends, strict=True) if e > s]
+
+
+class DeviceStaging:
+    """One thread's pinned buffer and stream between host memory and an accelerator's pages.
+
+    Not run on an accelerator in this project's tests; written against torch's documented semantics:
+    copies on one stream run in order, and non_blocking ones from pinned memory overlap with the host.
+    Source: https://pytorch.org/docs/stable/notes/cuda.html
+    """
+
+    def __init__(self, cache: PagedCache) -> None:
+        self._rows = cache.rows
+        self._device = cache.device
+        self._stream = torch.Stream(device=self._device)
+        self._pinned = torch.empty(0, dtype=torch.uint8)
+
+    def buffer(self, layer: int, pages: int) -> Bytes:
+        """Pinned host memory for `pages` pages of a layer; waits until earlier copies have left it."""
+        self._stream.synchronize()
+        need = pages * self._rows[layer].shape[1]
+        if self._pinned.numel() < need:
+            self._pinned = torch.empty(need, dtype=torch.uint8, pin_memory=True)
+        view: Bytes = self._pinned[:need].numpy()
+        return view
+
+    def upload(self, layer: int, block_ids: Sequence[int]) -> None:
+        """Copy the buffer's pages into the paged cache, asynchronously; `finish` waits."""
+        rows = self._rows[layer]
+        host = self._pinned[: len(block_ids) * rows.shape[1]].view(len(block_ids), -1)
+        with self._stream:
+            index = torch.tensor(block_ids, device=self._device)
+            rows.index_copy_(0, index, host.to(self._device, non_blocking=True))
+
+    def download(self, layer: int, block_ids: Sequence[int]) -> Bytes:
+        """A copy of a layer's pages in host memory, one page after another."""
+        rows = self._rows[layer]
+        with self._stream:
+            index = torch.tensor(block_ids, device=self._device)
+            host = rows.index_select(0, index).to("cpu")
+        self._stream.synchronize()
+        pages: Bytes = host.reshape(-1).numpy()
+        return pages
+
+    def finish(self) -> None:
+        """Wait until every copy so far has ended."""
+        self._stream.synchronize()

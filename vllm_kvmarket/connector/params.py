@@ -1,0 +1,68 @@
+"""What a request asks of the market, read from its kv_transfer_params.
+
+A malformed or unsigned wish never fails a request: it is declined with a reason, and the request is
+computed in full.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import msgspec
+
+from vllm_kvmarket.credentials import OPERATOR, Credentials, account_subject
+
+FIELD = "kvmarket"
+
+
+class PublishParams(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The listing that a publishing request asks for."""
+
+    title: str = ""
+    publisher: str = "publisher"
+    rendered_as: Literal["text", "chat"] = "text"
+    cache_read_nano_per_mtok: int | None = None
+    royalty_ppm: int | None = None
+
+
+class RequestParams(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """`kv_transfer_params["kvmarket"]` of one request."""
+
+    account: str | None = None
+    publish: PublishParams | None = None
+    preload: bool = False
+    token: str = ""
+
+
+class Declined(msgspec.Struct, frozen=True):
+    """Why a request's wish is not heard."""
+
+    reason: str
+
+
+NOTHING = RequestParams()
+
+
+def read(
+    kv_transfer_params: dict[str, Any] | None, credentials: Credentials, trusted: bool
+) -> RequestParams | Declined:
+    """The request's wish, or why it is declined. Under `trusted` no token is needed."""
+    raw = (kv_transfer_params or {}).get(FIELD)
+    if raw is None:
+        return NOTHING
+    try:
+        params = msgspec.convert(raw, RequestParams)
+    except msgspec.ValidationError as error:
+        return Declined(f"kv_transfer_params.{FIELD} is malformed: {error}")
+    operator = params.publish is not None or params.preload
+    if trusted:
+        return params
+    if operator and not credentials.allows(OPERATOR, params.token):
+        return Declined("publishing and preloading need the operator's token")
+    if (
+        not operator
+        and params.account is not None
+        and not credentials.allows(account_subject(params.account), params.token)
+    ):
+        return Declined(f"no valid token for account {params.account!r}")
+    return params

@@ -1,0 +1,269 @@
+"""The scheduler half: match, reserve, hand out load and save plans, settle.
+
+It lives in the engine core and never waits: the catalogue's match is in memory, the ledger and the
+catalogue's writes are futures that it polls.
+"""
+
+from __future__ import annotations
+
+import uuid
+from concurrent.futures import Future
+from typing import TYPE_CHECKING, Any
+
+from vllm.logger import init_logger
+from vllm.v1.request import RequestStatus
+
+from vllm_kvmarket.catalogue import Match
+from vllm_kvmarket.config import MarketConfig
+from vllm_kvmarket.connector import params as wishes
+from vllm_kvmarket.connector.messages import Instructions, SavePlan, WorkerReport
+from vllm_kvmarket.connector.namespaces import Namespaces
+from vllm_kvmarket.connector.publishing import save_plan, start_publishing
+from vllm_kvmarket.connector.requests import (
+    Decision,
+    RequestState,
+    client_request_id,
+    purchase_group,
+)
+from vllm_kvmarket.market import Market
+from vllm_kvmarket.purchase import Purchase, PurchaseState
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+    from vllm.v1.core.kv_cache_manager import KVCacheBlocks
+    from vllm.v1.outputs import KVConnectorOutput
+    from vllm.v1.request import Request
+
+logger = init_logger("vllm.kvmarket.scheduler")
+
+ANSWERED = (RequestStatus.FINISHED_STOPPED, RequestStatus.FINISHED_LENGTH_CAPPED)
+
+
+class SchedulerHalf:
+    """Owns every request's state and purchase; called on the scheduler's thread only."""
+
+    def __init__(self, vllm_config: VllmConfig, config: MarketConfig, block_tokens: int) -> None:
+        self._market = Market.open(config=config)
+        self._market.catalogue.watch(config.refresh_interval_s)
+        self._namespaces = Namespaces(vllm_config, self._market.home)
+        self._model = str(vllm_config.model_config.model)
+        self._config = config
+        self._block_tokens = block_tokens
+        # Request ids repeat from one run of an offline engine to the next; ledger ids must not.
+        self._engine = uuid.uuid4().hex[:12]
+        self._states: dict[str, RequestState] = {}
+        self._groups: dict[str, tuple[Purchase, set[str]]] = {}
+        self._saving: dict[str, RequestState] = {}
+        self._bypass: list[Request] = []
+        self._next = Instructions()
+
+    def close(self) -> None:
+        """Release what is still reserved, finish the ledger's and the catalogue's work."""
+        for purchase, _ in self._groups.values():
+            purchase.void()
+        self._market.close()
+
+    # Arrival
+
+    def on_new_request(self, request: Request) -> None:
+        """Match the request and start its reservation or its publishing."""
+        wish = wishes.read(
+            request.kv_transfer_params,
+            self._market.credentials,
+            trusted=self._config.trust_requests is not False,
+        )
+        namespace = self._namespaces.of(request.lora_request)
+        tokens = request.prompt_token_ids
+        match: Match | None = None
+        if namespace is not None and tokens is not None and not request.mm_features:
+            match = self._market.match(namespace, tokens)
+        if match is None and wish is wishes.NOTHING:
+            return
+        state = RequestState(
+            request_id=request.request_id,
+            prompt_tokens=request.num_prompt_tokens,
+            decision=Decision.REUSE,
+            match=match,
+            limit=match.token_count if match else 0,
+        )
+        self._states[request.request_id] = state
+        if isinstance(wish, wishes.Declined):
+            self._recompute(state, request, wish.reason)
+        elif wish.publish is not None:
+            start_publishing(self._market, state, request, wish.publish, namespace, self._block_tokens)
+        elif not wish.preload:
+            self._buy(state, request, wish.account)
+
+    def _buy(self, state: RequestState, request: Request, account: str | None) -> None:
+        if state.match is None:
+            return
+        if account is None:
+            if self._config.without_account == "recompute":
+                self._recompute(state, request, "the request names no account")
+            return
+        group = purchase_group(request.request_id)
+        if group not in self._groups:
+            purchase = self._market.reserve(
+                key=f"{self._engine}:{group}",
+                request_id=client_request_id(request.request_id),
+                account=account,
+                match=state.match,
+                model=self._model,
+            )
+            self._groups[group] = (purchase, set())
+        state.purchase, members = self._groups[group]
+        members.add(request.request_id)
+        state.decision = Decision.PENDING
+
+    def _recompute(self, state: RequestState, request: Request, reason: str) -> None:
+        state.declined = reason
+        state.decision = Decision.RECOMPUTE
+        if state.match is not None:
+            # What was published must not be had for nothing from vLLM's own prefix cache either.
+            request.skip_reading_prefix_cache = True
+
+    # Scheduling
+
+    def num_external_tokens(self, request: Request, local: int) -> tuple[int | None, bool]:
+        """Tokens to load behind the `local` ones, and whether asynchronously; None: ask again."""
+        state = self._states.get(request.request_id)
+        if state is None or state.match is None:
+            return 0, False
+        if state.decision is Decision.PENDING:
+            assert state.purchase is not None
+            purchase_state = state.purchase.state()
+            if purchase_state is PurchaseState.RESERVING:
+                return None, False
+            if purchase_state is PurchaseState.REFUSED:
+                # vLLM has looked its prefix cache up already: turn that off and be asked again.
+                self._bypass.append(request)
+                return None, False
+            state.decision = Decision.REUSE
+        if state.decision is Decision.RECOMPUTE or request.skip_reading_prefix_cache:
+            return 0, False
+        # At least one token must be computed, or there is nothing to sample from.
+        external = state.external_tokens(local, request.num_tokens - 1)
+        return external, external > 0
+
+    def allocated(self, request: Request, blocks: KVCacheBlocks, external: int) -> None:
+        """Plan the load into the blocks that the scheduler has just given the request."""
+        state = self._states.get(request.request_id)
+        if state is None or state.match is None or not state.admitted(external):
+            return
+        (block_ids,) = blocks.get_block_ids()
+        self._next.loads.append(
+            state.load_plan(
+                state.match.listing.namespace,
+                block_ids,
+                self._block_tokens,
+                self._config.chunk_tokens,
+            )
+        )
+
+    def take_instructions(self) -> Instructions:
+        """This step's plans for the worker half; the next step starts empty."""
+        for request in self._bypass:
+            state = self._states.get(request.request_id)
+            if state is not None and state.purchase is not None:
+                self._recompute(state, request, state.purchase.refusal)
+        self._bypass.clear()
+        instructions, self._next = self._next, Instructions()
+        return instructions
+
+    # Ends
+
+    def worker_reported(self, output: KVConnectorOutput) -> None:
+        """Take in what the workers loaded and stored since the last step."""
+        report = output.kv_connector_worker_meta
+        if isinstance(report, WorkerReport):
+            for request_id, load in report.loads.items():
+                for key, reason in load.failures.items():
+                    logger.warning("kvmarket: chunk %s not loaded: %s", key.hex(), reason)
+                    self._market.report_damage(key)
+                if (state := self._states.get(request_id)) is not None:
+                    state.load_ended(load, self._config.chunk_tokens)
+            for request_id, save in report.saves.items():
+                if (state := self._saving.get(request_id)) is not None and state.publishing:
+                    state.publishing.report.add(save)
+        for request_id in output.finished_sending or ():
+            if (state := self._saving.pop(request_id, None)) is not None:
+                self._list(state)
+
+    def finished(self, request: Request, block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:
+        """Close the request: settle or void, or start to save. Whether its blocks are still needed."""
+        state = self._states.pop(request.request_id, None)
+        if state is None:
+            return False, None
+        if state.publishing is not None:
+            return self._finish_publishing(state, request, block_ids)
+        if state.purchase is not None:
+            self._close_purchase(state, request)
+        return False, {wishes.FIELD: self._answer(state, request)}
+
+    def _close_purchase(self, state: RequestState, request: Request) -> None:
+        purchase = state.purchase
+        assert purchase is not None
+        group = purchase_group(request.request_id)
+        _, members = self._groups[group]
+        members.discard(request.request_id)
+        answered = request.num_output_tokens > 0
+        if answered and state.reused and purchase.state() is PurchaseState.RESERVED:
+            purchase.settle(state.usage(request.num_output_tokens))
+        if not members:
+            purchase.void()
+            del self._groups[group]
+
+    def _answer(self, state: RequestState, request: Request) -> dict[str, Any]:
+        usage = state.usage(request.num_output_tokens)
+        receipt = state.purchase.receipt if state.purchase else None
+        answer: dict[str, Any] = {
+            "document_id": state.match.listing.document_id if state.match else None,
+            "matched_tokens": usage.matched,
+            "reused_tokens": usage.reused,
+            "loaded_tokens": usage.loaded,
+            "computed_tokens": usage.computed,
+            "charge_nano": receipt.charge_nano if receipt else 0,
+            "receipt_id": receipt.id if receipt else None,
+        }
+        if state.declined:
+            answer["declined"] = state.declined
+        return answer
+
+    def _finish_publishing(
+        self, state: RequestState, request: Request, block_ids: list[int]
+    ) -> tuple[bool, dict[str, Any] | None]:
+        publishing = state.publishing
+        assert publishing is not None
+        answer = {wishes.FIELD: self._answer(state, request)}
+        answer[wishes.FIELD]["document_id"] = publishing.document_id
+        if request.status not in ANSWERED:
+            self._market.fail_listing(publishing.document_id, "the publishing request was aborted")
+            return False, answer
+        plan: SavePlan = save_plan(
+            state, block_ids, self._block_tokens, self._config.chunk_tokens
+        )
+        publishing.saving = tuple(chunk.key for chunk in plan.chunks)
+        if not plan.chunks:
+            self._list(state)
+            return False, answer
+        self._next.saves.append(plan)
+        self._saving[request.request_id] = state
+        return True, answer
+
+    def _list(self, state: RequestState) -> None:
+        publishing = state.publishing
+        assert publishing is not None
+        if publishing.report.failure:
+            done = self._market.fail_listing(publishing.document_id, publishing.report.failure)
+        else:
+            done = self._market.commit_listing(
+                publishing.document_id, publishing.report.stored_bytes, publishing.saving
+            )
+        done.add_done_callback(_log_failure)
+
+
+def _log_failure(future: Future[None]) -> None:
+    if (error := future.exception()) is not None:
+        logger.error("kvmarket: the catalogue could not be written: %s", error)
+
+

@@ -1,0 +1,70 @@
+"""Bearer tokens for what a request asks of the market, signed with the market home's secret.
+
+Whoever can read the home is its operator. An HTTP client cannot, so it can neither name somebody
+else's account nor publish, whatever it writes into its body.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import os
+import secrets
+from pathlib import Path
+
+from vllm_kvmarket.errors import ConfigError
+
+SECRET_FILE = "operator.key"
+SECRET_BYTES = 32
+OPERATOR = "operator"
+
+
+def account_subject(account: str) -> str:
+    """What a token for buying on an account is signed over."""
+    return f"account:{account}"
+
+
+class Credentials:
+    """Makes and checks tokens under one home's secret."""
+
+    def __init__(self, secret: bytes) -> None:
+        self._secret = secret
+
+    @classmethod
+    def of_home(cls, home: Path) -> Credentials:
+        """Read the home's secret, or make it (mode 0600) where there is none.
+
+        Raises ConfigError when the file is not a secret of ours.
+        """
+        path = home / SECRET_FILE
+        home.mkdir(parents=True, exist_ok=True)
+        if not path.exists():
+            draft = home / f".{SECRET_FILE}.{os.getpid()}.{secrets.token_hex(4)}"
+            descriptor = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+            try:
+                os.write(descriptor, secrets.token_bytes(SECRET_BYTES))
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+            try:
+                # link, unlike rename, never replaces a secret that another process made meanwhile.
+                os.link(draft, path)
+            except FileExistsError:
+                pass
+            finally:
+                draft.unlink()
+        secret = path.read_bytes()
+        if len(secret) != SECRET_BYTES:
+            raise ConfigError(
+                f"{path} does not hold {SECRET_BYTES} bytes; restore it from a backup, "
+                "or remove it to have a new one made (tokens given out so far then end)"
+            )
+        return cls(secret)
+
+    def token(self, subject: str) -> str:
+        """The token for `subject` (OPERATOR, or account_subject(id))."""
+        return hmac.new(self._secret, subject.encode(), hashlib.sha256).hexdigest()
+
+    def allows(self, subject: str, token: str) -> bool:
+        """Whether `token` was made for `subject`, in constant time."""
+        return hmac.compare_digest(self.token(subject).encode(), token.encode())

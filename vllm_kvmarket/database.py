@@ -1,0 +1,57 @@
+"""The market's SQLite database: how every room opens it, and how its tables grow.
+
+The catalogue and the ledger keep their tables in one file, each under a schema version of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import apsw
+
+BUSY_TIMEOUT_MS = 10_000
+
+
+def connect(path: Path) -> apsw.Connection:
+    """Open (and create) the market's database, safe for several processes at once.
+
+    WAL lets readers go on beside one writer; synchronous=FULL makes a commit durable before it
+    returns. Source: https://www.sqlite.org/wal.html.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    connection = apsw.Connection(str(path))
+    connection.set_busy_timeout(BUSY_TIMEOUT_MS)
+    connection.pragma("journal_mode", "wal")
+    connection.pragma("synchronous", "full")
+    connection.pragma("foreign_keys", True)
+    return connection
+
+
+def migrate(connection: apsw.Connection, room: str, migrations: Sequence[str]) -> None:
+    """Bring one room's tables to the newest version, in one transaction; mutates the database.
+
+    `migrations[n]` is the SQL that leads from version n to n + 1. Entries are only ever appended.
+    """
+    # BEGIN IMMEDIATE takes the write lock first, so that two processes never migrate at once.
+    connection.execute("BEGIN IMMEDIATE")
+    try:
+        connection.execute(
+            "CREATE TABLE IF NOT EXISTS schema_version "
+            "(room TEXT PRIMARY KEY, version INTEGER NOT NULL) STRICT"
+        )
+        row = connection.execute(
+            "SELECT version FROM schema_version WHERE room = ?", (room,)
+        ).fetchone()
+        version = row[0] if row else 0
+        for migration in migrations[version:]:
+            connection.execute(migration)
+        connection.execute(
+            "INSERT INTO schema_version VALUES (?, ?) "
+            "ON CONFLICT (room) DO UPDATE SET version = excluded.version",
+            (room, max(version, len(migrations))),
+        )
+    except BaseException:
+        connection.execute("ROLLBACK")
+        raise
+    connection.execute("COMMIT")

@@ -1,0 +1,72 @@
+"""Everything that kvmarket raises on purpose.
+
+    KVMarketError
+    ├── ConfigError              a configuration key or value is wrong
+    ├── VersionError             this vLLM version is not supported
+    ├── NotFoundError            no such document, account or receipt
+    ├── NotPublishableError      this document cannot be published
+    ├── PublishFailedError       publishing started and did not end well
+    ├── CatalogueError           the catalogue's invariants do not hold
+    ├── LedgerError              a ledger rule refused, or an invariant broke
+    └── StoreError
+        ├── ChunkMissingError    no file for this chunk
+        ├── ChunkDamagedError    a file that is not bit-exactly what was stored
+        ├── LayoutMismatchError  stored in a layout that this engine cannot use
+        └── StoreFullError       no room left on the device or in the quota
+
+Messages are one line: what is wrong, then what to do about it.
+"""
+
+from __future__ import annotations
+
+
+class KVMarketError(Exception):
+    """The root of every error that kvmarket raises on purpose."""
+
+
+class ConfigError(KVMarketError):
+    """A configuration key or value is wrong; the message names it."""
+
+
+class VersionError(KVMarketError):
+    """The installed vLLM is not one that this plugin supports."""
+
+
+class NotFoundError(KVMarketError):
+    """No such document, account or receipt."""
+
+
+class NotPublishableError(KVMarketError):
+    """This document cannot be published: empty, too short, too long, not text."""
+
+
+class PublishFailedError(KVMarketError):
+    """Publishing started and did not end with a listing; nothing was listed."""
+
+
+class CatalogueError(KVMarketError):
+    """The catalogue's invariants do not hold."""
+
+
+class LedgerError(KVMarketError):
+    """A ledger rule refused an operation, or one of its invariants broke."""
+
+
+class StoreError(KVMarketError):
+    """The store could not do what it was asked."""
+
+
+class ChunkMissingError(StoreError):
+    """There is no file for this chunk."""
+
+
+class ChunkDamagedError(StoreError):
+    """A chunk's file is not bit-exactly what was stored under its key."""
+
+
+class LayoutMismatchError(StoreError):
+    """A chunk is stored in a layout that this engine cannot use."""
+
+
+class StoreFullError(StoreError):
+    """No room is left on the device or in the store's quota."""

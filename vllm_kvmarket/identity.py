@@ -1,0 +1,251 @@
+"""Who is who: namespaces, chunk keys, document ids.
+
+All of them are BLAKE3 digests over an unambiguous encoding, the same on every machine, in every
+process, under every PYTHONHASHSEED and block size. Stored chunks are named by them: changing an
+encoding means new contexts below, and makes everything that was published unreachable.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import struct
+import sys
+import tempfile
+from array import array
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import msgspec
+from blake3 import blake3
+
+from vllm_kvmarket.errors import ConfigError
+
+CHUNK_TOKENS = 256
+KEY_BYTES = 32
+TOKEN_BYTES = 4
+ROOT = bytes(KEY_BYTES)
+
+# BLAKE3's derive-key contexts: a digest of one kind can never pass for one of another.
+_CHUNK_CONTEXT = "kvmarket 2026-11 chunk key"
+_NAMESPACE_CONTEXT = "kvmarket 2026-11 namespace"
+_WEIGHTS_CONTEXT = "kvmarket 2026-11 weights"
+_ADAPTER_CONTEXT = "kvmarket 2026-11 adapter"
+_HUB_SNAPSHOT = re.compile(r"/models--([^/]+)/snapshots/([0-9a-f]{40})(/.*)?$")
+_HEX_DIGEST = re.compile(r"[0-9a-f]{64}")
+# vLLM loads safetensors where there are any, and only then looks for the others.
+_WEIGHT_PATTERNS = (("*.safetensors",), ("*.bin", "*.pt", "*.gguf"))
+# Keys of config.json that say where a model came from or how it is run, not what it computes.
+_VOLATILE = frozenset(
+    {"_name_or_path", "transformers_version", "torch_dtype", "dtype", "use_cache"}
+)
+
+
+def pack_tokens(token_ids: Sequence[int]) -> bytes:
+    """Encode token ids as little-endian uint32.
+
+    Raises ValueError for anything that is not an integer from 0 to 2**32 - 1.
+    """
+    if isinstance(token_ids, (bytes, bytearray, memoryview)):
+        raise ValueError("token ids must be integers, not bytes that are packed already")
+    try:
+        packed = array("I", token_ids)
+    except (OverflowError, TypeError) as error:
+        raise ValueError(f"token ids must be integers from 0 to 2**32 - 1: {error}") from None
+    if sys.byteorder == "big":
+        packed.byteswap()
+    return packed.tobytes()
+
+
+def unpack_tokens(packed: bytes) -> list[int]:
+    """Decode what `pack_tokens` encoded."""
+    tokens = array("I")
+    tokens.frombytes(packed)
+    if sys.byteorder == "big":
+        tokens.byteswap()
+    return tokens.tolist()
+
+
+def chunk_key(namespace: bytes, parent: bytes, tokens: bytes) -> bytes:
+    """Digest a chunk into its 32-byte key.
+
+    `parent` is the key of the chunk before it (ROOT for none), `tokens` are packed. Each part is
+    preceded by its length, so that no two different chunks encode to the same bytes.
+    """
+    encoded = b"".join(
+        piece for part in (namespace, parent, tokens) for piece in (_length(part), part)
+    )
+    return blake3(encoded, derive_key_context=_CHUNK_CONTEXT).digest()
+
+
+def _length(part: bytes) -> bytes:
+    return struct.pack("<Q", len(part))
+
+
+def chunk_keys(
+    namespace: bytes, token_ids: Sequence[int], chunk_tokens: int = CHUNK_TOKENS
+) -> list[bytes]:
+    """Compute the keys of a token sequence's chunks, in order; the last chunk may be shorter.
+
+    Raises ValueError as `pack_tokens` does.
+    """
+    packed = pack_tokens(token_ids)
+    width = chunk_tokens * TOKEN_BYTES
+    keys: list[bytes] = []
+    parent = ROOT
+    for start in range(0, len(packed), width):
+        parent = chunk_key(namespace, parent, packed[start : start + width])
+        keys.append(parent)
+    return keys
+
+
+def document_id(leaf_key: bytes) -> str:
+    """Name the document that ends with this chunk: the key chain covers all its tokens."""
+    return f"kvd_{leaf_key.hex()[:32]}"
+
+
+class NamespaceFacts(msgspec.Struct, frozen=True):
+    """Everything that decides what KV bytes mean; equal facts, interchangeable KV.
+
+    `model_config` is in `canonical_model_config`'s spelling, `weights` and `adapter` are what
+    `weights_digest` and `adapter_digest` return.
+    """
+
+    weights: str
+    model_config: str
+    dtype: str
+    kv_dtype: str
+    quantization: str | None = None
+    adapter: str | None = None
+
+
+def namespace_digest(facts: NamespaceFacts) -> bytes:
+    """Digest these facts into their 32-byte namespace."""
+    encoded = json.dumps(msgspec.to_builtins(facts), sort_keys=True, separators=(",", ":"))
+    return blake3(encoded.encode(), derive_key_context=_NAMESPACE_CONTEXT).digest()
+
+
+def canonical_model_config(config: Mapping[str, Any]) -> str:
+    """Spell a model's config.json in one canonical way, without what cannot change its KV.
+
+    Raises ConfigError for a value whose spelling would differ from one process to the next.
+    """
+    kept = {key: value for key, value in config.items() if key not in _VOLATILE}
+    # Keys become strings before they are sorted: {2: ..., 10: ...} must sort as a file's would.
+    plain = json.loads(json.dumps(kept, default=_spelled))
+    return json.dumps(plain, sort_keys=True, separators=(",", ":"))
+
+
+def _spelled(value: object) -> object:
+    if isinstance(value, set | frozenset):
+        return sorted(value, key=repr)
+    if type(value).__str__ is object.__str__ and type(value).__repr__ is object.__repr__:
+        raise ConfigError(
+            f"the model's config holds a {type(value).__name__}, which has no fixed spelling; "
+            "kvmarket cannot tell this model's KV from another's"
+        )
+    return str(value)
+
+
+def weights_digest(model_dir: Path, cache_file: Path) -> str:
+    """Say what the weights in a folder, or in one weight file, are.
+
+    A folder of the model hub's cache names its revision ("hub:<org/name>@<revision>") and is not
+    read; any other is read whole ("blake3:<digest>"). Reading gigabytes takes seconds, so each
+    file's digest is kept in `cache_file` under its path, size and modification time; mutates that
+    file. Raises ConfigError when there are no weights, or when they change while they are read.
+    """
+    # Not resolved: the files of a hub snapshot are links to somewhere else.
+    absolute = Path(os.path.abspath(model_dir))  # noqa: PTH100  # resolve() would follow the links
+    snapshot = _HUB_SNAPSHOT.search(absolute.as_posix())
+    if snapshot:
+        name, revision, inside = snapshot.groups(default="")
+        return f"hub:{name.replace('--', '/', 1)}@{revision}{inside}"
+    files = _weight_files(absolute)
+    if not files:
+        raise ConfigError(
+            f"{model_dir} holds no weights "
+            f"({', '.join(pattern for group in _WEIGHT_PATTERNS for pattern in group)}); "
+            "kvmarket needs them to tell one model's KV from another's"
+        )
+    return f"blake3:{_digest_files(files, cache_file)}"
+
+
+def adapter_digest(adapter_dir: Path, cache_file: Path) -> str:
+    """Say what a LoRA adapter is: its weights and its adapter_config.json.
+
+    Raises ConfigError as `weights_digest` does, and for a config that is not JSON.
+    """
+    weights = weights_digest(adapter_dir, cache_file)
+    described = ""
+    config_file = adapter_dir / "adapter_config.json"
+    if config_file.exists():
+        try:
+            described = canonical_model_config(json.loads(config_file.read_text()))
+        except ValueError as error:
+            raise ConfigError(f"{config_file} is not JSON ({error}); restore it") from None
+    encoded = json.dumps([weights, described])
+    return blake3(encoded.encode(), derive_key_context=_ADAPTER_CONTEXT).hexdigest()
+
+
+def _weight_files(path: Path) -> list[Path]:
+    if path.is_file():
+        return [path]
+    for group in _WEIGHT_PATTERNS:
+        files = sorted(file for pattern in group for file in path.glob(pattern) if file.is_file())
+        if files:
+            return files
+    return []
+
+
+def _digest_files(files: Sequence[Path], cache_file: Path) -> str:
+    known = _read_cache(cache_file)
+    read: dict[str, str] = {}
+    whole = blake3(derive_key_context=_WEIGHTS_CONTEXT)
+    for file in files:
+        identity = _file_identity(file)
+        digest = known.get(identity)
+        if digest is None:
+            digest = read[identity] = _digest_file(file, identity)
+        name = os.fsencode(file.name)
+        whole.update(_length(name) + name + bytes.fromhex(digest))
+    if read:
+        _write_cache(cache_file, _read_cache(cache_file) | read)
+    return whole.hexdigest()
+
+
+def _file_identity(file: Path) -> str:
+    status = file.stat()
+    return f"{file}|{status.st_size}|{status.st_mtime_ns}"
+
+
+def _digest_file(file: Path, identity: str) -> str:
+    digest = blake3(max_threads=blake3.AUTO).update_mmap(file).hexdigest()
+    if _file_identity(file) != identity:
+        raise ConfigError(f"{file} changed while it was read; start again once it is written")
+    return digest
+
+
+def _read_cache(cache_file: Path) -> dict[str, str]:
+    """Read the digests that are known; what cannot be read or is no digest is read anew."""
+    try:
+        cache = json.loads(cache_file.read_text())
+    except (FileNotFoundError, ValueError):
+        return {}
+    if not isinstance(cache, dict):
+        return {}
+    return {
+        identity: digest
+        for identity, digest in cache.items()
+        if isinstance(digest, str) and _HEX_DIGEST.fullmatch(digest)
+    }
+
+
+def _write_cache(cache_file: Path, cache: Mapping[str, str]) -> None:
+    cache_file.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=cache_file.parent) as folder:
+        draft = Path(folder) / cache_file.name
+        draft.write_text(json.dumps(cache, indent=0))
+        draft.replace(cache_file)

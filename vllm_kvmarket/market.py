@@ -1,0 +1,265 @@
+"""The market: the one facade over catalogue, ledger and store.
+
+The same class serves publishers and researchers beside an offline engine, the command line, and the
+scheduler half of the connector inside the engine.
+"""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal, Self
+
+import msgspec
+
+from vllm_kvmarket import rendering
+from vllm_kvmarket.catalogue import Catalogue, Listing, Match
+from vllm_kvmarket.config import MarketConfig, load, to_mapping
+from vllm_kvmarket.credentials import OPERATOR, Credentials, account_subject
+from vllm_kvmarket.errors import (
+    ConfigError,
+    NotPublishableError,
+    PublishFailedError,
+)
+from vllm_kvmarket.ledger import Account, Ledger, Receipt, Transfer
+from vllm_kvmarket.purchase import Purchase
+from vllm_kvmarket.store import DiskStore
+
+CONNECTOR = "kvmarket"
+DATABASE_FILE = "market.sqlite"
+CHUNKS_FOLDER = "chunks"
+# Storing 1 GB takes seconds on a slow disk; a listing that takes longer than this is lost.
+PUBLISH_TIMEOUT_S = 600.0
+POLL_S = 0.01
+
+
+class Market:
+    """One market home: open it, publish, buy, look at the money, close it.
+
+    Several markets on one home, in one process or several, see the same listings and accounts.
+    """
+
+    def __init__(self, config: MarketConfig) -> None:
+        self.config = config
+        self.home = Path(config.home).expanduser()
+        self.credentials = Credentials.of_home(self.home)
+        self.ledger = Ledger.open(self.home / DATABASE_FILE)
+        self.catalogue = Catalogue.open(self.home / DATABASE_FILE, chunk_tokens=config.chunk_tokens)
+        self.store = DiskStore(self.home / CHUNKS_FOLDER)
+        # Catalogue writes wait for the disk; one thread keeps them off the scheduler and in order.
+        self._clerk = ThreadPoolExecutor(1, thread_name_prefix="kvmarket-clerk")
+
+    @classmethod
+    def open(
+        cls,
+        home: str | Path | None = None,
+        config: MarketConfig | Mapping[str, Any] | str | Path | None = None,
+    ) -> Self:
+        """Open the market at `home` (else the config's home), making it where there is none.
+
+        Raises ConfigError for a bad configuration.
+        """
+        chosen = config if isinstance(config, MarketConfig) else load(config)
+        if home is not None:
+            chosen = msgspec.structs.replace(chosen, home=str(home))
+        return cls(chosen)
+
+    def close(self) -> None:
+        """Finish what is under way and release the database."""
+        self._clerk.shutdown(wait=True)
+        self.ledger.close()
+        self.catalogue.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    # Settings for an engine and its requests
+
+    def transfer_config(self, **overrides: Any) -> dict[str, Any]:
+        """The `kv_transfer_config` of an engine on this market: LLM(kv_transfer_config=...).
+
+        `overrides` are keys of the market's configuration, or `kv_load_failure_policy`. Raises
+        ConfigError for unknown keys and for the policy "fail".
+        """
+        policy = overrides.pop("kv_load_failure_policy", "recompute")
+        if policy != "recompute":
+            raise ConfigError(
+                f"kv_load_failure_policy {policy!r} would fail a buyer's request for a damaged chunk; "
+                'leave it out, or say "recompute"'
+            )
+        merged = load({**to_mapping(self.config), "home": str(self.home), **overrides})
+        return {
+            "kv_connector": CONNECTOR,
+            "kv_role": "kv_both",
+            "kv_load_failure_policy": policy,
+            "kv_connector_extra_config": to_mapping(merged),
+        }
+
+    def params(self, account: str | None = None) -> dict[str, Any]:
+        """What a request that buys on `account` carries: SamplingParams(extra_args=...).
+
+        Over HTTP, the same object's `kv_transfer_params` goes into the body. The token in it lets
+        whoever holds it buy on the account.
+        """
+        wish: dict[str, Any] = {}
+        if account is not None:
+            wish = {"account": account, "token": self.credentials.token(account_subject(account))}
+        return {"kv_transfer_params": {CONNECTOR: wish}}
+
+    # Publishing and preloading, beside an offline engine
+
+    def publish(
+        self,
+        llm: Any,
+        text: str | None = None,
+        *,
+        token_ids: Sequence[int] | None = None,
+        title: str = "",
+        publisher: str = "publisher",
+        cache_read_nano_per_mtok: int | None = None,
+        royalty_ppm: int | None = None,
+        as_: Literal["text", "chat"] = "text",
+    ) -> Listing:
+        """Prefill a document once on `llm` (a vllm.LLM on this market) and list it.
+
+        Give `text`, rendered `as_` plain text or as the first chat message, or `token_ids`. Returns
+        the live listing, when every chunk is durable; a document that is listed already comes back as
+        it is. Raises NotPublishableError (nothing was tried) and PublishFailedError (nothing was
+        listed).
+        """
+        tokens = list(token_ids) if token_ids is not None else rendering.render(llm, text or "", as_)
+        rendering.check_publishable(llm, tokens)
+        self.create_account(publisher, "publisher")
+        answer = self._operate(
+            llm,
+            tokens,
+            publish={
+                "title": title,
+                "publisher": publisher,
+                "rendered_as": as_,
+                "cache_read_nano_per_mtok": cache_read_nano_per_mtok,
+                "royalty_ppm": royalty_ppm,
+            },
+        )
+        if reason := answer.get("declined"):
+            raise NotPublishableError(f"{title or 'the document'}: {reason}")
+        return self.wait_for_listing(answer["document_id"])
+
+    def wait_for_listing(self, document_id: str, timeout_s: float = PUBLISH_TIMEOUT_S) -> Listing:
+        """Wait until a document is live. Raises PublishFailedError with the reason when it failed."""
+        deadline = time.monotonic() + timeout_s
+        while True:
+            listing = self.catalogue.get(document_id)
+            if listing.state == "live":
+                return listing
+            if listing.state != "publishing":
+                raise PublishFailedError(f"{listing.title or document_id}: {listing.reason}")
+            if time.monotonic() > deadline:
+                raise PublishFailedError(
+                    f"{listing.title or document_id}: not listed after {timeout_s:.0f} s; "
+                    "look at the engine's log, then publish it again"
+                )
+            time.sleep(POLL_S)
+
+    def preload(self, llm: Any, document_id: str) -> int:
+        """Bring a document into `llm`'s paged cache before anyone asks; free of charge.
+
+        Returns the tokens that are there now. Raises NotFoundError for an unknown document.
+        """
+        answer = self._operate(llm, self.catalogue.tokens_of(document_id), preload=True)
+        return int(answer.get("reused_tokens", 0))
+
+    def _operate(self, llm: Any, tokens: list[int], **wish: Any) -> dict[str, Any]:
+        sampling = llm.get_default_sampling_params()
+        sampling.max_tokens = 1
+        sampling.temperature = 0.0
+        wish["token"] = self.credentials.token(OPERATOR)
+        sampling.extra_args = {"kv_transfer_params": {CONNECTOR: wish}}
+        (output,) = llm.generate([{"prompt_token_ids": tokens}], sampling, use_tqdm=False)
+        answer = (output.kv_transfer_params or {}).get(CONNECTOR)
+        if answer is None:
+            raise ConfigError(
+                "this engine is not on a market: start it with kv_transfer_config=market.transfer_config()"
+            )
+        return dict(answer)
+
+    def delist(self, document_id: str) -> None:
+        """Take a document off the market at once. Raises NotFoundError."""
+        self.catalogue.delist(document_id)
+
+    # Money
+
+    def create_account(self, account: str, kind: str = "buyer") -> Account:
+        """Open an account; an existing one of the same kind is returned. Raises LedgerError."""
+        return self.ledger.create_account(account, kind)
+
+    def deposit(self, account: str, amount_nano: int, transfer_id: str | None = None) -> Transfer:
+        """Bring money in from the outside world; idempotent under `transfer_id`. Raises LedgerError."""
+        return self.ledger.deposit(account, amount_nano, transfer_id or f"deposit:{uuid.uuid4().hex}")
+
+    def receipts(self, account: str | None = None, limit: int | None = None) -> list[Receipt]:
+        """Receipts, newest first, of one buyer or of all."""
+        return self.ledger.receipts(account=account, limit=limit)
+
+    # For the scheduler half: nothing here waits for disk or database
+
+    def match(self, namespace: bytes, token_ids: Sequence[int]) -> Match | None:
+        """The longest published prefix that is long enough to be sold; memory only."""
+        found = self.catalogue.match(namespace, token_ids)
+        if found is None or found.token_count < self.config.min_reuse_tokens:
+            return None
+        return found
+
+    def reserve(
+        self, *, key: str, request_id: str, account: str, match: Match, model: str
+    ) -> Purchase:
+        """Start to reserve the most that reusing `match` can cost; see Purchase."""
+        listing = match.listing
+        return Purchase(
+            self.ledger,
+            key=key,
+            request_id=request_id,
+            account=account,
+            match=match,
+            terms=self.config.tariff.terms(listing.cache_read_nano_per_mtok, listing.royalty_ppm),
+            model=model,
+            timeout_s=self.config.reservation_timeout_s,
+        )
+
+    def begin_listing(self, listing: Listing, token_ids: Sequence[int]) -> Future[Listing]:
+        """Note that a document is being published; see Catalogue.begin."""
+        return self._clerk.submit(self.catalogue.begin, listing, token_ids)
+
+    def commit_listing(
+        self, document_id: str, stored_bytes: int, stored_keys: Sequence[bytes]
+    ) -> Future[None]:
+        """Put a document on offer: every chunk of it is durable, `stored_keys` just now."""
+        return self._clerk.submit(self._commit_listing, document_id, stored_bytes, stored_keys)
+
+    def _commit_listing(
+        self, document_id: str, stored_bytes: int, stored_keys: Sequence[bytes]
+    ) -> None:
+        for key in stored_keys:
+            self.catalogue.heal(key)
+        if self.catalogue.get(document_id).state == "publishing":
+            self.catalogue.commit(document_id, stored_bytes)
+
+    def fail_listing(self, document_id: str, reason: str) -> Future[None]:
+        """Note that publishing ended without a listing."""
+        return self._clerk.submit(self.catalogue.fail, document_id, reason)
+
+    def report_damage(self, key: bytes) -> Future[None]:
+        """A stored chunk could not be loaded: nobody shall be sold it until it is stored again."""
+        return self._clerk.submit(self.catalogue.report_damage, key)

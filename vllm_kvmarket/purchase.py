@@ -1,0 +1,193 @@
+"""One request's reuse of one listing, from reservation to receipt.
+
+A purchase is reserved when its request arrives and closed exactly once: settled for what was really
+reused, or voided. The ledger's ids derive from the purchase's key, so that a retry changes nothing.
+"""
+
+from __future__ import annotations
+
+import enum
+import time
+from concurrent.futures import Future
+from dataclasses import dataclass
+
+from vllm_kvmarket.catalogue import Match
+from vllm_kvmarket.ledger import (
+    Ledger,
+    Operation,
+    Outcome,
+    Receipt,
+    Result,
+    pending,
+    plain,
+    post,
+    void,
+)
+from vllm_kvmarket.tariff import Terms
+
+PROVIDER = "provider"
+
+
+class PurchaseState(enum.Enum):
+    """Where a purchase stands."""
+
+    RESERVING = "reserving"
+    RESERVED = "reserved"
+    REFUSED = "refused"
+    SETTLED = "settled"
+    VOIDED = "voided"
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """What a request really used, in tokens.
+
+    `reused` of the match's `matched` tokens were not computed: `loaded` came from the store and
+    `from_paged_cache` lay in vLLM's paged cache. `failed` ones could not be loaded and were
+    computed, and so are in `computed`.
+    """
+
+    matched: int
+    reused: int
+    loaded: int
+    from_paged_cache: int
+    failed: int
+    computed: int
+    output: int
+
+
+class Purchase:
+    """A reservation on the way to its receipt; used by one thread."""
+
+    def __init__(
+        self,
+        ledger: Ledger,
+        *,
+        key: str,
+        request_id: str,
+        account: str,
+        match: Match,
+        terms: Terms,
+        model: str,
+        timeout_s: int,
+    ) -> None:
+        self._ledger = ledger
+        self.key = key
+        self.request_id = request_id
+        self.account = account
+        self.match = match
+        self.terms = terms
+        self.receipt: Receipt | None = None
+        self.refusal = ""
+        self._model = model
+        self._state = PurchaseState.RESERVING
+        self._reservation: Future[list[Result]] = ledger.submit(
+            [
+                pending(
+                    id=self.reservation_id,
+                    debit=account,
+                    credit=PROVIDER,
+                    amount_nano=terms.charge_nano(match.token_count),
+                    timeout_s=timeout_s,
+                    code="reuse",
+                    user_data=match.listing.document_id,
+                )
+            ]
+        )
+
+    @property
+    def reservation_id(self) -> str:
+        """The pending transfer's id."""
+        return f"{self.key}:reserve"
+
+    def state(self) -> PurchaseState:
+        """Where the purchase stands now; never waits."""
+        if self._state is PurchaseState.RESERVING and self._reservation.done():
+            self._take_reservation()
+        return self._state
+
+    def _take_reservation(self) -> None:
+        error = self._reservation.exception()
+        if error is not None:
+            self._refuse(f"the ledger could not reserve: {error}")
+            return
+        result = self._reservation.result()[0]
+        if result.outcome in (Outcome.OK, Outcome.EXISTS):
+            self._state = PurchaseState.RESERVED
+        elif result.outcome is Outcome.EXCEEDS_CREDITS:
+            self._refuse(f"account {self.account!r} has not enough funds")
+        elif result.outcome is Outcome.UNKNOWN_ACCOUNT:
+            self._refuse(f"there is no account {self.account!r}")
+        else:
+            self._refuse(f"the ledger refused: {result.outcome.name.lower()} {result.detail}".rstrip())
+
+    def _refuse(self, reason: str) -> None:
+        self._state = PurchaseState.REFUSED
+        self.refusal = reason
+
+    def settle(self, usage: Usage) -> Receipt:
+        """Post the charge for what was reused, pay the royalty, store the receipt; once.
+
+        Returns at once with the receipt; the ledger makes it durable in one transaction with the
+        transfers. A second call returns the first call's receipt and charges nothing.
+        """
+        if self.receipt is None:
+            assert self.state() is PurchaseState.RESERVED, self._state
+            self.receipt, operations = self._settlement(usage)
+            self._state = PurchaseState.SETTLED
+            self._ledger.submit(operations, receipt=self.receipt)
+        return self.receipt
+
+    def _settlement(self, usage: Usage) -> tuple[Receipt, list[Operation]]:
+        listing = self.match.listing
+        charge = self.terms.charge_nano(usage.reused)
+        royalty = self.terms.royalty_nano(charge)
+        operations: list[Operation] = [
+            post(id=f"{self.key}:settle", pending_id=self.reservation_id, amount_nano=charge)
+        ]
+        if royalty:
+            operations.append(
+                plain(
+                    id=f"{self.key}:royalty",
+                    debit=PROVIDER,
+                    credit=listing.publisher,
+                    amount_nano=royalty,
+                    code="royalty",
+                    user_data=listing.document_id,
+                )
+            )
+        receipt = Receipt(
+            id=f"kvr_{self.key}",
+            request_id=self.request_id,
+            account=self.account,
+            document_id=listing.document_id,
+            title=listing.title,
+            publisher=listing.publisher,
+            tokens_matched=usage.matched,
+            tokens_reused=usage.reused,
+            tokens_loaded=usage.loaded,
+            tokens_from_paged_cache=usage.from_paged_cache,
+            tokens_failed=usage.failed,
+            tokens_computed=usage.computed,
+            tokens_output=usage.output,
+            input_nano_per_mtok=self.terms.input_nano_per_mtok,
+            cache_read_nano_per_mtok=self.terms.cache_read_nano_per_mtok,
+            royalty_ppm=self.terms.royalty_ppm,
+            charge_nano=charge,
+            royalty_nano=royalty,
+            recompute_nano=self.terms.recompute_nano(usage.reused),
+            reservation_id=self.reservation_id,
+            transfer_ids=tuple(operation.id for operation in operations),
+            created_at_s=time.time(),
+            model=self._model,
+            namespace=listing.namespace.hex(),
+        )
+        return receipt, operations
+
+    def void(self) -> None:
+        """Release the reservation: nothing was reused, or no answer came; once, then nothing."""
+        if self._state in (PurchaseState.RESERVING, PurchaseState.RESERVED):
+            # The ledger applies batches in the order of submission, so that a void behind a
+            # reservation still under way finds it (or finds nothing, where it was refused).
+            self._ledger.submit([void(id=f"{self.key}:void", pending_id=self.reservation_id)])
+            self._state = PurchaseState.VOIDED

@@ -1,0 +1,63 @@
+"""From a document's text to the tokens that are published and matched.
+
+Tokens decide what is sold. Published as chat, a document is rendered through the model's chat
+template up to the last token that does not depend on what the buyer asks behind it.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from vllm_kvmarket.errors import NotPublishableError
+
+# What buyers may write behind a document, inside its message: each starts in a way that tokenizers
+# merge differently with the document's end.
+_CONTINUATIONS = ("\n\nWhat is this?", "\nwho", " Explain.", "0", "\n\n\n- a")
+
+
+def render(llm: Any, text: str, as_: Literal["text", "chat"]) -> list[int]:
+    """The tokens under which `text` is published on `llm`. Raises NotPublishableError."""
+    if not text.strip():
+        raise NotPublishableError("the document is empty; there is nothing to publish")
+    tokenizer = llm.get_tokenizer()
+    if as_ == "text":
+        return list(tokenizer(text)["input_ids"])
+    if not getattr(tokenizer, "chat_template", None):
+        raise NotPublishableError(
+            "this model has no chat template; publish the document as text instead"
+        )
+    conversations = [[{"role": "user", "content": text + more}] for more in _CONTINUATIONS]
+    conversations.append([{"role": "user", "content": text}, {"role": "user", "content": "a"}])
+    rendered = [
+        tokenizer.apply_chat_template(conversation, add_generation_prompt=True, return_dict=False)
+        for conversation in conversations
+    ]
+    return common_prefix(rendered)
+
+
+def common_prefix(sequences: list[list[int]]) -> list[int]:
+    """The longest prefix that all sequences share."""
+    shared: list[int] = []
+    for column in zip(*sequences, strict=False):
+        if any(token != column[0] for token in column):
+            break
+        shared.append(column[0])
+    return shared
+
+
+def check_publishable(llm: Any, tokens: list[int]) -> None:
+    """Raises NotPublishableError for a document that `llm` could not publish."""
+    config = llm.llm_engine.vllm_config
+    block_tokens = config.cache_config.block_size
+    context = config.model_config.max_model_len
+    if len(tokens) < block_tokens:
+        raise NotPublishableError(
+            f"the document has {len(tokens)} tokens, fewer than one block ({block_tokens}); "
+            "reusing it would save nothing"
+        )
+    # One token of an answer must still fit.
+    if len(tokens) >= context:
+        raise NotPublishableError(
+            f"the document has {len(tokens)} tokens and the model's context is {context}; "
+            "publish it in parts, or raise --max-model-len"
+        )

@@ -26,7 +26,7 @@ from vllm_kvmarket.errors import (
     PublishFailedError,
 )
 from vllm_kvmarket.ledger import Account, Ledger, Receipt, Transfer
-from vllm_kvmarket.purchase import Purchase
+from vllm_kvmarket.purchase import Purchase, WriteCharge
 from vllm_kvmarket.store import DiskStore
 
 CONNECTOR = "kvmarket"
@@ -63,7 +63,7 @@ class Market:
 
         Raises ConfigError for a bad configuration.
         """
-        chosen = config if isinstance(config, MarketConfig) else load(config)
+        chosen = load(config)
         if home is not None:
             chosen = msgspec.structs.replace(chosen, home=str(home))
         return cls(chosen)
@@ -235,6 +235,22 @@ class Market:
             match=match,
             terms=self.config.tariff.terms(listing.cache_read_nano_per_mtok, listing.royalty_ppm),
             model=model,
+            timeout_s=self.config.reservation_timeout_s,
+        )
+
+    def reserve_write(
+        self, *, key: str, publisher: str, document_id: str, tokens: int
+    ) -> WriteCharge | None:
+        """Start to reserve what storing `tokens` costs the publisher; None where it is free."""
+        amount = self.config.tariff.write_nano(tokens)
+        if amount == 0:
+            return None
+        return WriteCharge(
+            self.ledger,
+            key=key,
+            publisher=publisher,
+            document_id=document_id,
+            amount_nano=amount,
             timeout_s=self.config.reservation_timeout_s,
         )
 

@@ -191,3 +191,67 @@ class Purchase:
             # reservation still under way finds it (or finds nothing, where it was refused).
             self._ledger.submit([void(id=f"{self.key}:void", pending_id=self.reservation_id)])
             self._state = PurchaseState.VOIDED
+
+
+class WriteCharge:
+    """What a publisher pays for storing a document: reserved on arrival, posted with the listing."""
+
+    def __init__(
+        self,
+        ledger: Ledger,
+        *,
+        key: str,
+        publisher: str,
+        document_id: str,
+        amount_nano: int,
+        timeout_s: int,
+    ) -> None:
+        self._ledger = ledger
+        self._key = key
+        self._amount_nano = amount_nano
+        self._publisher = publisher
+        self._reservation = ledger.submit(
+            [
+                pending(
+                    id=f"{key}:reserve",
+                    debit=publisher,
+                    credit=PROVIDER,
+                    amount_nano=amount_nano,
+                    timeout_s=timeout_s,
+                    code="publish",
+                    user_data=document_id,
+                )
+            ]
+        )
+
+    def refusal(self) -> str:
+        """Why the publisher cannot pay; empty when it can. Waits for the ledger when it must."""
+        error = self._reservation.exception()
+        if error is not None:
+            return f"the ledger could not reserve: {error}"
+        if self._reservation.result()[0].outcome.good:
+            return ""
+        return (
+            f"publisher {self._publisher!r} cannot pay {self._amount_nano} nano-units for storing it; "
+            "make a deposit, then publish again"
+        )
+
+    def done(self) -> bool:
+        """Whether the ledger has answered; never waits."""
+        return self._reservation.done()
+
+    def settle(self) -> None:
+        """Post the charge: the document is listed."""
+        self._ledger.submit(
+            [
+                post(
+                    id=f"{self._key}:settle",
+                    pending_id=f"{self._key}:reserve",
+                    amount_nano=self._amount_nano,
+                )
+            ]
+        )
+
+    def void(self) -> None:
+        """Release the reservation: nothing was listed."""
+        self._ledger.submit([void(id=f"{self._key}:void", pending_id=f"{self._key}:reserve")])

@@ -44,6 +44,12 @@ def publish(
     return catalogue.commit(begun.document_id, stored_bytes=1000)
 
 
+def matched(catalogue: Catalogue, token_ids: Sequence[int]) -> int:
+    """Count the tokens of a request that a catalogue matches."""
+    match = catalogue.match(NAMESPACE, token_ids)
+    return match.token_count if match else 0
+
+
 def start_process(script: str, *arguments: object) -> subprocess.Popen[str]:
     """Run a script in a process of its own that talks over stdin and stdout.
 

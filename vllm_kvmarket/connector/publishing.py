@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from vllm_kvmarket.catalogue import Listing
 from vllm_kvmarket.connector.messages import ChunkSave, SavePlan
 from vllm_kvmarket.connector.params import PublishParams
-from vllm_kvmarket.connector.requests import Publishing, RequestState
+from vllm_kvmarket.connector.requests import Decision, Publishing, RequestState
 from vllm_kvmarket.identity import ROOT, chunk_keys, document_id, pack_tokens
 from vllm_kvmarket.market import Market
 
@@ -41,6 +41,7 @@ def start_publishing(
     wish: PublishParams,
     namespace: bytes | None,
     block_tokens: int,
+    engine: str,
 ) -> None:
     """Note the document in the catalogue and the work in `state`, or decline; mutates `state`."""
     state.declined = refusal(request, namespace, block_tokens)
@@ -51,37 +52,42 @@ def start_publishing(
     keys = tuple(chunk_keys(namespace, request.prompt_token_ids, chunk_tokens))
     packed = pack_tokens(request.prompt_token_ids)
     width = chunk_tokens * TOKEN_BYTES
+    name = document_id(keys[-1])
+    listing = Listing(
+        document_id=name,
+        namespace=namespace,
+        title=wish.title,
+        publisher=wish.publisher,
+        token_count=request.num_prompt_tokens,
+        rendered_as=wish.rendered_as,
+        cache_read_nano_per_mtok=wish.cache_read_nano_per_mtok,
+        royalty_ppm=wish.royalty_ppm,
+        created_at_s=time.time(),
+    )
     state.publishing = Publishing(
-        document_id=document_id(keys[-1]),
+        document_id=name,
         namespace=namespace,
         keys=keys,
         parents=(ROOT, *keys[:-1]),
         tokens=tuple(packed[i : i + width] for i in range(0, len(packed), width)),
-        write_charge=market.reserve_write(
-            key=f"publish:{request.request_id}",
+        begun=market.begin_listing(listing, request.prompt_token_ids),
+        charge=market.reserve_write(
+            key=f"publish:{engine}:{request.request_id}",
             publisher=wish.publisher,
-            document_id=document_id(keys[-1]),
+            document_id=name,
             tokens=request.num_prompt_tokens - state.limit,
         ),
     )
-    market.begin_listing(
-        Listing(
-            document_id=state.publishing.document_id,
-            namespace=namespace,
-            title=wish.title,
-            publisher=wish.publisher,
-            token_count=request.num_prompt_tokens,
-            rendered_as=wish.rendered_as,
-            cache_read_nano_per_mtok=wish.cache_read_nano_per_mtok,
-            royalty_ppm=wish.royalty_ppm,
-            state="publishing",
-            reason="",
-            created_at_s=time.time(),
-            stored_bytes=0,
-            chunk_keys=keys,
-        ),
-        request.prompt_token_ids,
-    )
+    state.decision = Decision.PENDING
+
+
+def begun(publishing: Publishing) -> str | None:
+    """None while the catalogue and the ledger are still at it; then why it cannot go on, or ""."""
+    if not publishing.begun.done() or (publishing.charge and not publishing.charge.done()):
+        return None
+    if (error := publishing.begun.exception()) is not None:
+        return str(error)
+    return publishing.charge.refusal() if publishing.charge else ""
 
 
 def save_plan(
@@ -90,10 +96,9 @@ def save_plan(
     """The chunks of the document that nobody has published yet, from the request's blocks."""
     publishing = state.publishing
     assert publishing is not None
-    there = {chunk.key for chunk in state.match.chunks} if state.match else set()
-    if state.failed:
-        # What could not be loaded was computed again, and replaces the bad file.
-        there = {chunk.key for chunk in state.match.chunks[: state.limit // chunk_tokens]}  # type: ignore[union-attr]
+    # What could not be loaded was computed again, and replaces the bad file: state.limit says where.
+    whole = state.match.chunks[: -(-state.limit // chunk_tokens)] if state.match else ()
+    there = {chunk.key for chunk in whole}
     pages = chunk_tokens // block_tokens
     chunks = []
     for index, key in enumerate(publishing.keys):

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import enum
 import re
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 
-from vllm_kvmarket.catalogue import Match
+from vllm_kvmarket.catalogue import Listing, Match
 from vllm_kvmarket.connector.messages import ChunkLoad, LoadPlan, LoadReport, SaveReport
-from vllm_kvmarket.purchase import Purchase, Usage
+from vllm_kvmarket.purchase import Purchase, Usage, WriteCharge
 
 _CHILD = re.compile(r"\d+_(.+)")
 _RANDOM_SUFFIX = re.compile(r"-[0-9a-f]{8}$")
@@ -42,9 +43,10 @@ class Publishing:
     keys: tuple[bytes, ...]
     tokens: tuple[bytes, ...]
     parents: tuple[bytes, ...]
+    begun: Future[Listing]
+    charge: WriteCharge | None
     report: SaveReport = field(default_factory=SaveReport)
     saving: tuple[bytes, ...] = ()
-    purchase: Purchase | None = None
 
 
 @dataclass(slots=True)

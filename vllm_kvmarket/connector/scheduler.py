@@ -18,7 +18,7 @@ from vllm_kvmarket.config import MarketConfig
 from vllm_kvmarket.connector import params as wishes
 from vllm_kvmarket.connector.messages import Instructions, SavePlan, WorkerReport
 from vllm_kvmarket.connector.namespaces import Namespaces
-from vllm_kvmarket.connector.publishing import save_plan, start_publishing
+from vllm_kvmarket.connector.publishing import begun, save_plan, start_publishing
 from vllm_kvmarket.connector.requests import (
     Decision,
     RequestState,
@@ -90,7 +90,15 @@ class SchedulerHalf:
         if isinstance(wish, wishes.Declined):
             self._recompute(state, request, wish.reason)
         elif wish.publish is not None:
-            start_publishing(self._market, state, request, wish.publish, namespace, self._block_tokens)
+            start_publishing(
+                self._market,
+                state,
+                request,
+                wish.publish,
+                namespace,
+                self._block_tokens,
+                self._engine,
+            )
         elif not wish.preload:
             self._buy(state, request, wish.account)
 
@@ -127,7 +135,16 @@ class SchedulerHalf:
     def num_external_tokens(self, request: Request, local: int) -> tuple[int | None, bool]:
         """Tokens to load behind the `local` ones, and whether asynchronously; None: ask again."""
         state = self._states.get(request.request_id)
-        if state is None or state.match is None:
+        if state is None:
+            return 0, False
+        if state.publishing is not None and state.decision is Decision.PENDING:
+            # Nothing is computed for a document that could not be listed afterwards.
+            problem = begun(state.publishing)
+            if problem is None:
+                return None, False
+            state.declined = problem
+            state.decision = Decision.REUSE
+        if state.match is None:
             return 0, False
         if state.decision is Decision.PENDING:
             assert state.purchase is not None
@@ -186,8 +203,8 @@ class SchedulerHalf:
                 if (state := self._saving.get(request_id)) is not None and state.publishing:
                     state.publishing.report.add(save)
         for request_id in output.finished_sending or ():
-            if (state := self._saving.pop(request_id, None)) is not None:
-                self._list(state)
+            if (state := self._saving.pop(request_id, None)) is not None and state.publishing:
+                self._end_publishing(state, state.publishing.report.failure)
 
     def finished(self, request: Request, block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:
         """Close the request: settle or void, or start to save. Whether its blocks are still needed."""
@@ -236,29 +253,35 @@ class SchedulerHalf:
         assert publishing is not None
         answer = {wishes.FIELD: self._answer(state, request)}
         answer[wishes.FIELD]["document_id"] = publishing.document_id
-        if request.status not in ANSWERED:
-            self._market.fail_listing(publishing.document_id, "the publishing request was aborted")
+        if request.status not in ANSWERED or state.declined:
+            self._end_publishing(state, state.declined or "the publishing request was aborted")
             return False, answer
         plan: SavePlan = save_plan(
             state, block_ids, self._block_tokens, self._config.chunk_tokens
         )
         publishing.saving = tuple(chunk.key for chunk in plan.chunks)
         if not plan.chunks:
-            self._list(state)
+            self._end_publishing(state, "")
             return False, answer
         self._next.saves.append(plan)
         self._saving[request.request_id] = state
         return True, answer
 
-    def _list(self, state: RequestState) -> None:
+    def _end_publishing(self, state: RequestState, failure: str) -> None:
+        """List the document, or note why not; and charge for storing it, or do not."""
         publishing = state.publishing
         assert publishing is not None
-        if publishing.report.failure:
-            done = self._market.fail_listing(publishing.document_id, publishing.report.failure)
+        if failure:
+            done = self._market.fail_listing(publishing.document_id, failure)
         else:
             done = self._market.commit_listing(
                 publishing.document_id, publishing.report.stored_bytes, publishing.saving
             )
+        if publishing.charge is not None:
+            if failure or not publishing.saving:
+                publishing.charge.void()
+            else:
+                publishing.charge.settle()
         done.add_done_callback(_log_failure)
 
 

@@ -51,6 +51,7 @@ class Transfers:
         self._store = store
         self._cache = cache
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="kvmarket-io")
+        self._layers = range(cache.layer_count)
         self._local = threading.local()
         self._changed = threading.Condition()
         self._under_way = 0
@@ -113,15 +114,12 @@ class Transfers:
         first, last = chunk.first_page, chunk.first_page + len(chunk.block_ids)
         with self._store.open(chunk.key, self._cache.layout, namespace) as stored:
             if self._cache.on_host:
-                for layer in range(self._cache.layer_count):
-                    stored.copy_pages(
-                        layer, first, last, self._cache.host_pages(layer, chunk.block_ids)
-                    )
+                pages = [self._cache.host_pages(layer, chunk.block_ids) for layer in self._layers]
+                stored.copy_all_pages(first, last, pages)
                 return
             staging = self._staging()
-            for layer in range(self._cache.layer_count):
-                buffer = staging.buffer(layer, last - first)
-                stored.copy_pages(layer, first, last, [buffer])
+            for layer in self._layers:
+                stored.copy_pages(layer, first, last, [staging.buffer(layer, last - first)])
                 staging.upload(layer, chunk.block_ids)
             staging.finish()
 
@@ -141,12 +139,11 @@ class Transfers:
 
     def _save_chunk(self, namespace: bytes, chunk: ChunkSave, report: SaveReport) -> None:
         layers: list[list[Bytes]]
-        indices = range(self._cache.layer_count)
         if self._cache.on_host:
-            layers = [self._cache.host_pages(layer, chunk.block_ids) for layer in indices]
+            layers = [self._cache.host_pages(layer, chunk.block_ids) for layer in self._layers]
         else:
             staging = self._staging()
-            layers = [[staging.download(layer, chunk.block_ids)] for layer in indices]
+            layers = [[staging.download(layer, chunk.block_ids)] for layer in self._layers]
         report.stored_bytes += self._store.put(
             key=chunk.key,
             parent=chunk.parent,

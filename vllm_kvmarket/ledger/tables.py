@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import apsw
 import msgspec
@@ -67,7 +68,7 @@ MIGRATIONS = (
 
 ACCOUNT_COLUMNS = ", ".join(Account.__struct_fields__)
 TRANSFER_COLUMNS = ", ".join(Transfer.__struct_fields__)
-Row = tuple[apsw.SQLiteValue, ...]
+Row = tuple[Any, ...]
 
 
 def account_from(row: Row) -> Account:
@@ -133,7 +134,7 @@ class StoredBooks:
 
     def put_transfer(self, transfer: Transfer) -> None:
         """See Books."""
-        values: list[apsw.SQLiteValue] = [
+        values: list[Any] = [
             getattr(transfer, field) for field in Transfer.__struct_fields__
         ]
         values[Transfer.__struct_fields__.index("pending_id")] = transfer.pending_id or None

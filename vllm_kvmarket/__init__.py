@@ -1,1 +1,42 @@
-"""kvmarket: a market for KV caches inside vLLM."""
+"""kvmarket turns vLLM's automatic prefix caching into a market for KV caches.
+
+`Market` is the one entry point; everything it raises on purpose is a `KVMarketError`.
+"""
+
+from vllm_kvmarket.config import MarketConfig
+from vllm_kvmarket.errors import (
+    CatalogueError,
+    ChunkDamagedError,
+    ChunkMissingError,
+    ConfigError,
+    KVMarketError,
+    LayoutMismatchError,
+    LedgerError,
+    NotFoundError,
+    NotPublishableError,
+    PublishFailedError,
+    StoreError,
+    StoreFullError,
+    VersionError,
+)
+from vllm_kvmarket.market import Market
+from vllm_kvmarket.tariff import Tariff
+
+__all__ = [
+    "CatalogueError",
+    "ChunkDamagedError",
+    "ChunkMissingError",
+    "ConfigError",
+    "KVMarketError",
+    "LayoutMismatchError",
+    "LedgerError",
+    "Market",
+    "MarketConfig",
+    "NotFoundError",
+    "NotPublishableError",
+    "PublishFailedError",
+    "StoreError",
+    "StoreFullError",
+    "Tariff",
+    "VersionError",
+]

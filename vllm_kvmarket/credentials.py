@@ -14,7 +14,7 @@ from pathlib import Path
 
 from vllm_kvmarket.errors import ConfigError
 
-SECRET_FILE = "operator.key"
+SECRET_FILE = "operator.key"  # noqa: S105  # its name, not the secret
 SECRET_BYTES = 32
 OPERATOR = "operator"
 

@@ -96,7 +96,7 @@ class Market:
         policy = overrides.pop("kv_load_failure_policy", "recompute")
         if policy != "recompute":
             raise ConfigError(
-                f"kv_load_failure_policy {policy!r} would fail a buyer's request for a damaged chunk; "
+                f"kv_load_failure_policy {policy!r} would fail a request for a damaged chunk; "
                 'leave it out, or say "recompute"'
             )
         merged = load({**to_mapping(self.config), "home": str(self.home), **overrides})
@@ -135,11 +135,14 @@ class Market:
         """Prefill a document once on `llm` (a vllm.LLM on this market) and list it.
 
         Give `text`, rendered `as_` plain text or as the first chat message, or `token_ids`. Returns
-        the live listing, when every chunk is durable; a document that is listed already comes back as
+        the live listing, when every chunk is durable; a document that is listed already comes back
+        as
         it is. Raises NotPublishableError (nothing was tried) and PublishFailedError (nothing was
         listed).
         """
-        tokens = list(token_ids) if token_ids is not None else rendering.render(llm, text or "", as_)
+        tokens = (
+            list(token_ids) if token_ids is not None else rendering.render(llm, text or "", as_)
+        )
         rendering.check_publishable(llm, tokens)
         self.create_account(publisher, "publisher")
         answer = self._operate(
@@ -158,7 +161,9 @@ class Market:
         return self.wait_for_listing(answer["document_id"])
 
     def wait_for_listing(self, document_id: str, timeout_s: float = PUBLISH_TIMEOUT_S) -> Listing:
-        """Wait until a document is live. Raises PublishFailedError with the reason when it failed."""
+        """Wait until a document is live. Raises PublishFailedError with the reason when it
+        failed.
+        """
         deadline = time.monotonic() + timeout_s
         while True:
             listing = self.catalogue.get(document_id)
@@ -191,7 +196,8 @@ class Market:
         answer = (output.kv_transfer_params or {}).get(CONNECTOR)
         if answer is None:
             raise ConfigError(
-                "this engine is not on a market: start it with kv_transfer_config=market.transfer_config()"
+                "this engine is not on a market: start it with "
+                "kv_transfer_config=market.transfer_config()"
             )
         return dict(answer)
 
@@ -206,8 +212,12 @@ class Market:
         return self.ledger.create_account(account, kind)
 
     def deposit(self, account: str, amount_nano: int, transfer_id: str | None = None) -> Transfer:
-        """Bring money in from the outside world; idempotent under `transfer_id`. Raises LedgerError."""
-        return self.ledger.deposit(account, amount_nano, transfer_id or f"deposit:{uuid.uuid4().hex}")
+        """Bring money in from the outside world; idempotent under `transfer_id`. Raises
+        LedgerError.
+        """
+        return self.ledger.deposit(
+            account, amount_nano, transfer_id or f"deposit:{uuid.uuid4().hex}"
+        )
 
     def receipts(self, account: str | None = None, limit: int | None = None) -> list[Receipt]:
         """Receipts, newest first, of one buyer or of all."""

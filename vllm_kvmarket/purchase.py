@@ -119,7 +119,9 @@ class Purchase:
         elif result.outcome is Outcome.UNKNOWN_ACCOUNT:
             self._refuse(f"there is no account {self.account!r}")
         else:
-            self._refuse(f"the ledger refused: {result.outcome.name.lower()} {result.detail}".rstrip())
+            self._refuse(
+                f"the ledger refused: {result.outcome.name.lower()} {result.detail}".rstrip()
+            )
 
     def _refuse(self, reason: str) -> None:
         self._state = PurchaseState.REFUSED
@@ -194,7 +196,9 @@ class Purchase:
 
 
 class WriteCharge:
-    """What a publisher pays for storing a document: reserved on arrival, posted with the listing."""
+    """What a publisher pays for storing a document: reserved on arrival, posted with the
+    listing.
+    """
 
     def __init__(
         self,
@@ -232,8 +236,8 @@ class WriteCharge:
         if self._reservation.result()[0].outcome.good:
             return ""
         return (
-            f"publisher {self._publisher!r} cannot pay {self._amount_nano} nano-units for storing it; "
-            "make a deposit, then publish again"
+            f"publisher {self._publisher!r} cannot pay {self._amount_nano} nano-units "
+            "for storing it; make a deposit, then publish again"
         )
 
     def done(self) -> bool:

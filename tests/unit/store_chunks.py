@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import random
+from pathlib import Path
 
 import numpy as np
+import pytest
 
+from vllm_kvmarket.errors import ChunkDamagedError
 from vllm_kvmarket.identity import ROOT, chunk_key, pack_tokens
 from vllm_kvmarket.store import ChunkLayout, DiskStore, LayerLayout
 
@@ -101,3 +104,21 @@ def sample(
 def files_in(store: DiskStore) -> list[str]:
     """Every file in the store, temporary ones included."""
     return sorted(file.name for file in store.root.rglob("*") if not file.is_dir())
+
+
+def stored(store: DiskStore, page_bytes: int = PADDED, **facts: object) -> tuple[Sample, Path]:
+    """Store a sample; also says where."""
+    chunk = sample(layout_of(page_bytes), **facts)
+    chunk.put(store)
+    return chunk, store.path(chunk.key)
+
+
+def assert_damaged(store: DiskStore, chunk: Sample) -> None:
+    """Neither a load nor a check takes the chunk for whole, and the next put repairs it."""
+    with pytest.raises(ChunkDamagedError):
+        chunk.load(store)
+    with pytest.raises(ChunkDamagedError):
+        store.verify(chunk.key)
+    assert chunk.put(store) > 0
+    chunk.load(store)
+    store.verify(chunk.key)

@@ -8,12 +8,20 @@ import resource
 import shutil
 from pathlib import Path
 
-import msgspec
 import pytest
-from store_chunks import DENSE, NAMESPACE, OTHER_NAMESPACE, PADDED, Sample, layout_of, sample
+from store_chunks import (
+    DENSE,
+    NAMESPACE,
+    OTHER_NAMESPACE,
+    PADDED,
+    assert_damaged,
+    layout_of,
+    sample,
+    stored,
+)
 
 from vllm_kvmarket.errors import ChunkDamagedError, LayoutMismatchError, StoreError
-from vllm_kvmarket.store import ChunkHeader, DiskStore, LayerLayout, chunkfile, open_chunk
+from vllm_kvmarket.store import DiskStore
 
 Sizes = pytest.mark.parametrize("page_bytes", [PADDED, DENSE])
 
@@ -21,24 +29,6 @@ Sizes = pytest.mark.parametrize("page_bytes", [PADDED, DENSE])
 @pytest.fixture
 def store(tmp_path: Path) -> DiskStore:
     return DiskStore(tmp_path / "chunks")
-
-
-def stored(store: DiskStore, page_bytes: int = PADDED, **facts: object) -> tuple[Sample, Path]:
-    """Store a sample; also says where."""
-    chunk = sample(layout_of(page_bytes), **facts)
-    chunk.put(store)
-    return chunk, store.path(chunk.key)
-
-
-def assert_damaged(store: DiskStore, chunk: Sample) -> None:
-    """Neither a load nor a check takes the chunk for whole, and the next put repairs it."""
-    with pytest.raises(ChunkDamagedError):
-        chunk.load(store)
-    with pytest.raises(ChunkDamagedError):
-        store.verify(chunk.key)
-    assert chunk.put(store) > 0
-    chunk.load(store)
-    store.verify(chunk.key)
 
 
 @Sizes
@@ -275,85 +265,3 @@ def test_a_process_out_of_files_does_not_call_a_chunk_damaged(store: DiskStore) 
         resource.setrlimit(resource.RLIMIT_NOFILE, limits)
     assert not isinstance(raised.value, ChunkDamagedError)
     chunk.load(store)
-
-
-# Headers that are wrong but carry the right checksum: a bug's work, or an enemy's.
-
-
-def forgeries(header: ChunkHeader) -> dict[str, dict[str, object]]:
-    """Fields to replace, by what is wrong with them."""
-    layout, replace = header.layout, msgspec.structs.replace
-    nothing = {"layer_offsets": (), "layer_bytes": (), "checksums": ()}
-    return {
-        "namespace": {"namespace": OTHER_NAMESPACE},
-        "parent": {"parent": b"p" * 32},
-        "tokens": {"tokens": bytes(28)},
-        "half a token": {"tokens": header.tokens[:-1]},
-        "no tokens": {"tokens": b""},
-        "short key": {"key": header.key[:31]},
-        "short namespace": {"namespace": b"n"},
-        "offsets": {"layer_offsets": (0, 0, 0)},
-        "negative offset": {"layer_offsets": (-4096, 0, 4096)},
-        "sizes": {"layer_bytes": (200, 200, 199)},
-        "missing checksum": {"checksums": header.checksums[:2]},
-        "checksum too many": {"checksums": (*header.checksums, 1)},
-        "no layers": {"layout": replace(layout, layers=()), **nothing},
-        "blocks of nothing": {"layout": replace(layout, block_tokens=0)},
-        "pages of nothing": {"layout": replace(layout, layers=(LayerLayout("l", (0,), 0),) * 3)},
-    }
-
-
-def rewrite_header(store: DiskStore, chunk: Sample, **fields: object) -> None:
-    """Give a stored chunk another header, checksum and all, in front of the same payload."""
-    path = store.path(chunk.key)
-    with store.open(chunk.key, chunk.layout, chunk.namespace) as opened:
-        header = opened.header
-    payload = path.read_bytes()[len(chunkfile.encode(header)) :]
-    path.write_bytes(chunkfile.encode(msgspec.structs.replace(header, **fields)) + payload)
-
-
-def test_forged_headers(store: DiskStore) -> None:
-    """A header that contradicts itself, its payload or its key is damage, never a crash."""
-    chunk, path = stored(store)
-    with store.open(chunk.key, chunk.layout, NAMESPACE) as opened:
-        wrong = forgeries(opened.header)
-    for fields in wrong.values():
-        rewrite_header(store, chunk, **fields)
-        # For whatever layout the file claims, so that only its truth counts.
-        with pytest.raises(ChunkDamagedError):
-            open_chunk(path, chunk.key)
-        assert_damaged(store, chunk)
-
-
-def test_an_unknown_codec_is_a_mismatch(store: DiskStore) -> None:
-    """An intact chunk in a codec of a later kvmarket is no damage."""
-    chunk, _ = stored(store)
-    rewrite_header(store, chunk, codec="zstd-exponent")
-    with pytest.raises(LayoutMismatchError, match="codec 'zstd-exponent'"):
-        chunk.load(store)
-
-
-def test_a_later_format_is_a_mismatch(store: DiskStore, monkeypatch: pytest.MonkeyPatch) -> None:
-    """An intact chunk of a later format is no damage, though a flipped version byte is."""
-    monkeypatch.setattr(chunkfile, "FORMAT_VERSION", 2)
-    chunk, path = stored(store)
-    monkeypatch.undo()
-    with pytest.raises(LayoutMismatchError, match="format 2, this kvmarket reads 1"):
-        chunk.load(store)
-    content = bytearray(path.read_bytes())
-    content[8] = 1
-    path.write_bytes(content)
-    with pytest.raises(ChunkDamagedError):
-        chunk.load(store)
-
-
-def test_an_unknown_header_field_is_damage(store: DiskStore) -> None:
-    """A field that this format does not have is not passed over."""
-    chunk, path = stored(store)
-    with store.open(chunk.key, chunk.layout, NAMESPACE) as opened:
-        fields = msgspec.structs.asdict(opened.header)
-    odd = msgspec.defstruct("Odd", [*fields, "surprise"])(**fields, surprise=1)
-    payload = path.read_bytes()[4096:]
-    path.write_bytes(chunkfile.encode(odd) + payload)
-    with pytest.raises(ChunkDamagedError, match="surprise"):
-        chunk.load(store)

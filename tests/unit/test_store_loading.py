@@ -15,7 +15,7 @@ from store_chunks import DENSE, NAMESPACE, PADDED, Sample, layout_of, sample
 from vllm_kvmarket.errors import ChunkDamagedError, ChunkMissingError, LayoutMismatchError
 from vllm_kvmarket.identity import KEY_BYTES
 from vllm_kvmarket.store import ChunkLayout, DiskStore, LayerLayout, aligned_empty
-from vllm_kvmarket.store.chunkfile import ALIGNMENT, GROUP_BYTES
+from vllm_kvmarket.store.chunkfile import ALIGNMENT, GROUP_BYTES, arrange
 
 
 @pytest.fixture
@@ -81,6 +81,21 @@ def test_a_chunk_of_several_groups_of_layers(store: DiskStore) -> None:
     chunk = sample(layout)
     chunk.put(store)
     chunk.load(store)
+
+
+@pytest.mark.parametrize("page_bytes", [1, PADDED, DENSE, 96 * 1024, GROUP_BYTES])
+def test_groups_are_as_large_as_they_may_be(page_bytes: int) -> None:
+    """Groups follow one another over all layers; each is filled, none is over its limit."""
+    place = arrange(layout_of(page_bytes, layers=70), 2)
+
+    def extent(start: int, stop: int) -> int:
+        return place.offsets[stop - 1] + place.sizes[stop - 1] - place.offsets[start]
+
+    assert [start for start, _ in place.groups] == [0, *(stop for _, stop in place.groups[:-1])]
+    assert place.groups[-1][1] == 70
+    for start, stop in place.groups:
+        assert stop == start + 1 or extent(start, stop) <= GROUP_BYTES
+        assert stop == 70 or extent(start, stop + 1) > GROUP_BYTES
 
 
 def test_a_header_longer_than_the_first_read(store: DiskStore) -> None:

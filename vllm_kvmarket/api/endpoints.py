@@ -26,9 +26,11 @@ class MarketEndpoints:
 
     async def init_state(self, engine_client: Any, state: Any, args: Any) -> None:
         """Keep what the routes tell."""
-        config = engine_client.vllm_config if engine_client is not None else None
-        transfer = getattr(config, "kv_transfer_config", None)
         state.kvmarket = None
+        if engine_client is None:
+            return
+        config = engine_client.vllm_config
+        transfer = config.kv_transfer_config
         if transfer is not None and transfer.kv_connector == self.name:
             state.kvmarket = describe(
                 load(transfer.kv_connector_extra_config), config.model_config.served_model_name

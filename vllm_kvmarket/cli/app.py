@@ -23,10 +23,9 @@ def _configure_demo(parser: argparse.ArgumentParser) -> None:
 
 
 def _run_demo(args: argparse.Namespace) -> int:
-    from vllm_kvmarket.cli import demo
+    from vllm_kvmarket.cli.demo import run
 
-    code: int = demo.run(args)
-    return code
+    return run(args)
 
 
 DEMO = Command(

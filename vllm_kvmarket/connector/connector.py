@@ -36,13 +36,13 @@ def block_tokens_of(kv_cache_config: KVCacheConfig, chunk_tokens: int) -> int:
     groups = kv_cache_config.kv_cache_groups
     if len(groups) != 1:
         raise ConfigError(
-            f"this model keeps {len(groups)} kinds of KV cache (recurrent or cross-attention layers); "
-            "kvmarket supports models with one"
+            f"this model keeps {len(groups)} kinds of KV cache (recurrent or cross-attention "
+            "layers); kvmarket supports models with one"
         )
     block_tokens = int(groups[0].kv_cache_spec.block_size)
     if chunk_tokens % block_tokens:
         raise ConfigError(
-            f"chunk_tokens {chunk_tokens} is no multiple of the engine's block size {block_tokens}; "
+            f"chunk_tokens {chunk_tokens} is no multiple of the block size {block_tokens}; "
             f"set --block-size to a divisor of {chunk_tokens}"
         )
     return block_tokens

@@ -43,7 +43,9 @@ class _ConnectorAction(argparse.Action):
     ) -> None:
         known = sorted(KVConnectorFactory._registry)
         if values not in known:
-            parser.error(f"argument {option_string}: unknown connector {values!r}; known: {', '.join(known)}")
+            parser.error(
+                f"argument {option_string}: unknown connector {values!r}; known: {', '.join(known)}"
+            )
         setattr(namespace, self.dest, values)
 
 
@@ -122,7 +124,8 @@ def _apply_flags(args: argparse.Namespace) -> None:
             raise SystemExit(f"error: --kvmarket-config needs --kv-connector {NAME}")
         if given.kv_connector_extra_config:
             raise SystemExit(
-                "error: give the configuration by --kvmarket-config or in --kv-transfer-config, not both"
+                "error: give the configuration by --kvmarket-config "
+                "or in --kv-transfer-config, not both"
             )
         given.kv_connector_extra_config = dict(settings)
     if given is not None and given.kv_connector == NAME:
@@ -136,9 +139,7 @@ def allow_endpoints() -> None:
     """
     if "VLLM_PLUGINS" in os.environ:
         return
-    names = {
-        entry.name for group in _PLUGIN_GROUPS for entry in metadata.entry_points(group=group)
-    }
+    names = {entry.name for group in _PLUGIN_GROUPS for entry in metadata.entry_points(group=group)}
     os.environ["VLLM_PLUGINS"] = ",".join(sorted(names | {NAME}))
 
 

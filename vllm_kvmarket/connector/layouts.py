@@ -1,6 +1,7 @@
 """The paged cache as bytes: which layout it has, and how pages are read and written.
 
-vLLM gives each layer a tensor of logical shape (blocks, ...) whose strides differ by backend. A page
+vLLM gives each layer a tensor of logical shape (blocks, ...) whose strides differ by backend. A
+page
 is one block of one layer, on every head. Whatever the order inside it, a page that is dense in
 memory can be copied as it lies there; the order goes into the layout's tag.
 """
@@ -36,12 +37,13 @@ def byte_rows(name: str, tensor: torch.Tensor) -> torch.Tensor:
     )
     if span != page_elements:
         raise LayoutMismatchError(
-            f"layer {name}: a block's bytes are spread over the cache (shape {tuple(tensor.shape)}, "
-            f"strides {tensor.stride()}), which kvmarket cannot store; choose another attention backend"
+            f"layer {name}: a block's bytes are spread over the cache "
+            f"(shape {tuple(tensor.shape)}, strides {tensor.stride()}), "
+            "which kvmarket cannot store; choose another attention backend"
         )
     item = tensor.element_size()
     storage = torch.empty(0, dtype=torch.uint8, device=tensor.device)
-    storage.set_(tensor.untyped_storage())  # type: ignore[call-overload]  # torch's stub lacks this form
+    storage.set_(tensor.untyped_storage())
     return storage.as_strided(
         (tensor.shape[0], page_elements * item),
         (tensor.stride(0) * item, 1),
@@ -137,14 +139,17 @@ def runs(block_ids: Sequence[int]) -> list[tuple[int, int]]:
     cuts = [i + 1 for i, (a, b) in enumerate(pairwise(block_ids)) if b != a + 1]
     starts = [0, *cuts]
     ends = [*cuts, len(block_ids)]
-    return [(block_ids[s], block_ids[e - 1] + 1) for s, e in zip(starts, ends, strict=True) if e > s]
+    return [
+        (block_ids[s], block_ids[e - 1] + 1) for s, e in zip(starts, ends, strict=True) if e > s
+    ]
 
 
 class DeviceStaging:
     """One thread's pinned buffer and stream between host memory and an accelerator's pages.
 
     Not run on an accelerator in this project's tests; written against torch's documented semantics:
-    copies on one stream run in order, and non_blocking ones from pinned memory overlap with the host.
+    copies on one stream run in order, and non_blocking ones from pinned memory overlap with the
+    host.
     Source: https://pytorch.org/docs/stable/notes/cuda.html
     """
 
@@ -155,7 +160,9 @@ class DeviceStaging:
         self._pinned = torch.empty(0, dtype=torch.uint8)
 
     def buffer(self, layer: int, pages: int) -> Bytes:
-        """Pinned host memory for `pages` pages of a layer; waits until earlier copies have left it."""
+        """Pinned host memory for `pages` pages of a layer; waits until earlier copies have left
+        it.
+        """
         self._stream.synchronize()
         need = pages * self._rows[layer].shape[1]
         if self._pinned.numel() < need:

@@ -24,11 +24,14 @@ DIGEST_CACHE_FILE = "weights.json"
 
 
 def model_folder(vllm_config: VllmConfig) -> Path:
-    """Where the model's files are on this machine. Raises ConfigError when they are not."""
+    """Where the model's files are on this machine: a folder, or a single .gguf file.
+
+    Raises ConfigError when they are not there.
+    """
     model = vllm_config.model_config.model
     path = Path(model)
     if path.exists():
-        return path if path.is_dir() else path.parent
+        return path
     from huggingface_hub import try_to_load_from_cache
 
     found = try_to_load_from_cache(
@@ -39,22 +42,26 @@ def model_folder(vllm_config: VllmConfig) -> Path:
     )
     if not isinstance(found, str):
         raise ConfigError(
-            f"cannot find the files of model {model!r} on this machine, which tell one model's KV from "
-            "another's; download it first, or give its folder as the model"
+            f"cannot find the files of model {model!r} on this machine, which tell one model's "
+            "KV from another's; download it first, or give its folder as the model"
         )
     return Path(found).parent
 
 
 def base_facts(vllm_config: VllmConfig, home: Path) -> NamespaceFacts:
-    """Everything that decides what the model's KV bytes mean; reads the weights when they are new."""
+    """Everything that decides what the model's KV bytes mean; reads the weights when they are
+    new.
+    """
     model = vllm_config.model_config
     folder = model_folder(vllm_config)
-    config_file = folder / "config.json"
+    config_file = (folder if folder.is_dir() else folder.parent) / "config.json"
     described = (
         json.loads(config_file.read_text()) if config_file.exists() else model.hf_config.to_dict()
     )
     # Overrides given on the command line (rope scaling, say) change KV as much as the file does.
-    overrides = model.hf_overrides if isinstance(model.hf_overrides, dict) else repr(model.hf_overrides)
+    overrides = (
+        model.hf_overrides if isinstance(model.hf_overrides, dict) else repr(model.hf_overrides)
+    )
     described["kvmarket_overrides"] = overrides or None
     cache_dtype = vllm_config.cache_config.cache_dtype
     dtype = str(model.dtype).removeprefix("torch.")
@@ -79,7 +86,9 @@ class Namespaces:
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="kvmarket-adapters")
 
     def of(self, adapter: LoRARequest | None) -> bytes | None:
-        """The namespace, or None while an adapter's weights are being read (no reuse until then)."""
+        """The namespace, or None while an adapter's weights are being read (no reuse until
+        then).
+        """
         if adapter is None:
             return self.base
         if adapter.lora_path not in self._adapters:

@@ -21,7 +21,9 @@ TOKEN_BYTES = 4
 def refusal(request: Request, namespace: bytes | None, block_tokens: int) -> str:
     """Why this request's prompt cannot be published; empty when it can."""
     if request.mm_features:
-        return "documents with images, audio or video cannot be published yet; publish the text alone"
+        return (
+            "documents with images, audio or video cannot be published yet; publish the text alone"
+        )
     if request.prompt_token_ids is None:
         return "a prompt of embeddings has no tokens to match; publish token ids or text"
     if namespace is None:
@@ -38,6 +40,7 @@ def start_publishing(
     market: Market,
     state: RequestState,
     request: Request,
+    *,
     wish: PublishParams,
     namespace: bytes | None,
     block_tokens: int,
@@ -96,7 +99,7 @@ def save_plan(
     """The chunks of the document that nobody has published yet, from the request's blocks."""
     publishing = state.publishing
     assert publishing is not None
-    # What could not be loaded was computed again, and replaces the bad file: state.limit says where.
+    # What could not be loaded was computed again, and replaces the bad file.
     whole = state.match.chunks[: -(-state.limit // chunk_tokens)] if state.match else ()
     there = {chunk.key for chunk in whole}
     pages = chunk_tokens // block_tokens

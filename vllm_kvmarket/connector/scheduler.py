@@ -94,10 +94,10 @@ class SchedulerHalf:
                 self._market,
                 state,
                 request,
-                wish.publish,
-                namespace,
-                self._block_tokens,
-                self._engine,
+                wish=wish.publish,
+                namespace=namespace,
+                block_tokens=self._block_tokens,
+                engine=self._engine,
             )
         elif not wish.preload:
             self._buy(state, request, wish.account)
@@ -206,8 +206,12 @@ class SchedulerHalf:
             if (state := self._saving.pop(request_id, None)) is not None and state.publishing:
                 self._end_publishing(state, state.publishing.report.failure)
 
-    def finished(self, request: Request, block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:
-        """Close the request: settle or void, or start to save. Whether its blocks are still needed."""
+    def finished(
+        self, request: Request, block_ids: list[int]
+    ) -> tuple[bool, dict[str, Any] | None]:
+        """Close the request: settle or void, or start to save. Whether its blocks are still
+        needed.
+        """
         state = self._states.pop(request.request_id, None)
         if state is None:
             return False, None
@@ -256,9 +260,7 @@ class SchedulerHalf:
         if request.status not in ANSWERED or state.declined:
             self._end_publishing(state, state.declined or "the publishing request was aborted")
             return False, answer
-        plan: SavePlan = save_plan(
-            state, block_ids, self._block_tokens, self._config.chunk_tokens
-        )
+        plan: SavePlan = save_plan(state, block_ids, self._block_tokens, self._config.chunk_tokens)
         publishing.saving = tuple(chunk.key for chunk in plan.chunks)
         if not plan.chunks:
             self._end_publishing(state, "")
@@ -288,5 +290,3 @@ class SchedulerHalf:
 def _log_failure(future: Future[None]) -> None:
     if (error := future.exception()) is not None:
         logger.error("kvmarket: the catalogue could not be written: %s", error)
-
-

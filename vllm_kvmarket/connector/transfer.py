@@ -158,6 +158,6 @@ def _reason(work: Callable[[], None]) -> str:
     """Run `work`; why it failed, or nothing."""
     try:
         work()
-    except Exception as error:  # whatever happens in a transfer, the engine must go on and recompute
+    except Exception as error:  # noqa: BLE001  # the engine must go on, and recompute
         return f"{type(error).__name__}: {error}"
     return ""

@@ -58,7 +58,9 @@ def _compare(accounts: list[Account], balances: dict[tuple[str, str], int]) -> l
         for column in BALANCES:
             stored, expected = getattr(account, column), balances.get((account.id, column), 0)
             if stored != expected:
-                found.append(f"account {account.id}: {column} is {stored}, transfers say {expected}")
+                found.append(
+                    f"account {account.id}: {column} is {stored}, transfers say {expected}"
+                )
         if not account.may_go_negative and account.available_nano < 0:
             found.append(f"account {account.id}: spent more than it has")
     debits = sum(account.debits_posted for account in accounts)

@@ -8,7 +8,7 @@ import msgspec
 class Receipt(msgspec.Struct, frozen=True, kw_only=True):
     """What one request reused, at which prices, and the transfers that paid for it.
 
-    `tokens_reused` = `tokens_loaded` (from the store) + `tokens_from_paged_cache` is what is charged;
+    `tokens_reused` = `tokens_loaded` (from the store) + `tokens_from_paged_cache` is charged;
     `tokens_failed` could not be loaded and are among `tokens_computed`. `recompute_nano` is what
     prefilling the reused tokens would have cost. Prices are nano-units per million tokens.
     """

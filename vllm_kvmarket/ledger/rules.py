@@ -1,7 +1,8 @@
 """The ledger's rules: one pure state machine over accounts and transfers.
 
 Double entry in TigerBeetle's discipline: every transfer moves an integer amount from one account to
-another, in one step (plain) or in two (pending, then post or void, or expire when its time is over);
+another, in one step (plain) or in two (pending, then post or void, or expire when its time is
+over);
 transfers never change; an id says what it did, so that a retry does nothing. Storage only looks up
 and keeps what these functions ask for. Source: https://docs.tigerbeetle.com/coding/two-phase-transfers
 """
@@ -115,7 +116,14 @@ def pending(
 ) -> Operation:
     """Reserve an amount, until it is posted or voided, at most for `timeout_s`."""
     return Operation(
-        "pending", id, debit, credit, amount_nano, timeout_s=timeout_s, code=code, user_data=user_data
+        "pending",
+        id,
+        debit,
+        credit,
+        amount_nano,
+        timeout_s=timeout_s,
+        code=code,
+        user_data=user_data,
     )
 
 
@@ -205,8 +213,10 @@ def apply(books: Books, operations: Sequence[Operation], now_s: float) -> list[R
         if not result.outcome.good:
             because = f"{operation.id} was refused"
             linked = Result(Outcome.LINKED_FAILED, because)
-            return [linked] * (len(results) - 1) + [result] + [linked] * (
-                len(operations) - len(results)
+            return (
+                [linked] * (len(results) - 1)
+                + [result]
+                + [linked] * (len(operations) - len(results))
             )
     draft.keep()
     return results
@@ -239,7 +249,9 @@ def _move(books: Books, operation: Operation, now_s: float) -> Result:
         return Result(Outcome.SAME_ACCOUNT, operation.debit)
     debit, credit = books.account(operation.debit), books.account(operation.credit)
     if debit is None or credit is None:
-        return Result(Outcome.UNKNOWN_ACCOUNT, operation.debit if debit is None else operation.credit)
+        return Result(
+            Outcome.UNKNOWN_ACCOUNT, operation.debit if debit is None else operation.credit
+        )
     amount = operation.amount_nano
     if not debit.may_go_negative and amount > debit.available_nano:
         return Result(Outcome.EXCEEDS_CREDITS, debit.id)
@@ -288,6 +300,7 @@ def _book(
     now_s: float,
     debit: Account,
     credit: Account,
+    *,
     pending_nano: int = 0,
     posted_nano: int = 0,
 ) -> Result:

@@ -1,6 +1,7 @@
 """The ledger on SQLite: one writer thread, group commit, futures.
 
-A caller only enqueues. The thread takes every batch that waits, applies each by the rules inside one
+A caller only enqueues. The thread takes every batch that waits, applies each by the rules inside
+one
 transaction, commits once, and then answers all of them: one fsync pays for many batches.
 """
 
@@ -14,7 +15,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Self, get_args
 
 import apsw
 
@@ -100,7 +101,8 @@ class Ledger:
         """Enqueue a linked batch: all of it takes effect, durably, or none.
 
         Costs microseconds. The future answers after the commit, with a result an operation, or with
-        LedgerError when the database could not be written. Batches apply in the order of submission.
+        LedgerError when the database could not be written. Batches apply in the order of
+        submission.
         The receipt is kept in the same transaction, if the batch takes effect.
         """
         future: Future[list[Result]] = Future()
@@ -144,8 +146,8 @@ class Ledger:
             except BaseException:
                 db.execute("ROLLBACK")
                 raise
-        except apsw.Error as error:
-            # The thread outlives a full disk or a locked file; the callers decide what to do.
+        except Exception as error:  # noqa: BLE001
+            # The thread outlives a full disk, a locked file and a bad batch: callers decide.
             failure = LedgerError(f"the ledger could not be written: {error}")
             for batch in group:
                 batch.future.set_exception(failure)
@@ -153,9 +155,7 @@ class Ledger:
         for batch, results in zip(group, answers, strict=True):
             batch.future.set_result(results)
 
-    def _apply(
-        self, db: apsw.Connection, books: tables.StoredBooks, batch: _Batch
-    ) -> list[Result]:
+    def _apply(self, db: apsw.Connection, books: tables.StoredBooks, batch: _Batch) -> list[Result]:
         results = apply(books, batch.operations, self._clock())
         if batch.receipt is not None and all(result.outcome.good for result in results):
             tables.put_receipt(db, batch.receipt)
@@ -174,10 +174,13 @@ class Ledger:
             raise LedgerError(
                 f"account id {account_id!r} is not 1 to 128 of the characters A-Z a-z 0-9 . _ : @ -"
             )
-        if kind not in AccountKind.__args__:  # type: ignore[attr-defined]
-            raise LedgerError(f"account kind {kind!r} is none of {', '.join(AccountKind.__args__)}")  # type: ignore[attr-defined]
+        if kind not in get_args(AccountKind):
+            raise LedgerError(
+                f"account kind {kind!r} is none of {', '.join(get_args(AccountKind))}"
+            )
         self._db().execute(
-            "INSERT INTO account (id, kind, may_go_negative) VALUES (?, ?, ?) ON CONFLICT DO NOTHING",
+            "INSERT INTO account (id, kind, may_go_negative) VALUES (?, ?, ?) "
+            "ON CONFLICT DO NOTHING",
             (account_id, kind, int(may_go_negative)),
         )
         account = self.account(account_id)
@@ -207,7 +210,8 @@ class Ledger:
     def expire_pending(self) -> int:
         """Release every reservation whose time is over; how many there were."""
         overdue = self._db().execute(
-            "SELECT id FROM transfer AS held WHERE kind = 'pending' AND created_at_s + timeout_s <= ? "
+            "SELECT id FROM transfer AS held WHERE kind = 'pending' "
+            "AND created_at_s + timeout_s <= ? "
             "AND NOT EXISTS (SELECT 1 FROM transfer WHERE pending_id = held.id)",
             (self._clock(),),
         )
@@ -270,7 +274,8 @@ class Ledger:
 
     def check_integrity(self) -> list[str]:
         """What is wrong with the books; empty when debits equal credits and all balances follow
-        from the transfers."""
+        from the transfers.
+        """
         from vllm_kvmarket.ledger.audit import problems
 
         return problems(self._db())

@@ -134,9 +134,7 @@ class StoredBooks:
 
     def put_transfer(self, transfer: Transfer) -> None:
         """See Books."""
-        values: list[Any] = [
-            getattr(transfer, field) for field in Transfer.__struct_fields__
-        ]
+        values: list[Any] = [getattr(transfer, field) for field in Transfer.__struct_fields__]
         values[Transfer.__struct_fields__.index("pending_id")] = transfer.pending_id or None
         marks = ", ".join("?" * len(values))
         self._db.execute(

@@ -22,6 +22,7 @@ from vllm_kvmarket.config import MarketConfig, load, to_mapping
 from vllm_kvmarket.credentials import OPERATOR, Credentials, account_subject
 from vllm_kvmarket.errors import (
     ConfigError,
+    NotFoundError,
     NotPublishableError,
     PublishFailedError,
 )
@@ -222,6 +223,19 @@ class Market:
     def receipts(self, account: str | None = None, limit: int | None = None) -> list[Receipt]:
         """Receipts, newest first, of one buyer or of all."""
         return self.ledger.receipts(account=account, limit=limit)
+
+    def receipt(self, receipt_id: str, timeout_s: float = 5.0) -> Receipt:
+        """A receipt by its id. An engine answers a moment before the ledger's commit, so one that
+        is not there yet is waited for. Raises NotFoundError.
+        """
+        deadline = time.monotonic() + timeout_s
+        while True:
+            try:
+                return self.ledger.receipt(receipt_id)
+            except NotFoundError:
+                if time.monotonic() > deadline:
+                    raise
+            time.sleep(POLL_S)
 
     # For the scheduler half: nothing here waits for disk or database
 

@@ -142,7 +142,7 @@ def report(
 ) -> dict[str, Any]:
     """What `.demo/result.json` says."""
     receipts = [
-        market.ledger.receipt(sale.reuse.market["receipt_id"])
+        market.receipt(sale.reuse.market["receipt_id"])
         for sale in sales
         if sale.reuse.market.get("receipt_id")
     ]

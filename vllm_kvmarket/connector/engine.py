@@ -17,7 +17,7 @@ def open_llm(
     dtype: str | None = None,
     **engine_args: Any,
 ) -> Any:
-    """A vllm.LLM for `model` on `market`; further arguments are vllm.LLM's.
+    """A vllm.LLM for `model` on `market`; further arguments are vllm.LLM's and go first.
 
     On a CPU it uses every core and, unless told otherwise, float32, which is many times faster than
     bfloat16 where the CPU has no instructions for that.
@@ -37,6 +37,5 @@ def open_llm(
         model=model,
         dtype=dtype or "auto",
         max_model_len=max_model_len,
-        kv_transfer_config=market.transfer_config(),
-        **engine_args,
+        **{"kv_transfer_config": market.transfer_config(), **engine_args},
     )

@@ -62,18 +62,21 @@ class Instructions(KVConnectorMetadata):
 class LoadReport:
     """How one request's load went on the ranks that have reported.
 
-    `failures` maps a chunk key to the reason; `seconds` is the slowest rank's.
+    `failures` maps a chunk key to the reason; `damaged` are those whose file is gone or bad, which
+    nobody can load. `seconds` is the slowest rank's.
     """
 
     loaded_bytes: int = 0
     seconds: float = 0.0
     failures: dict[bytes, str] = field(default_factory=dict)
+    damaged: set[bytes] = field(default_factory=set)
 
     def add(self, other: LoadReport) -> None:
         """Take in another rank's report of the same request; mutates."""
         self.loaded_bytes += other.loaded_bytes
         self.seconds = max(self.seconds, other.seconds)
         self.failures.update(other.failures)
+        self.damaged |= other.damaged
 
 
 @dataclass(slots=True)

@@ -196,6 +196,7 @@ class SchedulerHalf:
             for request_id, load in report.loads.items():
                 for key, reason in load.failures.items():
                     logger.warning("kvmarket: chunk %s not loaded: %s", key.hex(), reason)
+                for key in load.damaged:
                     self._market.report_damage(key)
                 if (state := self._states.get(request_id)) is not None:
                     state.load_ended(load, self._config.chunk_tokens)

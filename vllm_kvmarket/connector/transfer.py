@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 
 from vllm_kvmarket.connector.layouts import Bytes, DeviceStaging, PagedCache
 from vllm_kvmarket.connector.messages import (
@@ -22,6 +23,7 @@ from vllm_kvmarket.connector.messages import (
     SaveReport,
     WorkerReport,
 )
+from vllm_kvmarket.errors import ChunkDamagedError, ChunkMissingError, KVMarketError
 from vllm_kvmarket.store import DiskStore
 
 
@@ -93,11 +95,13 @@ class Transfers:
     # Loading
 
     def _run_load(self, load: _Load, chunk: ChunkLoad) -> None:
-        failure = _reason(lambda: self._load_chunk(load.plan.namespace, chunk))
+        failure = _failure(lambda: self._load_chunk(load.plan.namespace, chunk))
         with self._changed:
             load.left -= 1
-            if failure:
-                load.report.failures[chunk.key] = failure
+            if failure is not None:
+                load.report.failures[chunk.key] = _describe(failure)
+                if isinstance(failure, ChunkDamagedError | ChunkMissingError):
+                    load.report.damaged.add(chunk.key)
                 load.bad_blocks.update(chunk.block_ids)
             else:
                 load.report.loaded_bytes += len(chunk.block_ids) * sum(
@@ -129,8 +133,9 @@ class Transfers:
         report = SaveReport()
         # In the document's order, one after another: what is there after a crash is a prefix.
         for chunk in plan.chunks:
-            report.failure = _reason(lambda: self._save_chunk(plan.namespace, chunk, report))  # noqa: B023
-            if report.failure:
+            failure = _failure(partial(self._save_chunk, plan.namespace, chunk, report))
+            if failure is not None:
+                report.failure = _describe(failure)
                 break
         with self._changed:
             self._finished.sent.add(plan.request_id)
@@ -154,10 +159,14 @@ class Transfers:
         )
 
 
-def _reason(work: Callable[[], None]) -> str:
-    """Run `work`; why it failed, or nothing."""
+def _failure(work: Callable[[], None]) -> Exception | None:
+    """Run `work`; what it raised, or None."""
     try:
         work()
     except Exception as error:  # noqa: BLE001  # the engine must go on, and recompute
-        return f"{type(error).__name__}: {error}"
-    return ""
+        return error
+    return None
+
+
+def _describe(error: Exception) -> str:
+    return str(error) if isinstance(error, KVMarketError) else f"{type(error).__name__}: {error}"

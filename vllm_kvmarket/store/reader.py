@@ -1,8 +1,8 @@
 """Reading a chunk file: straight into place, and never believed without its checksums.
 
-Why pread and not mmap, measured on chunks of 11.8 MB in the page cache, two threads, the first time
-in a new process: copying and hashing ran at 71-80 % of memcpy with pread, at 52-77 % with a mapping,
-whose cost depends on how finely the page cache holds the file. A mapped file that is truncated or
+Why pread and not mmap, measured on chunks of 11.8 MB in the page cache, two threads, for the first
+time in a new process: copying and hashing ran at 68-80 % of memcpy with pread, at 52-77 % mapped,
+which depends on how finely the page cache holds the file. A mapped file that is truncated or
 fails under its reader kills the process with SIGBUS; pread returns an error. No read-ahead advice:
 what POSIX_FADV_WILLNEED brings in lies there in single pages, and every later read is slower.
 

@@ -1,0 +1,89 @@
+"""How fast stored chunks come into memory, verified, beside memcpy in the same run.
+
+    python benchmarks/load_bandwidth.py --home MARKET [--json]
+
+Loads every chunk of the market's longest document, from the page cache, into preallocated memory
+laid out like a paged cache, with two threads, as the connector does.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from machine import memcpy_bytes_per_s
+
+from vllm_kvmarket import Market
+from vllm_kvmarket.store import ChunkHeader
+from vllm_kvmarket.store.reader import open_chunk
+
+THREADS = 2
+REPEATS = 7
+
+
+def measure(market: Market) -> dict[str, Any]:
+    """Bytes a second, the median of several rounds; the first one, in a new process, by itself."""
+    listing = max(market.catalogue.listings(state="live"), key=lambda each: each.token_count)
+    headers: list[ChunkHeader] = []
+    for key in listing.chunk_keys:
+        with open_chunk(market.store.path(key), key) as chunk:
+            headers.append(chunk.header)
+    layout = headers[0].layout
+    pages = sum(header.page_count for header in headers)
+    cache = [np.zeros((pages, layer.page_bytes), np.uint8) for layer in layout.layers]
+    firsts = np.cumsum([0, *(header.page_count for header in headers)])
+
+    def load(index: int) -> None:
+        header = headers[index]
+        first, last = int(firsts[index]), int(firsts[index + 1])
+        with market.store.open(header.key, layout, header.namespace) as chunk:
+            chunk.copy_all_pages(
+                0, header.page_count, [[rows[first:last].reshape(-1)] for rows in cache]
+            )
+
+    total = sum(sum(header.layer_bytes) for header in headers)
+    seconds = []
+    with ThreadPoolExecutor(THREADS) as pool:
+        for _ in range(REPEATS + 1):
+            started = time.perf_counter()
+            list(pool.map(load, range(len(headers))))
+            seconds.append(time.perf_counter() - started)
+    memcpy = memcpy_bytes_per_s(THREADS)
+    speed = total / statistics.median(seconds[1:])
+    return {
+        "tokens": listing.token_count,
+        "bytes": total,
+        "bytes_per_s": speed,
+        "first_bytes_per_s": total / seconds[0],
+        "memcpy_bytes_per_s": memcpy,
+        "of_memcpy": speed / memcpy,
+    }
+
+
+def main() -> None:
+    """Measure, and print a line or JSON."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--home", type=Path, required=True)
+    parser.add_argument("--json", action="store_true")
+    args = parser.parse_args()
+    with Market.open(args.home) as market:
+        result = measure(market)
+    if args.json:
+        print(json.dumps(result))
+        return
+    print(
+        f"{result['bytes'] / 1e6:.0f} MB: {result['bytes_per_s'] / 1e9:.1f} GB/s, "
+        f"{result['of_memcpy']:.0%} of memcpy"
+    )
+
+
+if __name__ == "__main__":
+    main()

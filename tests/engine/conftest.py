@@ -1,0 +1,94 @@
+"""Real engines, shared between tests: a start costs half a minute."""
+
+from __future__ import annotations
+
+import gc
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from vllm_kvmarket import Market
+from vllm_kvmarket.connector.engine import open_llm
+
+ROOT = Path(__file__).parents[2]
+SMOLLM = ROOT / ".cache" / "models" / "SmolLM2-135M-Instruct"
+NANO = 1_000_000_000
+
+sys.path.insert(0, str(ROOT / "tools"))
+from make_tiny_model import make_tiny_model  # noqa: E402
+
+# Small caches: several engines share 24 GiB, and few blocks make preemption easy to provoke.
+os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if "tests/engine" in str(item.path):
+            item.add_marker(pytest.mark.engine)
+
+
+@contextmanager
+def running(model: Path, market: Market, **engine_args: Any) -> Iterator[Any]:
+    """An engine on a market that is gone, process and all, afterwards."""
+    llm = open_llm(str(model), market, **{"max_model_len": 4096, **engine_args})
+    try:
+        yield llm
+    finally:
+        llm.llm_engine.engine_core.shutdown()
+        del llm
+        gc.collect()
+
+
+@pytest.fixture(scope="session")
+def smollm() -> Path:
+    assert (SMOLLM / "config.json").exists(), "run `make test`, which converts the model first"
+    return SMOLLM
+
+
+@pytest.fixture(scope="session")
+def tiny(smollm: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Path]:
+    made: dict[int, Path] = {}
+
+    def of_seed(seed: int) -> Path:
+        if seed not in made:
+            # The same folder name, so that only the weights tell two models apart.
+            out = tmp_path_factory.mktemp(f"seed{seed}") / "tiny"
+            made[seed] = make_tiny_model(seed, smollm, out)
+        return made[seed]
+
+    return of_seed
+
+
+@pytest.fixture(scope="session")
+def market(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Market]:
+    """The market of the shared engine, with a funded buyer and one without funds."""
+    with Market.open(tmp_path_factory.mktemp("market")) as opened:
+        opened.create_account("alice")
+        opened.deposit("alice", 1000 * NANO, "first-deposit")
+        opened.create_account("dave")
+        yield opened
+
+
+@pytest.fixture(scope="session")
+def llm(tiny: Callable[[int], Path], market: Market) -> Iterator[Any]:
+    """The shared engine: prefill in pieces of 512 tokens, blocks of 128, few of them."""
+    with running(
+        tiny(1), market, max_num_batched_tokens=512, num_gpu_blocks_override=60, max_num_seqs=8
+    ) as engine:
+        yield engine
+
+
+def words(seed: int, count: int) -> list[int]:
+    """Distinct pseudo-random token ids: a document that no other test uses."""
+    state = seed * 2654435761 % 2**32 or 1
+    tokens = []
+    for _ in range(count):
+        state = (state * 1664525 + 1013904223) % 2**32
+        tokens.append(1000 + state // 65536 % 40000)
+    return tokens

@@ -1,0 +1,42 @@
+"""Make a small, randomly initialised Qwen3 model: for tests in which the weights do not matter.
+
+python tools/make_tiny_model.py SEED TOKENIZER_FOLDER OUT
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+
+def make_tiny_model(seed: int, tokenizer_folder: Path, out: Path) -> Path:
+    """Write the model for `seed` into `out`, with the tokenizer of another folder; returns `out`.
+
+    Two seeds give two models of the same shape and name with different weights.
+    """
+    import torch
+    from transformers import AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
+
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
+    config = Qwen3Config(
+        vocab_size=len(tokenizer),
+        hidden_size=128,
+        intermediate_size=256,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=32,
+        max_position_embeddings=4096,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        initializer_range=0.2,  # wide, so that greedy answers depend on the whole prompt
+        dtype="float32",
+    )
+    torch.manual_seed(seed)
+    Qwen3ForCausalLM(config).to(torch.float32).save_pretrained(out)
+    tokenizer.save_pretrained(out)
+    return out
+
+
+if __name__ == "__main__":
+    make_tiny_model(int(sys.argv[1]), Path(sys.argv[2]), Path(sys.argv[3]))

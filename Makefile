@@ -1,23 +1,29 @@
-# `make demo` and `make test` do everything on a fresh machine with Python 3.11 and make.
+# `make demo`, `make test`, `make lint` and `make bench` each do everything on a fresh machine with
+# Python 3.11 and make: the first call installs into .venv and converts the model, a later one starts
+# at once. PYTHON and MODEL can be overridden: make demo MODEL=Qwen/Qwen3-0.6B
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 LOCAL_MODEL := .cache/models/SmolLM2-135M-Instruct
 MODEL ?= $(LOCAL_MODEL)
 BIN := .venv/bin
 READY := .venv/.ready
+CONVERTED := $(LOCAL_MODEL)/config.json
+# A model of the user's own is none of ours to prepare.
+MODEL_READY := $(if $(filter $(LOCAL_MODEL),$(MODEL)),$(CONVERTED))
 
 .PHONY: demo test test-unit test-engine lint bench env clean
+.DELETE_ON_ERROR:
 
-demo: $(READY) $(LOCAL_MODEL)/config.json
+demo: $(READY) $(MODEL_READY)
 	$(BIN)/kvmarket demo --model $(MODEL)
 
-test: $(READY) $(LOCAL_MODEL)/config.json
+test: $(READY) $(CONVERTED)
 	$(BIN)/python -m pytest tests/unit
 	$(BIN)/python -m pytest tests/engine
 
 test-unit: $(READY)
 	$(BIN)/python -m pytest tests/unit
 
-test-engine: $(READY) $(LOCAL_MODEL)/config.json
+test-engine: $(READY) $(CONVERTED)
 	$(BIN)/python -m pytest tests/engine
 
 lint: $(READY)
@@ -26,7 +32,7 @@ lint: $(READY)
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-bench: $(READY) $(LOCAL_MODEL)/config.json
+bench: $(READY) $(MODEL_READY)
 	$(BIN)/python benchmarks/prefill_vs_reuse.py --model $(MODEL)
 
 env: $(READY)
@@ -36,9 +42,9 @@ $(READY): pyproject.toml tools/bootstrap.sh
 	tools/bootstrap.sh $(PYTHON)
 	@touch $@
 
-$(LOCAL_MODEL)/config.json: tools/convert_model.py | $(READY)
+# Order only: a newer environment is no reason to convert again.
+$(CONVERTED): | $(READY)
 	tools/fetch_model.sh $(LOCAL_MODEL)
-	@touch $@
 
 clean:
 	rm -rf .venv .cache .demo

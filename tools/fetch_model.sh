@@ -4,9 +4,12 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 out=$1
-[ -f "$out/config.json" ] && exit 0
+log=.cache/convert.log
+if [ -f "$out/config.json" ]; then exit 0; fi
+mkdir -p .cache
 printf 'kvmarket: converting SmolLM2-135M-Instruct to %s (half a minute)\n' "$out" >&2
-if ! .venv/bin/python tools/convert_model.py "$out" > .cache/convert.log 2>&1; then
-  tail -n 20 .cache/convert.log >&2
+if ! .venv/bin/python tools/convert_model.py "$out" > "$log" 2>&1; then
+  printf 'kvmarket: failed: converting the model; the end of %s:\n' "$log" >&2
+  tail -n 20 "$log" >&2
   exit 1
 fi

@@ -1,6 +1,6 @@
 """Make a small, randomly initialised Qwen3 model: for tests in which the weights do not matter.
 
-python tools/make_tiny_model.py SEED TOKENIZER_FOLDER OUT
+Usage: python tools/make_tiny_model.py SEED OUT [TOKENIZER_FOLDER]
 """
 
 from __future__ import annotations
@@ -8,11 +8,14 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+TOKENIZER = Path(__file__).parents[1] / ".cache" / "models" / "SmolLM2-135M-Instruct"
+
 
 def make_tiny_model(seed: int, tokenizer_folder: Path, out: Path) -> Path:
     """Write the model for `seed` into `out`, with the tokenizer of another folder; returns `out`.
 
-    Two seeds give two models of the same shape and name with different weights.
+    The same seed gives the same bytes; two seeds give two models of the same shape and name with
+    different weights. Leaves torch's random state as it was.
     """
     import torch
     from transformers import AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
@@ -32,11 +35,16 @@ def make_tiny_model(seed: int, tokenizer_folder: Path, out: Path) -> Path:
         initializer_range=0.2,  # wide, so that greedy answers depend on the whole prompt
         dtype="float32",
     )
-    torch.manual_seed(seed)
-    Qwen3ForCausalLM(config).to(torch.float32).save_pretrained(out)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = Qwen3ForCausalLM(config)
+    model.to(torch.float32).save_pretrained(out)
     tokenizer.save_pretrained(out)
     return out
 
 
 if __name__ == "__main__":
-    make_tiny_model(int(sys.argv[1]), Path(sys.argv[2]), Path(sys.argv[3]))
+    if len(sys.argv) not in {3, 4}:
+        sys.exit(__doc__)
+    seed_, out_, *tokenizer_ = sys.argv[1:]
+    make_tiny_model(int(seed_), Path(tokenizer_[0]) if tokenizer_ else TOKENIZER, Path(out_))

@@ -315,11 +315,10 @@ def _book(
         credits_pending=credit.credits_pending + pending_nano,
         credits_posted=credit.credits_posted + posted_nano,
     )
-    highest = max(
-        debit.debits_pending + debit.debits_posted, credit.credits_pending + credit.credits_posted
-    )
-    if highest > INT64_MAX:
+    if debit.debits_pending + debit.debits_posted > INT64_MAX:
         return Result(Outcome.OVERFLOW, debit.id)
+    if credit.credits_pending + credit.credits_posted > INT64_MAX:
+        return Result(Outcome.OVERFLOW, credit.id)
     books.put_account(debit)
     books.put_account(credit)
     fields = {field: getattr(operation, field) for field in Operation.__struct_fields__}

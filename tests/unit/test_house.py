@@ -1,0 +1,170 @@
+"""The rules of the house that no linter knows."""
+
+import ast
+import inspect
+import re
+import subprocess
+import sys
+import tomllib
+from importlib import import_module, metadata
+from pathlib import Path
+
+import pytest
+
+import vllm_kvmarket
+from vllm_kvmarket.cli import commands
+from vllm_kvmarket.config import markdown_table
+
+ROOT = Path(__file__).parents[2]
+FOLDERS = ("vllm_kvmarket", "tests", "benchmarks", "examples", "tools")
+SOURCES = sorted(path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py"))
+MAX_FILE_LINES = 400
+MAX_FUNCTION_LINES = 70
+# What the values of the house (see DESIGN: errors, config, identity, tariff) may import.
+VALUES = ("errors", "config", "identity", "tariff", "economics", "credentials")
+SMALL_LIBRARIES = {"blake3", "msgspec", "numpy", "xxhash", "vllm_kvmarket"}
+# Escaped, neither pattern matches its own source. A host belongs into the user's pip settings.
+REGISTRY_HOST = re.compile(
+    r"pypi\.org|pythonhosted\.org|download\.pytorch\.org|registry\.npmjs\.org|deb\.debian\.org"
+)
+MACHINE_PATH = re.compile(r"(?<![\w.}>])/(?:work|root|opt|home/\w+)/")
+
+Function = ast.FunctionDef | ast.AsyncFunctionDef
+
+
+def parse(path):
+    return ast.parse(path.read_text(encoding="utf-8"), filename=str(path))
+
+
+def functions(path):
+    return [node for node in ast.walk(parse(path)) if isinstance(node, Function)]
+
+
+def name(path):
+    return str(path.relative_to(ROOT))
+
+
+def tracked_texts():
+    """Every text file that git knows or would add, with its content."""
+    command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+    listed = subprocess.run(command, cwd=ROOT, capture_output=True, check=True, text=True).stdout
+    for entry in filter(None, listed.split("\0")):
+        path = ROOT / entry
+        if path.is_file():
+            content = path.read_bytes()
+            if b"\0" not in content:
+                yield entry, content.decode("utf-8")
+
+
+def imported_packages(path):
+    """The top-level packages that a file imports, wherever in it."""
+    found = set()
+    for node in ast.walk(parse(path)):
+        if isinstance(node, ast.Import):
+            found |= {alias.name.partition(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found.add(node.module.partition(".")[0])
+    return found
+
+
+def test_the_sources_are_found():
+    """The folders exist and hold code, so that the tests below look at something."""
+    assert {path.relative_to(ROOT).parts[0] for path in SOURCES} == set(FOLDERS)
+
+
+def test_no_file_is_long():
+    """A file of more than 400 lines is two files."""
+    lengths = {name(path): len(path.read_text("utf-8").splitlines()) for path in SOURCES}
+    assert {file: lines for file, lines in lengths.items() if lines > MAX_FILE_LINES} == {}
+
+
+def test_no_function_is_long():
+    """A function of more than 70 lines, docstring included, is two functions."""
+    long = [
+        f"{name(path)}:{node.lineno} {node.name}"
+        for path in SOURCES
+        for node in functions(path)
+        if node.end_lineno - node.lineno >= MAX_FUNCTION_LINES
+    ]
+    assert long == []
+
+
+def test_every_test_says_what_it_shows():
+    """A test states the behaviour in its docstring."""
+    silent = [
+        f"{name(path)}:{node.lineno} {node.name}"
+        for path in SOURCES
+        if path.name.startswith("test_")
+        for node in functions(path)
+        if node.name.startswith("test_") and not ast.get_docstring(node)
+    ]
+    assert silent == []
+
+
+@pytest.mark.parametrize("module", VALUES)
+def test_values_import_small_libraries_only(module):
+    """Errors, config, identity and tariff can be used anywhere: they pull nothing heavy in."""
+    allowed = SMALL_LIBRARIES | sys.stdlib_module_names
+    assert imported_packages(ROOT / "vllm_kvmarket" / f"{module}.py") - allowed == set()
+
+
+@pytest.mark.parametrize("pattern", [REGISTRY_HOST, MACHINE_PATH], ids=["hosts", "paths"])
+def test_the_repository_names_no_registry_and_no_machine(pattern):
+    """The repository holds no package registry's host and no absolute path of a machine."""
+    if not (ROOT / ".git").exists():
+        pytest.skip("not a git work tree")
+    found = [
+        f"{file}:{number}: {match.group()}"
+        for file, text in tracked_texts()
+        for number, line in enumerate(text.splitlines(), 1)
+        if (match := pattern.search(line))
+    ]
+    assert found == []
+
+
+@pytest.mark.parametrize("command", ["make demo", "make test"])
+def test_the_readme_names_the_first_commands(command):
+    """Who reads the README learns how to see it work and how to test it."""
+    assert command in (ROOT / "README.md").read_text("utf-8")
+
+
+def test_the_readme_names_every_command():
+    """A command that the README does not show is found by nobody."""
+    text = (ROOT / "README.md").read_text("utf-8")
+    assert [entry for entry, _ in commands() if f"kvmarket {entry}" not in text] == []
+
+
+def test_the_readme_has_the_configuration_as_it_is():
+    """The table of keys is the code's; tools/update_readme.py writes it anew."""
+    text = (ROOT / "README.md").read_text("utf-8")
+    _, _, rest = text.partition("<!-- config table -->\n")
+    table, end, _ = rest.partition("\n<!-- /config table -->")
+    assert end, "the marks around the table are there"
+    assert table == markdown_table()
+
+
+def test_the_public_names_are_exactly_all():
+    """`__all__` is sorted and equals the names that the package shows."""
+    visible = [
+        key
+        for key, value in vars(vllm_kvmarket).items()
+        if not key.startswith("_") and not inspect.ismodule(value)
+    ]
+    assert list(vllm_kvmarket.__all__) == sorted(visible)
+
+
+def test_entry_points_name_something_callable():
+    """What pyproject.toml promises pip and vLLM exists, and is installed under the same names."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
+    groups = {"console_scripts": project["scripts"], **project["entry-points"]}
+    assert set(groups) == {"console_scripts", "vllm.general_plugins", "vllm.endpoint_plugins"}
+    for group, entries in groups.items():
+        for entry, target in entries.items():
+            module, _, attribute = target.partition(":")
+            assert callable(getattr(import_module(module), attribute))
+            assert metadata.entry_points(group=group)[entry].value == target
+
+
+def test_the_type_marker_is_packaged():
+    """Type checkers of users believe our annotations only where py.typed is."""
+    assert (ROOT / "vllm_kvmarket" / "py.typed").is_file()

@@ -1,0 +1,297 @@
+"""The ledger's rules against a naive model that keeps lists and adds them up anew each time."""
+
+from __future__ import annotations
+
+from copy import deepcopy
+from dataclasses import dataclass, field
+
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
+
+from vllm_kvmarket.ledger.rules import (
+    INT64_MAX,
+    Account,
+    Operation,
+    Outcome,
+    Transfer,
+    apply,
+    expire,
+    pending,
+    plain,
+    post,
+    void,
+)
+
+# world and mint may go negative. Only `flood` uses mint and sink, so that an account at its limit
+# does not stop the rest.
+KINDS = {
+    "world": "world",
+    "mint": "world",
+    "alice": "buyer",
+    "pat": "publisher",
+    "provider": "provider",
+    "sink": "buyer",
+}
+UNBOUNDED = {"world", "mint"}
+RESOLVED = {"post": Outcome.ALREADY_POSTED, "void": Outcome.ALREADY_VOIDED}
+
+
+class MemoryBooks:
+    """The smallest books that the rules can work on."""
+
+    def __init__(self):
+        self.accounts = {
+            name: Account(name, kind, may_go_negative=name in UNBOUNDED)
+            for name, kind in KINDS.items()
+        }
+        self.transfers: dict[str, Transfer] = {}
+
+    def account(self, account_id):
+        return self.accounts.get(account_id)
+
+    def transfer(self, transfer_id):
+        return self.transfers.get(transfer_id)
+
+    def resolution(self, pending_id):
+        found = (each for each in self.transfers.values() if each.pending_id == pending_id)
+        return next(found, None)
+
+    def put_account(self, account):
+        assert account.id in self.accounts
+        self.accounts[account.id] = account
+
+    def put_transfer(self, transfer):
+        assert transfer.id not in self.transfers, "transfers never change"
+        self.transfers[transfer.id] = transfer
+
+
+@dataclass
+class Hold:
+    operation: Operation
+    due_s: float
+    resolved: str = ""
+
+
+@dataclass
+class Model:
+    """What was accepted, what moved, what is held: no running balances."""
+
+    accepted: dict[str, Operation] = field(default_factory=dict)
+    moved: list[tuple[str, str, int]] = field(default_factory=list)
+    holds: dict[str, Hold] = field(default_factory=dict)
+
+    def held(self):
+        holds = [hold.operation for hold in self.holds.values() if not hold.resolved]
+        return [(each.debit, each.credit, each.amount_nano) for each in holds]
+
+    def debits(self, moves, name):
+        return sum(amount for debit, _, amount in moves if debit == name)
+
+    def credits(self, moves, name):
+        return sum(amount for _, credit, amount in moves if credit == name)
+
+    def available(self, name):
+        spent = self.debits(self.moved, name) + self.debits(self.held(), name)
+        return self.credits(self.moved, name) - spent
+
+    def batch(self, operations, now_s):
+        """The outcomes of a linked batch; mutates when it holds."""
+        trial, outcomes = deepcopy(self), []
+        for operation in operations:
+            outcomes.append(trial.one(operation, now_s))
+            if outcomes[-1] > Outcome.EXISTS:
+                failed = len(outcomes) - 1
+                return [
+                    outcomes[-1] if index == failed else Outcome.LINKED_FAILED
+                    for index in range(len(operations))
+                ]
+        self.accepted, self.moved, self.holds = trial.accepted, trial.moved, trial.holds
+        return outcomes
+
+    def one(self, operation, now_s):
+        if operation.amount_nano < 0 or operation.amount_nano > INT64_MAX:
+            return Outcome.INVALID_AMOUNT
+        before = self.accepted.get(operation.id)
+        if before is not None:
+            same = before == operation
+            return Outcome.EXISTS if same else Outcome.EXISTS_WITH_DIFFERENT_FIELDS
+        first = operation.kind in ("plain", "pending")
+        outcome = self.move(operation, now_s) if first else self.resolve(operation, now_s)
+        if outcome is Outcome.OK:
+            self.accepted[operation.id] = operation
+        return outcome
+
+    def move(self, operation, now_s):
+        debit, credit, amount = operation.debit, operation.credit, operation.amount_nano
+        if debit == credit:
+            return Outcome.SAME_ACCOUNT
+        if debit not in KINDS or credit not in KINDS:
+            return Outcome.UNKNOWN_ACCOUNT
+        if debit not in UNBOUNDED and self.available(debit) < amount:
+            return Outcome.EXCEEDS_CREDITS
+        everything = [*self.moved, *self.held(), (debit, credit, amount)]
+        totals = self.debits(everything, debit), self.credits(everything, credit)
+        if max(totals) > INT64_MAX:
+            return Outcome.OVERFLOW
+        if operation.kind == "plain":
+            self.moved.append((debit, credit, amount))
+        else:
+            self.holds[operation.id] = Hold(operation, now_s + operation.timeout_s)
+        return Outcome.OK
+
+    def resolve(self, operation, now_s):
+        hold = self.holds.get(operation.pending_id)
+        if hold is None:
+            return Outcome.PENDING_NOT_FOUND
+        if hold.resolved:
+            return RESOLVED.get(hold.resolved, Outcome.EXPIRED)
+        if operation.kind == "post" and now_s >= hold.due_s:
+            return Outcome.EXPIRED
+        if operation.kind == "expire" and now_s < hold.due_s:
+            return Outcome.NOT_DUE
+        if operation.amount_nano > hold.operation.amount_nano:
+            return Outcome.EXCEEDS_PENDING_AMOUNT
+        hold.resolved = operation.kind
+        self.moved.append((hold.operation.debit, hold.operation.credit, operation.amount_nano))
+        return Outcome.OK
+
+
+# Few names and small amounts, so that ids collide, funds run out and holds are found.
+hold_ids = st.integers(0, 11).map("h{}".format)
+names = st.sampled_from(["world", "alice", "pat", "provider", "alice", "nobody"])
+amounts = st.one_of(st.integers(0, 60), st.sampled_from([-1, INT64_MAX + 1, 2**80]))
+timeouts = st.sampled_from([1, 10, 60])
+operations = st.one_of(
+    st.builds(
+        plain,
+        id=st.integers(0, 11).map("t{}".format),
+        debit=names,
+        credit=names,
+        amount_nano=amounts,
+        code=st.just("x"),
+    ),
+    st.builds(
+        pending,
+        id=hold_ids,
+        debit=names,
+        credit=st.sampled_from(["provider", "pat"]),
+        amount_nano=amounts,
+        timeout_s=timeouts,
+        code=st.just("reuse"),
+    ),
+    st.builds(
+        post, id=st.integers(0, 11).map("p{}".format), pending_id=hold_ids, amount_nano=amounts
+    ),
+    st.builds(void, id=st.integers(0, 11).map("v{}".format), pending_id=hold_ids),
+    st.builds(expire, id=st.integers(0, 11).map("e{}".format), pending_id=hold_ids),
+)
+
+
+class LedgerMachine(RuleBasedStateMachine):
+    def __init__(self):
+        super().__init__()
+        self.books, self.model, self.now_s, self.deposits = MemoryBooks(), Model(), 1000.0, 0
+
+    def submit(self, batch):
+        before = dict(self.books.accounts), dict(self.books.transfers)
+        expected = self.model.batch(batch, self.now_s)
+        assert [result.outcome for result in apply(self.books, batch, self.now_s)] == expected
+        if Outcome.OK not in expected:
+            assert (self.books.accounts, self.books.transfers) == before
+
+    @initialize()
+    def fund(self):
+        self.deposit("alice", 100)
+
+    @rule(name=st.sampled_from(["alice", "pat"]), amount=st.integers(1, 80))
+    def deposit(self, name, amount):
+        self.deposits += 1
+        id = f"deposit-{self.deposits}"
+        self.submit([plain(id=id, debit="world", credit=name, amount_nano=amount, code="deposit")])
+
+    @rule(batch=st.lists(operations, min_size=1, max_size=3))
+    def work(self, batch):
+        self.submit(batch)
+
+    @precondition(lambda self: any(not hold.resolved for hold in self.model.holds.values()))
+    @rule(data=st.data())
+    def settle(self, data):
+        """A post of an open hold, and the royalty out of it in the same batch."""
+        open_holds = [id for id, hold in self.model.holds.items() if not hold.resolved]
+        id = data.draw(st.sampled_from(open_holds))
+        amount = data.draw(st.integers(0, self.model.holds[id].operation.amount_nano + 1))
+        moved = post(id=f"settle-{id}", pending_id=id, amount_nano=amount)
+        royalty = plain(
+            id=f"royalty-{id}",
+            debit="provider",
+            credit="pat",
+            amount_nano=amount // 2,
+            code="royalty",
+        )
+        self.submit([moved, royalty])
+
+    @rule(data=st.data())
+    def retry(self, data):
+        """What was accepted once is accepted again, at any later time, and does nothing."""
+        operation = data.draw(st.sampled_from(list(self.model.accepted.values())))
+        before = dict(self.books.accounts)
+        assert apply(self.books, [operation], self.now_s)[0].outcome is Outcome.EXISTS
+        assert self.books.accounts == before
+
+    @rule(amount=st.sampled_from([INT64_MAX, INT64_MAX // 2 + 1, 1]), held=st.booleans())
+    def flood(self, amount, held):
+        self.deposits += 1
+        facts = {"debit": "mint", "credit": "sink", "amount_nano": amount, "code": "x"}
+        id = f"flood-{self.deposits}"
+        self.submit([pending(id=id, timeout_s=60, **facts) if held else plain(id=id, **facts)])
+
+    @rule(seconds=st.sampled_from([0.5, 1, 9, 60]))
+    def wait(self, seconds):
+        self.now_s += seconds
+
+    @invariant()
+    def balances_follow_from_what_happened(self):
+        model, held = self.model, self.model.held()
+        for name, account in self.books.accounts.items():
+            assert account.debits_posted == model.debits(model.moved, name)
+            assert account.credits_posted == model.credits(model.moved, name)
+            assert account.debits_pending == model.debits(held, name)
+            assert account.credits_pending == model.credits(held, name)
+
+    @invariant()
+    def nothing_is_created_or_overspent(self):
+        accounts = self.books.accounts.values()
+        assert sum(account.balance_nano for account in accounts) == 0
+        assert sum(each.debits_pending - each.credits_pending for each in accounts) == 0
+        for account in accounts:
+            assert account.may_go_negative or account.available_nano >= 0
+            assert account.debits_pending + account.debits_posted <= INT64_MAX
+            assert account.credits_pending + account.credits_posted <= INT64_MAX
+
+    @invariant()
+    def every_hold_stands_as_it_should(self):
+        assert self.books.transfers.keys() == self.model.accepted.keys()
+        for id, hold in self.model.holds.items():
+            resolution = self.books.resolution(id)
+            assert (resolution.kind if resolution else "") == hold.resolved
+
+
+def test_the_rules_agree_with_a_naive_model():
+    """Any history of batches, retries and waiting gives the outcomes and balances of the model."""
+    run_state_machine_as_test(
+        LedgerMachine,
+        settings=settings(
+            max_examples=80,
+            stateful_step_count=40,
+            deadline=None,
+            suppress_health_check=list(HealthCheck),
+        ),
+    )

@@ -1,0 +1,354 @@
+"""The ledger on a real file: durable, idempotent, immutable, shared by processes."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+
+import apsw
+import msgspec
+import pytest
+
+from vllm_kvmarket import LedgerError, NotFoundError
+from vllm_kvmarket.ledger import Ledger, Outcome, Receipt, pending, plain, post, void
+
+NANO = 1_000_000_000
+
+
+@pytest.fixture
+def path(tmp_path):
+    return tmp_path / "market.sqlite"
+
+
+@pytest.fixture
+def ledger(path):
+    with Ledger.open(path) as opened:
+        opened.create_account("alice", "buyer")
+        opened.create_account("pat", "publisher")
+        opened.deposit("alice", NANO, "d1")
+        yield opened
+
+
+def hold(id, amount, timeout_s=900):
+    return pending(
+        id=id,
+        debit="alice",
+        credit="provider",
+        amount_nano=amount,
+        timeout_s=timeout_s,
+        code="reuse",
+    )
+
+
+def receipt(id, charge, transfer):
+    zeros = dict.fromkeys(
+        ("tokens_matched", "tokens_reused", "tokens_loaded", "tokens_from_paged_cache"), 0
+    )
+    zeros |= dict.fromkeys(("tokens_failed", "tokens_computed", "tokens_output"), 0)
+    zeros |= dict.fromkeys(("input_nano_per_mtok", "cache_read_nano_per_mtok", "royalty_ppm"), 0)
+    return Receipt(
+        id=id,
+        request_id="r",
+        account="alice",
+        document_id="kvd_x",
+        title="",
+        publisher="pat",
+        charge_nano=charge,
+        royalty_nano=0,
+        recompute_nano=0,
+        reservation_id="h",
+        transfer_ids=(transfer,),
+        created_at_s=1.0,
+        model="m",
+        namespace="00",
+        **zeros,
+    )
+
+
+def test_a_reservation_is_posted_in_part_with_its_receipt(ledger):
+    """The rest is released; the receipt is there with the transfer."""
+    assert ledger.submit([hold("h", 500)]).result()[0].outcome is Outcome.OK
+    assert ledger.account("alice").available_nano == NANO - 500
+    batch = [
+        post(id="p", pending_id="h", amount_nano=300),
+        plain(id="r", debit="provider", credit="pat", amount_nano=150, code="royalty"),
+    ]
+    for _ in range(2):
+        results = ledger.submit(batch, receipt("kvr_1", 300, "p")).result()
+        assert all(result.outcome.good for result in results)
+    assert ledger.account("alice").available_nano == NANO - 300
+    assert ledger.account("pat").balance_nano == 150
+    assert [each.id for each in ledger.receipts(account="alice")] == ["kvr_1"]
+    assert ledger.receipt("kvr_1").charge_nano == 300
+    assert [transfer.id for transfer in ledger.transfers(limit=2)] == ["r", "p"]
+    assert ledger.check_integrity() == []
+
+
+def test_a_refused_batch_leaves_no_receipt(ledger):
+    """All of it or none."""
+    results = ledger.submit(
+        [post(id="p", pending_id="none", amount_nano=1)], receipt("kvr_2", 1, "p")
+    ).result()
+    assert results[0].outcome is Outcome.PENDING_NOT_FOUND
+    with pytest.raises(NotFoundError, match="kvr_2"):
+        ledger.receipt("kvr_2")
+
+
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "UPDATE transfer SET amount_nano = 1",
+        "DELETE FROM transfer",
+        "UPDATE receipt SET charge_nano = 1",
+        "DELETE FROM receipt",
+        "DELETE FROM account WHERE id = 'alice'",
+        "UPDATE account SET debits_pending = 5000000000 WHERE id = 'alice'",
+        "UPDATE account SET kind = 'bank'",
+        "INSERT INTO account (id, kind, may_go_negative) VALUES ('', 'buyer', 0)",
+        "UPDATE account SET debits_posted = 5000000000 WHERE id = 'alice'",
+        "UPDATE account SET credits_pending = -1",
+        "INSERT INTO transfer (id, kind, debit, credit, amount_nano, timeout_s, code, user_data, "
+        "created_at_s) VALUES ('x', 'plain', 'alice', 'nobody', 1, 0, '', '', 0)",
+    ],
+)
+def test_the_schema_refuses_what_the_rules_refuse(ledger, path, statement):
+    """Also to whoever writes SQL by hand."""
+    ledger.submit([hold("h", 1)], receipt("kvr_1", 1, "h")).result()
+    before = ledger.accounts(), ledger.transfers(), ledger.receipts()
+    db = apsw.Connection(str(path))
+    db.pragma("foreign_keys", True)
+    with pytest.raises(apsw.ConstraintError):
+        db.execute(statement)
+    db.close()
+    assert (ledger.accounts(), ledger.transfers(), ledger.receipts()) == before
+
+
+def test_accounts_have_one_kind_and_a_well_formed_id(ledger):
+    """The message says what to do."""
+    assert ledger.create_account("alice", "buyer").balance_nano == NANO
+    with pytest.raises(LedgerError, match="exists as a buyer"):
+        ledger.create_account("alice", "publisher")
+    with pytest.raises(LedgerError, match="1 to 128"):
+        ledger.create_account("a b", "buyer")
+    with pytest.raises(LedgerError, match="none of buyer"):
+        ledger.create_account("x", "bank")
+    with pytest.raises(NotFoundError, match="kvmarket account create"):
+        ledger.account("nobody")
+    with pytest.raises(LedgerError, match="above 0"):
+        ledger.deposit("alice", 0, "d2")
+
+
+def test_a_deposit_is_made_once_for_its_id(ledger):
+    """A retry changes nothing, another amount under the same id is refused."""
+    ledger.deposit("alice", NANO, "d1")
+    assert ledger.account("alice").balance_nano == NANO
+    with pytest.raises(LedgerError, match="amount_nano"):
+        ledger.deposit("alice", 2 * NANO, "d1")
+
+
+def test_holds_expire_by_the_clock(path):
+    """A crashed engine does not lock funds for good."""
+    now = [1000.0]
+    with Ledger.open(path, clock=lambda: now[0]) as ledger:
+        ledger.create_account("alice", "buyer")
+        ledger.deposit("alice", 100, "d")
+        ledger.submit([hold("h", 60, timeout_s=10)]).result()
+        assert ledger.expire_pending() == 0
+        now[0] += 10
+        assert ledger.expire_pending() == 1
+        assert ledger.expire_pending() == 0
+        assert ledger.account("alice").available_nano == 100
+        late = ledger.submit([post(id="p", pending_id="h", amount_nano=60)]).result()
+        assert late[0].outcome is Outcome.EXPIRED
+        assert ledger.check_integrity() == []
+
+
+def test_closing_writes_what_is_queued_and_then_refuses(path):
+    """Nothing that was submitted is lost."""
+    ledger = Ledger.open(path)
+    ledger.create_account("alice", "buyer")
+    ledger.deposit("alice", NANO, "d")
+    futures = [ledger.submit([hold(f"h{i}", 1)]) for i in range(200)]
+    ledger.close()
+    assert all(future.result()[0].outcome is Outcome.OK for future in futures)
+    with pytest.raises(LedgerError, match="closed"):
+        ledger.submit([void(id="v", pending_id="h1")]).result()
+    with Ledger.open(path) as again:
+        assert again.account("alice").debits_pending == 200
+
+
+def test_tampering_with_a_balance_is_found(ledger, path):
+    """check_integrity recomputes every balance from the transfers."""
+    db = apsw.Connection(str(path))
+    db.execute("UPDATE account SET credits_posted = credits_posted + 7 WHERE id = 'pat'")
+    db.close()
+    problems = ledger.check_integrity()
+    assert any("pat" in problem and "credits_posted" in problem for problem in problems)
+    assert any("differ" in problem for problem in problems)
+
+
+WRITER = """
+import sys
+from pathlib import Path
+from vllm_kvmarket.ledger import Ledger, plain
+ledger = Ledger.open(Path(sys.argv[1]))
+name, count = sys.argv[2], int(sys.argv[3])
+for number in range(count):
+    names = {"debit": "alice", "credit": "provider", "code": "x"}
+    transfer = plain(id=f"{name}-{number}", amount_nano=1, **names)
+    ledger.submit([transfer]).result()
+    print(number, flush=True)
+ledger.close()
+"""
+
+
+def writer(path, name, count):
+    command = [sys.executable, "-c", WRITER, str(path), name, str(count)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+
+
+def test_two_processes_write_at_once(ledger, path):
+    """Every transfer of both is there, once."""
+    writers = [writer(path, name, 150) for name in "ab"]
+    for process in writers:
+        process.communicate(timeout=60)
+        assert process.returncode == 0
+    assert ledger.account("provider").credits_posted == 300
+    assert ledger.check_integrity() == []
+
+
+@pytest.mark.parametrize("acknowledged", [0, 1, 7, 25, 40])
+def test_what_was_acknowledged_survives_kill_9(ledger, path, acknowledged):
+    """Nothing acknowledged is lost, nothing is applied twice, a rerun completes it."""
+    process = writer(path, "k", 500)
+    seen = -1
+    for line in process.stdout:
+        seen = int(line)
+        if seen >= acknowledged:
+            break
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    process.stdout.close()
+    there = {transfer.id for transfer in ledger.transfers() if transfer.code == "x"}
+    assert there >= {f"k-{number}" for number in range(seen + 1)}
+    assert ledger.check_integrity() == []
+    process = writer(path, "k", 60)
+    process.communicate(timeout=60)
+    assert ledger.account("provider").credits_posted == max(60, len(there))
+    assert ledger.check_integrity() == []
+
+
+MALFORMED = [
+    # what no rule names, but the database refuses: the batch, and its receipt
+    ([hold("x", 1, timeout_s=-1)], None),
+    ([hold("x", 1, timeout_s=2**63)], None),
+    ([hold("x", 0.5)], None),
+    ([hold("\ud800", 1)], None),
+    ([hold("x", 1)], msgspec.structs.replace(receipt("kvr_x", 1, "x"), account="nobody")),
+]
+
+
+@pytest.mark.parametrize(("operations", "bad_receipt"), MALFORMED)
+def test_a_malformed_batch_harms_no_other(ledger, path, operations, bad_receipt):
+    """Batches share a commit, not their fate; the writer goes on after a failure."""
+    other = apsw.Connection(str(path))
+    other.execute("BEGIN IMMEDIATE")  # while another process writes, batches gather
+    before = [ledger.submit([hold(f"before{number}", 1)]) for number in range(3)]
+    bad = ledger.submit(operations, bad_receipt)
+    after = [ledger.submit([hold(f"after{number}", 1)]) for number in range(3)]
+    other.execute("COMMIT")
+    other.close()
+    with pytest.raises(LedgerError, match="could not be written"):
+        bad.result(timeout=30)
+    for future in before + after:
+        assert future.result(timeout=30)[0].outcome is Outcome.OK
+    assert ledger.account("alice").debits_pending == 6
+    assert ledger.receipts() == []
+    assert ledger.check_integrity() == []
+
+
+def test_a_caller_cannot_take_a_submitted_batch_back(ledger, path):
+    """A cancelled wait (asyncio cancels futures) neither undoes the batch nor stops the writer."""
+    other = apsw.Connection(str(path))
+    other.execute("BEGIN IMMEDIATE")
+    futures = [ledger.submit([hold(f"h{number}", 1)]) for number in range(3)]
+    assert not any(future.cancel() for future in futures)
+    other.execute("COMMIT")
+    other.close()
+    for future in futures:
+        assert future.result(timeout=30)[0].outcome is Outcome.OK
+    ledger.deposit("alice", 1, "d2")
+
+
+def test_many_threads_submit_at_once(ledger):
+    """Batches of many threads apply one after another; no nano-unit is spent twice."""
+
+    def spend(number):
+        (result,) = ledger.submit([hold(f"h{number}", NANO // 50)]).result(timeout=30)
+        return result.outcome
+
+    with ThreadPoolExecutor(8) as pool:
+        outcomes = list(pool.map(spend, range(80)))
+    assert outcomes.count(Outcome.OK) == 50
+    assert outcomes.count(Outcome.EXCEEDS_CREDITS) == 30
+    assert ledger.account("alice").available_nano == 0
+    assert ledger.check_integrity() == []
+
+
+def test_no_future_is_left_without_an_answer_by_close(path):
+    """Whatever is submitted while another thread closes is written or refused."""
+    for round_number in range(20):
+        ledger = Ledger.open(path)
+        with ThreadPoolExecutor(4) as pool:
+            batches = [[hold(f"{round_number}-{number}", 0)] for number in range(200)]
+            submitted = [pool.submit(ledger.submit, batch) for batch in batches]
+            ledger.close()
+            answers = [each.result().exception(timeout=10) for each in submitted]
+        assert {type(answer) for answer in answers} <= {type(None), LedgerError}
+
+
+@pytest.mark.parametrize("malformed", ["", "a b", "a/b", "\u00e9", "a\n", "a" * 129])
+def test_a_malformed_account_id_is_refused(ledger, malformed):
+    """Account ids go into URLs, logs and file names: 1 to 128 of a few characters."""
+    with pytest.raises(LedgerError, match="is not 1 to 128"):
+        ledger.create_account(malformed, "buyer")
+    ledger.create_account("Acme:eu-1_x.y@z" + "a" * 113, "publisher")
+
+
+def test_unknown_accounts_and_transfers_are_named(ledger):
+    """Nobody can be paid who has no account; what is asked for in vain is named."""
+    with pytest.raises(NotFoundError, match="nobody"):
+        ledger.deposit("nobody", 1, "d2")
+    paid = plain(id="t", debit="alice", credit="nobody", amount_nano=1, code="x")
+    (result,) = ledger.submit([paid]).result()
+    assert (result.outcome, result.detail) == (Outcome.UNKNOWN_ACCOUNT, "nobody")
+    with pytest.raises(LedgerError, match="transfer t: unknown account nobody"):
+        ledger.transact(paid)
+    with pytest.raises(NotFoundError, match="'t'"):
+        ledger.transfer("t")
+
+
+def test_receipts_are_found_by_what_they_say(ledger):
+    """By account, request and document, newest first, as many as asked for."""
+    for number in range(3):
+        kept = msgspec.structs.replace(receipt(f"kvr_{number}", 1, f"h{number}"), request_id="q")
+        ledger.submit([hold(f"h{number}", 1)], kept).result()
+    found = [each.id for each in ledger.receipts(account="alice", request_id="q", limit=2)]
+    assert found == ["kvr_2", "kvr_1"]
+    assert len(ledger.receipts(document_id="kvd_x")) == 3
+    assert ledger.receipts(account="pat") == []
+    assert [each.id for each in ledger.transfers(account="alice")] == ["h2", "h1", "h0", "d1"]
+    assert ledger.transfers(account="pat") == []
+
+
+def test_the_audit_reads_receipts(ledger):
+    """A receipt that says another amount than was charged is a problem; a free one is none."""
+    free = msgspec.structs.replace(receipt("kvr_free", 0, ""), transfer_ids=())
+    ledger.submit([hold("h1", 5)], free).result()
+    assert ledger.check_integrity() == []
+    ledger.submit([hold("h2", 5)], receipt("kvr_wrong", 6, "h2")).result()
+    ledger.submit([hold("h3", 5)], receipt("kvr_lost", 5, "none")).result()
+    problems = ledger.check_integrity()
+    assert ["kvr_wrong" in problems[0], "kvr_lost" in problems[1], len(problems)] == [True, True, 2]

@@ -1,0 +1,222 @@
+"""One request's loads and how they are counted, without an engine."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from vllm_kvmarket.catalogue import Listing, Match, MatchedChunk
+from vllm_kvmarket.connector.messages import LoadReport
+from vllm_kvmarket.connector.requests import (
+    Decision,
+    RequestState,
+    client_request_id,
+    purchase_group,
+)
+from vllm_kvmarket.identity import ROOT, chunk_keys, pack_tokens
+
+CHUNK, BLOCK = 64, 16
+NAMESPACE = b"n" * 32
+DOCUMENT = list(range(1000, 1250))  # 3 whole chunks of 64 tokens and one of 58
+KEYS = chunk_keys(NAMESPACE, DOCUMENT, CHUNK)
+BLOCK_IDS = list(range(500, 530))
+
+
+def matching(count):
+    """A match of the document's first `count` tokens."""
+    listing = Listing(
+        document_id="kvd_x",
+        namespace=NAMESPACE,
+        title="",
+        publisher="pat",
+        token_count=len(DOCUMENT),
+        rendered_as="text",
+        cache_read_nano_per_mtok=None,
+        royalty_ppm=None,
+        state="live",
+        reason="",
+        created_at_s=1.0,
+        stored_bytes=1,
+        chunk_keys=tuple(KEYS),
+    )
+    chunks = [
+        MatchedChunk(
+            key=KEYS[index],
+            parent=KEYS[index - 1] if index else ROOT,
+            tokens=pack_tokens(DOCUMENT[start : start + CHUNK]),
+            token_count=len(DOCUMENT[start : start + CHUNK]),
+            matched=min(CHUNK, count - start),
+        )
+        for index, start in enumerate(range(0, count, CHUNK))
+    ]
+    return Match(listing, count, tuple(chunks))
+
+
+def asking(count, prompt=400):
+    """A request that may reuse a match of `count` tokens."""
+    return RequestState("r", prompt, Decision.REUSE, match=matching(count), limit=count)
+
+
+def admit(state, local, most=10_000):
+    """What the scheduler does: ask, then admit with what it was told."""
+    return state.admitted(state.external_tokens(local, most))
+
+
+def planned(state):
+    plan = state.load_plan(NAMESPACE, BLOCK_IDS, BLOCK, CHUNK)
+    return [
+        (KEYS.index(chunk.key), chunk.first_page, [each - BLOCK_IDS[0] for each in chunk.block_ids])
+        for chunk in plan.chunks
+    ]
+
+
+def blocks(start, stop):
+    return list(range(start, stop))
+
+
+PLANS = [
+    # match, local, most, chunk by chunk: (chunk, first page, blocks)
+    (64, 0, 399, [(0, 0, blocks(0, 4))]),
+    (65, 0, 399, [(0, 0, blocks(0, 4)), (1, 0, [4])]),  # one token into a chunk: one page of it
+    (100, 0, 399, [(0, 0, blocks(0, 4)), (1, 0, [4, 5, 6])]),  # ends inside a block
+    (100, 32, 399, [(0, 2, [2, 3]), (1, 0, [4, 5, 6])]),  # a local hit inside a chunk
+    (100, 64, 399, [(1, 0, [4, 5, 6])]),  # a local hit at a chunk's end
+    (100, 96, 399, [(1, 2, [6])]),  # four tokens of one block
+    (128, 0, 127, [(0, 0, blocks(0, 4)), (1, 0, blocks(4, 8))]),  # the last token is computed
+    (250, 176, 249, [(2, 3, [11]), (3, 0, blocks(12, 16))]),  # ends inside the short last chunk
+    (7, 0, 399, [(0, 0, [0])]),
+]
+
+
+@pytest.mark.parametrize(("match", "local", "most", "expected"), PLANS)
+def test_a_plan_covers_what_lies_behind_the_local_hit(match, local, most, expected):
+    """Loads begin at the first page that vLLM has not, and end with the one the match ends in."""
+    state = asking(match)
+    assert admit(state, local, most)
+    assert state.external == min(match, most) - local
+    assert planned(state) == expected
+
+
+@given(match=st.integers(1, 250), local=st.integers(0, 15), most=st.integers(1, 400))
+def test_each_page_goes_into_the_block_of_its_tokens(match, local, most):
+    """Whatever the boundaries: no block twice, none left out, none in front of the local hit."""
+    state = asking(match)
+    end = min(match, most)
+    if not admit(state, local * BLOCK, most):
+        assert end <= local * BLOCK
+        return
+    filled = []
+    for chunk, first_page, ids in planned(state):
+        assert 0 <= first_page < first_page + len(ids) <= CHUNK // BLOCK
+        first = chunk * CHUNK // BLOCK + first_page
+        assert ids == blocks(first, first + len(ids))
+        filled += ids
+    assert filled == blocks(local, -(-end // BLOCK))
+
+
+@pytest.mark.parametrize("local", [96, 112, 320])
+def test_nothing_is_loaded_when_the_local_hit_reaches_the_match(local):
+    """The paged cache has it all: counted as reused, at most to the match's end."""
+    state = asking(96)
+    assert not admit(state, local)
+    usage = state.usage(5)
+    assert (usage.reused, usage.loaded, usage.from_paged_cache) == (96, 0, 96)
+    assert (usage.matched, usage.failed, usage.computed, usage.output) == (96, 0, 304, 5)
+
+
+def test_an_admission_counts_once_for_a_question():
+    """The scheduler may admit without having asked: then there is nothing to load."""
+    state = asking(100)
+    assert not state.admitted(100)
+    assert admit(state, 0)
+    assert not state.admitted(100)
+
+
+def test_a_whole_load_is_counted_from_store_and_paged_cache():
+    """What was loaded and what lay there add up to what is charged."""
+    state = asking(100)
+    admit(state, 32)
+    assert state.usage(0).reused == 0, "nothing is charged before it has arrived"
+    state.load_ended(LoadReport(), CHUNK)
+    usage = state.usage(3)
+    assert (usage.reused, usage.loaded, usage.from_paged_cache, usage.failed) == (100, 68, 32, 0)
+    assert usage.computed == 300
+
+
+FAILURES = [
+    # local, failed chunks: reused, loaded, from the paged cache, failed, limit
+    (0, [3], (192, 192, 0, 48, 192)),
+    (0, [1, 3], (64, 64, 0, 176, 64)),  # what lies behind a gap is of no use
+    (0, [0], (0, 0, 0, 240, 0)),
+    (32, [2], (128, 96, 32, 112, 128)),
+    (80, [1], (80, 0, 80, 160, 64)),  # vLLM has the failed chunk's beginning
+    (80, [2, 1], (80, 0, 80, 160, 64)),
+]
+
+
+@pytest.mark.parametrize(("local", "failed", "expected"), FAILURES)
+def test_only_what_lies_in_front_of_a_failure_counts(local, failed, expected):
+    """The rest is computed, not charged, and not asked for again."""
+    state = asking(240)
+    admit(state, local)
+    state.load_ended(LoadReport(failures={KEYS[chunk]: "bad" for chunk in failed}), CHUNK)
+    usage = state.usage(0)
+    counted = (usage.reused, usage.loaded, usage.from_paged_cache, usage.failed, state.limit)
+    assert counted == expected
+    assert usage.reused + usage.computed == 400
+    assert usage.failed <= usage.computed
+    assert state.external_tokens(0, 399) == state.limit
+    assert state.external_tokens(local, 399) == max(0, state.limit - local)
+
+
+def test_a_later_failure_takes_nothing_back():
+    """A second load fails further in front: what the first one got was used, and stays counted."""
+    state = asking(240)
+    admit(state, 0)
+    state.load_ended(LoadReport(failures={KEYS[3]: "bad"}), CHUNK)
+    admit(state, 0)
+    state.load_ended(LoadReport(failures={KEYS[1]: "bad"}), CHUNK)
+    usage = state.usage(0)
+    assert (usage.reused, usage.failed, state.limit) == (192, 240 - 64, 64)
+
+
+def test_a_preempted_request_pays_for_its_best_admission():
+    """Loading again is not reusing twice, and a worse second time takes nothing back."""
+    state = asking(100)
+    admit(state, 0)
+    state.load_ended(LoadReport(), CHUNK)
+    admit(state, 64)
+    state.load_ended(LoadReport(), CHUNK)
+    assert (state.reused, state.loaded, state.cached) == (100, 100, 0)
+    admit(state, 0, most=50)
+    state.load_ended(LoadReport(), CHUNK)
+    assert state.usage(0).reused == 100
+
+
+def test_a_request_without_a_match_computes_all():
+    """What only publishes, or may not reuse, has a usage too."""
+    usage = RequestState("r", 400, Decision.RECOMPUTE).usage(9)
+    assert (usage.matched, usage.reused, usage.computed, usage.output) == (0, 0, 400, 9)
+
+
+IDS = [
+    # vLLM's id, what one charge covers, what the client knows
+    ("7", "7", "7"),
+    ("cmpl-ab-0", "cmpl-ab-0", "cmpl-ab-0"),
+    ("cmpl-ab-0-0123abcd", "cmpl-ab-0-0123abcd", "cmpl-ab-0"),
+    ("0_chat-0123abcd", "chat-0123abcd", "chat"),
+    ("15_chat-0123abcd", "chat-0123abcd", "chat"),
+    ("1_2_x", "2_x", "2_x"),
+    ("a_b", "a_b", "a_b"),
+    ("3_", "3_", "3_"),
+    ("chat-0123ABCD", "chat-0123ABCD", "chat-0123ABCD"),
+    ("chat-0123abcd0", "chat-0123abcd0", "chat-0123abcd0"),
+]
+
+
+@pytest.mark.parametrize(("request_id", "group", "client"), IDS)
+def test_samples_share_a_charge_and_the_client_knows_its_id(request_id, group, client):
+    """All samples of a request are one purchase; its receipt carries the client's own id."""
+    assert purchase_group(request_id) == group
+    assert client_request_id(request_id) == client

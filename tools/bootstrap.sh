@@ -54,8 +54,9 @@ PYTHON
 
 "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null ||
   { say "$python is not Python 3.11 or newer; call make PYTHON=/path/to/python3.11"; exit 1; }
-# Asks pip, since a Debian without python3-venv leaves half an environment behind.
-if ! "$venv/bin/python" -m pip --version >> "$log" 2>&1; then
+# A Debian without python3-venv leaves an environment without pip behind; and without pyvenv.cfg, pip
+# would install into the machine's own Python.
+if ! { [ -f "$venv/pyvenv.cfg" ] && "$venv/bin/python" -m pip --version >> "$log" 2>&1; }; then
   say "creating $venv with $("$python" --version)"
   "$python" -m venv --clear "$venv" >> "$log" 2>&1 ||
     { say "cannot create $venv with $python; on Debian and Ubuntu: apt-get install python3-venv"; exit 1; }

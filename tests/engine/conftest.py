@@ -79,7 +79,12 @@ def market(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Market]:
 def llm(tiny: Callable[[int], Path], market: Market) -> Iterator[Any]:
     """The shared engine: prefill in pieces of 512 tokens, blocks of 128, few of them."""
     with running(
-        tiny(1), market, max_num_batched_tokens=512, num_gpu_blocks_override=60, max_num_seqs=8
+        tiny(1),
+        market,
+        max_num_batched_tokens=512,
+        num_gpu_blocks_override=44,
+        max_num_seqs=8,
+        disable_log_stats=False,
     ) as engine:
         yield engine
 

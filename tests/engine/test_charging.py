@@ -85,8 +85,9 @@ def test_several_samples_of_one_request_are_charged_once(llm, market, document):
 
 
 def test_a_batch_of_requests_for_one_document_is_charged_one_by_one(llm, market, document):
-    """Twelve buyers at once, more than run at a time, on few blocks: right answers, right money."""
+    """Twelve buyers at once on too few blocks: some are preempted and load twice, and pay once."""
     before = balances(market)
+    preempted = preemptions(llm)
     prompts = [document + words(60 + i, 10 + i) for i in range(12)]
     sampling = llm.get_default_sampling_params()
     sampling.max_tokens, sampling.temperature = 150, 0.0
@@ -100,6 +101,7 @@ def test_a_batch_of_requests_for_one_document_is_charged_one_by_one(llm, market,
     for one, other in zip(full, bought, strict=True):
         assert one.outputs[0].token_ids[:8] == other.outputs[0].token_ids[:8]
     assert [o.kv_transfer_params["kvmarket"]["reused_tokens"] for o in bought] == [600] * 12
+    assert preemptions(llm) > preempted
     settle(market)
     assert before["alice"] - balances(market)["alice"] == 12 * 600 * 500
     assert market.ledger.check_integrity() == []
@@ -118,6 +120,13 @@ def test_an_abort_before_the_first_token_costs_nothing(llm, market, document):
     ask(llm, words(70, 200), max_tokens=1, rest_s=0)  # one more step: the engine has seen the abort
     settle(market)
     assert balances(market) == before
+
+
+def preemptions(llm) -> int:
+    """How many requests vLLM has preempted so far."""
+    return sum(
+        metric.value for metric in llm.get_metrics() if metric.name == "vllm:num_preemptions"
+    )
 
 
 def settle(market) -> None:

@@ -32,7 +32,9 @@ def problems(db: apsw.Connection) -> list[str]:
         missing = [transfer for transfer in receipt.transfer_ids if transfer not in posted]
         if missing:
             found.append(f"receipt {receipt.id}: transfer {missing[0]} is missing")
-        elif posted[receipt.transfer_ids[0]].amount_nano != receipt.charge_nano:
+            continue
+        charged = posted[receipt.transfer_ids[0]].amount_nano if receipt.transfer_ids else 0
+        if charged != receipt.charge_nano:
             found.append(f"receipt {receipt.id}: says {receipt.charge_nano}, charged otherwise")
     return found
 

@@ -48,6 +48,11 @@ class _Batch:
     future: Future[list[Result]]
 
 
+def _is_one_batch_s(error: Exception) -> bool:
+    """Whether a failure is due to what one batch contains, rather than to the database."""
+    return isinstance(error, apsw.ConstraintError) or not isinstance(error, apsw.Error)
+
+
 class Ledger:
     """One process's access to the ledger; thread-safe. Several processes may share the file."""
 
@@ -59,6 +64,8 @@ class Ledger:
         self._connections: list[apsw.Connection] = []
         self._connections_lock = threading.Lock()
         self._closed = False
+        # Held for an enqueuing only: behind the end of the queue nothing may follow.
+        self._queue_lock = threading.Lock()
         db = self._db()
         database.migrate(db, tables.ROOM, tables.MIGRATIONS)
         self.create_account(PROVIDER, "provider")
@@ -73,10 +80,11 @@ class Ledger:
 
     def close(self) -> None:
         """Write what is queued, then release the database."""
-        if self._closed:
-            return
-        self._closed = True
-        self._queue.put(None)
+        with self._queue_lock:
+            if self._closed:
+                return
+            self._closed = True
+            self._queue.put(None)
         self._writer.join()
         with self._connections_lock:
             for connection in self._connections:
@@ -106,10 +114,14 @@ class Ledger:
         The receipt is kept in the same transaction, if the batch takes effect.
         """
         future: Future[list[Result]] = Future()
-        if self._closed:
+        # What is enqueued will be written: a running future cannot be cancelled.
+        future.set_running_or_notify_cancel()
+        with self._queue_lock:
+            closed = self._closed
+            if not closed:
+                self._queue.put(_Batch(operations, receipt, future))
+        if closed:
             future.set_exception(LedgerError("the ledger is closed"))
-        else:
-            self._queue.put(_Batch(operations, receipt, future))
         return future
 
     def transact(self, *operations: Operation) -> None:
@@ -144,10 +156,15 @@ class Ledger:
                 answers = [self._apply(db, books, batch) for batch in group]
                 db.execute("COMMIT")
             except BaseException:
-                db.execute("ROLLBACK")
+                if db.in_transaction:  # SQLite may have rolled back already, as on a full disk
+                    db.execute("ROLLBACK")
                 raise
         except Exception as error:  # noqa: BLE001
             # The thread outlives a full disk, a locked file and a bad batch: callers decide.
+            if len(group) > 1 and _is_one_batch_s(error):
+                for batch in group:
+                    self._commit(db, [batch])
+                return
             failure = LedgerError(f"the ledger could not be written: {error}")
             for batch in group:
                 batch.future.set_exception(failure)

@@ -31,7 +31,7 @@ from machine import describe_machine, memcpy_bytes_per_s
 
 from vllm_kvmarket import Market
 from vllm_kvmarket.cli.engine import engine_output
-from vllm_kvmarket.connector.engine import open_llm
+from vllm_kvmarket.connector.engine import close_llm, open_llm
 from vllm_kvmarket.measure import ask, empty_prefix_cache
 
 LENGTHS = (256, 512, 1024, 2048, 3774)
@@ -91,7 +91,7 @@ class Bench:
                 empty_prefix_cache(llm)
                 self.note(length, "prefill_plain", self.ttft(llm, tokens))
                 self.note(length, "apc_hit", self.ttft(llm, tokens))
-        stop(llm)
+        close_llm(llm)
 
     def sold(self) -> None:
         """On the market: a miss, publishing, and reuse from the store and from the paged cache."""
@@ -120,7 +120,7 @@ class Bench:
                 empty_prefix_cache(llm)
                 self.note(length, "reuse_store", self.ttft(llm, tokens, "buyer"))
                 self.note(length, "reuse_again", self.ttft(llm, tokens, "buyer"))
-        stop(llm)
+        close_llm(llm)
 
     def fresh(self) -> None:
         """The first reuse of each document in a new process; a small other request warms it up."""
@@ -130,12 +130,7 @@ class Bench:
             self.ttft(llm, texts[self.lengths[0]][5:])
             for length, tokens in texts.items():
                 self.note(length, "reuse_new_process", self.ttft(llm, tokens, "buyer"))
-            stop(llm)
-
-
-def stop(llm: Any) -> None:
-    """End an engine's processes before the next one starts."""
-    llm.llm_engine.engine_core.shutdown()
+            close_llm(llm)
 
 
 def summarise(bench: Bench) -> list[dict[str, Any]]:

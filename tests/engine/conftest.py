@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from vllm_kvmarket import Market
-from vllm_kvmarket.connector.engine import open_llm
+from vllm_kvmarket.connector.engine import close_llm, open_llm
 
 ROOT = Path(__file__).parents[2]
 SMOLLM = ROOT / ".cache" / "models" / "SmolLM2-135M-Instruct"
@@ -40,7 +40,7 @@ def running(model: Path, market: Market, **engine_args: Any) -> Iterator[Any]:
     try:
         yield llm
     finally:
-        llm.llm_engine.engine_core.shutdown()
+        close_llm(llm)
         del llm
         gc.collect()
 

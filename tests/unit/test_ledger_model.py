@@ -30,17 +30,18 @@ from vllm_kvmarket.ledger.rules import (
     void,
 )
 
-# world and mint may go negative. Only `flood` uses mint and sink, so that an account at its limit
-# does not stop the rest.
+# world and the mints may go negative. Only `flood` uses mints and sink, so that an account at its
+# limit does not stop the rest.
 KINDS = {
     "world": "world",
-    "mint": "world",
+    "mint-1": "world",
+    "mint-2": "world",
     "alice": "buyer",
     "pat": "publisher",
     "provider": "provider",
     "sink": "buyer",
 }
-UNBOUNDED = {"world", "mint"}
+UNBOUNDED = {"world", "mint-1", "mint-2"}
 RESOLVED = {"post": Outcome.ALREADY_POSTED, "void": Outcome.ALREADY_VOIDED}
 
 
@@ -198,7 +199,11 @@ operations = st.one_of(
 class LedgerMachine(RuleBasedStateMachine):
     def __init__(self):
         super().__init__()
-        self.books, self.model, self.now_s, self.deposits = MemoryBooks(), Model(), 1000.0, 0
+        self.books, self.model, self.now_s, self.count = MemoryBooks(), Model(), 1000.0, 0
+
+    def fresh(self, name):
+        self.count += 1
+        return f"{name}-{self.count}"
 
     def submit(self, batch):
         before = dict(self.books.accounts), dict(self.books.transfers)
@@ -211,11 +216,26 @@ class LedgerMachine(RuleBasedStateMachine):
     def fund(self):
         self.deposit("alice", 100)
 
-    @rule(name=st.sampled_from(["alice", "pat"]), amount=st.integers(1, 80))
+    @rule(name=st.sampled_from(["alice", "pat"]), amount=st.integers(1, 20))
     def deposit(self, name, amount):
-        self.deposits += 1
-        id = f"deposit-{self.deposits}"
-        self.submit([plain(id=id, debit="world", credit=name, amount_nano=amount, code="deposit")])
+        facts = {"debit": "world", "credit": name, "amount_nano": amount, "code": "deposit"}
+        self.submit([plain(id=self.fresh("deposit"), **facts)])
+
+    @rule(amount=st.integers(20, 60), timeout_s=timeouts)
+    def reserve(self, amount, timeout_s):
+        """What a request does on arrival; often more than is left."""
+        facts = {"debit": "alice", "credit": "provider", "amount_nano": amount, "code": "reuse"}
+        self.submit([pending(id=self.fresh("hold"), timeout_s=timeout_s, **facts)])
+
+    @precondition(lambda self: self.model.holds)
+    @rule(data=st.data(), kinds=st.lists(st.sampled_from([post, void, expire]), max_size=2))
+    def resolve(self, data, kinds):
+        """Resolve one hold, open or not, up to twice in a batch."""
+        id = data.draw(st.sampled_from(list(self.model.holds)))
+        amount = {post: {"amount_nano": 1}}
+        self.submit(
+            [kind(id=self.fresh("end"), pending_id=id, **amount.get(kind, {})) for kind in kinds]
+        )
 
     @rule(batch=st.lists(operations, min_size=1, max_size=3))
     def work(self, batch):
@@ -246,11 +266,14 @@ class LedgerMachine(RuleBasedStateMachine):
         assert apply(self.books, [operation], self.now_s)[0].outcome is Outcome.EXISTS
         assert self.books.accounts == before
 
-    @rule(amount=st.sampled_from([INT64_MAX, INT64_MAX // 2 + 1, 1]), held=st.booleans())
-    def flood(self, amount, held):
-        self.deposits += 1
-        facts = {"debit": "mint", "credit": "sink", "amount_nano": amount, "code": "x"}
-        id = f"flood-{self.deposits}"
+    @rule(
+        mint=st.sampled_from(["mint-1", "mint-2"]),
+        amount=st.sampled_from([INT64_MAX, INT64_MAX // 2 + 1, 1]),
+        held=st.booleans(),
+    )
+    def flood(self, mint, amount, held):
+        facts = {"debit": mint, "credit": "sink", "amount_nano": amount, "code": "x"}
+        id = self.fresh("flood")
         self.submit([pending(id=id, timeout_s=60, **facts) if held else plain(id=id, **facts)])
 
     @rule(seconds=st.sampled_from([0.5, 1, 9, 60]))

@@ -273,3 +273,11 @@ def test_one_id_twice_in_a_batch_is_one_transfer(books):
     assert [result.outcome for result in results] == [Outcome.OK, Outcome.EXISTS]
     assert books.accounts["alice"].debits_posted == 5
     assert apply(books, [], 0) == []
+
+
+def test_a_hold_of_the_same_batch_is_resolved_once(books):
+    """The rules see a resolution that is not kept yet."""
+    twice = [HELD, POSTED, void(id="v", pending_id="h")]
+    linked = Result(Outcome.LINKED_FAILED, "v was refused")
+    assert apply(books, twice, 0) == [linked, linked, Result(Outcome.ALREADY_POSTED, "p")]
+    assert books.transfers == {}

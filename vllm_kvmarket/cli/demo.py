@@ -63,11 +63,14 @@ def run(args: argparse.Namespace) -> int:
     say(f"1/3 publishing {TITLE!r} in a process of its own (an engine starts, then stops)")
     publish(document, model, home, context)
     say("2/3 a new engine on the same market: three buyers, and one without funds")
+    from vllm_kvmarket.connector.engine import close_llm
+
     with Market.open(home, args.config) as market:
         (listing,) = market.catalogue.listings(state="live")
         with engine.engine_output():
             llm = engine.open_engine(model, market, context, None)
             sales, hits = sell(llm, market, listing.document_id)
+            close_llm(llm)
         say("3/3 the money")
         result = report(market, model, listing.token_count, sales, hits)
         result["seconds"] = round(time.monotonic() - started, 1)

@@ -39,3 +39,8 @@ def open_llm(
         max_model_len=max_model_len,
         **{"kv_transfer_config": market.transfer_config(), **engine_args},
     )
+
+
+def close_llm(llm: Any) -> None:
+    """End an offline engine's processes now, not whenever Python collects it."""
+    llm.llm_engine.engine_core.shutdown()

@@ -6,7 +6,7 @@ computed in full.
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import msgspec
 
@@ -15,11 +15,15 @@ from vllm_kvmarket.credentials import OPERATOR, Credentials, account_subject
 FIELD = "kvmarket"
 
 
+AccountId = Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9._:@-]{1,128}$")]
+Token = Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{0,64}$")]
+
+
 class PublishParams(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The listing that a publishing request asks for."""
 
     title: str = ""
-    publisher: str = "publisher"
+    publisher: AccountId = "publisher"
     rendered_as: Literal["text", "chat"] = "text"
     cache_read_nano_per_mtok: int | None = None
     royalty_ppm: int | None = None
@@ -28,10 +32,10 @@ class PublishParams(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class RequestParams(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """`kv_transfer_params["kvmarket"]` of one request."""
 
-    account: str | None = None
+    account: AccountId | None = None
     publish: PublishParams | None = None
     preload: bool = False
-    token: str = ""
+    token: Token = ""
 
 
 class Declined(msgspec.Struct, frozen=True):

@@ -45,6 +45,8 @@ class SchedulerHalf:
     def __init__(self, vllm_config: VllmConfig, config: MarketConfig, block_tokens: int) -> None:
         self._market = Market.open(config=config)
         self._market.catalogue.watch(config.refresh_interval_s)
+        # What an engine that died had reserved must not lock its buyers' funds for good.
+        self._market.ledger.expire_pending()
         self._namespaces = Namespaces(vllm_config, self._market.home)
         self._model = str(vllm_config.model_config.model)
         self._config = config

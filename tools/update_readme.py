@@ -1,17 +1,21 @@
-"""Write the README's generated parts: the configuration's table and the commands' table.
+"""Write the README's generated parts: tables of configuration, commands, and measured results.
 
 python tools/update_readme.py
 """
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
+from typing import Any
 
 from vllm_kvmarket.cli import commands
 from vllm_kvmarket.config import markdown_table
 
-README = Path(__file__).parents[1] / "README.md"
+ROOT = Path(__file__).parents[1]
+README = ROOT / "README.md"
+RESULTS = ROOT / "docs" / "results" / "prefill_vs_reuse.json"
 
 
 def command_table() -> str:
@@ -25,10 +29,42 @@ def replaced(text: str, name: str, content: str) -> str:
     return re.sub(pattern, lambda found: f"{found[1]}{content}\n{found[2]}", text, flags=re.DOTALL)
 
 
+def results_table(result: dict[str, Any]) -> str:
+    """The benchmark's medians and ratios, with the machine and the command."""
+    machine, load = result["machine"], result["load"]
+    lines = [
+        f"{result['model']} in float32 on {machine['cpu']}, {machine['cores']} cores, no GPU; "
+        f"vLLM {result['versions']['vllm']}; `make bench`, medians of {result['repeats']}, "
+        "seconds to the first token (docs/results/prefill_vs_reuse.json has every round).",
+        "",
+        "| tokens | prefill | vLLM cache hit | reuse, store | reuse, new process | "
+        "prefill / reuse | new process / cache hit | miss / plain | publish / prefill |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for row in result["rows"]:
+        seconds = row["seconds"]
+        lines.append(
+            f"| {row['tokens']:,} | {seconds['prefill_plain']:.3f} | {seconds['apc_hit']:.3f} | "
+            f"{seconds['reuse_store']:.3f} | {seconds['reuse_new_process']:.3f} | "
+            f"{row['prefill_over_reuse_store']:.1f}x | "
+            f"{row['reuse_new_process_over_apc_hit']:.2f} | "
+            f"{row['miss_over_plain']:.3f} | {row['publish_over_miss']:.3f} |"
+        )
+    lines += [
+        "",
+        f"Loading {load['bytes'] / 1e6:.0f} MB from the page cache, verified, two threads: "
+        f"{load['bytes_per_s'] / 1e9:.1f} GB/s, {load['of_memcpy']:.0%} of memcpy. "
+        "The buyer pays a tenth of the price of recomputing.",
+    ]
+    return "\n".join(lines)
+
+
 def main() -> None:
     """Rewrite README.md in place."""
     text = README.read_text()
     text = replaced(text, "config table", markdown_table())
+    if RESULTS.exists():
+        text = replaced(text, "results", results_table(json.loads(RESULTS.read_text())))
     # A comment inside a table would end it, so the command rows carry no marks of their own.
     head = "| command | what it does |\n|---|---|\n"
     start = text.index(head)

@@ -47,6 +47,7 @@ def test_a_purchase_moves_the_charge_and_the_royalty(llm, market, document):
 def test_who_cannot_pay_gets_the_answer_but_no_reuse(llm, market, document, account, reason):
     """Not from the store and not from vLLM's own prefix cache, which holds the document now."""
     ask(llm, document + QUESTION, market.params("alice"), max_tokens=1, rest_s=0)
+    settle(market)
     before = balances(market)
     answer = ask(llm, document + QUESTION, market.params(account), rest_s=0)
     assert reason in answer.market["declined"]

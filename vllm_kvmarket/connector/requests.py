@@ -132,12 +132,14 @@ class RequestState:
 
     def usage(self, output_tokens: int) -> Usage:
         """The request in tokens, as of now."""
+        matched = self.match.token_count if self.match else 0
         return Usage(
-            matched=self.match.token_count if self.match else 0,
+            matched=matched,
             reused=self.reused,
             loaded=self.loaded,
             from_paged_cache=self.cached,
-            failed=self.failed,
+            # A preempted request may fail to load more than once; what it reused did not fail.
+            failed=min(self.failed, matched - self.reused),
             computed=self.prompt_tokens - self.reused,
             output=output_tokens,
         )

@@ -171,14 +171,14 @@ def test_only_what_lies_in_front_of_a_failure_counts(local, failed, expected):
 
 
 def test_a_later_failure_takes_nothing_back():
-    """A second load fails further in front: what the first one got was used, and stays counted."""
+    """A second load fails further in front: what was reused once has not failed, for the receipt."""
     state = asking(240)
     admit(state, 0)
     state.load_ended(LoadReport(failures={KEYS[3]: "bad"}), CHUNK)
     admit(state, 0)
     state.load_ended(LoadReport(failures={KEYS[1]: "bad"}), CHUNK)
     usage = state.usage(0)
-    assert (usage.reused, usage.failed, state.limit) == (192, 240 - 64, 64)
+    assert (usage.reused, usage.failed, state.limit) == (192, 240 - 192, 64)
 
 
 def test_a_preempted_request_pays_for_its_best_admission():

@@ -171,7 +171,7 @@ def test_only_what_lies_in_front_of_a_failure_counts(local, failed, expected):
 
 
 def test_a_later_failure_takes_nothing_back():
-    """A second load fails further in front: what was reused once has not failed, for the receipt."""
+    """A second load fails further in front: what was reused once has not failed."""
     state = asking(240)
     admit(state, 0)
     state.load_ended(LoadReport(failures={KEYS[3]: "bad"}), CHUNK)

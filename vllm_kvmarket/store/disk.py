@@ -18,6 +18,7 @@ from vllm_kvmarket.store.chunkfile import Bytes
 from vllm_kvmarket.store.layout import ChunkHeader, ChunkLayout
 from vllm_kvmarket.store.reader import StoredChunk, open_chunk
 
+CHUNKS_FOLDER = "chunks"  # of a market's home
 SUFFIX = ".kv"
 TEMPORARY_PREFIX = ".draft-"
 # No room on the device, in the user's quota, or under the process's limit (ulimit -f).

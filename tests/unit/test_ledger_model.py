@@ -5,6 +5,7 @@ from __future__ import annotations
 from copy import deepcopy
 from dataclasses import dataclass, field
 
+import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
@@ -15,13 +16,14 @@ from hypothesis.stateful import (
     rule,
     run_state_machine_as_test,
 )
+from ledger_books import MemoryBooks, TableBooks
 
+from vllm_kvmarket.ledger.audit import problems
 from vllm_kvmarket.ledger.rules import (
     INT64_MAX,
     Account,
     Operation,
     Outcome,
-    Transfer,
     apply,
     expire,
     pending,
@@ -43,35 +45,6 @@ KINDS = {
 }
 UNBOUNDED = {"world", "mint-1", "mint-2"}
 RESOLVED = {"post": Outcome.ALREADY_POSTED, "void": Outcome.ALREADY_VOIDED}
-
-
-class MemoryBooks:
-    """The smallest books that the rules can work on."""
-
-    def __init__(self):
-        self.accounts = {
-            name: Account(name, kind, may_go_negative=name in UNBOUNDED)
-            for name, kind in KINDS.items()
-        }
-        self.transfers: dict[str, Transfer] = {}
-
-    def account(self, account_id):
-        return self.accounts.get(account_id)
-
-    def transfer(self, transfer_id):
-        return self.transfers.get(transfer_id)
-
-    def resolution(self, pending_id):
-        found = (each for each in self.transfers.values() if each.pending_id == pending_id)
-        return next(found, None)
-
-    def put_account(self, account):
-        assert account.id in self.accounts
-        self.accounts[account.id] = account
-
-    def put_transfer(self, transfer):
-        assert transfer.id not in self.transfers, "transfers never change"
-        self.transfers[transfer.id] = transfer
 
 
 @dataclass
@@ -103,8 +76,10 @@ class Model:
         spent = self.debits(self.moved, name) + self.debits(self.held(), name)
         return self.credits(self.moved, name) - spent
 
-    def batch(self, operations, now_s):
-        """The outcomes of a linked batch; mutates when it holds."""
+    def batch(self, operations, now_s, linked):
+        """The outcomes of a batch; linked, it mutates when all of it holds."""
+        if not linked:
+            return [self.one(operation, now_s) for operation in operations]
         trial, outcomes = deepcopy(self), []
         for operation in operations:
             outcomes.append(trial.one(operation, now_s))
@@ -124,6 +99,8 @@ class Model:
         if before is not None:
             same = before == operation
             return Outcome.EXISTS if same else Outcome.EXISTS_WITH_DIFFERENT_FIELDS
+        if not operation.id or (operation.kind == "pending" and operation.timeout_s == 0):
+            return Outcome.INVALID_FIELD
         first = operation.kind in ("plain", "pending")
         outcome = self.move(operation, now_s) if first else self.resolve(operation, now_s)
         if outcome is Outcome.OK:
@@ -173,7 +150,7 @@ timeouts = st.sampled_from([1, 10, 60])
 operations = st.one_of(
     st.builds(
         plain,
-        id=st.integers(0, 11).map("t{}".format),
+        id=st.one_of(st.just(""), st.integers(0, 11).map("t{}".format)),
         debit=names,
         credit=names,
         amount_nano=amounts,
@@ -185,7 +162,7 @@ operations = st.one_of(
         debit=names,
         credit=st.sampled_from(["provider", "pat"]),
         amount_nano=amounts,
-        timeout_s=timeouts,
+        timeout_s=st.sampled_from([0, 1, 10, 60]),
         code=st.just("reuse"),
     ),
     st.builds(
@@ -197,18 +174,25 @@ operations = st.one_of(
 
 
 class LedgerMachine(RuleBasedStateMachine):
+    books_type = MemoryBooks
+
     def __init__(self):
         super().__init__()
-        self.books, self.model, self.now_s, self.count = MemoryBooks(), Model(), 1000.0, 0
+        accounts = [
+            Account(name, kind, may_go_negative=name in UNBOUNDED) for name, kind in KINDS.items()
+        ]
+        self.books, self.model = self.books_type(*accounts), Model()
+        self.now_s, self.count = 1000.0, 0
 
     def fresh(self, name):
         self.count += 1
         return f"{name}-{self.count}"
 
-    def submit(self, batch):
+    def submit(self, batch, *, linked=True):
         before = dict(self.books.accounts), dict(self.books.transfers)
-        expected = self.model.batch(batch, self.now_s)
-        assert [result.outcome for result in apply(self.books, batch, self.now_s)] == expected
+        expected = self.model.batch(batch, self.now_s, linked)
+        results = apply(self.books, batch, self.now_s, linked=linked)
+        assert [result.outcome for result in results] == expected
         if Outcome.OK not in expected:
             assert (self.books.accounts, self.books.transfers) == before
 
@@ -237,9 +221,9 @@ class LedgerMachine(RuleBasedStateMachine):
             [kind(id=self.fresh("end"), pending_id=id, **amount.get(kind, {})) for kind in kinds]
         )
 
-    @rule(batch=st.lists(operations, min_size=1, max_size=3))
-    def work(self, batch):
-        self.submit(batch)
+    @rule(batch=st.lists(operations, min_size=1, max_size=3), linked=st.booleans())
+    def work(self, batch, linked):
+        self.submit(batch, linked=linked)
 
     @precondition(lambda self: any(not hold.resolved for hold in self.model.holds.values()))
     @rule(data=st.data())
@@ -308,12 +292,27 @@ class LedgerMachine(RuleBasedStateMachine):
             assert (resolution.kind if resolution else "") == hold.resolved
 
 
-def test_the_rules_agree_with_a_naive_model():
+class TableMachine(LedgerMachine):
+    """The same, on the ledger's tables: the schema accepts exactly what the rules accept."""
+
+    books_type = TableBooks
+
+    def teardown(self):
+        self.books.db.close()
+
+    @invariant()
+    def the_audit_finds_nothing(self):
+        self.books.flush()
+        assert problems(self.books.db) == []
+
+
+@pytest.mark.parametrize(("machine", "histories"), [(LedgerMachine, 80), (TableMachine, 25)])
+def test_the_rules_agree_with_a_naive_model(machine, histories):
     """Any history of batches, retries and waiting gives the outcomes and balances of the model."""
     run_state_machine_as_test(
-        LedgerMachine,
+        machine,
         settings=settings(
-            max_examples=80,
+            max_examples=histories,
             stateful_step_count=40,
             deadline=None,
             suppress_health_check=list(HealthCheck),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import msgspec
 import pytest
+from ledger_books import MemoryBooks
 
 from vllm_kvmarket.ledger.rules import (
     INT64_MAX,
@@ -11,7 +12,6 @@ from vllm_kvmarket.ledger.rules import (
     Operation,
     Outcome,
     Result,
-    Transfer,
     apply,
     expire,
     pending,
@@ -19,30 +19,6 @@ from vllm_kvmarket.ledger.rules import (
     post,
     void,
 )
-
-
-class MemoryBooks:
-    """The smallest books that the rules can work on."""
-
-    def __init__(self, *accounts: Account) -> None:
-        self.accounts = {account.id: account for account in accounts}
-        self.transfers: dict[str, Transfer] = {}
-
-    def account(self, account_id):
-        return self.accounts.get(account_id)
-
-    def transfer(self, transfer_id):
-        return self.transfers.get(transfer_id)
-
-    def resolution(self, pending_id):
-        found = (each for each in self.transfers.values() if each.pending_id == pending_id)
-        return next(found, None)
-
-    def put_account(self, account):
-        self.accounts[account.id] = account
-
-    def put_transfer(self, transfer):
-        self.transfers[transfer.id] = transfer
 
 
 @pytest.fixture
@@ -93,6 +69,9 @@ TABLE = [
     (60, post(id="p5", pending_id="h4", amount_nano=1), Outcome.EXPIRED, "e1"),
     (60, hold("h5", 0), Outcome.OK, ""),
     (60, post(id="p6", pending_id="h5", amount_nano=0), Outcome.OK, ""),
+    (60, void(id="v6", pending_id="h5"), Outcome.ALREADY_POSTED, "p6"),
+    (60, pay("", 1), Outcome.INVALID_FIELD, "id"),
+    (60, hold("h6", 1, timeout_s=0), Outcome.INVALID_FIELD, "timeout_s"),
     (60, pay("t3", -1), Outcome.INVALID_AMOUNT, "-1"),
     (60, pay("t3", INT64_MAX + 1), Outcome.INVALID_AMOUNT, str(INT64_MAX + 1)),
     (60, pay("t3", 1, credit="alice"), Outcome.SAME_ACCOUNT, "alice"),
@@ -191,6 +170,35 @@ def test_a_retry_is_the_same_or_names_the_field_that_differs(books, first, chang
     assert (books.accounts, books.transfers) == before
 
 
+WRONG = [
+    # what an operation of its kind cannot have, outcome, detail
+    (PAID, {"id": ""}, Outcome.INVALID_FIELD, "id"),
+    (PAID, {"timeout_s": 1}, Outcome.INVALID_FIELD, "timeout_s"),
+    (PAID, {"pending_id": "h"}, Outcome.INVALID_FIELD, "pending_id"),
+    (PAID, {"amount_nano": 5.0}, Outcome.INVALID_AMOUNT, "5.0"),
+    (PAID, {"amount_nano": True}, Outcome.INVALID_AMOUNT, "True"),
+    (HELD, {"id": "h2", "timeout_s": 0}, Outcome.INVALID_FIELD, "timeout_s"),
+    (HELD, {"id": "h2", "timeout_s": -1}, Outcome.INVALID_FIELD, "timeout_s"),
+    (HELD, {"id": "h2", "timeout_s": 2**63}, Outcome.INVALID_FIELD, "timeout_s"),
+    (HELD, {"id": "h2", "timeout_s": 1.5}, Outcome.INVALID_FIELD, "timeout_s"),
+    (HELD, {"id": "h2", "pending_id": "h"}, Outcome.INVALID_FIELD, "pending_id"),
+    (POSTED, {"pending_id": ""}, Outcome.INVALID_FIELD, "pending_id"),
+    (POSTED, {"timeout_s": 1}, Outcome.INVALID_FIELD, "timeout_s"),
+    (void(id="v", pending_id="h"), {"amount_nano": 1}, Outcome.INVALID_FIELD, "amount_nano"),
+    (expire(id="e", pending_id="h"), {"amount_nano": 1}, Outcome.INVALID_FIELD, "amount_nano"),
+]
+
+
+@pytest.mark.parametrize(("operation", "changed", "outcome", "detail"), WRONG)
+def test_a_field_that_makes_no_sense_is_named(books, operation, changed, outcome, detail):
+    """Also to a caller that builds operations by hand: a void moves nothing, money is whole."""
+    apply(books, [HELD], 0)
+    before = dict(books.accounts), dict(books.transfers)
+    (result,) = apply(books, [msgspec.structs.replace(operation, **changed)], 1)
+    assert result == Result(outcome, detail)
+    assert (books.accounts, books.transfers) == before
+
+
 RESOLUTIONS = [
     # at second, how a hold of 40 ends: alice's posted and pending debits, what she can spend
     (59, post(id="p", pending_id="h", amount_nano=40), (40, 0, 60)),
@@ -265,6 +273,16 @@ def test_one_refusal_anywhere_undoes_its_batch(books, place):
     expected[place] = Result(Outcome.UNKNOWN_ACCOUNT, "nobody")
     assert results == expected
     assert (books.accounts, books.transfers) == (before, {})
+
+
+def test_operations_that_are_not_linked_stand_alone(books):
+    """What is refused says why, and stops nothing before or behind it."""
+    batch = [pay("a", 60), pay("b", 60), pay("c", 1), pay("a", 60)]
+    results = apply(books, batch, 0, linked=False)
+    outcomes = [Outcome.OK, Outcome.EXCEEDS_CREDITS, Outcome.OK, Outcome.EXISTS]
+    assert [result.outcome for result in results] == outcomes
+    assert books.accounts["alice"].debits_posted == 61
+    assert list(books.transfers) == ["a", "c"]
 
 
 def test_one_id_twice_in_a_batch_is_one_transfer(books):

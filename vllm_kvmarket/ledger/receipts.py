@@ -11,6 +11,7 @@ class Receipt(msgspec.Struct, frozen=True, kw_only=True):
     `tokens_reused` = `tokens_loaded` (from the store) + `tokens_from_paged_cache` is charged;
     `tokens_failed` could not be loaded and are among `tokens_computed`. `recompute_nano` is what
     prefilling the reused tokens would have cost. Prices are nano-units per million tokens.
+    `transfer_ids` begins with the charge; the royalty, where there is one, comes next.
     """
 
     id: str

@@ -2,9 +2,9 @@
 
 Double entry in TigerBeetle's discipline: every transfer moves an integer amount from one account to
 another, in one step (plain) or in two (pending, then post or void, or expire when its time is
-over);
-transfers never change; an id says what it did, so that a retry does nothing. Storage only looks up
-and keeps what these functions ask for. Source: https://docs.tigerbeetle.com/coding/two-phase-transfers
+over); transfers never change; an id says what it did, so that a retry does nothing. Storage only
+looks up and keeps what these functions ask for.
+Source: https://docs.tigerbeetle.com/coding/two-phase-transfers
 """
 
 from __future__ import annotations
@@ -24,23 +24,27 @@ TransferKind = Literal["plain", "pending", "post", "void", "expire"]
 
 
 class Outcome(enum.IntEnum):
-    """What became of an operation; everything from INVALID_AMOUNT on had no effect."""
+    """What became of an operation; everything from INVALID_AMOUNT on had no effect.
+
+    In the order in which the rules look: of several reasons to refuse, the lowest is told.
+    """
 
     OK = 0
     EXISTS = 1
     INVALID_AMOUNT = 2
-    SAME_ACCOUNT = 3
-    EXISTS_WITH_DIFFERENT_FIELDS = 4
-    UNKNOWN_ACCOUNT = 5
-    PENDING_NOT_FOUND = 6
-    ALREADY_POSTED = 7
-    ALREADY_VOIDED = 8
-    EXPIRED = 9
-    NOT_DUE = 10
-    EXCEEDS_PENDING_AMOUNT = 11
-    EXCEEDS_CREDITS = 12
-    OVERFLOW = 13
-    LINKED_FAILED = 14
+    EXISTS_WITH_DIFFERENT_FIELDS = 3
+    INVALID_FIELD = 4
+    SAME_ACCOUNT = 5
+    UNKNOWN_ACCOUNT = 6
+    PENDING_NOT_FOUND = 7
+    ALREADY_POSTED = 8
+    ALREADY_VOIDED = 9
+    EXPIRED = 10
+    NOT_DUE = 11
+    EXCEEDS_PENDING_AMOUNT = 12
+    EXCEEDS_CREDITS = 13
+    OVERFLOW = 14
+    LINKED_FAILED = 15
 
     @property
     def good(self) -> bool:
@@ -114,7 +118,10 @@ def pending(
     code: str,
     user_data: str = "",
 ) -> Operation:
-    """Reserve an amount, until it is posted or voided, at most for `timeout_s`."""
+    """Reserve an amount until it is posted or voided, at most for `timeout_s` (1 or more).
+
+    Every hold ends: who dies while it holds a buyer's funds does not lock them for good.
+    """
     return Operation(
         "pending",
         id,
@@ -128,7 +135,11 @@ def pending(
 
 
 def post(*, id: str, pending_id: str, amount_nano: int) -> Operation:
-    """Move a reserved amount, whole or in part (also 0); the rest is released."""
+    """Move a reserved amount, whole or in part; the rest is released.
+
+    Posting 0 is a settlement that costs nothing, not a void: it is kept as a post, so that a free
+    reuse has a transfer for its receipt, and a later post or void is told ALREADY_POSTED.
+    """
     return Operation("post", id, amount_nano=amount_nano, pending_id=pending_id)
 
 
@@ -200,45 +211,69 @@ class Draft:
             self._below.put_transfer(transfer)
 
 
-def apply(books: Books, operations: Sequence[Operation], now_s: float) -> list[Result]:
-    """Apply a linked batch: every operation in order, or, when one is refused, none.
+def apply(
+    books: Books, operations: Sequence[Operation], now_s: float, *, linked: bool = True
+) -> list[Result]:
+    """Apply a batch in order, each operation on what those before it left; a result for each.
 
-    Mutates `books` only when every outcome is good.
+    Linked: when one is refused, none takes effect, and the others are LINKED_FAILED. Not linked:
+    each stands alone. Mutates `books` by what took effect. A retry is good: EXISTS, no effect.
     """
+    if linked:
+        return _apply_linked(books, operations, now_s)
+    return [_apply_one(books, operation, now_s) for operation in operations]
+
+
+def _apply_linked(books: Books, operations: Sequence[Operation], now_s: float) -> list[Result]:
     draft = Draft(books)
     results: list[Result] = []
     for operation in operations:
         result = _apply_one(draft, operation, now_s)
-        results.append(result)
         if not result.outcome.good:
-            because = f"{operation.id} was refused"
-            linked = Result(Outcome.LINKED_FAILED, because)
-            return (
-                [linked] * (len(results) - 1)
-                + [result]
-                + [linked] * (len(operations) - len(results))
-            )
+            others = Result(Outcome.LINKED_FAILED, f"{operation.id} was refused")
+            behind = len(operations) - len(results) - 1
+            return [others] * len(results) + [result] + [others] * behind
+        results.append(result)
     draft.keep()
     return results
 
 
 def _apply_one(books: Books, operation: Operation, now_s: float) -> Result:
-    if not 0 <= operation.amount_nano <= INT64_MAX:
+    if not _fits(operation.amount_nano):
         return Result(Outcome.INVALID_AMOUNT, str(operation.amount_nano))
     existing = books.transfer(operation.id)
     if existing is not None:
         return _compare(existing, operation)
+    wrong = _wrong_field(operation)
+    if wrong:
+        return Result(Outcome.INVALID_FIELD, wrong)
     if operation.kind in ("plain", "pending"):
         return _move(books, operation, now_s)
     return _resolve(books, operation, now_s)
+
+
+def _fits(number: int) -> bool:
+    # A caller without a type checker may bring a float; money is whole nano-units.
+    return type(number) is int and 0 <= number <= INT64_MAX
+
+
+def _wrong_field(operation: Operation) -> str:
+    """The first field that an operation of this kind cannot have like this; empty for none."""
+    if not operation.id:
+        return "id"
+    if bool(operation.pending_id) is (operation.kind in ("plain", "pending")):
+        return "pending_id"
+    if not _fits(operation.timeout_s) or (operation.timeout_s > 0) is (operation.kind != "pending"):
+        return "timeout_s"
+    if operation.amount_nano and operation.kind in ("void", "expire"):
+        return "amount_nano"
+    return ""
 
 
 def _compare(existing: Transfer, operation: Operation) -> Result:
     for field in Operation.__struct_fields__:
         if field in ("debit", "credit", "code", "user_data") and operation.pending_id:
             continue  # a resolution has these from its pending transfer
-        if field == "amount_nano" and operation.kind in ("void", "expire"):
-            continue
         if getattr(existing, field) != getattr(operation, field):
             return Result(Outcome.EXISTS_WITH_DIFFERENT_FIELDS, field)
     return Result(Outcome.EXISTS)
@@ -321,6 +356,5 @@ def _book(
         return Result(Outcome.OVERFLOW, credit.id)
     books.put_account(debit)
     books.put_account(credit)
-    fields = {field: getattr(operation, field) for field in Operation.__struct_fields__}
-    books.put_transfer(Transfer(**fields, created_at_s=now_s))
+    books.put_transfer(Transfer(**msgspec.structs.asdict(operation), created_at_s=now_s))
     return Result(Outcome.OK)

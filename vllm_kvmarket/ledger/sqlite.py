@@ -1,18 +1,14 @@
-"""The ledger on SQLite: one writer thread, group commit, futures.
-
-A caller only enqueues. The thread takes every batch that waits, applies each by the rules inside
-one
-transaction, commits once, and then answers all of them: one fsync pays for many batches.
-"""
+"""The ledger on SQLite: the facade over the writer thread and a reading connection a thread."""
 
 from __future__ import annotations
 
-import queue
+import os
 import threading
 import time
-from collections.abc import Callable, Sequence
+import weakref
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Self, get_args
@@ -21,7 +17,7 @@ import apsw
 
 from vllm_kvmarket import database
 from vllm_kvmarket.errors import LedgerError, NotFoundError
-from vllm_kvmarket.ledger import tables
+from vllm_kvmarket.ledger import audit, tables
 from vllm_kvmarket.ledger.receipts import Receipt
 from vllm_kvmarket.ledger.rules import (
     ACCOUNT_ID,
@@ -31,47 +27,37 @@ from vllm_kvmarket.ledger.rules import (
     Outcome,
     Result,
     Transfer,
-    apply,
     expire,
     plain,
 )
+from vllm_kvmarket.ledger.writer import Batch, Writer
 
 PROVIDER = "provider"
 WORLD = "world"
-MAX_GROUP = 1024  # batches a commit: bounds how long the first of them waits
-
-
-@dataclass(slots=True)
-class _Batch:
-    operations: Sequence[Operation]
-    receipt: Receipt | None
-    future: Future[list[Result]]
-
-
-def _is_one_batch_s(error: Exception) -> bool:
-    """Whether a failure is due to what one batch contains, rather than to the database."""
-    return isinstance(error, apsw.ConstraintError) or not isinstance(error, apsw.Error)
 
 
 class Ledger:
-    """One process's access to the ledger; thread-safe. Several processes may share the file."""
+    """One process's access to the ledger; thread-safe. Several processes may share the file.
+
+    Belongs to the process that opened it: a forked child has no writer thread, and must not touch
+    its parent's connections. It opens a ledger of its own.
+    """
 
     def __init__(self, path: Path, clock: Callable[[], float] = time.time) -> None:
         self._path = path
         self._clock = clock
-        self._queue: queue.SimpleQueue[_Batch | None] = queue.SimpleQueue()
+        self._process = os.getpid()
         self._local = threading.local()
-        self._connections: list[apsw.Connection] = []
+        # A thread that ends takes its connection with it; close() takes those of the others.
+        self._connections: weakref.WeakSet[apsw.Connection] = weakref.WeakSet()
         self._connections_lock = threading.Lock()
         self._closed = False
-        # Held for an enqueuing only: behind the end of the queue nothing may follow.
-        self._queue_lock = threading.Lock()
-        db = self._db()
-        database.migrate(db, tables.ROOM, tables.MIGRATIONS)
+        with self._reported():
+            writing = database.connect(path)
+            database.migrate(writing, tables.ROOM, tables.MIGRATIONS)
         self.create_account(PROVIDER, "provider")
         self.create_account(WORLD, "world", may_go_negative=True)
-        self._writer = threading.Thread(target=self._write, name="kvmarket-ledger", daemon=True)
-        self._writer.start()
+        self._writer = Writer(writing, clock)
 
     @classmethod
     def open(cls, path: Path, clock: Callable[[], float] = time.time) -> Self:
@@ -79,14 +65,10 @@ class Ledger:
         return cls(path, clock)
 
     def close(self) -> None:
-        """Write what is queued, then release the database."""
-        with self._queue_lock:
-            if self._closed:
-                return
-            self._closed = True
-            self._queue.put(None)
-        self._writer.join()
+        """Write what is queued, then release the database. Nobody may be reading any more."""
+        self._writer.close()
         with self._connections_lock:
+            self._closed = True
             for connection in self._connections:
                 connection.close()
 
@@ -104,24 +86,30 @@ class Ledger:
     # Writing
 
     def submit(
-        self, operations: Sequence[Operation], receipt: Receipt | None = None
+        self,
+        operations: Sequence[Operation],
+        *,
+        linked: bool = True,
+        receipt: Receipt | None = None,
     ) -> Future[list[Result]]:
-        """Enqueue a linked batch: all of it takes effect, durably, or none.
+        """Enqueue a batch; durable once its future answers, with a result for each operation.
 
-        Costs microseconds. The future answers after the commit, with a result an operation, or with
-        LedgerError when the database could not be written. Batches apply in the order of
-        submission.
-        The receipt is kept in the same transaction, if the batch takes effect.
+        Costs microseconds and never waits. Linked, all of the batch takes effect or none; batches
+        apply in the order of submission. The receipt is kept in the same transaction, if every
+        operation is good and any of them is new: a retry leaves no second receipt. The future
+        raises LedgerError when the ledger could not be written; then nothing took effect, and the
+        same batch may be submitted again.
         """
         future: Future[list[Result]] = Future()
         # What is enqueued will be written: a running future cannot be cancelled.
         future.set_running_or_notify_cancel()
-        with self._queue_lock:
-            closed = self._closed
-            if not closed:
-                self._queue.put(_Batch(operations, receipt, future))
-        if closed:
-            future.set_exception(LedgerError("the ledger is closed"))
+        refusal = self._foreign()
+        if not refusal and not self._writer.enqueue(
+            Batch(tuple(operations), linked, receipt, future)
+        ):
+            refusal = "the ledger is closed"
+        if refusal:
+            future.set_exception(LedgerError(refusal))
         return future
 
     def transact(self, *operations: Operation) -> None:
@@ -133,51 +121,6 @@ class Ledger:
                     f"{result.detail}".rstrip()
                 )
 
-    def _write(self) -> None:
-        db = self._db()
-        open_ended = True
-        while open_ended:
-            first = self._queue.get()
-            group: list[_Batch] = []
-            while first is not None:
-                group.append(first)
-                if len(group) == MAX_GROUP or self._queue.empty():
-                    break
-                first = self._queue.get()
-            open_ended = first is not None
-            if group:
-                self._commit(db, group)
-
-    def _commit(self, db: apsw.Connection, group: list[_Batch]) -> None:
-        try:
-            db.execute("BEGIN IMMEDIATE")
-            try:
-                books = tables.StoredBooks(db)
-                answers = [self._apply(db, books, batch) for batch in group]
-                db.execute("COMMIT")
-            except BaseException:
-                if db.in_transaction:  # SQLite may have rolled back already, as on a full disk
-                    db.execute("ROLLBACK")
-                raise
-        except Exception as error:  # noqa: BLE001
-            # The thread outlives a full disk, a locked file and a bad batch: callers decide.
-            if len(group) > 1 and _is_one_batch_s(error):
-                for batch in group:
-                    self._commit(db, [batch])
-                return
-            failure = LedgerError(f"the ledger could not be written: {error}")
-            for batch in group:
-                batch.future.set_exception(failure)
-            return
-        for batch, results in zip(group, answers, strict=True):
-            batch.future.set_result(results)
-
-    def _apply(self, db: apsw.Connection, books: tables.StoredBooks, batch: _Batch) -> list[Result]:
-        results = apply(books, batch.operations, self._clock())
-        if batch.receipt is not None and all(result.outcome.good for result in results):
-            tables.put_receipt(db, batch.receipt)
-        return results
-
     # Accounts
 
     def create_account(
@@ -185,7 +128,7 @@ class Ledger:
     ) -> Account:
         """Open an account; one of the same kind that is there already is returned.
 
-        Raises LedgerError for a malformed id, an unknown kind, or another kind than it has.
+        Raises LedgerError for a malformed id, an unknown kind, another kind or limit than it has.
         """
         if not ACCOUNT_ID.fullmatch(account_id):
             raise LedgerError(
@@ -195,14 +138,18 @@ class Ledger:
             raise LedgerError(
                 f"account kind {kind!r} is none of {', '.join(get_args(AccountKind))}"
             )
-        self._db().execute(
-            "INSERT INTO account (id, kind, may_go_negative) VALUES (?, ?, ?) "
-            "ON CONFLICT DO NOTHING",
-            (account_id, kind, int(may_go_negative)),
-        )
+        with self._reading() as db:
+            db.execute(
+                "INSERT INTO account (id, kind, may_go_negative) VALUES (?, ?, ?) "
+                "ON CONFLICT DO NOTHING",
+                (account_id, kind, int(may_go_negative)),
+            )
         account = self.account(account_id)
         if account.kind != kind:
             raise LedgerError(f"account {account_id!r} exists as a {account.kind}, not a {kind}")
+        if account.may_go_negative is not may_go_negative:
+            may = "may" if account.may_go_negative else "may not"
+            raise LedgerError(f"account {account_id!r} exists and {may} go negative")
         return account
 
     def deposit(self, account_id: str, amount_nano: int, transfer_id: str) -> Transfer:
@@ -226,22 +173,17 @@ class Ledger:
 
     def expire_pending(self) -> int:
         """Release every reservation whose time is over; how many there were."""
-        overdue = self._db().execute(
-            "SELECT id FROM transfer AS held WHERE kind = 'pending' "
-            "AND created_at_s + timeout_s <= ? "
-            "AND NOT EXISTS (SELECT 1 FROM transfer WHERE pending_id = held.id)",
-            (self._clock(),),
-        )
-        futures = [
-            self.submit([expire(id=f"{held}:expire", pending_id=held)]) for (held,) in overdue
-        ]
+        with self._reading() as db:
+            overdue = tables.overdue_holds(db, self._clock())
+        futures = [self.submit([expire(id=f"{held}:expire", pending_id=held)]) for held in overdue]
         return sum(future.result()[0].outcome is Outcome.OK for future in futures)
 
     # Reading
 
     def account(self, account_id: str) -> Account:
         """An account as it stands. Raises NotFoundError."""
-        found = tables.StoredBooks(self._db()).account(account_id)
+        with self._reading() as db:
+            found = tables.StoredBooks(db).account(account_id)
         if found is None:
             raise NotFoundError(
                 f"there is no account {account_id!r}; create it with `kvmarket account create`"
@@ -250,24 +192,21 @@ class Ledger:
 
     def accounts(self) -> list[Account]:
         """Every account, by id."""
-        rows = self._db().execute(f"SELECT {tables.ACCOUNT_COLUMNS} FROM account ORDER BY id")  # noqa: S608  # names are ours
-        return [tables.account_from(row) for row in rows]
+        with self._reading() as db:
+            return tables.read_accounts(db)
 
     def transfer(self, transfer_id: str) -> Transfer:
         """A transfer. Raises NotFoundError."""
-        found = tables.StoredBooks(self._db()).transfer(transfer_id)
+        with self._reading() as db:
+            found = tables.StoredBooks(db).transfer(transfer_id)
         if found is None:
             raise NotFoundError(f"there is no transfer {transfer_id!r}")
         return found
 
     def transfers(self, account: str | None = None, limit: int | None = None) -> list[Transfer]:
         """Transfers of one account or of all, newest first."""
-        rows = self._db().execute(
-            f"SELECT {tables.TRANSFER_COLUMNS} FROM transfer "  # noqa: S608  # names are ours
-            "WHERE ?1 IS NULL OR debit = ?1 OR credit = ?1 ORDER BY sequence DESC LIMIT ?2",
-            (account, -1 if limit is None else limit),
-        )
-        return [tables.transfer_from(row) for row in rows]
+        with self._reading() as db:
+            return tables.read_transfers(db, account, limit)
 
     def receipts(
         self,
@@ -280,28 +219,58 @@ class Ledger:
         wanted = {"account": account, "request_id": request_id, "document_id": document_id}
         given = {column: value for column, value in wanted.items() if value is not None}
         where = " AND ".join(f"{column} = ?" for column in given) or "TRUE"
-        return tables.read_receipts(self._db(), where, list(given.values()), limit)
+        with self._reading() as db:
+            return tables.read_receipts(db, where, list(given.values()), limit)
 
     def receipt(self, receipt_id: str) -> Receipt:
         """A receipt. Raises NotFoundError."""
-        found = tables.read_receipts(self._db(), "id = ?", (receipt_id,), 1)
+        with self._reading() as db:
+            found = tables.read_receipts(db, "id = ?", (receipt_id,), 1)
         if not found:
             raise NotFoundError(f"there is no receipt {receipt_id!r}")
         return found[0]
 
+    def totals(self) -> tuple[int, int]:
+        """What all accounts together were debited and credited, posted; equal in sound books."""
+        accounts = self.accounts()
+        return (
+            sum(account.debits_posted for account in accounts),
+            sum(account.credits_posted for account in accounts),
+        )
+
     def check_integrity(self) -> list[str]:
-        """What is wrong with the books; empty when debits equal credits and all balances follow
-        from the transfers.
+        """What is wrong with the books; empty when debits equal credits, every balance follows from
+        the transfers, and every receipt says what was charged.
         """
-        from vllm_kvmarket.ledger.audit import problems
+        with self._reading() as db:
+            return audit.problems(db)
 
-        return problems(self._db())
+    @contextmanager
+    def _reading(self) -> Iterator[apsw.Connection]:
+        """This thread's connection, for reading and for opening accounts."""
+        refusal = self._foreign() or ("the ledger is closed" if self._closed else "")
+        if refusal:
+            raise LedgerError(refusal)
+        with self._reported():
+            connection: apsw.Connection | None = getattr(self._local, "connection", None)
+            if connection is None:
+                connection = self._local.connection = database.connect(self._path)
+                with self._connections_lock:
+                    self._connections.add(connection)
+            yield connection
 
-    def _db(self) -> apsw.Connection:
-        """This thread's connection."""
-        connection: apsw.Connection | None = getattr(self._local, "connection", None)
-        if connection is None:
-            connection = self._local.connection = database.connect(self._path)
-            with self._connections_lock:
-                self._connections.append(connection)
-        return connection
+    def _foreign(self) -> str:
+        """Why this process cannot use the ledger; empty when it can."""
+        if os.getpid() == self._process:
+            return ""
+        return "the ledger was opened by another process, before a fork; open it in this one"
+
+    @contextmanager
+    def _reported(self) -> Iterator[None]:
+        """Turn the database's errors into ours."""
+        try:
+            yield
+        except apsw.Error as error:
+            raise LedgerError(
+                f"the market's database {self._path} cannot be used ({error}); see `kvmarket env`"
+            ) from error

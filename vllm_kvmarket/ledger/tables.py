@@ -64,10 +64,36 @@ MIGRATIONS = (
     CREATE TRIGGER receipt_stays BEFORE DELETE ON receipt
         BEGIN SELECT RAISE (ABORT, 'receipts are never deleted'); END;
     """,
+    # INSERT OR REPLACE deletes without asking the triggers above, so that these ask first.
+    """
+    CREATE TRIGGER transfer_is_new BEFORE INSERT ON transfer
+        WHEN EXISTS (SELECT 1 FROM transfer WHERE id = NEW.id OR sequence = NEW.sequence
+            OR pending_id = NEW.pending_id)
+        BEGIN SELECT RAISE (ABORT, 'transfers are never replaced'); END;
+    CREATE TRIGGER receipt_is_new BEFORE INSERT ON receipt
+        WHEN EXISTS (SELECT 1 FROM receipt WHERE id = NEW.id OR sequence = NEW.sequence)
+        BEGIN SELECT RAISE (ABORT, 'receipts are never replaced'); END;
+    CREATE TRIGGER account_stays BEFORE DELETE ON account
+        BEGIN SELECT RAISE (ABORT, 'accounts are never deleted'); END;
+    CREATE TRIGGER account_is_itself BEFORE UPDATE OF id, kind, may_go_negative ON account
+        BEGIN SELECT RAISE (ABORT, 'accounts keep their id, kind and limit'); END;
+    CREATE TRIGGER transfer_resolves_a_hold BEFORE INSERT ON transfer
+        WHEN NEW.pending_id IS NOT NULL AND NOT EXISTS (
+            SELECT 1 FROM transfer WHERE id = NEW.pending_id AND kind = 'pending'
+            AND debit = NEW.debit AND credit = NEW.credit
+            AND NEW.amount_nano <= iif(NEW.kind = 'post', amount_nano, 0))
+        BEGIN SELECT RAISE (ABORT, 'a post, void or expire resolves a pending transfer'); END;
+    """,
 )
 
 ACCOUNT_COLUMNS = ", ".join(Account.__struct_fields__)
 TRANSFER_COLUMNS = ", ".join(Transfer.__struct_fields__)
+# Most transfers resolve nothing: "" in a Transfer, NULL in the table.
+INSERT_TRANSFER = (
+    f"INSERT INTO transfer ({TRANSFER_COLUMNS}) VALUES ("  # noqa: S608  # names are ours
+    + ", ".join("nullif(?, '')" if f == "pending_id" else "?" for f in Transfer.__struct_fields__)
+    + ")"
+)
 Row = tuple[Any, ...]
 
 
@@ -86,11 +112,15 @@ def transfer_from(row: Row) -> Transfer:
 
 
 class StoredBooks:
-    """Books on the database, read inside the caller's transaction and remembered until its end."""
+    """Books on the database, for one transaction of the caller's.
+
+    Balances are remembered, and written by `flush`: a group of batches changes few accounts often.
+    """
 
     def __init__(self, db: apsw.Connection) -> None:
         self._db = db
         self._accounts: dict[str, Account | None] = {}
+        self._changed: dict[str, Account] = {}
 
     def account(self, account_id: str) -> Account | None:
         """See Books."""
@@ -119,35 +149,36 @@ class StoredBooks:
 
     def put_account(self, account: Account) -> None:
         """See Books."""
-        self._accounts[account.id] = account
-        self._db.execute(
+        self._accounts[account.id] = self._changed[account.id] = account
+
+    def flush(self) -> None:
+        """Write the balances that changed; the last thing in a transaction."""
+        self._db.executemany(
             "UPDATE account SET debits_pending = ?, credits_pending = ?, debits_posted = ?, "
             "credits_posted = ? WHERE id = ?",
-            (
-                account.debits_pending,
-                account.credits_pending,
-                account.debits_posted,
-                account.credits_posted,
-                account.id,
-            ),
+            [
+                (
+                    account.debits_pending,
+                    account.credits_pending,
+                    account.debits_posted,
+                    account.credits_posted,
+                    account.id,
+                )
+                for account in self._changed.values()
+            ],
         )
+        self._changed.clear()
 
     def put_transfer(self, transfer: Transfer) -> None:
         """See Books."""
-        values: list[Any] = [getattr(transfer, field) for field in Transfer.__struct_fields__]
-        values[Transfer.__struct_fields__.index("pending_id")] = transfer.pending_id or None
-        marks = ", ".join("?" * len(values))
-        self._db.execute(
-            f"INSERT INTO transfer ({TRANSFER_COLUMNS}) VALUES ({marks})",  # noqa: S608  # names are ours
-            values,
-        )
+        self._db.execute(INSERT_TRANSFER, msgspec.structs.astuple(transfer))
 
 
 def put_receipt(db: apsw.Connection, receipt: Receipt) -> None:
     """Keep a receipt; one with the same id stays as it is."""
     db.execute(
         "INSERT INTO receipt (id, request_id, account, document_id, charge_nano, body) "
-        "VALUES (?, ?, ?, ?, ?, ?) ON CONFLICT (id) DO NOTHING",
+        "SELECT ?1, ?2, ?3, ?4, ?5, ?6 WHERE NOT EXISTS (SELECT 1 FROM receipt WHERE id = ?1)",
         (
             receipt.id,
             receipt.request_id,
@@ -157,6 +188,35 @@ def put_receipt(db: apsw.Connection, receipt: Receipt) -> None:
             msgspec.json.encode(receipt).decode(),
         ),
     )
+
+
+def read_accounts(db: apsw.Connection) -> list[Account]:
+    """Every account, by id."""
+    rows = db.execute(f"SELECT {ACCOUNT_COLUMNS} FROM account ORDER BY id")  # noqa: S608  # names are ours
+    return [account_from(row) for row in rows]
+
+
+def read_transfers(
+    db: apsw.Connection, account: str | None = None, limit: int | None = None
+) -> list[Transfer]:
+    """Transfers of one account or of all, newest first."""
+    # OR over the two indexes; a condition that also fits "all" would read the whole table.
+    where = "" if account is None else "WHERE debit = ?1 OR credit = ?1 "
+    rows = db.execute(
+        f"SELECT {TRANSFER_COLUMNS} FROM transfer {where}ORDER BY sequence DESC LIMIT ?2",  # noqa: S608  # names are ours
+        (account, -1 if limit is None else limit),
+    )
+    return [transfer_from(row) for row in rows]
+
+
+def overdue_holds(db: apsw.Connection, now_s: float) -> list[str]:
+    """Ids of the pending transfers that nothing has resolved within their time, oldest first."""
+    rows = db.execute(
+        "SELECT id FROM transfer AS held WHERE kind = 'pending' AND created_at_s + timeout_s <= ? "
+        "AND NOT EXISTS (SELECT 1 FROM transfer WHERE pending_id = held.id) ORDER BY sequence",
+        (now_s,),
+    )
+    return [held for (held,) in rows]
 
 
 def read_receipts(

@@ -55,7 +55,8 @@ def measure(market: Market) -> dict[str, Any]:
                 ],
             )
 
-    total = sum(sum(header.layer_bytes) for header in headers)
+    # Of the pages, whatever a codec made of them.
+    total = pages * sum(layer.page_bytes for layer in layout.layers)
     seconds = []
     with ThreadPoolExecutor(THREADS) as pool:
         for _ in range(REPEATS + 1):

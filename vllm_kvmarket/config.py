@@ -74,6 +74,64 @@ class MarketConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
     io_threads: Annotated[
         int, msgspec.Meta(ge=1, le=64, description="threads a worker loads and saves with")
     ] = 2
+    codec: Annotated[
+        Literal["raw", "zstd-exponent"],
+        msgspec.Meta(
+            description="how chunks are stored: `raw` loads fastest from memory and fast disks; "
+            "`zstd-exponent`, lossless, takes a third less room in bfloat16, for slow disks"
+        ),
+    ] = "raw"
+    host_cache_bytes: Annotated[
+        int,
+        msgspec.Meta(
+            ge=0, description="most bytes of host memory that a worker keeps hot chunks in"
+        ),
+    ] = 1 << 30
+    disk_quota_bytes: Annotated[
+        Annotated[int, msgspec.Meta(ge=0)] | None,
+        msgspec.Meta(
+            description="most bytes that the chunks folder ever takes; null: as much as there is"
+        ),
+    ] = None
+    quarantine_bytes: Annotated[
+        int,
+        msgspec.Meta(
+            ge=0, description="most bytes of damaged chunks that are kept to be looked at"
+        ),
+    ] = 1 << 30
+    eviction: Annotated[
+        Literal["value", "lru"],
+        msgspec.Meta(
+            description="which documents go first when the quota is reached: those worth least "
+            "(recompute cost x recent reuse, per byte), or the least recently used"
+        ),
+    ] = "value"
+    pin_budget: Annotated[
+        float,
+        msgspec.Meta(
+            ge=0, le=0.9, description="largest share of the paged cache that pinned documents hold"
+        ),
+    ] = 0.5
+    object_store_url: Annotated[
+        str | None,
+        msgspec.Meta(
+            description="where chunks are kept for good, with the disk as a bounded cache: "
+            "`s3://bucket/prefix`, `gs://`, `az://`, `file:///`; null: on the disk"
+        ),
+    ] = None
+    object_store_options: Annotated[
+        dict[str, str],
+        msgspec.Meta(
+            description="options of the object store by obstore's names, for example `endpoint`, "
+            "`region`, `allow_http`; credentials are better given by the environment"
+        ),
+    ] = msgspec.field(default_factory=dict)
+    object_store_timeout_s: Annotated[
+        float,
+        msgspec.Meta(
+            gt=0, le=300, description="a chunk that takes longer than this is computed instead"
+        ),
+    ] = 10.0
     refresh_interval_s: Annotated[
         float,
         msgspec.Meta(
@@ -138,7 +196,8 @@ def _parse_json(text: str, where: str) -> Mapping[str, Any]:
 def _explain(message: str, mapping: Mapping[str, Any]) -> str:
     """Rewrite what msgspec says: the key first, then what it takes, then what it was given."""
     place = re.search(r" - at `(?:key in )?\$\.?([^`]*)`$", message)
-    inside = place.group(1) if place else ""
+    # A value inside an object is shown as the whole object.
+    inside = place.group(1).removesuffix("[...]") if place else ""
     text = message[: place.start()] if place else message
     unknown = re.fullmatch(r"Object contains unknown field `(.*)`", text)
     if unknown:
@@ -202,7 +261,14 @@ def _describe(struct: type[msgspec.Struct], prefix: str) -> Iterator[tuple[str, 
         yield f"{prefix}{field.name}", _kind(annotated), default, meaning
 
 
-_KINDS = {str: "string", int: "integer", float: "number", bool: "boolean", NoneType: "null"}
+_KINDS = {
+    str: "string",
+    int: "integer",
+    float: "number",
+    bool: "boolean",
+    dict: "object",
+    NoneType: "null",
+}
 
 
 def _kind(annotated: Any) -> str:
@@ -214,7 +280,7 @@ def _kind(annotated: Any) -> str:
         return " or ".join(json.dumps(value) for value in inner)
     if origin in (Union, UnionType):
         return " or ".join(_kind(option) for option in inner)
-    return _KINDS[annotated]
+    return _KINDS[origin or annotated]
 
 
 def markdown_table() -> str:

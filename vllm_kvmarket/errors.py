@@ -6,6 +6,9 @@
     ├── NotFoundError            no such document, account or receipt
     ├── NotPublishableError      this document cannot be published
     ├── PublishFailedError       publishing started and did not end well
+    ├── PinError                 the engine cannot hold this document in its paged cache
+    ├── AuditFailedError         stored chunks could not be compared with computed ones
+    ├── BundleError              a bundle that is damaged, tampered with or not trusted
     ├── CatalogueError           the catalogue's invariants do not hold
     ├── LedgerError              a ledger rule refused, or an invariant broke
     └── StoreError
@@ -42,6 +45,18 @@ class NotPublishableError(KVMarketError):
 
 class PublishFailedError(KVMarketError):
     """Publishing started and did not end with a listing; nothing was listed."""
+
+
+class PinError(KVMarketError):
+    """The engine cannot hold this document in its paged cache; nothing was pinned."""
+
+
+class AuditFailedError(KVMarketError):
+    """Stored chunks could not be compared with computed ones; nothing was recorded."""
+
+
+class BundleError(KVMarketError):
+    """A bundle that is damaged, tampered with, or signed by nobody that is trusted."""
 
 
 class CatalogueError(KVMarketError):

@@ -8,36 +8,32 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, Self
+from typing import Any, Self
 
 import msgspec
 
-from vllm_kvmarket import rendering
-from vllm_kvmarket.catalogue import Catalogue, Listing, Match
+from vllm_kvmarket import sharing
+from vllm_kvmarket.catalogue import Audit, Catalogue, Listing, Match, Use
 from vllm_kvmarket.config import MarketConfig, load, to_mapping
-from vllm_kvmarket.credentials import OPERATOR, Credentials, account_subject
+from vllm_kvmarket.credentials import Credentials, account_subject
 from vllm_kvmarket.errors import (
     ConfigError,
     NotFoundError,
-    NotPublishableError,
-    PublishFailedError,
 )
 from vllm_kvmarket.ledger import Account, Ledger, Receipt, Transfer
+from vllm_kvmarket.operations import CONNECTOR, POLL_S, EngineOperations
 from vllm_kvmarket.purchase import Purchase, WriteCharge
-from vllm_kvmarket.store import CHUNKS_FOLDER, DiskStore
+from vllm_kvmarket.storage import store_of
 
-CONNECTOR = "kvmarket"
 DATABASE_FILE = "market.sqlite"
-# Storing 1 GB takes seconds on a slow disk; a listing that takes longer than this is lost.
-PUBLISH_TIMEOUT_S = 600.0
-POLL_S = 0.01
 
 
-class Market:
+class Market(EngineOperations):
     """One market home: open it, publish, buy, look at the money, close it.
 
     Several markets on one home, in one process or several, see the same listings and accounts.
@@ -49,9 +45,10 @@ class Market:
         self.credentials = Credentials.of_home(self.home)
         self.ledger = Ledger.open(self.home / DATABASE_FILE)
         self.catalogue = Catalogue.open(self.home / DATABASE_FILE, chunk_tokens=config.chunk_tokens)
-        self.store = DiskStore(self.home / CHUNKS_FOLDER)
+        self.store = store_of(msgspec.structs.replace(config, home=str(self.home)))
         # Catalogue writes wait for the disk; one thread keeps them off the scheduler and in order.
         self._clerk = ThreadPoolExecutor(1, thread_name_prefix="kvmarket-clerk")
+        self._uses: deque[Use] = deque()
 
     @classmethod
     def open(
@@ -70,9 +67,12 @@ class Market:
 
     def close(self) -> None:
         """Finish what is under way and release the database."""
+        if self._uses:
+            self.flush_uses()
         self._clerk.shutdown(wait=True)
         self.ledger.close()
         self.catalogue.close()
+        self.store.close()
 
     def __enter__(self) -> Self:
         return self
@@ -118,92 +118,15 @@ class Market:
             wish = {"account": account, "token": self.credentials.token(account_subject(account))}
         return {"kv_transfer_params": {CONNECTOR: wish}}
 
-    # Publishing and preloading, beside an offline engine
-
-    def publish(
-        self,
-        llm: Any,
-        text: str | None = None,
-        *,
-        token_ids: Sequence[int] | None = None,
-        title: str = "",
-        publisher: str = "publisher",
-        cache_read_nano_per_mtok: int | None = None,
-        royalty_ppm: int | None = None,
-        as_: Literal["text", "chat"] = "text",
-    ) -> Listing:
-        """Prefill a document once on `llm` (a vllm.LLM on this market) and list it.
-
-        Give `text`, rendered `as_` plain text or as the first chat message, or `token_ids`. Returns
-        the live listing, when every chunk is durable; a document that is listed already comes back
-        as
-        it is. Raises NotPublishableError (nothing was tried) and PublishFailedError (nothing was
-        listed).
-        """
-        tokens = (
-            list(token_ids) if token_ids is not None else rendering.render(llm, text or "", as_)
-        )
-        rendering.check_publishable(llm, tokens)
-        self.create_account(publisher, "publisher")
-        answer = self._operate(
-            llm,
-            tokens,
-            publish={
-                "title": title,
-                "publisher": publisher,
-                "rendered_as": as_,
-                "cache_read_nano_per_mtok": cache_read_nano_per_mtok,
-                "royalty_ppm": royalty_ppm,
-            },
-        )
-        if reason := answer.get("declined"):
-            raise NotPublishableError(f"{title or 'the document'}: {reason}")
-        return self.wait_for_listing(answer["document_id"])
-
-    def wait_for_listing(self, document_id: str, timeout_s: float = PUBLISH_TIMEOUT_S) -> Listing:
-        """Wait until a document is live. Raises PublishFailedError with the reason when it
-        failed.
-        """
-        deadline = time.monotonic() + timeout_s
-        while True:
-            listing = self.catalogue.get(document_id)
-            if listing.state == "live":
-                return listing
-            if listing.state != "publishing":
-                raise PublishFailedError(f"{listing.title or document_id}: {listing.reason}")
-            if time.monotonic() > deadline:
-                raise PublishFailedError(
-                    f"{listing.title or document_id}: not listed after {timeout_s:.0f} s; "
-                    "look at the engine's log, then publish it again"
-                )
-            time.sleep(POLL_S)
-
-    def preload(self, llm: Any, document_id: str) -> int:
-        """Bring a document into `llm`'s paged cache before anyone asks; free of charge.
-
-        Returns the tokens that are there now. Raises NotFoundError for an unknown document.
-        """
-        answer = self._operate(llm, self.catalogue.tokens_of(document_id), preload=True)
-        return int(answer.get("reused_tokens", 0))
-
-    def _operate(self, llm: Any, tokens: list[int], **wish: Any) -> dict[str, Any]:
-        sampling = llm.get_default_sampling_params()
-        sampling.max_tokens = 1
-        sampling.temperature = 0.0
-        wish["token"] = self.credentials.token(OPERATOR)
-        sampling.extra_args = {"kv_transfer_params": {CONNECTOR: wish}}
-        (output,) = llm.generate([{"prompt_token_ids": tokens}], sampling, use_tqdm=False)
-        answer = (output.kv_transfer_params or {}).get(CONNECTOR)
-        if answer is None:
-            raise ConfigError(
-                "this engine is not on a market: start it with "
-                "kv_transfer_config=market.transfer_config()"
-            )
-        return dict(answer)
+    # Taking off the market
 
     def delist(self, document_id: str) -> None:
-        """Take a document off the market at once. Raises NotFoundError."""
+        """Take a document off the market at once; `kvmarket gc` frees its room.
+
+        Raises NotFoundError, and StoreError when a shared object store could not be told.
+        """
         self.catalogue.delist(document_id)
+        sharing.withdraw(self.store, document_id)
 
     # Money
 
@@ -277,23 +200,36 @@ class Market:
             timeout_s=self.config.reservation_timeout_s,
         )
 
-    def begin_listing(self, listing: Listing, token_ids: Sequence[int]) -> Future[Listing]:
-        """Note that a document is being published; see Catalogue.begin."""
-        return self._clerk.submit(self.catalogue.begin, listing, token_ids)
+    def begin_listing(
+        self,
+        listing: Listing,
+        token_ids: Sequence[int],
+        make_room: Callable[[], object] | None = None,
+    ) -> Future[Listing]:
+        """Note that a document is being published, then make room for it; see Catalogue.begin."""
+        return self._clerk.submit(self._begin_listing, listing, token_ids, make_room)
+
+    def _begin_listing(
+        self, listing: Listing, token_ids: Sequence[int], make_room: Callable[[], object] | None
+    ) -> Listing:
+        begun = self.catalogue.begin(listing, token_ids)
+        if make_room is not None and begun.state == "publishing":
+            make_room()
+        return begun
 
     def commit_listing(
         self, document_id: str, stored_bytes: int, stored_keys: Sequence[bytes]
     ) -> Future[None]:
-        """Put a document on offer: every chunk of it is durable, `stored_keys` just now."""
+        """Put a document on offer: every chunk of it is durable, `stored_keys` seen just now."""
         return self._clerk.submit(self._commit_listing, document_id, stored_bytes, stored_keys)
 
     def _commit_listing(
         self, document_id: str, stored_bytes: int, stored_keys: Sequence[bytes]
     ) -> None:
-        for key in stored_keys:
-            self.catalogue.heal(key)
+        self.catalogue.heal_all(stored_keys)
         if self.catalogue.get(document_id).state == "publishing":
             self.catalogue.commit(document_id, stored_bytes)
+        sharing.offer(self.store, self.catalogue, document_id)
 
     def fail_listing(self, document_id: str, reason: str) -> Future[None]:
         """Note that publishing ended without a listing."""
@@ -302,3 +238,16 @@ class Market:
     def report_damage(self, key: bytes) -> Future[None]:
         """A stored chunk could not be loaded: nobody shall be sold it until it is stored again."""
         return self._clerk.submit(self.catalogue.report_damage, key)
+
+    def note_use(self, use: Use) -> None:
+        """Remember a reuse for the eviction policy; written with others, soon."""
+        self._uses.append(use)
+
+    def flush_uses(self) -> Future[None]:
+        """Write the uses noted since the last time."""
+        uses = [self._uses.popleft() for _ in range(len(self._uses))]
+        return self._clerk.submit(self.catalogue.note_uses, uses)
+
+    def record_audit(self, audit: Audit) -> Future[None]:
+        """Keep an audit's result with its listing."""
+        return self._clerk.submit(self.catalogue.record_audit, audit)

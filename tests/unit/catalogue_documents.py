@@ -10,11 +10,16 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
+
 from vllm_kvmarket.catalogue import Catalogue, Listing
-from vllm_kvmarket.identity import chunk_keys, document_id
+from vllm_kvmarket.identity import ROOT, chunk_keys, document_id, pack_tokens
+from vllm_kvmarket.market import Market
+from vllm_kvmarket.store import ChunkLayout, LayerLayout
 
 NAMESPACE = bytes(range(32))
 OTHER_NAMESPACE = bytes(32)
+LAYOUT = ChunkLayout("test", "uint8", 16, (LayerLayout("layer", (64,), 64),))
 
 
 def tokens(count: int, seed: int = 0) -> list[int]:
@@ -42,6 +47,28 @@ def publish(
     """Publish a document: begin and commit; returns the live listing."""
     begun = catalogue.begin(listing_of(token_ids, chunk_tokens, **terms), token_ids)
     return catalogue.commit(begun.document_id, stored_bytes=1000)
+
+
+def store_and_list(market: Market, token_ids: Sequence[int], **terms: object) -> Listing:
+    """Store a document's chunks, each of 64 bytes a page, and put it on offer, without a model."""
+    width = market.config.chunk_tokens
+    listing = listing_of(token_ids, width, **terms)
+    stored = 0
+    if market.catalogue.begin(listing, token_ids).state == "publishing":
+        for number, key in enumerate(listing.chunk_keys):
+            part = token_ids[number * width : (number + 1) * width]
+            pages = np.full(LAYOUT.page_count(len(part)) * 64, number, dtype=np.uint8)
+            stored += market.store.put(
+                key=key,
+                parent=listing.chunk_keys[number - 1] if number else ROOT,
+                namespace=NAMESPACE,
+                tokens=pack_tokens(part),
+                layout=LAYOUT,
+                layers=[[pages]],
+            )
+        market.catalogue.heal_all(listing.chunk_keys)
+        market.catalogue.commit(listing.document_id, stored)
+    return market.catalogue.get(listing.document_id)
 
 
 def matched(catalogue: Catalogue, token_ids: Sequence[int]) -> int:

@@ -1,15 +1,20 @@
-"""What the ledger's tests share: books in memory and on tables, a funded ledger, a receipt."""
+"""What the ledger's tests share: books in memory, a funded ledger, batches, a receipt."""
 
 from __future__ import annotations
 
+import itertools
+from concurrent.futures import Future
 from contextlib import contextmanager
 from pathlib import Path
 
-from vllm_kvmarket import database
-from vllm_kvmarket.ledger import Ledger, Receipt, pending, tables
-from vllm_kvmarket.ledger.rules import Account, Transfer
+from vllm_kvmarket.ledger import Account, Ledger, Receipt, Transfer, pending
+from vllm_kvmarket.ledger.audit import problems
+from vllm_kvmarket.ledger.ledger import storage_of
+from vllm_kvmarket.ledger.rules import ENDS, apply
+from vllm_kvmarket.ledger.storage import Batch, Everything
 
 NANO = 1_000_000_000
+FOREVER = float("inf")
 
 
 class MemoryBooks:
@@ -18,6 +23,7 @@ class MemoryBooks:
     def __init__(self, *accounts: Account) -> None:
         self.accounts = {account.id: account for account in accounts}
         self.transfers: dict[str, Transfer] = {}
+        self.dues: dict[str, float | None] = {}
 
     def account(self, account_id):
         return self.accounts.get(account_id)
@@ -25,9 +31,12 @@ class MemoryBooks:
     def transfer(self, transfer_id):
         return self.transfers.get(transfer_id)
 
+    def due_at_s(self, pending_id):
+        return self.dues.get(pending_id)
+
     def resolution(self, pending_id):
-        found = (each for each in self.transfers.values() if each.pending_id == pending_id)
-        return next(found, None)
+        named = (each for each in self.transfers.values() if each.pending_id == pending_id)
+        return next((each for each in named if each.kind in ENDS), None)
 
     def put_account(self, account):
         assert account.id in self.accounts
@@ -37,39 +46,66 @@ class MemoryBooks:
         assert transfer.id not in self.transfers, "transfers never change"
         self.transfers[transfer.id] = transfer
 
+    def put_due_at_s(self, pending_id, due_at_s):
+        self.dues[pending_id] = due_at_s
 
-class TableBooks(tables.StoredBooks):
-    """The ledger's own books, in a database that ends with the test."""
+    # What the state machine asks of every kind of books
 
-    def __init__(self, *accounts: Account) -> None:
-        self.db = database.connect(Path(":memory:"))
-        database.migrate(self.db, tables.ROOM, tables.MIGRATIONS)
-        marks = ", ".join("?" * len(Account.__struct_fields__))
+    def apply(self, operations, now_s, *, linked=True):
+        return apply(self, operations, now_s, linked=linked)
+
+    def open_holds(self):
+        return {id: due_at_s for id, due_at_s in self.dues.items() if due_at_s is not None}
+
+    def problems(self):
+        accounts, transfers = list(self.accounts.values()), list(self.transfers.values())
+        return problems(Everything(accounts, transfers, [], self.open_holds()))
+
+    def close(self):
+        pass
+
+
+class StoredBooks:
+    """The same, in a database."""
+
+    def __init__(self, place: Path | str, *accounts: Account) -> None:
+        self.storage = storage_of(place)
         for account in accounts:
-            values = [getattr(account, field) for field in Account.__struct_fields__]
-            self.db.execute(
-                f"INSERT INTO account ({tables.ACCOUNT_COLUMNS}) VALUES ({marks})", values
-            )
-        super().__init__(self.db)
+            self.storage.open_account(account)
 
-    def flush(self):
-        super().flush()
-        self._accounts.clear()  # the next transaction reads them anew
+    def apply(self, operations, now_s, *, linked=True):
+        return self.storage.write([batch(operations, now_s, linked=linked)])[0]
 
     @property
     def accounts(self):
-        self.flush()
-        return {account.id: account for account in tables.read_accounts(self.db)}
+        return {account.id: account for account in self.storage.accounts()}
 
     @property
     def transfers(self):
-        return {transfer.id: transfer for transfer in tables.read_transfers(self.db)}
+        return {transfer.id: transfer for transfer in self.storage.everything().transfers}
+
+    def resolution(self, pending_id):
+        named = (each for each in self.transfers.values() if each.pending_id == pending_id)
+        return next((each for each in named if each.kind in ENDS), None)
+
+    def open_holds(self):
+        return self.storage.everything().dues
+
+    def problems(self):
+        return problems(self.storage.everything())
+
+    def close(self):
+        self.storage.close()
+
+
+def batch(operations, now_s=0.0, *, linked=True, receipt=None, give_up_at_s=FOREVER):
+    return Batch(tuple(operations), linked, receipt, Future(), now_s, give_up_at_s)
 
 
 @contextmanager
-def funded_ledger(path):
+def funded_ledger(place, **options):
     """A ledger in which alice has NANO to spend."""
-    with Ledger.open(path) as ledger:
+    with Ledger.open(place, **options) as ledger:
         ledger.create_account("alice", "buyer")
         ledger.create_account("pat", "publisher")
         ledger.deposit("alice", NANO, "d1")
@@ -87,12 +123,26 @@ def hold(id, amount, timeout_s=900):
     )
 
 
+ZEROS = dict.fromkeys(
+    (
+        "tokens_matched",
+        "tokens_reused",
+        "tokens_loaded",
+        "tokens_from_paged_cache",
+        "tokens_failed",
+        "tokens_computed",
+        "tokens_output",
+        "input_nano_per_mtok",
+        "cache_read_nano_per_mtok",
+        "royalty_ppm",
+        "royalty_nano",
+        "recompute_nano",
+    ),
+    0,
+)
+
+
 def receipt(id, charge, transfer):
-    zeros = dict.fromkeys(
-        ("tokens_matched", "tokens_reused", "tokens_loaded", "tokens_from_paged_cache"), 0
-    )
-    zeros |= dict.fromkeys(("tokens_failed", "tokens_computed", "tokens_output"), 0)
-    zeros |= dict.fromkeys(("input_nano_per_mtok", "cache_read_nano_per_mtok", "royalty_ppm"), 0)
     return Receipt(
         id=id,
         request_id="r",
@@ -101,12 +151,13 @@ def receipt(id, charge, transfer):
         title="",
         publisher="pat",
         charge_nano=charge,
-        royalty_nano=0,
-        recompute_nano=0,
         reservation_id="h",
         transfer_ids=(transfer,),
         created_at_s=1.0,
         model="m",
         namespace="00",
-        **zeros,
+        **ZEROS,
     )
+
+
+fresh_number = itertools.count().__next__

@@ -12,6 +12,7 @@ import pytest
 from vllm_kvmarket.errors import ChunkDamagedError
 from vllm_kvmarket.identity import ROOT, chunk_key, pack_tokens
 from vllm_kvmarket.store import ChunkLayout, DiskStore, LayerLayout
+from vllm_kvmarket.store.quota import RECORD_NAME
 
 NAMESPACE = bytes(range(32))
 OTHER_NAMESPACE = bytes(32)
@@ -102,8 +103,9 @@ def sample(
 
 
 def files_in(store: DiskStore) -> list[str]:
-    """Every file in the store, temporary ones included."""
-    return sorted(file.name for file in store.root.rglob("*") if not file.is_dir())
+    """Every file in the store, temporary ones included, without its count of bytes."""
+    files = (file for file in store.root.rglob("*") if not file.is_dir())
+    return sorted(file.name for file in files if file.name != RECORD_NAME)
 
 
 def stored(store: DiskStore, page_bytes: int = PADDED, **facts: object) -> tuple[Sample, Path]:

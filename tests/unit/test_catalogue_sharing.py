@@ -294,6 +294,7 @@ class TwoViews(RuleBasedStateMachine):
             if key in self.damaged:
                 self.writing.heal(key)
                 self.damaged.discard(key)
+        self.writing.expire()
         publish(self.writing, document, self.CHUNK)
         if document not in self.line:
             self.line.append(document)
@@ -303,6 +304,32 @@ class TwoViews(RuleBasedStateMachine):
         if self.line:
             document = self.line.pop(which % len(self.line))
             self.writing.delist(listing_of(document, self.CHUNK).document_id)
+
+    @rule(which=which)
+    def evict(self, which) -> None:
+        if self.line:
+            document = self.line.pop(which % len(self.line))
+            assert self.writing.evict(listing_of(document, self.CHUNK).document_id, "no room")
+
+    @rule(which=which, known=st.booleans())
+    def end(self, which, known) -> None:
+        """The time is over; the database may know it or not."""
+        if self.line:
+            document = self.line.pop(which % len(self.line))
+            name = listing_of(document, self.CHUNK).document_id
+            self.writing.set_expiry(name, 1.0)
+            if known:
+                assert name in self.writing.expire()
+
+    @rule(document=documents)
+    def adopt(self, document) -> None:
+        listing = listing_of(document, self.CHUNK)
+        self.writing.expire()
+        adopted = self.writing.adopt(listing, document, force=True)
+        damaged = self.damaged & set(listing.chunk_keys)
+        assert adopted.state == ("damaged" if damaged else "live")
+        if document not in self.line:
+            self.line.append(document)
 
     @rule(which=which)
     def damage(self, which) -> None:

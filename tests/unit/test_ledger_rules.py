@@ -6,19 +6,22 @@ import msgspec
 import pytest
 from ledger_books import MemoryBooks
 
-from vllm_kvmarket.ledger.rules import (
+from vllm_kvmarket.ledger.operations import (
     INT64_MAX,
+    MAX_ID_LENGTH,
+    MAX_PENDING_ID_LENGTH,
     Account,
     Operation,
     Outcome,
     Result,
-    apply,
     expire,
     pending,
     plain,
     post,
+    renew,
     void,
 )
+from vllm_kvmarket.ledger.rules import apply
 
 
 @pytest.fixture
@@ -29,6 +32,7 @@ def books():
         Account("pat", "publisher"),
         Account("alice", "buyer", credits_posted=100),
         Account("rich", "buyer", credits_posted=INT64_MAX),
+        Account("erik", "publisher", currency="EUR"),
     )
 
 
@@ -77,6 +81,7 @@ TABLE = [
     (60, pay("t3", 1, credit="alice"), Outcome.SAME_ACCOUNT, "alice"),
     (60, pay("t3", 1, credit="nobody"), Outcome.UNKNOWN_ACCOUNT, "nobody"),
     (60, pay("t3", 1, debit="nobody"), Outcome.UNKNOWN_ACCOUNT, "nobody"),
+    (60, pay("t3", 1, credit="erik"), Outcome.DIFFERENT_CURRENCIES, "USD, EUR"),
     (60, pay("t3", INT64_MAX, debit="rich", credit="provider"), Outcome.OVERFLOW, "provider"),
     (60, pay("t4", 5000, debit="world", credit="pat"), Outcome.OK, ""),
 ]
@@ -130,6 +135,7 @@ def test_a_batch_sees_its_own_effects_in_order(books):
 HELD = hold("h", 40)
 PAID = pay("t", 5)
 POSTED = post(id="p", pending_id="h", amount_nano=3)
+RENEWED = renew(id="n", pending_id="h", timeout_s=60)
 
 RETRIES = [
     # the first time, changed for the second time, the field that is named
@@ -148,6 +154,9 @@ RETRIES = [
     (POSTED, {"pending_id": "h2"}, "pending_id"),
     (POSTED, {"amount_nano": 4}, "amount_nano"),
     (POSTED, {"kind": "void"}, "kind"),
+    (RENEWED, {}, None),
+    (RENEWED, {"timeout_s": 61}, "timeout_s"),
+    (RENEWED, {"pending_id": "h2"}, "pending_id"),
     (void(id="v", pending_id="h"), {}, None),
     (void(id="v", pending_id="h"), {"kind": "expire"}, "kind"),
     (void(id="v", pending_id="h"), {"pending_id": "h2"}, "pending_id"),
@@ -173,6 +182,11 @@ def test_a_retry_is_the_same_or_names_the_field_that_differs(books, first, chang
 WRONG = [
     # what an operation of its kind cannot have, outcome, detail
     (PAID, {"id": ""}, Outcome.INVALID_FIELD, "id"),
+    (PAID, {"id": "a\0"}, Outcome.INVALID_FIELD, "id"),
+    (PAID, {"id": "i" * (MAX_ID_LENGTH + 1)}, Outcome.INVALID_FIELD, "id"),
+    (PAID, {"code": "\0"}, Outcome.INVALID_FIELD, "code"),
+    (PAID, {"user_data": "\0"}, Outcome.INVALID_FIELD, "user_data"),
+    (HELD, {"id": "i" * (MAX_PENDING_ID_LENGTH + 1)}, Outcome.INVALID_FIELD, "id"),
     (PAID, {"timeout_s": 1}, Outcome.INVALID_FIELD, "timeout_s"),
     (PAID, {"pending_id": "h"}, Outcome.INVALID_FIELD, "pending_id"),
     (PAID, {"amount_nano": 5.0}, Outcome.INVALID_AMOUNT, "5.0"),
@@ -184,6 +198,10 @@ WRONG = [
     (HELD, {"id": "h2", "pending_id": "h"}, Outcome.INVALID_FIELD, "pending_id"),
     (POSTED, {"pending_id": ""}, Outcome.INVALID_FIELD, "pending_id"),
     (POSTED, {"timeout_s": 1}, Outcome.INVALID_FIELD, "timeout_s"),
+    (POSTED, {"pending_id": "a\0"}, Outcome.INVALID_FIELD, "pending_id"),
+    (RENEWED, {"timeout_s": 0}, Outcome.INVALID_FIELD, "timeout_s"),
+    (RENEWED, {"amount_nano": 1}, Outcome.INVALID_FIELD, "amount_nano"),
+    (RENEWED, {"pending_id": ""}, Outcome.INVALID_FIELD, "pending_id"),
     (void(id="v", pending_id="h"), {"amount_nano": 1}, Outcome.INVALID_FIELD, "amount_nano"),
     (expire(id="e", pending_id="h"), {"amount_nano": 1}, Outcome.INVALID_FIELD, "amount_nano"),
 ]
@@ -299,3 +317,59 @@ def test_a_hold_of_the_same_batch_is_resolved_once(books):
     linked = Result(Outcome.LINKED_FAILED, "v was refused")
     assert apply(books, twice, 0) == [linked, linked, Result(Outcome.ALREADY_POSTED, "p")]
     assert books.transfers == {}
+
+
+RENEWALS = [
+    # at second, operation, outcome, detail, until when the hold stands afterwards
+    (0, hold("h", 40, timeout_s=60), Outcome.OK, "", 60),
+    (50, renew(id="n1", pending_id="h", timeout_s=60), Outcome.OK, "", 110),
+    (50, renew(id="n1", pending_id="h", timeout_s=60), Outcome.EXISTS, "", 110),
+    (60, expire(id="e", pending_id="h"), Outcome.NOT_DUE, "h", 110),
+    (70, renew(id="n2", pending_id="h", timeout_s=5), Outcome.OK, "", 110),  # none gets shorter
+    (70, renew(id="n3", pending_id="none", timeout_s=5), Outcome.PENDING_NOT_FOUND, "none", 110),
+    (70, renew(id="n3", pending_id="n1", timeout_s=5), Outcome.PENDING_NOT_FOUND, "n1", 110),
+    (110, renew(id="n4", pending_id="h", timeout_s=60), Outcome.EXPIRED, "h", 110),
+    (110, post(id="p", pending_id="h", amount_nano=1), Outcome.EXPIRED, "h", 110),
+    (110, expire(id="e", pending_id="h"), Outcome.OK, "", None),
+    (110, renew(id="n5", pending_id="h", timeout_s=60), Outcome.EXPIRED, "e", None),
+    (200, hold("g", 40, timeout_s=60), Outcome.OK, "", 260),
+    (259, renew(id="n6", pending_id="g", timeout_s=60), Outcome.OK, "", 319),
+    (300, post(id="q", pending_id="g", amount_nano=7), Outcome.OK, "", None),
+    (300, renew(id="n7", pending_id="g", timeout_s=60), Outcome.ALREADY_POSTED, "q", None),
+]
+
+
+def test_a_hold_is_renewed_while_it_stands(books):
+    """Who is alive keeps the hold; a renewal moves nothing, and what is over cannot be renewed."""
+    for number, (now_s, operation, outcome, detail, due_at_s) in enumerate(RENEWALS):
+        before = dict(books.accounts)
+        (result,) = apply(books, [operation], now_s)
+        assert result == Result(outcome, detail), f"row {number}"
+        if operation.kind == "renew":
+            assert books.accounts == before, f"row {number}"
+        assert books.dues["g" if "g" in books.dues else "h"] == due_at_s, f"row {number}"
+    assert books.problems() != []  # the fixture's money comes from nowhere ...
+    assert [each for each in books.problems() if "hold" in each or "transfer " in each] == []
+
+
+def test_a_refused_batch_renews_nothing(books):
+    """A renewal that is linked to something refused is undone with it."""
+    apply(books, [HELD], 0)
+    late = renew(id="n2", pending_id="h", timeout_s=90)
+    results = apply(books, [RENEWED, late, pay("bad", 1, credit="nobody")], 10)
+    assert [each.outcome for each in results][:2] == [Outcome.LINKED_FAILED] * 2
+    assert books.dues == {"h": 60}
+    assert [each.outcome for each in apply(books, [RENEWED, late, POSTED], 10)] == [Outcome.OK] * 3
+    assert books.open_holds() == {}
+
+
+def test_the_longest_hold_can_be_renewed_and_expired(books):
+    """The ids of renewals and of the expiry append to the hold's."""
+    longest = "h" * MAX_PENDING_ID_LENGTH
+    batch = [
+        hold(longest, 1),
+        renew(id=f"{longest}:renew:{2**63}", pending_id=longest, timeout_s=9),
+    ]
+    assert [each.outcome for each in apply(books, batch, 0)] == [Outcome.OK] * 2
+    batch = [expire(id=f"{longest}:expire", pending_id=longest)]
+    assert apply(books, batch, 60) == [Result(Outcome.OK)]

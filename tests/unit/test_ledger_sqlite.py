@@ -1,335 +1,93 @@
-"""The ledger on a real file: durable, idempotent, immutable, shared by processes."""
+"""The ledger on a real SQLite file: what every database does, and what is SQLite's own."""
 
 from __future__ import annotations
 
-from concurrent.futures import ThreadPoolExecutor
+import math
+import sqlite3
+from contextlib import contextmanager
 
 import apsw
-import msgspec
 import pytest
-from ledger_books import NANO, funded_ledger, hold, receipt
+from ledger_books import NANO, fresh_number, funded_ledger, hold, receipt
+from ledger_conformance import *  # noqa: F403  # its tests run here, on this module's places
+from ledger_keeping import *  # noqa: F403
+from ledger_processes import *  # noqa: F403
 
-from vllm_kvmarket import LedgerError, NotFoundError
-from vllm_kvmarket.ledger import Ledger, Outcome, plain, post, void
-
-
-@pytest.fixture
-def path(tmp_path):
-    return tmp_path / "market.sqlite"
+from vllm_kvmarket import LedgerError, database
+from vllm_kvmarket.ledger import Ledger, Outcome, plain, post, tables
 
 
 @pytest.fixture
-def ledger(path):
-    with funded_ledger(path) as opened:
-        yield opened
+def new_place(tmp_path):
+    return lambda: tmp_path / f"market-{fresh_number()}.sqlite"
 
 
-def test_a_reservation_is_posted_in_part_with_its_receipt(ledger):
-    """The rest is released; the receipt is there with the transfer."""
-    assert ledger.submit([hold("h", 500)]).result()[0].outcome is Outcome.OK
-    assert ledger.account("alice").available_nano == NANO - 500
-    batch = [
-        post(id="p", pending_id="h", amount_nano=300),
-        plain(id="r", debit="provider", credit="pat", amount_nano=150, code="royalty"),
-    ]
-    for _ in range(2):
-        results = ledger.submit(batch, receipt=receipt("kvr_1", 300, "p")).result()
-        assert all(result.outcome.good for result in results)
-    assert ledger.account("alice").available_nano == NANO - 300
-    assert ledger.account("pat").balance_nano == 150
-    assert [each.id for each in ledger.receipts(account="alice")] == ["kvr_1"]
-    assert ledger.receipt("kvr_1").charge_nano == 300
-    assert [transfer.id for transfer in ledger.transfers(limit=2)] == ["r", "p"]
-    assert ledger.check_integrity() == []
+@pytest.fixture
+def place(new_place):
+    return new_place()
 
 
-def test_a_refused_batch_leaves_no_receipt(ledger):
-    """All of it or none."""
-    results = ledger.submit(
-        [post(id="p", pending_id="none", amount_nano=1)], receipt=receipt("kvr_2", 1, "p")
-    ).result()
-    assert results[0].outcome is Outcome.PENDING_NOT_FOUND
-    with pytest.raises(NotFoundError, match="kvr_2"):
-        ledger.receipt("kvr_2")
+@pytest.fixture
+def refusals():
+    return apsw.ConstraintError
+
+
+@pytest.fixture
+def by_hand(place):
+    def execute(statement):
+        db = apsw.Connection(str(place))
+        db.pragma("foreign_keys", True)
+        try:
+            db.execute(statement)
+        finally:
+            db.close()
+
+    return execute
+
+
+@pytest.fixture
+def held_up(place):
+    @contextmanager
+    def hold_up():
+        other = apsw.Connection(str(place))
+        other.execute("BEGIN IMMEDIATE")
+        yield
+        other.execute("COMMIT")
+        other.close()
+
+    return hold_up
+
+
+COLUMNS = "kind, debit, credit, 7, pending_id, timeout_s, code, user_data, created_at_s"
 
 
 @pytest.mark.parametrize(
     "statement",
     [
-        "UPDATE transfer SET amount_nano = 1",
-        "DELETE FROM transfer",
-        "UPDATE receipt SET charge_nano = 1",
-        "DELETE FROM receipt",
-        "DELETE FROM account WHERE id = 'alice'",
-        "UPDATE account SET debits_pending = 5000000000 WHERE id = 'alice'",
-        "UPDATE account SET kind = 'bank'",
-        "UPDATE account SET kind = 'provider' WHERE id = 'alice'",
-        "UPDATE account SET may_go_negative = 1",
-        "INSERT OR REPLACE INTO transfer SELECT sequence, id, kind, debit, credit, 7, pending_id, "
-        "timeout_s, code, user_data, created_at_s FROM transfer",
-        "INSERT OR REPLACE INTO transfer SELECT NULL, id, kind, debit, credit, 7, pending_id, "
-        "timeout_s, code, user_data, created_at_s FROM transfer",
+        f"INSERT OR REPLACE INTO transfer SELECT sequence, id, {COLUMNS} FROM transfer",
+        f"INSERT OR REPLACE INTO transfer SELECT NULL, id, {COLUMNS} FROM transfer",
+        f"INSERT OR REPLACE INTO transfer SELECT sequence, id || 'x', {COLUMNS} FROM transfer",
+        "INSERT OR REPLACE INTO transfer SELECT 99, 'x', 'void', debit, credit, 0, pending_id, 0, "
+        "'', '', 0 FROM transfer WHERE kind = 'post'",
         "REPLACE INTO receipt SELECT sequence, id, request_id, account, document_id, 7, body "
         "FROM receipt",
-        "INSERT INTO transfer (id, kind, debit, credit, amount_nano, pending_id, timeout_s, code, "
-        "user_data, created_at_s) VALUES ('p', 'post', 'alice', 'provider', 2, 'h', 0, '', '', 0)",
-        "INSERT INTO transfer (id, kind, debit, credit, amount_nano, pending_id, timeout_s, code, "
-        "user_data, created_at_s) VALUES ('p', 'void', 'alice', 'provider', 1, 'h', 0, '', '', 0)",
-        "INSERT INTO transfer (id, kind, debit, credit, amount_nano, pending_id, timeout_s, code, "
-        "user_data, created_at_s) VALUES ('p', 'post', 'alice', 'provider', 1, 'd1', 0, '', '', 0)",
-        "INSERT INTO account (id, kind, may_go_negative) VALUES ('', 'buyer', 0)",
-        "UPDATE account SET debits_posted = 5000000000 WHERE id = 'alice'",
-        "UPDATE account SET credits_pending = -1",
-        "INSERT INTO transfer (id, kind, debit, credit, amount_nano, timeout_s, code, user_data, "
-        "created_at_s) VALUES ('x', 'plain', 'alice', 'nobody', 1, 0, '', '', 0)",
     ],
 )
-def test_the_schema_refuses_what_the_rules_refuse(ledger, path, statement):
-    """Also to whoever writes SQL by hand."""
-    ledger.submit([hold("h", 1)], receipt=receipt("kvr_1", 1, "h")).result()
-    before = ledger.accounts(), ledger.transfers(), ledger.receipts()
-    db = apsw.Connection(str(path))
-    db.pragma("foreign_keys", True)
+def test_nothing_is_replaced(ledger, by_hand, statement):
+    """INSERT OR REPLACE deletes without asking the triggers that forbid deleting."""
+    batch = [hold("h", 1), post(id="p", pending_id="h", amount_nano=1)]
+    ledger.submit(batch, receipt=receipt("kvr_1", 1, "p")).result()
+    before = ledger.transfers(), ledger.receipts()
     with pytest.raises(apsw.ConstraintError):
-        db.execute(statement)
-    db.close()
-    assert (ledger.accounts(), ledger.transfers(), ledger.receipts()) == before
+        by_hand(statement)
+    assert (ledger.transfers(), ledger.receipts()) == before
 
 
-def test_accounts_have_one_kind_and_a_well_formed_id(ledger):
-    """The message says what to do."""
-    assert ledger.create_account("alice", "buyer").balance_nano == NANO
-    with pytest.raises(LedgerError, match="exists as a buyer"):
-        ledger.create_account("alice", "publisher")
-    with pytest.raises(LedgerError, match="1 to 128"):
-        ledger.create_account("a b", "buyer")
-    with pytest.raises(LedgerError, match="none of buyer"):
-        ledger.create_account("x", "bank")
-    with pytest.raises(NotFoundError, match="kvmarket account create"):
-        ledger.account("nobody")
-    with pytest.raises(LedgerError, match="above 0"):
-        ledger.deposit("alice", 0, "d2")
-    with pytest.raises(LedgerError, match="exists and may not go negative"):
-        ledger.create_account("alice", "buyer", may_go_negative=True)
-
-
-def test_a_deposit_is_made_once_for_its_id(ledger):
-    """A retry changes nothing, another amount under the same id is refused."""
-    ledger.deposit("alice", NANO, "d1")
-    assert ledger.account("alice").balance_nano == NANO
-    with pytest.raises(LedgerError, match="amount_nano"):
-        ledger.deposit("alice", 2 * NANO, "d1")
-
-
-def test_a_retry_leaves_one_receipt(ledger):
-    """Also under another receipt id: what took effect before is not receipted again."""
-    ledger.submit([hold("h", 5)]).result()
-    batch = [post(id="p", pending_id="h", amount_nano=3)]
-    for id in ("kvr_1", "kvr_1", "kvr_2"):
-        assert ledger.submit(batch, receipt=receipt(id, 3, "p")).result()[0].outcome.good
-    assert [each.id for each in ledger.receipts()] == ["kvr_1"]
-    other = [post(id="p2", pending_id="none", amount_nano=3), hold("h2", 1)]
-    results = ledger.submit(other, linked=False, receipt=receipt("kvr_3", 1, "h2")).result()
-    assert [each.outcome for each in results] == [Outcome.PENDING_NOT_FOUND, Outcome.OK]
-    assert [each.id for each in ledger.receipts()] == ["kvr_1"]
-    assert ledger.check_integrity() == []
-
-
-def test_a_free_reuse_is_a_post_of_nothing(ledger):
-    """A charge of 0 has its transfer and its receipt, and the hold is released."""
-    ledger.submit([hold("h", 5)]).result()
-    batch = [post(id="p", pending_id="h", amount_nano=0)]
-    assert ledger.submit(batch, receipt=receipt("kvr_1", 0, "p")).result()[0].outcome is Outcome.OK
-    assert ledger.account("alice").available_nano == NANO
-    assert ledger.transfer("p").kind == "post"
-    assert ledger.receipt("kvr_1").charge_nano == 0
-    assert ledger.check_integrity() == []
-
-
-def test_totals_are_equal(ledger):
-    """What one account is debited, another is credited."""
-    ledger.submit([hold("h", 5), post(id="p", pending_id="h", amount_nano=3)]).result()
-    assert ledger.totals() == (NANO + 3, NANO + 3)
-
-
-def test_a_closed_ledger_says_so(path):
-    """Reading, too, ends with a plain word."""
-    ledger = Ledger.open(path)
-    ledger.close()
-    ledger.close()
-    with pytest.raises(LedgerError, match="closed"):
-        ledger.accounts()
-    with pytest.raises(LedgerError, match="closed"):
-        ledger.create_account("alice", "buyer")
-
-
-def test_holds_expire_by_the_clock(path):
-    """A crashed engine does not lock funds for good."""
-    now = [1000.0]
-    with Ledger.open(path, clock=lambda: now[0]) as ledger:
-        ledger.create_account("alice", "buyer")
-        ledger.deposit("alice", 100, "d")
-        ledger.submit([hold("h", 60, timeout_s=10)]).result()
-        assert ledger.expire_pending() == 0
-        now[0] += 10
-        assert ledger.expire_pending() == 1
-        assert ledger.expire_pending() == 0
-        assert ledger.account("alice").available_nano == 100
-        late = ledger.submit([post(id="p", pending_id="h", amount_nano=60)]).result()
-        assert late[0].outcome is Outcome.EXPIRED
-        assert ledger.check_integrity() == []
-
-
-def test_closing_writes_what_is_queued_and_then_refuses(path):
-    """Nothing that was submitted is lost."""
-    ledger = Ledger.open(path)
-    ledger.create_account("alice", "buyer")
-    ledger.deposit("alice", NANO, "d")
-    futures = [ledger.submit([hold(f"h{i}", 1)]) for i in range(200)]
-    ledger.close()
-    assert all(future.result()[0].outcome is Outcome.OK for future in futures)
-    with pytest.raises(LedgerError, match="closed"):
-        ledger.submit([void(id="v", pending_id="h1")]).result()
-    with Ledger.open(path) as again:
-        assert again.account("alice").debits_pending == 200
-
-
-def test_tampering_with_a_balance_is_found(ledger, path):
-    """check_integrity recomputes every balance from the transfers."""
-    db = apsw.Connection(str(path))
-    db.execute("UPDATE account SET credits_posted = credits_posted + 7 WHERE id = 'pat'")
-    db.close()
-    problems = ledger.check_integrity()
-    assert any("pat" in problem and "credits_posted" in problem for problem in problems)
-    assert any("differ" in problem for problem in problems)
-
-
-MALFORMED = [
-    # what no rule names, but the database refuses: the batch, and its receipt
-    ([None], None),
-    ([hold("\ud800", 1)], None),
-    ([hold("x", 1), hold("\ud800", 1)], None),
-    ([hold("x", 1)], msgspec.structs.replace(receipt("kvr_x", 1, "x"), account="nobody")),
-]
-
-
-@pytest.mark.parametrize(("operations", "bad_receipt"), MALFORMED)
-def test_a_malformed_batch_harms_no_other(ledger, path, operations, bad_receipt):
-    """Batches share a commit, not their fate; the writer goes on after a failure."""
-    other = apsw.Connection(str(path))
-    other.execute("BEGIN IMMEDIATE")  # while another process writes, batches gather
-    before = [ledger.submit([hold(f"before{number}", 1)]) for number in range(3)]
-    bad = ledger.submit(operations, receipt=bad_receipt)
-    after = [ledger.submit([hold(f"after{number}", 1)]) for number in range(3)]
-    other.execute("COMMIT")
-    other.close()
-    with pytest.raises(LedgerError, match="could not be written"):
-        bad.result(timeout=30)
-    for future in before + after:
-        assert future.result(timeout=30)[0].outcome is Outcome.OK
-    assert ledger.account("alice").debits_pending == 6
-    assert ledger.receipts() == []
-    assert ledger.check_integrity() == []
-
-
-def test_a_caller_cannot_take_a_submitted_batch_back(ledger, path):
-    """A cancelled wait (asyncio cancels futures) neither undoes the batch nor stops the writer."""
-    other = apsw.Connection(str(path))
-    other.execute("BEGIN IMMEDIATE")
-    futures = [ledger.submit([hold(f"h{number}", 1)]) for number in range(3)]
-    assert not any(future.cancel() for future in futures)
-    other.execute("COMMIT")
-    other.close()
-    for future in futures:
-        assert future.result(timeout=30)[0].outcome is Outcome.OK
-    ledger.deposit("alice", 1, "d2")
-
-
-def test_many_threads_submit_at_once(ledger):
-    """Batches of many threads apply one after another; no nano-unit is spent twice."""
-
-    def spend(number):
-        (result,) = ledger.submit([hold(f"h{number}", NANO // 50)]).result(timeout=30)
-        return result.outcome
-
-    with ThreadPoolExecutor(8) as pool:
-        outcomes = list(pool.map(spend, range(80)))
-    assert outcomes.count(Outcome.OK) == 50
-    assert outcomes.count(Outcome.EXCEEDS_CREDITS) == 30
-    assert ledger.account("alice").available_nano == 0
-    assert ledger.check_integrity() == []
-
-
-def test_no_future_is_left_without_an_answer_by_close(path):
-    """Whatever is submitted while another thread closes is written or refused."""
-    for round_number in range(20):
-        ledger = Ledger.open(path)
-        with ThreadPoolExecutor(4) as pool:
-            batches = [[hold(f"{round_number}-{number}", 0)] for number in range(200)]
-            submitted = [pool.submit(ledger.submit, batch) for batch in batches]
-            ledger.close()
-            answers = [each.result().exception(timeout=10) for each in submitted]
-        assert {type(answer) for answer in answers} <= {type(None), LedgerError}
-
-
-@pytest.mark.parametrize("malformed", ["", "a b", "a/b", "\u00e9", "a\n", "a" * 129])
-def test_a_malformed_account_id_is_refused(ledger, malformed):
-    """Account ids go into URLs, logs and file names: 1 to 128 of a few characters."""
-    with pytest.raises(LedgerError, match="is not 1 to 128"):
-        ledger.create_account(malformed, "buyer")
-    ledger.create_account("Acme:eu-1_x.y@z" + "a" * 113, "publisher")
-
-
-def test_unknown_accounts_and_transfers_are_named(ledger):
-    """Nobody can be paid who has no account; what is asked for in vain is named."""
-    with pytest.raises(NotFoundError, match="nobody"):
-        ledger.deposit("nobody", 1, "d2")
-    paid = plain(id="t", debit="alice", credit="nobody", amount_nano=1, code="x")
-    (result,) = ledger.submit([paid]).result()
-    assert (result.outcome, result.detail) == (Outcome.UNKNOWN_ACCOUNT, "nobody")
-    with pytest.raises(LedgerError, match="transfer t: unknown account nobody"):
-        ledger.transact(paid)
-    with pytest.raises(NotFoundError, match="'t'"):
-        ledger.transfer("t")
-
-
-def test_receipts_are_found_by_what_they_say(ledger):
-    """By account, request and document, newest first, as many as asked for."""
-    for number in range(3):
-        kept = msgspec.structs.replace(receipt(f"kvr_{number}", 1, f"h{number}"), request_id="q")
-        ledger.submit([hold(f"h{number}", 1)], receipt=kept).result()
-    found = [each.id for each in ledger.receipts(account="alice", request_id="q", limit=2)]
-    assert found == ["kvr_2", "kvr_1"]
-    assert len(ledger.receipts(document_id="kvd_x")) == 3
-    assert ledger.receipts(account="pat") == []
-    assert [each.id for each in ledger.transfers(account="alice")] == ["h2", "h1", "h0", "d1"]
-    assert ledger.transfers(account="pat") == []
-
-
-def test_the_audit_reads_receipts(ledger):
-    """A receipt that says another amount than was charged is a problem; a free one is none."""
-    free = msgspec.structs.replace(receipt("kvr_free", 0, ""), transfer_ids=())
-    ledger.submit([hold("h1", 5)], receipt=free).result()
-    assert ledger.check_integrity() == []
-    ledger.submit([hold("h2", 5)], receipt=receipt("kvr_wrong", 6, "h2")).result()
-    ledger.submit([hold("h3", 5)], receipt=receipt("kvr_lost", 5, "none")).result()
-    ledger.submit([hold("h4", 5)], receipt=receipt("kvr_again", 5, "h1")).result()
-    ledger.submit([hold("h5", 5)], receipt=receipt("kvr_twice", 5, "h1")).result()
-    stolen = msgspec.structs.replace(receipt("kvr_stolen", 5, "h5"), account="pat")
-    ledger.submit([hold("h6", 5)], receipt=stolen).result()
-    assert sorted(ledger.check_integrity()) == [
-        "receipt kvr_lost: transfer none is missing",
-        "receipt kvr_stolen: is pat's, paid by alice",
-        "receipt kvr_twice: is for transfer h1, as kvr_again is",
-        "receipt kvr_wrong: says 6, charged otherwise",
-    ]
-
-
-def test_the_audit_names_transfers_out_of_nothing(ledger, path):
+def test_the_audit_names_transfers_out_of_nothing(ledger, place):
     """Whoever takes the schema's guards down and forges rows is found, not crashed on."""
-    db = apsw.Connection(str(path))
+    db = apsw.Connection(str(place))
     db.execute(
-        "DROP TRIGGER transfer_resolves_a_hold; INSERT INTO transfer (id, kind, debit, credit, "
+        "DROP TRIGGER transfer_names_an_open_hold; INSERT INTO transfer (id, kind, debit, credit, "
         "amount_nano, pending_id, timeout_s, code, user_data, created_at_s) VALUES "
         "('p', 'post', 'ghost', 'alice', 1, 'gone', 0, '', '', 0)"
     )
@@ -338,3 +96,126 @@ def test_the_audit_names_transfers_out_of_nothing(ledger, path):
     assert "transfer p: account ghost is missing" in problems
     assert "transfer p: cannot resolve gone" in problems
     assert f"account alice: credits_posted is {NANO}, transfers say {NANO + 1}" in problems
+
+
+def test_a_locked_database_is_told_and_got_over(place, monkeypatch):
+    """Who waits too long for another process' transaction gets LedgerError, and may try again."""
+    monkeypatch.setattr(database, "BUSY_TIMEOUT_MS", 50)
+    with funded_ledger(place) as ledger:
+        other = apsw.Connection(str(place))
+        other.execute("BEGIN IMMEDIATE")
+        futures = [ledger.submit([hold(f"h{number}", 1)], patience_s=0) for number in range(3)]
+        for future in futures:
+            with pytest.raises(LedgerError, match=r"could not be written.*locked"):
+                future.result(timeout=30)
+        with pytest.raises(LedgerError, match="cannot be used"):
+            ledger.create_account("bob", "buyer")
+        other.execute("ROLLBACK")
+        other.close()
+        again = ledger.submit([hold("h0", 1)]).result(timeout=30)
+        assert again[0].outcome is Outcome.OK
+        assert ledger.check_integrity() == []
+
+
+def test_a_full_disk_is_told_and_got_over(place, monkeypatch):
+    """No part of a batch that found no room is there; the writer goes on when there is room."""
+    opened = []
+
+    def connect(place, honest=database.connect):
+        opened.append(honest(place))
+        return opened[-1]
+
+    monkeypatch.setattr(database, "connect", connect)
+    with funded_ledger(place) as ledger:
+        pages = opened[0].pragma("page_count")
+        for connection in opened:
+            connection.pragma("max_page_count", pages + 4)
+        bulky = [
+            plain(
+                id=f"t{number}",
+                debit="alice",
+                credit="provider",
+                amount_nano=1,
+                code="x",
+                user_data="u" * 3000,
+            )
+            for number in range(20)
+        ]
+        with pytest.raises(LedgerError, match=r"could not be written.*full"):
+            ledger.submit(bulky, patience_s=0).result(timeout=30)
+        assert ledger.account("alice").balance_nano == NANO
+        assert len(ledger.transfers()) == 1
+        for connection in opened:
+            connection.pragma("max_page_count", 10_000)
+        assert ledger.submit(bulky).result(timeout=30)[-1].outcome is Outcome.OK
+        assert ledger.account("alice").balance_nano == NANO - 20
+        assert ledger.check_integrity() == []
+
+
+def test_a_database_that_is_none_is_told(place):
+    """Whatever lies under that name, the answer is one of ours."""
+    place.write_text("no database at all, and long enough to be looked at" * 100)
+    with pytest.raises(LedgerError, match="cannot be used"):
+        Ledger.open(place)
+
+
+def test_a_lock_that_is_let_go_in_time_costs_nobody_anything(place, monkeypatch, held_up):
+    """While callers have patience, the writer tries again; they are answered in order."""
+    monkeypatch.setattr(database, "BUSY_TIMEOUT_MS", 10)
+    with funded_ledger(place) as ledger:
+        with held_up():
+            impatient = ledger.submit([hold("h0", 1)], patience_s=0)
+            patient = [ledger.submit([hold(f"h{n}", 1)], patience_s=math.inf) for n in (1, 2)]
+            with pytest.raises(LedgerError, match="submit the same again"):
+                impatient.result(timeout=30)
+            assert not any(each.done() for each in patient)
+        for each in patient:
+            assert each.result(timeout=30)[0].outcome is Outcome.OK
+        assert [each.id for each in ledger.transfers()] == ["h2", "h1", "d1"]
+
+
+def test_books_of_version_2_are_kept(place):
+    """The third version gives accounts a currency and holds a table; nothing else changes."""
+    old = database.connect(place)
+    database.migrate(old, tables.ROOM, tables.MIGRATIONS[:2])
+    facts = "debit, credit, amount_nano, pending_id, timeout_s, code, user_data, created_at_s"
+    old.execute(
+        f"""
+        INSERT INTO account (id, kind, may_go_negative) VALUES
+            ('world', 'world', 1), ('provider', 'provider', 0), ('alice', 'buyer', 0);
+        INSERT INTO transfer (id, kind, {facts}) VALUES
+            ('d', 'plain', 'world', 'alice', 100, NULL, 0, 'deposit', '', 1.5),
+            ('h', 'pending', 'alice', 'provider', 9, NULL, 60, 'reuse', 'doc', 2.5),
+            ('p', 'post', 'alice', 'provider', 4, 'h', 0, 'reuse', 'doc', 3.5),
+            ('g', 'pending', 'alice', 'provider', 7, NULL, 60, 'reuse', 'doc', 4.5);
+        UPDATE account SET debits_posted = 100 WHERE id = 'world';
+        UPDATE account SET credits_posted = 4, credits_pending = 7 WHERE id = 'provider';
+        UPDATE account SET credits_posted = 100, debits_posted = 4, debits_pending = 7
+            WHERE id = 'alice';
+        """
+    )
+    before = old.execute("SELECT * FROM transfer").fetchall()
+    old.close()
+    with Ledger.open(place, clock=lambda: 5.0) as ledger:
+        assert ledger.check_integrity() == []
+        assert ledger.account("alice").currency == "USD"
+        assert ledger.due_at_s("g") == 64.5
+        assert ledger.due_at_s("h") is None
+        ledger.submit([post(id="q", pending_id="g", amount_nano=7)]).result()
+        assert ledger.account("provider").balance_nano == 11
+        assert ledger.check_integrity() == []
+    with sqlite3.connect(place) as plain_reader:
+        assert plain_reader.execute("SELECT * FROM transfer").fetchall()[:-1] == before
+        assert plain_reader.execute("PRAGMA foreign_key_check").fetchall() == []
+    plain_reader.close()
+
+
+def test_due_holds_are_found_by_an_index(ledger, place):
+    """Looking for them costs the same among millions of resolved ones."""
+    db = apsw.Connection(str(place))
+    plan = db.execute(
+        "EXPLAIN QUERY PLAN SELECT pending_id FROM hold WHERE due_at_s <= 1 "
+        "ORDER BY due_at_s LIMIT 5"
+    ).fetchall()
+    db.close()
+    assert [row[-1] for row in plan] == ["SEARCH hold USING COVERING INDEX hold_due (due_at_s<?)"]

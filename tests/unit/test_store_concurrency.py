@@ -43,9 +43,11 @@ def test_many_threads_write_and_read_one_chunk(store: DiskStore) -> None:
     with ThreadPoolExecutor(5) as pool:
         readers = [pool.submit(read) for _ in range(2)]
         writers = [pool.submit(write) for _ in range(3)]
-        for writer in writers:
-            writer.result()
-        stop.set()
+        try:
+            for writer in writers:
+                writer.result()
+        finally:
+            stop.set()
         for reader in readers:
             reader.result()
     assert loads

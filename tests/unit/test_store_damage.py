@@ -8,7 +8,9 @@ import resource
 import shutil
 from pathlib import Path
 
+import msgspec
 import pytest
+from kv_pages import kv_sample
 from store_chunks import (
     DENSE,
     NAMESPACE,
@@ -21,7 +23,7 @@ from store_chunks import (
 )
 
 from vllm_kvmarket.errors import ChunkDamagedError, LayoutMismatchError, StoreError
-from vllm_kvmarket.store import DiskStore
+from vllm_kvmarket.store import DiskStore, chunkfile
 
 Sizes = pytest.mark.parametrize("page_bytes", [PADDED, DENSE])
 
@@ -50,6 +52,59 @@ def test_every_single_byte_is_checked_on_load(store: DiskStore, page_bytes: int)
             os.pwrite(file.fileno(), bytes([byte]), position)
     assert undetected == []
     chunk.load(store)
+
+
+def test_every_single_byte_of_an_encoded_chunk_is_checked(tmp_path: Path) -> None:
+    """One flipped bit anywhere in a chunk that is not raw makes the load fail, and leaves zeros."""
+    store = DiskStore(tmp_path / "chunks", codec="zstd-exponent")
+    chunk = kv_sample(page_bytes=1024)
+    chunk.put(store)
+    path = store.path(chunk.key)
+    content = path.read_bytes()
+    assert len(content) - 4096 < sum(layer.nbytes for layer in chunk.pages)
+    # Every byte with a layer in it, and some of the header's, which is as a raw chunk's.
+    for position in [*range(0, 4096, 61), *range(4096, len(content))]:
+        with path.open("r+b", buffering=0) as file:
+            os.pwrite(file.fileno(), bytes([content[position] ^ 1 << position % 8]), position)
+            room = chunk.room(0, 2)
+            with (
+                pytest.raises(ChunkDamagedError),
+                store.open(chunk.key, chunk.layout, NAMESPACE) as opened,
+            ):
+                opened.copy_all_pages(0, 2, [[layer] for layer in room])
+            assert position < 4096 or not any(layer.any() for layer in room)
+            os.pwrite(file.fileno(), content[position : position + 1], position)
+    chunk.load(store)
+    os.truncate(path, len(content) - 1)
+    assert_damaged(store, chunk)
+
+
+@pytest.mark.parametrize("pages", [(0, 2), (0, 1), (1, 2)])
+def test_verified_bytes_that_do_not_decode(tmp_path: Path, pages: tuple[int, int]) -> None:
+    """A layer with a right checksum, but of no codec's making, is damage, and leaves zeros."""
+    store = DiskStore(tmp_path / "chunks", codec="zstd-exponent")
+    chunk = kv_sample()
+    chunk.put(store)
+    path = store.path(chunk.key)
+    with store.open(chunk.key, chunk.layout, NAMESPACE) as opened:
+        header, front = opened.header, path.read_bytes()[:4096]
+    payload = bytearray(path.read_bytes()[len(front) :])
+    start = header.layer_offsets[1]
+    stop = start + header.layer_bytes[1]
+    payload[stop - 100 : stop] = bytes(100)
+    forged = (header.checksums[0], chunkfile.checksum([payload[start:stop]]), header.checksums[2])
+    header = msgspec.structs.replace(header, checksums=forged)
+    path.write_bytes(chunkfile.encode(header) + payload)
+    room = chunk.room(*pages)
+    with store.open(chunk.key, chunk.layout, NAMESPACE) as opened:
+        with pytest.raises(ChunkDamagedError, match="layer 1 cannot be decoded"):
+            opened.copy_all_pages(*pages, [[layer] for layer in room])
+        assert not any(layer.any() for layer in room)
+        one = chunk.room(*pages)[1]
+        with pytest.raises(ChunkDamagedError):
+            opened.copy_pages(1, *pages, [one])
+        assert not one.any()
+    assert_damaged(store, chunk)
 
 
 @Sizes
@@ -148,15 +203,16 @@ def test_a_file_in_another_layout_is_replaced_by_the_next_put(store: DiskStore) 
 
 @pytest.mark.parametrize("filled", [False, True])
 def test_a_directory_in_its_place(store: DiskStore, filled: bool) -> None:
-    """A directory is damage, makes way for the chunk, and goes with the next sweep."""
+    """A directory is damage, and makes way for the chunk into quarantine."""
     chunk, path = stored(store)
     path.unlink()
     path.mkdir()
     if filled:
         (path / "something").write_text("else")
     assert_damaged(store, chunk)
-    assert store.sweep_temporary(0) == 1
     assert [file.name for file in path.parent.iterdir()] == [path.name]
+    assert path.is_file()
+    assert len(store.quarantined()) == 1
 
 
 @pytest.mark.timeout(20)

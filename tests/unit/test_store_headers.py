@@ -6,6 +6,7 @@ from pathlib import Path
 
 import msgspec
 import pytest
+from kv_pages import kv_sample
 from store_chunks import NAMESPACE, OTHER_NAMESPACE, Sample, assert_damaged, stored
 
 from vllm_kvmarket.errors import ChunkDamagedError, LayoutMismatchError
@@ -71,6 +72,53 @@ def test_forged_headers(store: DiskStore) -> None:
         assert_damaged(store, chunk)
 
 
+def encoded_forgeries(header: ChunkHeader) -> dict[str, dict[str, object]]:
+    """Fields to replace in the header of a chunk with two equal layers that are not raw."""
+    first, second = header.layer_bytes
+    pages = 2 * header.layout.layers[0].page_bytes
+    large = LayerLayout("layer.0", (1 << 40,), 1 << 40)
+    return {
+        "raw": {"codec": "raw"},
+        "offsets": {"layer_offsets": (0, first - 1)},
+        "padding": {"layer_offsets": (0, 4096)},
+        "a byte of the neighbour's": {
+            "layer_bytes": (first + 1, second - 1),
+            "layer_offsets": (0, first + 1),
+        },
+        "nothing": {"layer_bytes": (0, first + second), "layer_offsets": (0, 0)},
+        "less than nothing": {"layer_bytes": (-1, first + second + 1), "layer_offsets": (0, -1)},
+        "more than the pages": {
+            "layer_bytes": (pages + 1, first + second - pages - 1),
+            "layer_offsets": (0, pages + 1),
+        },
+        "one layer": {"layer_bytes": (first + second,), "layer_offsets": (0,)},
+        "terabytes of pages": {
+            "layout": msgspec.structs.replace(header.layout, layers=(large, large))
+        },
+        "another type": {"layout": msgspec.structs.replace(header.layout, dtype="float8")},
+        "another page": {
+            "layout": msgspec.structs.replace(
+                header.layout, layers=(LayerLayout("layer.0", (64,), 64),) * 2
+            )
+        },
+    }
+
+
+def test_forged_headers_of_encoded_chunks(tmp_path: Path) -> None:
+    """Sizes that no codec can have made, or that do not decode, are damage, and take no memory."""
+    store = DiskStore(tmp_path / "chunks", codec="zstd-exponent")
+    chunk = kv_sample(layers=2)
+    chunk.put(store)
+    with store.open(chunk.key, chunk.layout, NAMESPACE) as opened:
+        wrong = encoded_forgeries(opened.header)
+    for fields in wrong.values():
+        rewrite_header(store, chunk, **fields)
+        with pytest.raises(ChunkDamagedError):
+            store.verify(chunk.key)
+        assert chunk.put(store) > 0
+        chunk.load(store)
+
+
 @pytest.mark.parametrize("tokens", [b"", b"abc", b"abcde"])
 def test_tokens_that_are_none(store: DiskStore, tokens: bytes) -> None:
     """A file under the very key of bytes that are no tokens is damage."""
@@ -114,8 +162,8 @@ def test_refused_files_are_closed(store: DiskStore) -> None:
 def test_an_unknown_codec_is_a_mismatch(store: DiskStore) -> None:
     """An intact chunk in a codec of a later kvmarket is no damage."""
     chunk, _ = stored(store)
-    rewrite_header(store, chunk, codec="zstd-exponent")
-    with pytest.raises(LayoutMismatchError, match="codec 'zstd-exponent'"):
+    rewrite_header(store, chunk, codec="of-tomorrow")
+    with pytest.raises(LayoutMismatchError, match="codec 'of-tomorrow'"):
         chunk.load(store)
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from store_chunks import NAMESPACE, layout_of, sample
 
-from vllm_kvmarket.errors import ChunkDamagedError
+from vllm_kvmarket.errors import ChunkDamagedError, ChunkMissingError
 from vllm_kvmarket.store import DiskStore
 
 
@@ -60,7 +60,6 @@ def test_a_directory_can_be_deleted_like_a_chunk(store: DiskStore) -> None:
     assert not store.has(chunk.key)
     store.delete(chunk.key)
     assert list(store.keys()) == []
-    assert store.sweep_temporary(0) == 1
     assert list(path.parent.iterdir()) == []
 
 
@@ -101,3 +100,34 @@ def test_the_name_of_a_file_is_its_key(store: DiskStore) -> None:
     name = key.hex()
     assert store.path(key) == store.root / "00" / f"{name}.kv"
     assert store.path(key, 1, 4) == store.root / "00" / f"{name}.1of4.kv"
+    assert store.location(key, 1, 4) == store.path(key, 1, 4)
+
+
+def test_shares_are_the_files_of_a_chunk(store: DiskStore) -> None:
+    """shares() names each rank's file that is there, and no other thing beside it."""
+    alone, half = sample(), sample(layout_of(rank=1, world_size=2))
+    key = alone.key
+    assert store.shares(key) == []
+    half.put(store)
+    assert store.shares(key) == [(1, 2)]
+    alone.put(store)
+    assert store.shares(key) == [(0, 1), (1, 2)]
+    name = key.hex()
+    for other in ("2of2", "0of1", "01of2", "0of0"):
+        store.location(key).with_name(f"{name}.{other}.kv").write_bytes(b"")
+    store.location(key, 0, 3).mkdir()
+    assert store.shares(key) == [(0, 1), (1, 2)]
+    with store.open_share(key, 1, 2, NAMESPACE) as share:
+        assert share.header.layout == half.layout
+    store.location(key).rename(store.location(key, 3, 4))
+    with pytest.raises(ChunkDamagedError, match="holds the share of rank 0 of 1"):
+        store.open_share(key, 3, 4)
+
+
+def test_a_chunk_that_another_one_stored_can_be_made_durable(store: DiskStore) -> None:
+    """make_durable() is for chunks that are there; a missing one is an error."""
+    chunk = sample()
+    with pytest.raises(ChunkMissingError):
+        store.make_durable(chunk.key)
+    chunk.put(store)
+    store.make_durable(chunk.key)

@@ -10,12 +10,27 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from kv_pages import NUMBERS, kv_bytes, kv_sample
 from store_chunks import DENSE, NAMESPACE, PADDED, Sample, layout_of, sample
 
-from vllm_kvmarket.errors import ChunkDamagedError, ChunkMissingError, LayoutMismatchError
+from vllm_kvmarket.errors import (
+    ChunkDamagedError,
+    ChunkMissingError,
+    LayoutMismatchError,
+    StoreError,
+)
 from vllm_kvmarket.identity import KEY_BYTES
-from vllm_kvmarket.store import ChunkLayout, DiskStore, LayerLayout, aligned_empty
+from vllm_kvmarket.store import (
+    ChunkLayout,
+    DiskStore,
+    LayerLayout,
+    aligned_empty,
+    chunkfile,
+    open_chunk,
+)
+from vllm_kvmarket.store import codec as codec_module
 from vllm_kvmarket.store.chunkfile import ALIGNMENT, GROUP_BYTES, arrange
+from vllm_kvmarket.store.codec import CODECS
 
 
 @pytest.fixture
@@ -29,6 +44,76 @@ def test_a_chunk_comes_back_as_it_was_stored(store: DiskStore, page_bytes: int) 
     chunk = sample(layout_of(page_bytes))
     assert chunk.put(store) == store.path(chunk.key).stat().st_size
     chunk.load(store)
+
+
+@pytest.mark.parametrize("codec", CODECS)
+@pytest.mark.parametrize("dtype", NUMBERS)
+def test_codecs_load_alike(tmp_path: Path, codec: str, dtype: str) -> None:
+    """Whole, in part, a layer alone, into many buffers: what a codec stored comes back exactly."""
+    store = DiskStore(tmp_path / "chunks", codec=codec)
+    chunk = kv_sample(dtype, pages=3)
+    size = chunk.put(store)
+    path = store.path(chunk.key)
+    assert path.stat().st_size == size
+    assert (size < 4096 + sum(layer.nbytes for layer in chunk.pages)) == (codec != "raw")
+    chunk.load(store)
+    store.verify(chunk.key)
+    with store.open(chunk.key, chunk.layout, NAMESPACE) as stored:
+        assert stored.header.codec == codec
+        np.testing.assert_array_equal(stored.layer(1), chunk.pages[1].reshape(-1))
+        parts = [np.zeros(length, np.uint8) for length in (1, 2048, 2047)]
+        stored.copy_pages(2, 1, 3, parts)
+        np.testing.assert_array_equal(np.concatenate(parts), chunk.pages[2][1:].reshape(-1))
+    # A store with another codec reads it as well, and finds nothing to do.
+    assert chunk.put(DiskStore(store.root)) == 0
+
+
+@pytest.mark.parametrize("codec", CODECS)
+@pytest.mark.parametrize("chunk", [sample(), kv_sample(), kv_sample("float32", layers=70)])
+def test_the_size_is_known_before_anything_is_written(
+    tmp_path: Path, chunk: Sample, codec: str
+) -> None:
+    """A prepared chunk says how large its file will be; writing it makes just that file."""
+    prepared = chunkfile.prepare(
+        key=chunk.key,
+        parent=chunk.parent,
+        namespace=chunk.namespace,
+        tokens=chunk.tokens,
+        layout=chunk.layout,
+        layers=[list(layer) for layer in chunk.pages],
+        codec=codec,
+    )
+    with (tmp_path / "file").open("wb") as file:
+        assert prepared.write(file.fileno()) == prepared.size
+    assert (tmp_path / "file").stat().st_size == prepared.size
+    with open_chunk(tmp_path / "file", chunk.key, chunk.layout, NAMESPACE) as stored:
+        assert stored.header == prepared.header
+        stored.verify()
+
+
+def test_a_codec_that_is_not_exact_stores_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What does not decode to what it was, as on a machine with bad memory, is never written."""
+    chunk = kv_sample()
+    facts = {
+        "key": chunk.key,
+        "parent": chunk.parent,
+        "namespace": chunk.namespace,
+        "tokens": chunk.tokens,
+        "layout": chunk.layout,
+        "layers": [[layer] for layer in chunk.pages],
+    }
+    with pytest.raises(ValueError, match="unknown codec 'gzip'"):
+        chunkfile.prepare(**facts, codec="gzip")
+    real = codec_module.encode
+
+    def forgetful(*args: object, **named: object) -> np.ndarray:
+        stored = real(*args, **named)
+        stored[5] ^= 1
+        return stored
+
+    monkeypatch.setattr(codec_module, "encode", forgetful)
+    with pytest.raises(StoreError, match="does not give back what it was given"):
+        chunkfile.prepare(**facts, codec="zstd-exponent")
 
 
 def test_the_header_tells_what_the_chunk_is(store: DiskStore) -> None:
@@ -131,7 +216,7 @@ def chunks(draw: st.DrawFn) -> tuple[Sample, int, int]:
     sizes = draw(st.lists(st.integers(1, 9000), min_size=1, max_size=5))
     layout = ChunkLayout(
         tag=draw(st.text(max_size=5)),
-        dtype="uint8",
+        dtype=draw(st.sampled_from(["uint8", *NUMBERS])),
         block_tokens=draw(st.integers(1, 5)),
         layers=tuple(
             LayerLayout(name=draw(st.text(max_size=3)), page_shape=(size,), page_bytes=size)
@@ -139,17 +224,20 @@ def chunks(draw: st.DrawFn) -> tuple[Sample, int, int]:
         ),
     )
     chunk = sample(layout, token_count=draw(st.integers(1, 20)), seed=draw(st.integers(0, 2**32)))
+    if layout.dtype in NUMBERS and draw(st.booleans()):
+        for layer in chunk.pages:
+            layer[:] = kv_bytes(layout.dtype, layer.size)[: layer.size].reshape(layer.shape)
     first = draw(st.integers(0, chunk.page_count - 1))
     return chunk, first, draw(st.integers(first + 1, chunk.page_count))
 
 
 @settings(max_examples=120, deadline=None)
-@given(chunks())
-def test_any_range_of_pages_of_any_layout(drawn: tuple[Sample, int, int]) -> None:
-    """Whatever the sizes, each range of pages is what was stored, and nothing beside it changes."""
+@given(chunks(), st.sampled_from(CODECS))
+def test_any_range_of_pages_of_any_layout(drawn: tuple[Sample, int, int], codec: str) -> None:
+    """Whatever sizes and codec, each range of pages is what was stored, and no byte beside it."""
     chunk, first, last = drawn
     with tempfile.TemporaryDirectory() as folder:
-        store = DiskStore(Path(folder))
+        store = DiskStore(Path(folder), codec=codec)
         chunk.put(store)
         assert chunk.put(store) == 0
         with store.open(chunk.key, chunk.layout, NAMESPACE) as stored:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import resource
+import shutil
 import subprocess
 import time
 from pathlib import Path
@@ -293,9 +294,8 @@ def test_a_store_whose_folder_was_removed_makes_it_again(store: DiskStore) -> No
     """After someone removed the folder of all chunks, the next chunk is stored all the same."""
     chunk = sample()
     chunk.put(store)
-    store.path(chunk.key).unlink()
-    store.path(chunk.key).parent.rmdir()
-    store.root.rmdir()
+    shutil.rmtree(store.root)
+    assert store.usage().bytes_used == 0
     with pytest.raises(ChunkMissingError):
         chunk.load(store)
     chunk.put(store)

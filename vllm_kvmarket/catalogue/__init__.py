@@ -1,6 +1,14 @@
 """Listings, and the prefix tree that finds the longest published prefix of a request."""
 
 from vllm_kvmarket.catalogue.catalogue import Catalogue
-from vllm_kvmarket.catalogue.listing import Listing, ListingState, Match, MatchedChunk
+from vllm_kvmarket.catalogue.listing import (
+    Audit,
+    Listing,
+    ListingState,
+    Match,
+    MatchedChunk,
+    Usage,
+    Use,
+)
 
-__all__ = ["Catalogue", "Listing", "ListingState", "Match", "MatchedChunk"]
+__all__ = ["Audit", "Catalogue", "Listing", "ListingState", "Match", "MatchedChunk", "Usage", "Use"]

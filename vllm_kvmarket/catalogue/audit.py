@@ -13,17 +13,17 @@ from vllm_kvmarket.catalogue.tree import Node, PrefixTree
 from vllm_kvmarket.identity import TOKEN_BYTES, chunk_keys, document_id, unpack_tokens
 
 
-def problems(db: apsw.Connection, tree: PrefixTree) -> list[str]:
-    """Return what is wrong, a line each; the tree must be as new as the database."""
+def problems(db: apsw.Connection, tree: PrefixTree, now_s: float) -> list[str]:
+    """Return what is wrong, a line each; the tree must be as new as the database, and as of now."""
     found: list[str] = []
     on_offer: set[str] = set()
     for listing in tables.read_listings(db):
         chunks = tables.chunks_of(db, listing.document_id)
         found += [
             f"{listing.document_id}: {problem}"
-            for problem in _listing_problems(listing, chunks, tree)
+            for problem in _listing_problems(listing, chunks, tree, now_s)
         ]
-        if tables.matchable(listing, chunks):
+        if tables.matchable(listing, chunks, now_s):
             on_offer.add(listing.document_id)
     found += [
         f"{name}: can be matched, but is not on offer" for name in tree.entries.keys() - on_offer
@@ -32,7 +32,7 @@ def problems(db: apsw.Connection, tree: PrefixTree) -> list[str]:
 
 
 def _listing_problems(
-    listing: Listing, chunks: list[tables.StoredChunk], tree: PrefixTree
+    listing: Listing, chunks: list[tables.StoredChunk], tree: PrefixTree, now_s: float
 ) -> Iterator[str]:
     tokens = unpack_tokens(b"".join(chunk.tokens for chunk in chunks))
     if len(tokens) != listing.token_count:
@@ -49,7 +49,7 @@ def _listing_problems(
         yield "damaged, with every chunk whole"
     entry = tree.entries.get(listing.document_id)
     in_tree = tuple(node.tokens for node in entry.path[1:]) if entry else ()
-    if in_tree != tables.matchable(listing, chunks):
+    if in_tree != tables.matchable(listing, chunks, now_s):
         yield f"{listing.state}, but what can be matched of it is something else"
 
 

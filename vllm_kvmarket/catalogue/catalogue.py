@@ -2,214 +2,29 @@
 
 from __future__ import annotations
 
-import dataclasses
-import logging
-import threading
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from pathlib import Path
-from types import TracebackType
-from typing import Self
+from collections.abc import Callable, Iterable, Sequence
+from itertools import islice
 
-import apsw
+from vllm_kvmarket.catalogue import tables, upkeep
+from vllm_kvmarket.catalogue.listing import NEEDED, ON_OFFER, Audit, Listing, Usage, Use
+from vllm_kvmarket.catalogue.offers import Offers
+from vllm_kvmarket.errors import NotFoundError
+from vllm_kvmarket.eviction import Candidate
+from vllm_kvmarket.identity import unpack_tokens
 
-from vllm_kvmarket.catalogue import audit, tables
-from vllm_kvmarket.catalogue.connections import Connections
-from vllm_kvmarket.catalogue.listing import Listing, Match
-from vllm_kvmarket.catalogue.owners import Owner
-from vllm_kvmarket.catalogue.tree import PrefixTree
-from vllm_kvmarket.errors import CatalogueError, ConfigError, NotFoundError
-from vllm_kvmarket.identity import (
-    CHUNK_TOKENS,
-    TOKEN_BYTES,
-    chunk_keys,
-    document_id,
-    pack_tokens,
-    unpack_tokens,
-)
-
-OWNERS_FOLDER = "publishing"
-
-logger = logging.getLogger(__name__)
+# Files that are deleted in one transaction: publishers wait for it.
+_RELEASED_AT_ONCE = 32
+# Chunks from which on reading all that are needed is quicker than asking for each.
+_MANY = 1000
 
 
-class Catalogue:
+class Catalogue(Offers):
     """One process's view of the catalogue; thread-safe.
 
     `match` reads memory only. Everything else goes to the database and raises CatalogueError when
     that cannot be used. `last_error` is why the last refresh failed, None when it did not; what was
-    taken over before goes on matching.
+    taken over before goes on matching until its time to live is over.
     """
-
-    def __init__(self, path: Path, chunk_tokens: int) -> None:
-        self.last_error: Exception | None = None
-        self._tree = PrefixTree(chunk_tokens)
-        # Both are guarded by the reading connection's lock, and so is changing the tree.
-        self._revision = 0
-        self._data_version: int | None = None
-        self._closing = threading.Event()
-        self._watcher: threading.Thread | None = None
-        self._owner = Owner(path.parent / OWNERS_FOLDER)
-        self._db = Connections(path, tables.ROOM, tables.MIGRATIONS)
-        with self._db.transaction() as db:
-            chosen = tables.fix_chunk_tokens(db, chunk_tokens)
-        if chosen != chunk_tokens:
-            self.close()
-            raise ConfigError(
-                f"chunk_tokens is {chunk_tokens}, but the market in {path.parent} was made with "
-                f"{chosen}: set it to {chosen}, or use another home"
-            )
-        self.refresh()
-
-    @classmethod
-    def open(cls, path: Path, chunk_tokens: int = CHUNK_TOKENS) -> Self:
-        """Open the catalogue in the market's database, making its tables where there are none.
-
-        Raises ConfigError when it was made with another chunk size, CatalogueError when the
-        database cannot be used.
-        """
-        return cls(path, chunk_tokens)
-
-    def close(self) -> None:
-        """Stop watching and release the database; what this process was publishing is given up."""
-        self._closing.set()
-        if self._watcher is not None:
-            self._watcher.join()
-        self._db.close()
-        self._owner.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
-
-    # Matching
-
-    def match(self, namespace: bytes, token_ids: Sequence[int]) -> Match | None:
-        """Find the longest published prefix of `token_ids`, token by token, down to inside a chunk.
-
-        It is paid to the listing that is wholly matched, else to the first listed of those that
-        contain the whole match. Memory only, and as fresh as the last refresh.
-        """
-        return self._tree.match(namespace, token_ids)
-
-    @property
-    def chunk_count(self) -> int:
-        """How many chunks can be matched."""
-        return self._tree.chunk_count
-
-    # Publishing
-
-    def begin(self, listing: Listing, token_ids: Sequence[int]) -> Listing:
-        """Note that a document is being published; returns its listing; mutates the database.
-
-        A listing that is live comes back untouched, and so does one that another living process is
-        publishing: whoever commits first puts it on offer. One that failed, was delisted, is
-        damaged, or was left behind by a process that ended starts anew on the given terms. Raises
-        CatalogueError for a listing that does not fit its tokens, ValueError for bad token ids.
-        """
-        chunks = self._split(listing, token_ids)
-        fresh = dataclasses.replace(listing, state="publishing", reason="", stored_bytes=0)
-        with self._changing() as db:
-            existing = tables.find_listing(db, listing.document_id)
-            if existing is None or not self._is_taken(db, existing):
-                tables.write_listing(db, fresh)
-                tables.write_chunks(db, listing.document_id, chunks)
-                existing = self._read(db, listing.document_id)
-            stored = tables.chunks_of(db, listing.document_id)
-            if [(chunk.key, chunk.tokens) for chunk in stored] != chunks:
-                raise CatalogueError(
-                    f"{listing.document_id}: other tokens are stored under one of its keys; this "
-                    "must never be: run `kvmarket fsck`"
-                )
-            if existing.state == "publishing":
-                self._owner.announce()
-                tables.add_publishing(db, listing.document_id, self._owner.name)
-        return existing
-
-    def _split(self, listing: Listing, token_ids: Sequence[int]) -> list[tuple[bytes, bytes]]:
-        """Cut a document into chunks (key, packed tokens), and see that the listing fits them."""
-        name = listing.document_id
-        if not 0 < len(token_ids) == listing.token_count:
-            raise CatalogueError(
-                f"{name}: listed with {listing.token_count} tokens, given {len(token_ids)}"
-            )
-        width = self._tree.chunk_tokens * TOKEN_BYTES
-        packed = pack_tokens(token_ids)
-        keys = chunk_keys(listing.namespace, token_ids, self._tree.chunk_tokens)
-        if document_id(keys[-1]) != name or listing.chunk_keys not in ((), tuple(keys)):
-            raise CatalogueError(f"{name}: not the id, or not the chunk keys, of these tokens")
-        starts = range(0, len(packed), width)
-        return [
-            (key, packed[start : start + width]) for key, start in zip(keys, starts, strict=True)
-        ]
-
-    def _is_taken(self, db: apsw.Connection, listing: Listing) -> bool:
-        """Say whether a listing is live, or another living process is publishing it."""
-        others = self._publishers(db, listing.document_id) - {self._owner.name}
-        return listing.state == "live" or (listing.state == "publishing" and bool(others))
-
-    def _publishers(self, db: apsw.Connection, name: str) -> set[str]:
-        """Find which living processes publish a document; forgets the others."""
-        owners = tables.owners_of(db, name)
-        alive = {owner for owner in owners if self._owner.is_alive(owner)}
-        for owner in owners - alive:
-            tables.forget_owner(db, owner)
-        return alive
-
-    def commit(self, document_id: str, stored_bytes: int) -> Listing:
-        """Put a document on offer, all of whose chunks are durable, in one transaction.
-
-        A live one is returned as it is: another publisher of it was faster. One with a chunk that
-        is marked as damaged becomes damaged; heal what was stored again first. Raises
-        CatalogueError when it is not being published.
-        """
-        with self._changing() as db:
-            listing = tables.find_listing(db, document_id)
-            if listing is None or listing.state not in ("publishing", "live"):
-                state = listing.state if listing else "unknown"
-                raise CatalogueError(
-                    f"{document_id} is {state}, not being published; begin it first"
-                )
-            if listing.state == "publishing":
-                tables.set_stored_bytes(db, document_id, stored_bytes)
-                tables.set_offered(db, document_id)
-                tables.end_publishing(db, document_id)
-            return self._read(db, document_id)
-
-    def fail(self, document_id: str, reason: str) -> None:
-        """Note that this process's publishing ended without a listing; mutates the database.
-
-        The listing fails unless someone else is still publishing it; one that was on offer before
-        (it was damaged) returns to that. Other states stay. Raises NotFoundError.
-        """
-        with self._changing() as db:
-            if self._read(db, document_id).state != "publishing":
-                return
-            tables.end_publishing(db, document_id, self._owner.name)
-            if self._publishers(db, document_id):
-                return
-            if tables.is_listed(db, document_id):
-                tables.set_offered(db, document_id, reason)
-            else:
-                tables.set_state(db, document_id, "failed", reason)
-
-    def delist(self, document_id: str) -> None:
-        """Take a document off the market at once; mutates the database.
-
-        Raises NotFoundError when it is not on it.
-        """
-        with self._changing() as db:
-            if self._read(db, document_id).state == "delisted":
-                raise NotFoundError(f"document {document_id} is delisted already")
-            tables.set_state(db, document_id, "delisted")
-            tables.end_publishing(db, document_id)
 
     # Reading
 
@@ -245,24 +60,18 @@ class Catalogue:
     def chunk_is_listed(self, key: bytes) -> bool:
         """Say whether a listing on offer, live or damaged, holds this chunk."""
         with self._db.snapshot() as db:
-            return bool(tables.holders(db, key, ("live", "damaged")))
+            return tables.is_held(db, key, ON_OFFER)
 
     def needed_chunks(self, keys: Iterable[bytes]) -> set[bytes]:
         """Return those of `keys` that a listing on offer or being published holds.
 
-        The store may delete the others.
+        Only `release` may delete the others: a listing may begin to need them at any moment.
         """
+        asked = set(keys)
         with self._db.snapshot() as db:
-            return {
-                key for key in keys if tables.holders(db, key, ("live", "damaged", "publishing"))
-            }
-
-    @staticmethod
-    def _read(db: apsw.Connection, document_id: str) -> Listing:
-        listing = tables.find_listing(db, document_id)
-        if listing is None:
-            raise NotFoundError(f"there is no document {document_id}; see `kvmarket list`")
-        return listing
+            if len(asked) > _MANY:
+                return asked & tables.all_held(db, NEEDED)
+            return {key for key in asked if tables.is_held(db, key, NEEDED)}
 
     # Damage
 
@@ -270,12 +79,13 @@ class Catalogue:
         """Note that a chunk cannot be had; mutates the database.
 
         No process matches it any more, and the listings on offer that hold it are damaged; what
-        lies before it still matches. A chunk that nobody knows is ignored.
+        lies before it still matches. A chunk that no listing on offer or on its way holds is
+        ignored: it may be gone for good reason.
         """
         with self._changing() as db:
-            if tables.set_damaged(db, key, damaged=True):
+            if tables.is_held(db, key, NEEDED) and tables.set_damaged(db, key, damaged=True):
                 # Also those that were damaged before: what can be matched of them may be less now.
-                for name in tables.holders(db, key, ("live", "damaged")):
+                for name in tables.holders(db, key, ON_OFFER):
                     tables.set_state(db, name, "damaged", reason)
 
     def heal(self, key: bytes) -> None:
@@ -283,75 +93,66 @@ class Catalogue:
 
         It matches again, and listings whose chunks are all whole are live again.
         """
+        self.heal_all([key])
+
+    def heal_all(self, keys: Iterable[bytes]) -> None:
+        """Note that chunks were stored again, all in one transaction; see `heal`."""
         with self._changing() as db:
-            if tables.set_damaged(db, key, damaged=False):
-                for name in tables.holders(db, key, ("damaged",)):
-                    tables.set_offered(db, name)
+            for key in keys:
+                if tables.set_damaged(db, key, damaged=False):
+                    for name in tables.holders(db, key, ("damaged",)):
+                        tables.set_offered(db, name)
 
-    # Keeping up with the database
+    # Room in the store
 
-    def refresh(self) -> bool:
-        """Take over what was committed since, by this process or another; whether anything was.
-
-        Mutates the tree. Raises CatalogueError when the database cannot be read.
-        """
-        with self._db.reading() as db:
-            # Changes with every commit by another connection, and costs no read of the database.
-            data_version = int(db.pragma("data_version"))
-            if data_version == self._data_version:
-                return False
-            with db:
-                changed = self._take_over(db)
-            self._data_version = data_version
-            return changed
-
-    def _take_over(self, db: apsw.Connection) -> bool:
-        newest = tables.revision(db)
-        if newest == self._revision:
-            return False
-        changes = tables.read_changes(db, self._revision)
-        # In the order of their tokens, thousands of new chunks go to the end of their lists each.
-        changes.sort(key=lambda change: (change.listing.namespace, change.chunks))
-        for change in changes:
-            if change.chunks and change.place is not None:
-                self._tree.put(change.listing, change.place, change.chunks)
-            else:
-                self._tree.remove(change.listing.document_id)
-        self._revision = newest
-        return True
-
-    @contextmanager
-    def _changing(self) -> Iterator[apsw.Connection]:
-        """Change the database, all or nothing, and then the tree."""
-        with self._db.transaction() as db:
-            yield db
-        # The change is durable: that it could not be read back yet must not look like its failure.
-        self._try_refresh()
-
-    def watch(self, interval_s: float = 0.25) -> None:
-        """Refresh from a thread of its own until closed; see `last_error`."""
-        if self._watcher is None:
-            self._watcher = threading.Thread(
-                target=self._watch, args=(interval_s,), name="kvmarket-catalogue", daemon=True
-            )
-            self._watcher.start()
-
-    def _watch(self, interval_s: float) -> None:
-        while not self._closing.wait(interval_s):
-            self._try_refresh()
-
-    def _try_refresh(self) -> None:
-        try:
-            self.refresh()
-        except Exception as error:  # noqa: BLE001  # a dead watcher would sell stale listings for ever
-            if repr(error) != repr(self.last_error):
-                logger.warning("kvmarket: the catalogue is not up to date: %s", error)
-            self.last_error = error
-        else:
-            self.last_error = None
-
-    def check_integrity(self) -> list[str]:
-        """Compare listings, chunks and tree; returns what is wrong, nothing when all is well."""
+    def candidates(self) -> list[Candidate]:
+        """Return every document on offer as the eviction policies see it, in order of their ids."""
         with self._db.snapshot() as db:
-            self._take_over(db)
-            return audit.problems(db, self._tree)
+            return upkeep.candidates(db)
+
+    def release(self, keys: Iterable[bytes], delete: Callable[[bytes], object]) -> int:
+        """Call `delete` for each chunk that no listing on offer or on its way holds; how many.
+
+        Nobody can begin to publish meanwhile: a publisher was there before, and its chunks are
+        kept, or comes afterwards, and finds them gone. `delete` must be quick and must not use the
+        catalogue; what it raises is raised on.
+        """
+        released = 0
+        waiting = iter(keys)
+        while batch := list(islice(waiting, _RELEASED_AT_ONCE)):
+            with self._db.transaction() as db:
+                for key in batch:
+                    if not tables.is_held(db, key, NEEDED):
+                        delete(key)
+                        released += 1
+        return released
+
+    # Uses and audits
+
+    def note_uses(self, uses: Sequence[Use]) -> None:
+        """Count reuses of listings for the eviction policies; mutates the database, once.
+
+        No listing changes by it. Uses of unknown documents are ignored.
+        """
+        if uses:
+            with self._db.transaction() as db:
+                upkeep.note_uses(db, uses)
+
+    def usage_of(self, document_id: str) -> Usage:
+        """Return what is known of a document's reuses. Raises NotFoundError."""
+        with self._db.snapshot() as db:
+            usage = upkeep.usage_of(db, document_id)
+        if usage is None:
+            raise NotFoundError(f"there is no document {document_id}; see `kvmarket list`")
+        return usage
+
+    def record_audit(self, audit: Audit) -> None:
+        """Keep an audit's result with its listing; mutates the database. Raises NotFoundError."""
+        with self._db.transaction() as db:
+            self._read(db, audit.document_id)
+            upkeep.record_audit(db, audit)
+
+    def audits_of(self, document_id: str) -> list[Audit]:
+        """Return a document's audits, newest first; none for an unknown document."""
+        with self._db.snapshot() as db:
+            return upkeep.audits_of(db, document_id)

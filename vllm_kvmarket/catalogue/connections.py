@@ -13,6 +13,10 @@ from vllm_kvmarket import database
 from vllm_kvmarket.errors import CatalogueError
 
 
+class BusyError(CatalogueError):
+    """Someone else is writing, and waiting was not wanted."""
+
+
 class Connections:
     """Thread-safe; whoever reads never waits for whoever waits to write.
 
@@ -36,11 +40,14 @@ class Connections:
             self._reader.close()
 
     @contextmanager
-    def transaction(self) -> Iterator[apsw.Connection]:
-        """Change the database, durably and all or nothing."""
-        with self._write_lock, self._reported():
+    def transaction(self, *, wait: bool = True) -> Iterator[apsw.Connection]:
+        """Change the database, durably and all or nothing.
+
+        Raises BusyError where someone else is writing and `wait` is false.
+        """
+        with self._writing(wait), self._reported():
             self._check_file()
-            self._writer.execute("BEGIN IMMEDIATE")
+            self._begin(wait)
             try:
                 yield self._writer
                 self._writer.execute("COMMIT")
@@ -49,6 +56,28 @@ class Connections:
                 if self._writer.in_transaction:
                     self._writer.execute("ROLLBACK")
                 raise
+
+    @contextmanager
+    def _writing(self, wait: bool) -> Iterator[None]:
+        if not self._write_lock.acquire(blocking=wait):
+            raise BusyError("this process is writing to the market's database; try again")
+        try:
+            yield
+        finally:
+            self._write_lock.release()
+
+    def _begin(self, wait: bool) -> None:
+        if not wait:
+            self._writer.set_busy_timeout(0)
+        try:
+            self._writer.execute("BEGIN IMMEDIATE")
+        except apsw.BusyError as error:
+            if wait:
+                raise
+            raise BusyError(f"the market's database {self._path} is being written to") from error
+        finally:
+            if not wait:
+                self._writer.set_busy_timeout(database.BUSY_TIMEOUT_MS)
 
     @contextmanager
     def reading(self) -> Iterator[apsw.Connection]:

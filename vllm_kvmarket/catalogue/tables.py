@@ -4,66 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, Literal
 
 import apsw
 
-from vllm_kvmarket.catalogue.listing import Listing, ListingState
-
-ROOM = "catalogue"
-
-# `revision` numbers every change; a listing keeps that of its own last change.
-# `listed` is the revision that put a listing on offer: its place in line while it stays there.
-MIGRATIONS = (
-    """
-    CREATE TABLE catalogue (
-        revision INTEGER NOT NULL,
-        chunk_tokens INTEGER
-    ) STRICT;
-    INSERT INTO catalogue VALUES (0, NULL);
-    CREATE TABLE listing (
-        document_id TEXT PRIMARY KEY,
-        namespace BLOB NOT NULL CHECK (length(namespace) = 32),
-        title TEXT NOT NULL,
-        publisher TEXT NOT NULL,
-        token_count INTEGER NOT NULL CHECK (token_count > 0),
-        rendered_as TEXT NOT NULL CHECK (rendered_as IN ('text', 'chat')),
-        cache_read_nano_per_mtok INTEGER CHECK (cache_read_nano_per_mtok >= 0),
-        royalty_ppm INTEGER CHECK (royalty_ppm BETWEEN 0 AND 1000000),
-        state TEXT NOT NULL
-            CHECK (state IN ('publishing', 'live', 'failed', 'delisted', 'damaged')),
-        reason TEXT NOT NULL,
-        created_at_s REAL NOT NULL,
-        stored_bytes INTEGER NOT NULL CHECK (stored_bytes >= 0),
-        listed INTEGER UNIQUE,
-        revision INTEGER NOT NULL,
-        CHECK (state NOT IN ('live', 'damaged') OR listed IS NOT NULL)
-    ) STRICT;
-    CREATE INDEX listing_revision ON listing (revision);
-    CREATE TABLE chunk (
-        key BLOB PRIMARY KEY CHECK (length(key) = 32),
-        tokens BLOB NOT NULL CHECK (length(tokens) > 0 AND length(tokens) % 4 = 0),
-        damaged INTEGER NOT NULL DEFAULT 0 CHECK (damaged IN (0, 1))
-    ) STRICT;
-    CREATE TABLE listing_chunk (
-        document_id TEXT NOT NULL REFERENCES listing (document_id),
-        position INTEGER NOT NULL,
-        key BLOB NOT NULL REFERENCES chunk (key),
-        PRIMARY KEY (document_id, position)
-    ) STRICT, WITHOUT ROWID;
-    CREATE INDEX listing_chunk_key ON listing_chunk (key);
-    CREATE TABLE publishing (
-        id INTEGER PRIMARY KEY,
-        document_id TEXT NOT NULL REFERENCES listing (document_id),
-        owner TEXT NOT NULL
-    ) STRICT;
-    CREATE INDEX publishing_document ON publishing (document_id);
-    """,
-)
+from vllm_kvmarket.catalogue.listing import ON_OFFER, Listing, ListingState
 
 # Listing's own fields in their own order; its chunk keys, the last field, have their own table.
 _COLUMNS = ", ".join(field.name for field in fields(Listing)[:-1])
-_OFFERED: tuple[ListingState, ...] = ("live", "damaged")
+_FLAGS = ("pinned", "paid_for")
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,14 +72,15 @@ def read_listings(
     return [Listing(**_fields(row), chunk_keys=_chunk_keys(db, row[0])) for row in found]
 
 
-def read_changes(db: apsw.Connection, since: int) -> list[Change]:
-    """Return what became of every listing that changed after that revision."""
+def read_changes(db: apsw.Connection, since: int, now_s: float) -> list[Change]:
+    """Return what became, until now, of every listing that changed after that revision."""
     statement = f"SELECT {_COLUMNS}, listed FROM listing WHERE revision > ?"  # noqa: S608  # column names are ours
-    return [_change(db, row) for row in rows(db, statement, (since,))]
+    return [_change(db, row, now_s) for row in rows(db, statement, (since,))]
 
 
 def _fields(row: Sequence[Any]) -> dict[str, Any]:
-    return dict(zip(_COLUMNS.split(", "), row, strict=True))
+    named = dict(zip(_COLUMNS.split(", "), row, strict=True))
+    return named | {flag: bool(named[flag]) for flag in _FLAGS}
 
 
 def _chunk_keys(db: apsw.Connection, document_id: str) -> tuple[bytes, ...]:
@@ -138,17 +88,17 @@ def _chunk_keys(db: apsw.Connection, document_id: str) -> tuple[bytes, ...]:
     return tuple(key for (key,) in rows(db, statement, (document_id,)))
 
 
-def _change(db: apsw.Connection, row: Sequence[Any]) -> Change:
+def _change(db: apsw.Connection, row: Sequence[Any], now_s: float) -> Change:
     *columns, place = row
     chunks = chunks_of(db, row[0])
     listing = Listing(**_fields(columns), chunk_keys=tuple(chunk.key for chunk in chunks))
-    return Change(listing, place, matchable(listing, chunks))
+    return Change(listing, place, matchable(listing, chunks, now_s))
 
 
-def matchable(listing: Listing, chunks: Iterable[StoredChunk]) -> tuple[bytes, ...]:
+def matchable(listing: Listing, chunks: Iterable[StoredChunk], now_s: float) -> tuple[bytes, ...]:
     """Return the tokens of a listing's chunks up to the first damaged one; none if not on offer."""
     tokens: list[bytes] = []
-    if listing.state in _OFFERED:
+    if listing.state in ON_OFFER and not listing.is_over(now_s):
         for chunk in chunks:
             if chunk.damaged:
                 break
@@ -169,17 +119,22 @@ def chunks_of(db: apsw.Connection, document_id: str) -> list[StoredChunk]:
 def write_listing(db: apsw.Connection, listing: Listing) -> None:
     """Insert a listing, or restart the one of the same document; its chunks are not touched.
 
-    One that is damaged keeps its place in line and its bytes.
+    One that is damaged keeps its place in line, its bytes, its pin, that it was paid for, and its
+    end where it is given no other.
     """
     values = [getattr(listing, field.name) for field in fields(Listing)[:-1]]
+    marks = ", ".join("?" * (len(values) + 1))
     db.execute(
-        f"INSERT INTO listing ({_COLUMNS}, revision) VALUES (?,?,?,?,?,?,?,?,?,?,?,?,?) "  # noqa: S608  # column names are ours
+        f"INSERT INTO listing ({_COLUMNS}, revision) VALUES ({marks}) "  # noqa: S608  # column names are ours
         "ON CONFLICT (document_id) DO UPDATE SET title = excluded.title, "
         "publisher = excluded.publisher, rendered_as = excluded.rendered_as, "
         "cache_read_nano_per_mtok = excluded.cache_read_nano_per_mtok, "
         "royalty_ppm = excluded.royalty_ppm, state = excluded.state, reason = excluded.reason, "
         "created_at_s = excluded.created_at_s, revision = excluded.revision, "
-        "stored_bytes = iif(listed IS NULL, excluded.stored_bytes, stored_bytes)",
+        "stored_bytes = iif(listed IS NULL, excluded.stored_bytes, stored_bytes), "
+        "pinned = excluded.pinned OR (listed IS NOT NULL AND pinned), "
+        "paid_for = excluded.paid_for OR (listed IS NOT NULL AND paid_for), "
+        "expires_at_s = coalesce(excluded.expires_at_s, iif(listed IS NULL, NULL, expires_at_s))",
         [*values, _next_revision(db)],
     )
 
@@ -196,13 +151,30 @@ def write_chunks(
 
 
 def set_state(db: apsw.Connection, document_id: str, state: ListingState, reason: str = "") -> None:
-    """Move one listing to another state, and into the line of those on offer or out of it."""
+    """Move one listing to another state, and into the line of those on offer or out of it.
+
+    What leaves the line is pinned no more.
+    """
     number = _next_revision(db)
+    offered = state in ON_OFFER
     db.execute(
-        "UPDATE listing SET state = ?, reason = ?, revision = ?, "
+        "UPDATE listing SET state = ?, reason = ?, revision = ?, pinned = pinned AND ?, "
         "listed = iif(?, coalesce(listed, ?), NULL) WHERE document_id = ?",
-        (state, reason, number, state in _OFFERED, number, document_id),
+        (state, reason, number, offered, offered, number, document_id),
     )
+
+
+def set_field(
+    db: apsw.Connection,
+    document_id: str,
+    column: Literal["expires_at_s", "pinned"],
+    value: float | None,
+) -> None:
+    """Set one of a listing's fields; a change only where the value is another."""
+    statement = f"SELECT 1 FROM listing WHERE document_id = ? AND {column} IS NOT ?"  # noqa: S608  # column names are ours
+    if rows(db, statement, (document_id, value)):
+        statement = f"UPDATE listing SET {column} = ?, revision = ? WHERE document_id = ?"  # noqa: S608  # the same
+        db.execute(statement, (value, _next_revision(db), document_id))
 
 
 def set_offered(
@@ -241,6 +213,24 @@ def holders(db: apsw.Connection, key: bytes, states: Sequence[ListingState]) -> 
         f"AND state IN ({', '.join('?' * len(states))})"
     )
     return [document_id for (document_id,) in rows(db, statement, (key, *states))]
+
+
+def is_held(db: apsw.Connection, key: bytes, states: Sequence[ListingState]) -> bool:
+    """Return whether a document in one of these states holds a chunk."""
+    statement = (
+        "SELECT 1 FROM listing_chunk JOIN listing USING (document_id) WHERE key = ? "  # noqa: S608  # only question marks are put in
+        f"AND state IN ({', '.join('?' * len(states))}) LIMIT 1"
+    )
+    return bool(rows(db, statement, (key, *states)))
+
+
+def all_held(db: apsw.Connection, states: Sequence[ListingState]) -> set[bytes]:
+    """Return every chunk that a document in one of these states holds."""
+    statement = (
+        "SELECT key FROM listing JOIN listing_chunk USING (document_id) "  # noqa: S608  # only question marks are put in
+        f"WHERE state IN ({', '.join('?' * len(states))})"
+    )
+    return {key for (key,) in db.execute(statement, states)}
 
 
 def add_publishing(db: apsw.Connection, document_id: str, owner: str) -> None:

@@ -212,6 +212,12 @@ class PrefixTree:
             )
         return Match(listing, total, tuple(chunks))
 
+    def listing(self, document_id: str) -> Listing | None:
+        """Return a document's listing, None when it cannot be matched."""
+        with self._lock:
+            entry = self.entries.get(document_id)
+            return self._listings[entry.place] if entry is not None else None
+
     def _find(
         self, namespace: bytes, token_ids: Sequence[int]
     ) -> tuple[Listing, int, list[Node]] | None:

@@ -8,7 +8,19 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-from vllm_kvmarket.cli import accounts, books, documents, economics, environment, fsck, publish
+from vllm_kvmarket.cli import (
+    accounts,
+    audit,
+    books,
+    bundles,
+    codecs,
+    documents,
+    economics,
+    environment,
+    fsck,
+    keep,
+    publish,
+)
 from vllm_kvmarket.cli.command import Command, UsageError, count
 from vllm_kvmarket.cli.output import complain
 from vllm_kvmarket.errors import ConfigError, KVMarketError
@@ -34,14 +46,18 @@ DEMO = Command(
 COMMANDS: tuple[Command, ...] = (
     *publish.COMMANDS,
     *documents.COMMANDS,
+    *audit.COMMANDS,
+    *bundles.COMMANDS,
     *accounts.COMMANDS,
     *books.COMMANDS,
     *fsck.COMMANDS,
+    *keep.COMMANDS,
+    *codecs.COMMANDS,
     *economics.COMMANDS,
     *environment.COMMANDS,
     DEMO,
 )
-GROUPS = {"account": "open accounts and bring money in"}
+GROUPS = {"account": "open accounts and bring money in", **bundles.GROUPS}
 
 
 class _Parser(argparse.ArgumentParser):

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from vllm_kvmarket.catalogue import Listing
     from vllm_kvmarket.market import Market
 
-STATES = ("publishing", "live", "damaged", "failed", "delisted")
+STATES = ("publishing", "live", "damaged", "failed", "delisted", "expired", "evicted")
 
 
 def describe(market: Market, listing: Listing) -> dict[str, Any]:
@@ -34,6 +34,8 @@ def describe(market: Market, listing: Listing) -> dict[str, Any]:
         "rendered_as": listing.rendered_as,
         "namespace": listing.namespace.hex(),
         "created_at_s": listing.created_at_s,
+        "expires_at_s": listing.expires_at_s,
+        "pinned": listing.pinned,
         "own_cache_read_nano_per_mtok": listing.cache_read_nano_per_mtok,
         "own_royalty_ppm": listing.royalty_ppm,
         "terms": msgspec.to_builtins(terms),
@@ -95,6 +97,10 @@ def _run_show(args: argparse.Namespace) -> int:
             "charge_nano": sum(receipt.charge_nano for receipt in receipts),
             "royalty_nano": sum(receipt.royalty_nano for receipt in receipts),
         }
+        document["audits"] = [
+            {"at_s": audit.at_s, "result": audit.result, "worst_difference": audit.worst_difference}
+            for audit in market.catalogue.audits_of(args.document_id)
+        ]
     emit(args, document, lambda where: _show(where, document))
     return 0
 
@@ -112,6 +118,15 @@ def _show(where: Console, document: dict[str, Any]) -> None:
         ("publisher", document["publisher"]),
         ("state", document["state"] + reason),
         ("published", f"{moment(document['created_at_s'])} as {document['rendered_as']}"),
+        (
+            "on offer",
+            (
+                "for good"
+                if document["expires_at_s"] is None
+                else f"until {moment(document['expires_at_s'])}"
+            )
+            + (", pinned" if document["pinned"] else ""),
+        ),
         ("tokens", f"{document['token_count']} in {document['chunk_count']} chunks"),
         ("stored", size(document["stored_bytes"])),
         ("namespace", document["namespace"]),
@@ -135,6 +150,14 @@ def _show(where: Console, document: dict[str, Any]) -> None:
             f"{sales['reuses']} times, {sales['tokens_reused']} tokens, "
             f"{format_nano(sales['charge_nano'])}, royalty {format_nano(sales['royalty_nano'])}",
         ),
+    ]
+    facts += [
+        (
+            "audited",
+            f"{moment(audit['at_s'])}: {audit['result']}, "
+            f"largest difference {audit['worst_difference']:.3g}",
+        )
+        for audit in document["audits"]
     ]
     pairs(where, facts)
 

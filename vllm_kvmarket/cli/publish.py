@@ -10,7 +10,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vllm_kvmarket.cli.command import Command, UsageError, amount, count, open_market, share
+from vllm_kvmarket.cli.command import (
+    Command,
+    UsageError,
+    amount,
+    count,
+    open_market,
+    share,
+)
+from vllm_kvmarket.cli.keep import span_s
 from vllm_kvmarket.cli.output import clean, emit, progress
 from vllm_kvmarket.errors import NotPublishableError, PublishFailedError
 
@@ -53,6 +61,7 @@ def _configure(parser: argparse.ArgumentParser) -> None:
         default="text",
         help="as it stands, or as the first message of a chat (default: text)",
     )
+    parser.add_argument("--ttl", type=span_s, help="on offer for: 90s, 15m, 12h, 7d, 4w")
     parser.add_argument("--max-model-len", type=count, help="context of the engine, in tokens")
     parser.add_argument("--dtype", help="of the engine, as for vLLM (float32 suits most CPUs)")
 
@@ -127,6 +136,7 @@ def _publish(args: argparse.Namespace, market: Market, llm: Any, source: Source)
             cache_read_nano_per_mtok=args.price,
             royalty_ppm=args.royalty,
             as_=args.as_,
+            ttl_s=args.ttl,
         )
     except (NotPublishableError, PublishFailedError) as error:
         return {"file": source.name, "status": "failed", "error": str(error)}

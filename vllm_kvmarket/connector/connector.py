@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import uuid
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,6 +17,7 @@ from vllm.v1.metrics.cache_hit_source import CacheHitSource
 
 from vllm_kvmarket.config import load
 from vllm_kvmarket.connector.messages import Instructions
+from vllm_kvmarket.connector.publishing import EngineFacts
 from vllm_kvmarket.connector.scheduler import SchedulerHalf
 from vllm_kvmarket.connector.worker import WorkerHalf
 from vllm_kvmarket.errors import ConfigError
@@ -24,6 +26,7 @@ if TYPE_CHECKING:
     from vllm.config import VllmConfig
     from vllm.forward_context import ForwardContext
     from vllm.v1.attention.backend import AttentionMetadata
+    from vllm.v1.core.block_pool import BlockPool
     from vllm.v1.core.kv_cache_manager import KVCacheBlocks
     from vllm.v1.core.sched.output import SchedulerOutput
     from vllm.v1.kv_cache_interface import KVCacheConfig
@@ -48,6 +51,22 @@ def block_tokens_of(kv_cache_config: KVCacheConfig, chunk_tokens: int) -> int:
     return block_tokens
 
 
+def engine_facts(
+    vllm_config: VllmConfig, kv_cache_config: KVCacheConfig, block_tokens: int
+) -> EngineFacts:
+    """What the scheduler half needs to know of this engine's KV memory."""
+    # Request ids repeat from one run of an offline engine to the next; ledger ids must not.
+    rank_bytes = sum(tensor.size for tensor in kv_cache_config.kv_cache_tensors)
+    return EngineFacts(
+        id=uuid.uuid4().hex[:12],
+        block_tokens=block_tokens,
+        block_bytes=rank_bytes
+        * vllm_config.parallel_config.world_size
+        // max(kv_cache_config.num_blocks, 1),
+        layers=len(kv_cache_config.kv_cache_groups[0].layer_names),
+    )
+
+
 class KVMarketConnector(KVConnectorBase_V1):
     """Built once in the scheduler's process and once in each worker's."""
 
@@ -63,7 +82,9 @@ class KVMarketConnector(KVConnectorBase_V1):
         self._worker: WorkerHalf | None = None
         self._idle = False
         if role is KVConnectorRole.SCHEDULER:
-            self._scheduler = SchedulerHalf(vllm_config, config, block_tokens)
+            self._scheduler = SchedulerHalf(
+                vllm_config, config, engine_facts(vllm_config, kv_cache_config, block_tokens)
+            )
         else:
             self._worker = WorkerHalf(vllm_config, config, block_tokens)
 
@@ -85,6 +106,10 @@ class KVMarketConnector(KVConnectorBase_V1):
         return False
 
     # The scheduler's calls
+
+    def bind_gpu_block_pool(self, gpu_block_pool: BlockPool) -> None:
+        """See PinnedBlocks.bind."""
+        self.scheduler.pins.bind(gpu_block_pool)
 
     def on_new_request(self, request: Request) -> None:
         """See SchedulerHalf.on_new_request."""
@@ -157,6 +182,12 @@ class KVMarketConnector(KVConnectorBase_V1):
         return self.worker.report()
 
     # Both
+
+    def reset_cache(self) -> bool:
+        """Let pinned documents' blocks go: `reset_prefix_cache(reset_connector=True)` asks this."""
+        if self._scheduler is not None:
+            self._scheduler.pins.unpin_unless(lambda _: False)
+        return True
 
     def shutdown(self) -> None:
         """Finish what is under way and release the market."""

@@ -15,14 +15,25 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 import torch
+from vllm.logger import init_logger
 
 from vllm_kvmarket.errors import LayoutMismatchError
 from vllm_kvmarket.store import ChunkLayout, LayerLayout
+from vllm_kvmarket.store.packings import CPU_PACKINGS, TOKENS, canonical
 
 if TYPE_CHECKING:
-    from vllm.config import VllmConfig
+    from vllm.config import ParallelConfig, VllmConfig
 
 Bytes = npt.NDArray[np.uint8]
+logger = init_logger("vllm.kvmarket.layouts")
+
+# GPU backends that keep each token's K and V side by side: they take K and V apart by
+# `kv_cache.split(head_size, dim=-1)`, whatever the order of heads and tokens.
+_TOKEN_BACKENDS = {
+    "FLASH_ATTN", "FLASHINFER", "FLEX_ATTENTION", "HPC_ATTN", "TRITON_ATTN",
+}  # fmt: skip
+# Other KV dtypes have scales, or several groups of heads, in the same page.
+_PLAIN_DTYPES = {"auto", "float16", "bfloat16", "float32", "fp8", "fp8_e4m3", "fp8_e5m2"}
 
 
 def byte_rows(name: str, tensor: torch.Tensor) -> torch.Tensor:
@@ -57,20 +68,98 @@ def page_order(tensor: torch.Tensor) -> str:
     return "".join(str(i) for i in sorted(range(len(strides)), key=lambda i: -strides[i]))
 
 
-def packing(vllm_config: VllmConfig, block_tokens: int, device: torch.device) -> str:
-    """What decides the meaning of a page's bytes beside its shape, strides and dtype."""
-    backend = "default"
-    if device.type == "cpu":
-        # The CPU kernels pack K per instruction set; vLLM has no public name for the choice.
-        from vllm.v1.attention.backends.cpu_attn import _get_attn_isa
+def layout_tag(
+    vllm_config: VllmConfig, kv_caches: dict[str, torch.Tensor], block_tokens: int
+) -> str:
+    """What decides the meaning of these layers' pages beside shape and dtype; see store.packings.
 
-        model = vllm_config.model_config
-        backend = _get_attn_isa(
-            model.dtype, block_tokens, model.get_head_size(), vllm_config.cache_config.cache_dtype
-        )
-    elif (chosen := vllm_config.attention_config.backend) is not None:
-        backend = chosen.name
-    return f"{device.type}-{backend}"
+    Only a tag whose packing is known there can be converted; every other can still be copied into
+    the same layout.
+    """
+    tensors = list(kv_caches.values())
+    device = tensors[0].device.type
+    if device == "cpu":
+        packing = _cpu_packing(vllm_config, kv_caches, block_tokens)
+    else:
+        packing = _device_packing(vllm_config, kv_caches)
+    tag = f"{'+'.join(sorted({page_order(tensor) for tensor in tensors}))}/{device}-{packing}"
+    parallel = vllm_config.parallel_config
+    if parallel.world_size == 1:
+        return tag
+    if _context_parallel(parallel):
+        # Each rank then holds some of the tokens, not some of the heads.
+        return f"{tag}/context-parallel"
+    total = vllm_config.model_config.get_total_num_kv_heads()
+    ranks = parallel.tensor_parallel_size
+    if any(tensor.shape[1] != max(1, total // ranks) for tensor in tensors):
+        return f"{tag}/heads-vary"
+    return tag if total >= ranks else f"{tag}/x{ranks // total}"
+
+
+def _context_parallel(parallel: ParallelConfig) -> bool:
+    return parallel.decode_context_parallel_size > 1 or parallel.prefill_context_parallel_size > 1
+
+
+def _cpu_packing(
+    vllm_config: VllmConfig, kv_caches: dict[str, torch.Tensor], block_tokens: int
+) -> str:
+    # The kernels pack K per instruction set; vLLM has no public name for the choice.
+    from vllm.v1.attention.backends.cpu_attn import _get_attn_isa
+
+    model = vllm_config.model_config
+    isa = _get_attn_isa(
+        model.dtype, block_tokens, model.get_head_size(), vllm_config.cache_config.cache_dtype
+    )
+    pages = {(tuple(tensor.shape[1:]), tensor.dtype) for tensor in kv_caches.values()}
+    found = {proven_packing(isa, shape, dtype) for shape, dtype in pages}
+    return found.pop() if len(found) == 1 else f"{isa}-unproven"
+
+
+def _device_packing(vllm_config: VllmConfig, kv_caches: dict[str, torch.Tensor]) -> str:
+    layers = vllm_config.compilation_config.static_forward_context
+    chosen = {getattr(layers.get(name), "attn_backend", None) for name in kv_caches}
+    backends = {backend.get_name() if backend is not None else "unknown" for backend in chosen}
+    plain = vllm_config.cache_config.cache_dtype in _PLAIN_DTYPES
+    return TOKENS if plain and backends <= _TOKEN_BACKENDS else "+".join(sorted(backends))
+
+
+def proven_packing(isa: str, page_shape: tuple[int, ...], dtype: torch.dtype) -> str:
+    """Find a CPU kernel's packing by letting it fill pages: "vec", "amx", "bfmmla".
+
+    `page_shape` is (heads, tokens, 2 * head size). What fits no packing that kvmarket can convert
+    is named after the instruction set, with "-unproven".
+    """
+    unproven = f"{isa}-unproven"
+    bits = {torch.float32: torch.int32, torch.float16: torch.int16, torch.bfloat16: torch.int16}
+    if dtype not in bits or len(page_shape) != 3 or page_shape[2] % 2:
+        return unproven
+    from vllm import _custom_ops as ops
+
+    heads, tokens, content = page_shape
+    # Two pages, so that what a kernel does at a page's end is seen. Positive, finite numbers only.
+    filled = torch.zeros((2, *page_shape), dtype=dtype)
+    top = 0x7F00_0000 if bits[dtype] is torch.int32 else 0x7000
+    source = torch.Generator().manual_seed(0)
+    size = (2, 2 * tokens, heads, content // 2)
+    keys, values = torch.randint(1, top, size, generator=source, dtype=bits[dtype]).view(dtype)
+    parts = filled.view(2, heads, 2 * tokens, content // 2).chunk(2, dim=2)
+    try:
+        ops.cpu_attn_reshape_and_cache(keys, values, *parts, torch.arange(2 * tokens), isa)
+    except (AttributeError, RuntimeError, NotImplementedError, TypeError) as error:
+        logger.warning("kvmarket: cannot tell how pages are packed for %s: %s", isa, error)
+        return unproven
+    expected = torch.cat((keys, values), dim=2).view(bits[dtype])
+    pages = filled.view(torch.uint8).numpy()
+    for name in CPU_PACKINGS:
+        layer = LayerLayout("probe", page_shape, pages[0].nbytes)
+        layout = ChunkLayout(f"012/cpu-{name}", str(dtype), tokens, (layer,))
+        try:
+            found = canonical(layout, 0, pages)
+        except LayoutMismatchError:
+            continue
+        if np.array_equal(found, expected.numpy().view(found.dtype)):
+            return name
+    return unproven
 
 
 class PagedCache:
@@ -94,7 +183,7 @@ class PagedCache:
         first = next(iter(unique.values()))[1]
         self.device = first.device
         self.layout = ChunkLayout(
-            tag=f"{page_order(first)}/{packing(vllm_config, block_tokens, first.device)}",
+            tag=layout_tag(vllm_config, dict(unique.values()), block_tokens),
             dtype=str(first.dtype).removeprefix("torch."),
             block_tokens=block_tokens,
             layers=tuple(

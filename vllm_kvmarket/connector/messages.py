@@ -6,11 +6,22 @@ Plain values only: they cross a process boundary by pickle.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Literal
 
 from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorMetadata,
     KVConnectorWorkerMetadata,
 )
+
+from vllm_kvmarket.identity import TOKEN_BYTES
+
+# Why a chunk was not loaded: its file is bad, is gone, has a layout that this engine cannot use, or
+# could not be read now.
+FailureReason = Literal["damaged", "missing", "layout", "io"]
+# How recomputed pages compare with stored ones: bit for bit, within the tolerance, not even that;
+# unread ones could not be compared.
+AuditResult = Literal["exact", "close", "different", "unread"]
+_AUDIT_ORDER: tuple[AuditResult, ...] = ("exact", "close", "unread", "different")
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +43,14 @@ class LoadPlan:
 
 
 @dataclass(frozen=True, slots=True)
+class ChunkPrefetch:
+    """Chunks that a waiting request will load: bring them nearer while nothing else is to do."""
+
+    namespace: bytes
+    keys: tuple[bytes, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class ChunkSave:
     """Store a chunk from `block_ids`; `tokens` are little-endian uint32."""
 
@@ -40,10 +59,24 @@ class ChunkSave:
     tokens: bytes
     block_ids: tuple[int, ...]
 
+    @property
+    def token_count(self) -> int:
+        """Tokens in the chunk."""
+        return len(self.tokens) // TOKEN_BYTES
+
 
 @dataclass(frozen=True, slots=True)
 class SavePlan:
     """All that one publishing request stores; chunks in the order of the document."""
+
+    request_id: str
+    namespace: bytes
+    chunks: tuple[ChunkSave, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class AuditPlan:
+    """Compare what this request has computed in its blocks with what is stored."""
 
     request_id: str
     namespace: bytes
@@ -56,20 +89,24 @@ class Instructions(KVConnectorMetadata):
 
     loads: list[LoadPlan] = field(default_factory=list)
     saves: list[SavePlan] = field(default_factory=list)
+    prefetches: list[ChunkPrefetch] = field(default_factory=list)
+    audits: list[AuditPlan] = field(default_factory=list)
 
 
 @dataclass(slots=True)
 class LoadReport:
     """How one request's load went on the ranks that have reported.
 
-    `failures` maps a chunk key to the reason; `damaged` are those whose file is gone or bad, which
-    nobody can load. `seconds` is the slowest rank's.
+    `failures` maps a chunk key to what went wrong, `reasons` counts it by kind (a chunk once a
+    rank); `damaged` are those whose file is gone or bad, which nobody can load. `seconds` is the
+    slowest rank's.
     """
 
     loaded_bytes: int = 0
     seconds: float = 0.0
     failures: dict[bytes, str] = field(default_factory=dict)
     damaged: set[bytes] = field(default_factory=set)
+    reasons: dict[FailureReason, int] = field(default_factory=dict)
 
     def add(self, other: LoadReport) -> None:
         """Take in another rank's report of the same request; mutates."""
@@ -77,19 +114,85 @@ class LoadReport:
         self.seconds = max(self.seconds, other.seconds)
         self.failures.update(other.failures)
         self.damaged |= other.damaged
+        for reason, count in other.reasons.items():
+            self.reasons[reason] = self.reasons.get(reason, 0) + count
 
 
 @dataclass(slots=True)
 class SaveReport:
-    """How one publishing request's save went on the ranks that have reported."""
+    """How one publishing request's save went on the ranks that have reported.
+
+    `failure` says why it ended early, empty when it did not; `is_full`: for want of room.
+    """
 
     stored_bytes: int = 0
     failure: str = ""
+    is_full: bool = False
 
     def add(self, other: SaveReport) -> None:
         """Take in another rank's report of the same request; mutates."""
         self.stored_bytes += other.stored_bytes
         self.failure = self.failure or other.failure
+        self.is_full = self.is_full or other.is_full
+
+
+@dataclass(frozen=True, slots=True)
+class ChunkAudit:
+    """How one chunk compares: the largest absolute difference, and where, empty when exact."""
+
+    result: AuditResult
+    difference: float = 0.0
+    detail: str = ""
+
+
+@dataclass(slots=True)
+class AuditReport:
+    """How one request's audit went on the ranks that have reported: the worst of them a chunk."""
+
+    chunks: dict[bytes, ChunkAudit] = field(default_factory=dict)
+
+    def add(self, other: AuditReport) -> None:
+        """Take in another rank's report of the same request; mutates."""
+        for key, theirs in other.chunks.items():
+            ours = self.chunks.get(key, theirs)
+            self.chunks[key] = max(
+                ours, theirs, key=lambda each: (_AUDIT_ORDER.index(each.result), each.difference)
+            )
+
+    def _count(self, result: AuditResult) -> int:
+        return sum(1 for chunk in self.chunks.values() if chunk.result == result)
+
+    @property
+    def exact(self) -> int:
+        """Chunks that are equal bit for bit."""
+        return self._count("exact")
+
+    @property
+    def close(self) -> int:
+        """Chunks that differ, within the tolerance of their dtype."""
+        return self._count("close")
+
+    @property
+    def different(self) -> int:
+        """Chunks that are not what this engine computes."""
+        return self._count("different")
+
+    @property
+    def unread(self) -> int:
+        """Chunks that could not be compared: missing, damaged, or in a foreign layout."""
+        return self._count("unread")
+
+    @property
+    def worst_difference(self) -> float:
+        """The largest absolute difference of any value; infinite for what is not a number."""
+        return max((chunk.difference for chunk in self.chunks.values()), default=0.0)
+
+    @property
+    def details(self) -> list[str]:
+        """What was found, a line for every chunk that is not exact."""
+        return [
+            f"{key.hex()}: {chunk.detail}" for key, chunk in self.chunks.items() if chunk.detail
+        ]
 
 
 @dataclass
@@ -98,6 +201,12 @@ class WorkerReport(KVConnectorWorkerMetadata):
 
     loads: dict[str, LoadReport] = field(default_factory=dict)
     saves: dict[str, SaveReport] = field(default_factory=dict)
+    audits: dict[str, AuditReport] = field(default_factory=dict)
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether nothing ended."""
+        return not (self.loads or self.saves or self.audits)
 
     def aggregate(self, other: KVConnectorWorkerMetadata) -> WorkerReport:
         """Merge the reports of two ranks of one step; mutates and returns self."""
@@ -111,3 +220,5 @@ class WorkerReport(KVConnectorWorkerMetadata):
             self.loads.setdefault(request_id, LoadReport()).add(load)
         for request_id, save in other.saves.items():
             self.saves.setdefault(request_id, SaveReport()).add(save)
+        for request_id, audit in other.audits.items():
+            self.audits.setdefault(request_id, AuditReport()).add(audit)

@@ -27,6 +27,15 @@ class PublishParams(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     rendered_as: Literal["text", "chat"] = "text"
     cache_read_nano_per_mtok: int | None = None
     royalty_ppm: int | None = None
+    expires_at_s: float | None = None
+    charge: bool = True
+
+
+class AuditParams(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Which chunks of the prompt, a document or the beginning of one, are to be compared."""
+
+    document_id: str
+    chunks: tuple[Annotated[int, msgspec.Meta(ge=0)], ...]
 
 
 class RequestParams(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -35,6 +44,7 @@ class RequestParams(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     account: AccountId | None = None
     publish: PublishParams | None = None
     preload: bool = False
+    audit: AuditParams | None = None
     token: Token = ""
 
 
@@ -58,11 +68,11 @@ def read(
         params = msgspec.convert(raw, RequestParams)
     except msgspec.ValidationError as error:
         return Declined(f"kv_transfer_params.{FIELD} is malformed: {error}")
-    operator = params.publish is not None or params.preload
+    operator = params.publish is not None or params.preload or params.audit is not None
     if trusted:
         return params
     if operator and not credentials.allows(OPERATOR, params.token):
-        return Declined("publishing and preloading need the operator's token")
+        return Declined("publishing, preloading and auditing need the operator's token")
     if (
         not operator
         and params.account is not None

@@ -3,19 +3,40 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 from vllm_kvmarket.catalogue import Listing
 from vllm_kvmarket.connector.messages import ChunkSave, SavePlan
 from vllm_kvmarket.connector.params import PublishParams
 from vllm_kvmarket.connector.requests import Decision, Publishing, RequestState
-from vllm_kvmarket.identity import ROOT, chunk_keys, document_id, pack_tokens
+from vllm_kvmarket.identity import ROOT, TOKEN_BYTES, chunk_keys, document_id, pack_tokens
+from vllm_kvmarket.keeping import make_room
 from vllm_kvmarket.market import Market
 
 if TYPE_CHECKING:
     from vllm.v1.request import Request
 
-TOKEN_BYTES = 4
+# Headers and the padding of layers come in these.
+_ALIGNMENT = 4096
+
+
+@dataclass(frozen=True, slots=True)
+class EngineFacts:
+    """What publishing needs to know of the engine; `block_bytes` is a block on all ranks."""
+
+    id: str
+    block_tokens: int
+    block_bytes: int
+    layers: int
+
+
+def _file_bytes(tokens: int, chunks: int, engine: EngineFacts) -> int:
+    """At most so many bytes go into the store for so many new tokens, headers included."""
+    overhead = chunks * (engine.layers + 2) * _ALIGNMENT
+    return -(-tokens // engine.block_tokens) * engine.block_bytes + overhead
 
 
 def refusal(request: Request, namespace: bytes | None, block_tokens: int) -> str:
@@ -43,18 +64,14 @@ def start_publishing(
     *,
     wish: PublishParams,
     namespace: bytes | None,
-    block_tokens: int,
-    engine: str,
+    engine: EngineFacts,
 ) -> None:
     """Note the document in the catalogue and the work in `state`, or decline; mutates `state`."""
-    state.declined = refusal(request, namespace, block_tokens)
+    state.declined = refusal(request, namespace, engine.block_tokens)
     if state.declined:
         return
     assert namespace is not None and request.prompt_token_ids is not None
-    chunk_tokens = market.config.chunk_tokens
-    keys = tuple(chunk_keys(namespace, request.prompt_token_ids, chunk_tokens))
-    packed = pack_tokens(request.prompt_token_ids)
-    width = chunk_tokens * TOKEN_BYTES
+    keys, parents, tokens = split(namespace, request.prompt_token_ids, market.config.chunk_tokens)
     name = document_id(keys[-1])
     listing = Listing(
         document_id=name,
@@ -66,20 +83,33 @@ def start_publishing(
         cache_read_nano_per_mtok=wish.cache_read_nano_per_mtok,
         royalty_ppm=wish.royalty_ppm,
         created_at_s=time.time(),
+        expires_at_s=wish.expires_at_s,
+        paid_for=market.config.tariff.write_nano(request.num_prompt_tokens - state.limit) > 0,
     )
     state.publishing = Publishing(
         document_id=name,
         namespace=namespace,
         keys=keys,
-        parents=(ROOT, *keys[:-1]),
-        tokens=tuple(packed[i : i + width] for i in range(0, len(packed), width)),
-        begun=market.begin_listing(listing, request.prompt_token_ids),
+        parents=parents,
+        tokens=tokens,
+        begun=market.begin_listing(
+            listing,
+            request.prompt_token_ids,
+            partial(
+                make_room,
+                market,
+                _file_bytes(request.num_prompt_tokens - state.limit, len(keys), engine),
+                {name},
+            ),
+        ),
         charge=market.reserve_write(
-            key=f"publish:{engine}:{request.request_id}",
+            key=f"publish:{engine.id}:{request.request_id}",
             publisher=wish.publisher,
             document_id=name,
             tokens=request.num_prompt_tokens - state.limit,
-        ),
+        )
+        if wish.charge
+        else None,
     )
     state.decision = Decision.PENDING
 
@@ -93,31 +123,43 @@ def begun(publishing: Publishing) -> str | None:
     return publishing.charge.refusal() if publishing.charge else ""
 
 
-def save_plan(
-    state: RequestState, block_ids: list[int], block_tokens: int, chunk_tokens: int
-) -> SavePlan:
-    """The chunks of the document that nobody has published yet, from the request's blocks."""
+def save_plan(state: RequestState, block_ids: list[int], block_tokens: int) -> SavePlan:
+    """Every chunk of the document, from the request's blocks; the worker skips what is stored.
+
+    Also what the catalogue says is stored: it may have gone since it was matched, or be damaged.
+    """
     publishing = state.publishing
     assert publishing is not None
-    # What could not be loaded was computed again, and replaces the bad file.
-    whole = state.match.chunks[: -(-state.limit // chunk_tokens)] if state.match else ()
-    there = {chunk.key for chunk in whole}
-    pages = chunk_tokens // block_tokens
-    chunks = []
-    for index, key in enumerate(publishing.keys):
-        if key in there:
-            continue
-        tokens = publishing.tokens[index]
-        start = index * pages
-        count = -(-(len(tokens) // TOKEN_BYTES) // block_tokens)
-        chunks.append(
-            ChunkSave(
-                key=key,
-                parent=publishing.parents[index],
-                tokens=tokens,
-                block_ids=tuple(block_ids[start : start + count]),
-            )
-        )
-    return SavePlan(
-        request_id=state.request_id, namespace=publishing.namespace, chunks=tuple(chunks)
+    chunks = chunk_pages(
+        publishing.keys, publishing.parents, publishing.tokens, block_ids, block_tokens
     )
+    return SavePlan(request_id=state.request_id, namespace=publishing.namespace, chunks=chunks)
+
+
+def chunk_pages(
+    keys: Sequence[bytes],
+    parents: Sequence[bytes],
+    tokens: Sequence[bytes],
+    block_ids: Sequence[int],
+    block_tokens: int,
+) -> tuple[ChunkSave, ...]:
+    """Which of a prompt's blocks hold each of its chunks; all but the last chunk are whole."""
+    chunks = []
+    start = 0
+    for key, parent, packed in zip(keys, parents, tokens, strict=True):
+        count = -(-(len(packed) // TOKEN_BYTES) // block_tokens)
+        pages = tuple(block_ids[start : start + count])
+        chunks.append(ChunkSave(key=key, parent=parent, tokens=packed, block_ids=pages))
+        start += count
+    return tuple(chunks)
+
+
+def split(
+    namespace: bytes, token_ids: Sequence[int], chunk_tokens: int
+) -> tuple[tuple[bytes, ...], tuple[bytes, ...], tuple[bytes, ...]]:
+    """Cut a prompt into chunks: keys, parents' keys, packed tokens, one each a chunk."""
+    keys = tuple(chunk_keys(namespace, token_ids, chunk_tokens))
+    packed = pack_tokens(token_ids)
+    width = chunk_tokens * TOKEN_BYTES
+    tokens = tuple(packed[i : i + width] for i in range(0, len(packed), width))
+    return keys, (ROOT, *keys[:-1]), tokens

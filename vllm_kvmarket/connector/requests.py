@@ -8,7 +8,14 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 
 from vllm_kvmarket.catalogue import Listing, Match
-from vllm_kvmarket.connector.messages import ChunkLoad, LoadPlan, LoadReport, SaveReport
+from vllm_kvmarket.connector.messages import (
+    AuditReport,
+    ChunkLoad,
+    ChunkSave,
+    LoadPlan,
+    LoadReport,
+    SaveReport,
+)
 from vllm_kvmarket.purchase import Purchase, Usage, WriteCharge
 
 _CHILD = re.compile(r"\d+_(.+)")
@@ -46,7 +53,16 @@ class Publishing:
     begun: Future[Listing]
     charge: WriteCharge | None
     report: SaveReport = field(default_factory=SaveReport)
-    saving: tuple[bytes, ...] = ()
+
+
+@dataclass(slots=True)
+class Auditing:
+    """A document whose stored chunks are compared with computed ones."""
+
+    document_id: str
+    namespace: bytes
+    chunks: tuple[ChunkSave, ...]
+    report: AuditReport = field(default_factory=AuditReport)
 
 
 @dataclass(slots=True)
@@ -59,6 +75,7 @@ class RequestState:
     match: Match | None = None
     purchase: Purchase | None = None
     publishing: Publishing | None = None
+    auditing: Auditing | None = None
     declined: str = ""
     # The most tokens of the match that can still be had; shrinks when a chunk fails to load.
     limit: int = 0

@@ -6,19 +6,22 @@ catalogue's writes are futures that it polls.
 
 from __future__ import annotations
 
-import uuid
+import time
 from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any
 
 from vllm.logger import init_logger
 from vllm.v1.request import RequestStatus
 
-from vllm_kvmarket.catalogue import Match
+from vllm_kvmarket.catalogue import Match, Use
 from vllm_kvmarket.config import MarketConfig
 from vllm_kvmarket.connector import params as wishes
-from vllm_kvmarket.connector.messages import Instructions, SavePlan, WorkerReport
+from vllm_kvmarket.connector.auditing import audit_plan, audit_record, start_auditing
+from vllm_kvmarket.connector.housekeeping import Housekeeping
+from vllm_kvmarket.connector.messages import ChunkPrefetch, Instructions, WorkerReport
 from vllm_kvmarket.connector.namespaces import Namespaces
-from vllm_kvmarket.connector.publishing import begun, save_plan, start_publishing
+from vllm_kvmarket.connector.pinning import PinnedBlocks
+from vllm_kvmarket.connector.publishing import EngineFacts, begun, save_plan, start_publishing
 from vllm_kvmarket.connector.requests import (
     Decision,
     RequestState,
@@ -42,17 +45,24 @@ ANSWERED = (RequestStatus.FINISHED_STOPPED, RequestStatus.FINISHED_LENGTH_CAPPED
 class SchedulerHalf:
     """Owns every request's state and purchase; called on the scheduler's thread only."""
 
-    def __init__(self, vllm_config: VllmConfig, config: MarketConfig, block_tokens: int) -> None:
+    def __init__(self, vllm_config: VllmConfig, config: MarketConfig, engine: EngineFacts) -> None:
         self._market = Market.open(config=config)
         self._market.catalogue.watch(config.refresh_interval_s)
         # What an engine that died had reserved must not lock its buyers' funds for good.
         self._market.ledger.expire_pending()
+        self._market.store.sweep_temporary()
+        self._market.catalogue.fail_abandoned()
+        self._housekeeping = Housekeeping(self._market)
+        self._housekeeping.start()
         self._namespaces = Namespaces(vllm_config, self._market.home)
         self._model = str(vllm_config.model_config.model)
         self._config = config
-        self._block_tokens = block_tokens
-        # Request ids repeat from one run of an offline engine to the next; ledger ids must not.
-        self._engine = uuid.uuid4().hex[:12]
+        self._engine = engine
+        self._block_tokens = engine.block_tokens
+        self.pins = PinnedBlocks(
+            config.pin_budget, vllm_config.model_config.max_model_len, engine.block_tokens
+        )
+        self._waiting: dict[str, bool] = {}
         self._states: dict[str, RequestState] = {}
         self._groups: dict[str, tuple[Purchase, set[str]]] = {}
         self._saving: dict[str, RequestState] = {}
@@ -63,6 +73,7 @@ class SchedulerHalf:
         """Release what is still reserved, finish the ledger's and the catalogue's work."""
         for purchase, _ in self._groups.values():
             purchase.void()
+        self._housekeeping.close()
         self._market.close()
 
     # Arrival
@@ -98,11 +109,21 @@ class SchedulerHalf:
                 request,
                 wish=wish.publish,
                 namespace=namespace,
-                block_tokens=self._block_tokens,
                 engine=self._engine,
+            )
+        elif wish.audit is not None:
+            start_auditing(
+                state,
+                request,
+                wish=wish.audit,
+                namespace=namespace,
+                block_tokens=self._block_tokens,
+                chunk_tokens=self._config.chunk_tokens,
             )
         elif not wish.preload:
             self._buy(state, request, wish.account)
+        if match is not None and state.decision is not Decision.RECOMPUTE:
+            self._waiting[request.request_id] = False
 
     def _buy(self, state: RequestState, request: Request, account: str | None) -> None:
         if state.match is None:
@@ -114,7 +135,7 @@ class SchedulerHalf:
         group = purchase_group(request.request_id)
         if group not in self._groups:
             purchase = self._market.reserve(
-                key=f"{self._engine}:{group}",
+                key=f"{self._engine.id}:{group}",
                 request_id=client_request_id(request.request_id),
                 account=account,
                 match=state.match,
@@ -167,7 +188,10 @@ class SchedulerHalf:
     def allocated(self, request: Request, blocks: KVCacheBlocks, external: int) -> None:
         """Plan the load into the blocks that the scheduler has just given the request."""
         state = self._states.get(request.request_id)
-        if state is None or state.match is None or not state.admitted(external):
+        if state is None or state.match is None:
+            return
+        self._waiting.pop(request.request_id, None)
+        if not state.admitted(external):
             return
         (block_ids,) = blocks.get_block_ids()
         self._next.loads.append(
@@ -186,8 +210,29 @@ class SchedulerHalf:
             if state is not None and state.purchase is not None:
                 self._recompute(state, request, state.purchase.refusal)
         self._bypass.clear()
+        self._prefetch()
+        if self.pins.block_count:
+            self.pins.unpin_unless(self._market.catalogue.is_pinned)
         instructions, self._next = self._next, Instructions()
         return instructions
+
+    def _prefetch(self) -> None:
+        """Have chunks read for requests that may load but have waited for a whole step; mutates.
+
+        One that is scheduled at once loads straight into the paged cache, which is faster.
+        """
+        for request_id, waited in list(self._waiting.items()):
+            state = self._states.get(request_id)
+            if state is None or state.match is None or state.decision is Decision.RECOMPUTE:
+                del self._waiting[request_id]
+            elif state.purchase and state.purchase.state() is not PurchaseState.RESERVED:
+                continue
+            elif not waited:
+                self._waiting[request_id] = True
+            else:
+                del self._waiting[request_id]
+                keys = tuple(chunk.key for chunk in state.match.chunks)
+                self._next.prefetches.append(ChunkPrefetch(state.match.listing.namespace, keys))
 
     # Ends
 
@@ -205,9 +250,16 @@ class SchedulerHalf:
             for request_id, save in report.saves.items():
                 if (state := self._saving.get(request_id)) is not None and state.publishing:
                     state.publishing.report.add(save)
+            for request_id, audit in report.audits.items():
+                if (state := self._saving.get(request_id)) is not None and state.auditing:
+                    state.auditing.report.add(audit)
         for request_id in output.finished_sending or ():
-            if (state := self._saving.pop(request_id, None)) is not None and state.publishing:
+            state = self._saving.pop(request_id, None)
+            if state is not None and state.publishing is not None:
                 self._end_publishing(state, state.publishing.report.failure)
+            elif state is not None and state.auditing is not None:
+                record = audit_record(state.auditing, self._engine.id)
+                self._market.record_audit(record).add_done_callback(_log_failure)
 
     def finished(
         self, request: Request, block_ids: list[int]
@@ -222,7 +274,27 @@ class SchedulerHalf:
             return self._finish_publishing(state, request, block_ids)
         if state.purchase is not None:
             self._close_purchase(state, request)
-        return False, {wishes.FIELD: self._answer(state, request)}
+        answer = {wishes.FIELD: self._answer(state, request)}
+        if state.auditing is not None and request.status in ANSWERED:
+            self._next.audits.append(audit_plan(state, block_ids))
+            self._saving[request.request_id] = state
+            return True, answer
+        self._pin(state, block_ids, answer[wishes.FIELD])
+        return False, answer
+
+    def _pin(self, state: RequestState, block_ids: list[int], answer: dict[str, Any]) -> None:
+        """Hold the blocks of a document that is to be pinned and was reused whole; mutates both."""
+        if state.match is None or not state.match.listing.pinned:
+            return
+        listing = state.match.listing
+        # The last token of a prompt is computed, also of one that is just the document.
+        if state.reused >= listing.token_count - 1:
+            reason = self.pins.pin(listing.document_id, listing.token_count, block_ids)
+            if reason:
+                answer["not_pinned"] = reason
+            else:
+                whole = listing.token_count // self._block_tokens
+                answer["pinned_tokens"] = whole * self._block_tokens
 
     def _close_purchase(self, state: RequestState, request: Request) -> None:
         purchase = state.purchase
@@ -232,7 +304,10 @@ class SchedulerHalf:
         members.discard(request.request_id)
         answered = request.num_output_tokens > 0
         if answered and state.reused and purchase.state() is PurchaseState.RESERVED:
-            purchase.settle(state.usage(request.num_output_tokens))
+            receipt = purchase.settle(state.usage(request.num_output_tokens))
+            self._market.note_use(
+                Use(receipt.document_id, receipt.tokens_reused, receipt.charge_nano, time.time())
+            )
         if not members:
             purchase.void()
             del self._groups[group]
@@ -263,12 +338,7 @@ class SchedulerHalf:
         if request.status not in ANSWERED or state.declined:
             self._end_publishing(state, state.declined or "the publishing request was aborted")
             return False, answer
-        plan: SavePlan = save_plan(state, block_ids, self._block_tokens, self._config.chunk_tokens)
-        publishing.saving = tuple(chunk.key for chunk in plan.chunks)
-        if not plan.chunks:
-            self._end_publishing(state, "")
-            return False, answer
-        self._next.saves.append(plan)
+        self._next.saves.append(save_plan(state, block_ids, self._block_tokens))
         self._saving[request.request_id] = state
         return True, answer
 
@@ -280,10 +350,10 @@ class SchedulerHalf:
             done = self._market.fail_listing(publishing.document_id, failure)
         else:
             done = self._market.commit_listing(
-                publishing.document_id, publishing.report.stored_bytes, publishing.saving
+                publishing.document_id, publishing.report.stored_bytes, publishing.keys
             )
         if publishing.charge is not None:
-            if failure or not publishing.saving:
+            if failure or not publishing.report.stored_bytes:
                 publishing.charge.void()
             else:
                 publishing.charge.settle()

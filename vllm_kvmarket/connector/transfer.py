@@ -1,39 +1,81 @@
-"""Moving chunks between the store and the paged cache, in a pool of threads.
+"""Moving chunks between the tiers and the paged cache, in threads.
 
-Loads and saves of one request are tasks of one chunk each; a request is done when all of its tasks
-are. An error ends its chunk only, and is reported, never raised into the engine.
+A request's loads are tasks of one chunk each; a request is done when all of its chunks are. Saves
+and audits go chunk by chunk, and queue again after each, so that loads need not wait for a whole
+document. What may have to wait for the object store has threads of its own, and a load that waits
+longer than the deadline ends without what has not come. An error ends its chunk only, and is
+reported, never raised into the engine.
 """
 
 from __future__ import annotations
 
+import math
 import threading
 import time
+from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from functools import partial
+from typing import Any
 
-from vllm_kvmarket.connector.layouts import Bytes, DeviceStaging, PagedCache
+from vllm_kvmarket.connector.chunks import Chunks, NotOnThisMachineError
+from vllm_kvmarket.connector.comparison import compare
+from vllm_kvmarket.connector.layouts import PagedCache
 from vllm_kvmarket.connector.messages import (
+    AuditPlan,
+    AuditReport,
+    ChunkAudit,
     ChunkLoad,
+    ChunkPrefetch,
     ChunkSave,
+    FailureReason,
     LoadPlan,
     LoadReport,
     SavePlan,
     SaveReport,
     WorkerReport,
 )
-from vllm_kvmarket.errors import ChunkDamagedError, ChunkMissingError, KVMarketError
-from vllm_kvmarket.store import DiskStore
+from vllm_kvmarket.connector.metrics import MarketStats, Tally
+from vllm_kvmarket.connector.prefetch import Prefetcher
+from vllm_kvmarket.errors import (
+    ChunkDamagedError,
+    ChunkMissingError,
+    KVMarketError,
+    LayoutMismatchError,
+    StoreError,
+    StoreFullError,
+)
+from vllm_kvmarket.store.host import HostTier
+from vllm_kvmarket.store.tiers import Tiers
 
 
-@dataclass(slots=True)
+class _TooLateError(StoreError):
+    """The load has ended without this chunk: its blocks belong to someone else."""
+
+
+@dataclass(slots=True, eq=False)
 class _Load:
     plan: LoadPlan
     left: int
     started_s: float
+    # Chunks that are being waited for, whose blocks have not been written to.
+    awaited: set[ChunkLoad] = field(default_factory=set)
     report: LoadReport = field(default_factory=LoadReport)
     bad_blocks: set[int] = field(default_factory=set)
+
+
+@dataclass(slots=True, eq=False)
+class _Save:
+    plan: SavePlan
+    left: deque[ChunkSave]
+    report: SaveReport = field(default_factory=SaveReport)
+
+
+@dataclass(slots=True, eq=False)
+class _Audit:
+    plan: AuditPlan
+    left: deque[ChunkSave]
+    report: AuditReport = field(default_factory=AuditReport)
 
 
 @dataclass(slots=True)
@@ -47,29 +89,60 @@ class Finished:
 
 
 class Transfers:
-    """Owns the threads, their staging buffers, and what is under way; thread-safe."""
+    """Owns the threads and what is under way; thread-safe.
 
-    def __init__(self, store: DiskStore, cache: PagedCache, threads: int) -> None:
-        self._store = store
+    `timeout_s`: a load that has waited for the object store for so long ends without the rest.
+    """
+
+    def __init__(
+        self,
+        store: Tiers,
+        cache: PagedCache,
+        threads: int,
+        *,
+        host: HostTier | None = None,
+        timeout_s: float = 10.0,
+    ) -> None:
         self._cache = cache
+        self._host = host or HostTier(0)
+        self._timeout_s = timeout_s
+        self._tally = Tally()
+        self._chunks = Chunks(store, cache, self._host, self._tally)
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="kvmarket-io")
-        self._layers = range(cache.layer_count)
-        self._local = threading.local()
+        # Threads of a pool start when they are needed.
+        self._remote = ThreadPoolExecutor(threads, thread_name_prefix="kvmarket-remote")
+        has_objects = self._chunks.has_object_tier
+        self._slow = self._remote if has_objects else self._pool
+        self._prefetcher = Prefetcher(self._read_ahead, threads if has_objects else 1)
+        self._page_bytes = sum(layer.page_bytes for layer in cache.layout.layers)
         self._changed = threading.Condition()
         self._under_way = 0
+        self._awaiting: list[_Load] = []
         self._finished = Finished()
 
     def load(self, plan: LoadPlan) -> None:
         """Start to load; the plan's request turns up in `take` when it has ended."""
         load = _Load(plan, left=len(plan.chunks), started_s=time.perf_counter())
         self._under_way += 1
+        self._prefetcher.load_began([chunk.key for chunk in plan.chunks])
         for chunk in plan.chunks:
             self._pool.submit(self._run_load, load, chunk)
 
     def save(self, plan: SavePlan) -> None:
         """Start to store; the plan's request turns up in `take` when it has ended."""
         self._under_way += 1
-        self._pool.submit(self._run_save, plan)
+        self._slow.submit(self._run_save, _Save(plan, deque(plan.chunks)))
+
+    def audit(self, plan: AuditPlan) -> None:
+        """Start to compare; the plan's request turns up in `take` when it has ended."""
+        self._under_way += 1
+        self._slow.submit(self._run_audit, _Audit(plan, deque(plan.chunks)))
+
+    def prefetch(self, prefetch: ChunkPrefetch) -> None:
+        """Read ahead when there is nothing else to do; nobody hears of how it went."""
+        dropped = self._prefetcher.add(prefetch.namespace, prefetch.keys)
+        if dropped:
+            self._tally.count("prefetches", "dropped", dropped)
 
     def take(self, wait_s: float = 0.0) -> Finished:
         """What ended since the last call; waits for something to end, at most `wait_s`."""
@@ -78,94 +151,188 @@ class Transfers:
                 self._changed.wait_for(
                     lambda: bool(self._finished.received or self._finished.sent), wait_s
                 )
+            self._give_up(time.perf_counter() - self._timeout_s)
             finished, self._finished = self._finished, Finished()
             self._under_way -= len(finished.received) + len(finished.sent)
             return finished
 
-    def close(self) -> None:
-        """Finish what is under way, end the threads."""
-        self._pool.shutdown(wait=True)
+    def take_stats(self) -> MarketStats | None:
+        """What was counted since the last call; None when nothing was."""
+        stats = self._tally.take()
+        if stats is not None:
+            stats.host_bytes(self._host.usage().bytes_used)
+        return stats
 
-    def _staging(self) -> DeviceStaging:
-        staging: DeviceStaging | None = getattr(self._local, "staging", None)
-        if staging is None:
-            staging = self._local.staging = DeviceStaging(self._cache)
-        return staging
+    def close(self) -> None:
+        """Finish what is under way, but for what waits for the object store; end the threads."""
+        self._prefetcher.close()
+        # Loads move from one pool to the other: in this order none finds its pool closed.
+        self._pool.shutdown(wait=True)
+        with self._changed:
+            self._give_up(math.inf)
+        self._remote.shutdown(wait=True)
 
     # Loading
 
     def _run_load(self, load: _Load, chunk: ChunkLoad) -> None:
-        failure = _failure(lambda: self._load_chunk(load.plan.namespace, chunk))
+        failure: Exception | None = None
+        tier = ""
+        try:
+            tier = self._chunks.load(load.plan.namespace, chunk, fetch=False, claim=lambda: None)
+        except NotOnThisMachineError:
+            with self._changed:
+                if not load.awaited:
+                    self._awaiting.append(load)
+                load.awaited.add(chunk)
+            self._remote.submit(self._run_remote_load, load, chunk)
+            return
+        except Exception as error:  # noqa: BLE001  # the engine must go on, and recompute
+            failure = error
         with self._changed:
-            load.left -= 1
-            if failure is not None:
-                load.report.failures[chunk.key] = _describe(failure)
-                if isinstance(failure, ChunkDamagedError | ChunkMissingError):
-                    load.report.damaged.add(chunk.key)
-                load.bad_blocks.update(chunk.block_ids)
-            else:
-                load.report.loaded_bytes += len(chunk.block_ids) * sum(
-                    layer.page_bytes for layer in self._cache.layout.layers
-                )
-            if load.left == 0:
-                load.report.seconds = time.perf_counter() - load.started_s
-                self._finished.received.add(load.plan.request_id)
-                self._finished.bad_blocks |= load.bad_blocks
-                self._finished.report.loads[load.plan.request_id] = load.report
-                self._changed.notify_all()
+            self._end_chunk(load, chunk, tier, failure)
 
-    def _load_chunk(self, namespace: bytes, chunk: ChunkLoad) -> None:
-        first, last = chunk.first_page, chunk.first_page + len(chunk.block_ids)
-        with self._store.open(chunk.key, self._cache.layout, namespace) as stored:
-            if self._cache.on_host:
-                pages = [self._cache.host_pages(layer, chunk.block_ids) for layer in self._layers]
-                stored.copy_all_pages(first, last, pages)
-                return
-            staging = self._staging()
-            for layer in self._layers:
-                stored.copy_pages(layer, first, last, [staging.buffer(layer, last - first)])
-                staging.upload(layer, chunk.block_ids)
-            staging.finish()
+    def _run_remote_load(self, load: _Load, chunk: ChunkLoad) -> None:
+        claimed = False
 
-    # Saving
+        def claim() -> None:
+            nonlocal claimed
+            with self._changed:
+                if chunk not in load.awaited:
+                    raise _TooLateError("its load has ended without it")
+                self._no_longer_awaited(load, {chunk})
+            claimed = True
 
-    def _run_save(self, plan: SavePlan) -> None:
-        report = SaveReport()
-        # In the document's order, one after another: what is there after a crash is a prefix.
-        for chunk in plan.chunks:
-            failure = _failure(partial(self._save_chunk, plan.namespace, chunk, report))
-            if failure is not None:
-                report.failure = _describe(failure)
-                break
+        failure: Exception | None = None
+        tier = ""
+        try:
+            if self._is_awaited(load, chunk):
+                tier = self._chunks.load(load.plan.namespace, chunk, fetch=True, claim=claim)
+        except Exception as error:  # noqa: BLE001  # the engine must go on, and recompute
+            failure = error
         with self._changed:
-            self._finished.sent.add(plan.request_id)
-            self._finished.report.saves[plan.request_id] = report
+            if not claimed:
+                if chunk not in load.awaited:
+                    return
+                self._no_longer_awaited(load, {chunk})
+            self._end_chunk(load, chunk, tier, failure)
+
+    def _is_awaited(self, load: _Load, chunk: ChunkLoad) -> bool:
+        with self._changed:
+            return chunk in load.awaited
+
+    def _no_longer_awaited(self, load: _Load, chunks: set[ChunkLoad]) -> None:
+        """The lock is held."""
+        load.awaited -= chunks
+        if not load.awaited:
+            self._awaiting.remove(load)
+
+    def _give_up(self, before_s: float) -> None:
+        """End loads that wait for the object store since before then; the lock is held."""
+        for load in [late for late in self._awaiting if late.started_s < before_s]:
+            late = set(load.awaited)
+            self._no_longer_awaited(load, late)
+            failure = StoreError(
+                f"the object store did not deliver it within {self._timeout_s:g} s; "
+                "it was computed instead"
+            )
+            for chunk in late:
+                self._end_chunk(load, chunk, "", failure)
+
+    def _end_chunk(
+        self, load: _Load, chunk: ChunkLoad, tier: str, failure: Exception | None
+    ) -> None:
+        """Note how one chunk's load went; the lock is held."""
+        report = load.report
+        load.left -= 1
+        if failure is None:
+            size = len(chunk.block_ids) * self._page_bytes
+            report.loaded_bytes += size
+            self._tally.count("chunks_loaded", tier)
+            self._tally.count("loaded_bytes", tier, size)
+        else:
+            reason = _reason(failure)
+            report.failures[chunk.key] = _describe(failure)
+            report.reasons[reason] = report.reasons.get(reason, 0) + 1
+            if reason in {"damaged", "missing"}:
+                report.damaged.add(chunk.key)
+            load.bad_blocks.update(chunk.block_ids)
+            self._tally.count("load_failures", reason)
+        if load.left == 0:
+            report.seconds = time.perf_counter() - load.started_s
+            self._tally.took(report.seconds)
+            self._finished.received.add(load.plan.request_id)
+            self._finished.bad_blocks |= load.bad_blocks
+            self._finished.report.loads[load.plan.request_id] = report
+            self._prefetcher.load_ended()
             self._changed.notify_all()
 
-    def _save_chunk(self, namespace: bytes, chunk: ChunkSave, report: SaveReport) -> None:
-        layers: list[list[Bytes]]
-        if self._cache.on_host:
-            layers = [self._cache.host_pages(layer, chunk.block_ids) for layer in self._layers]
-        else:
-            staging = self._staging()
-            layers = [[staging.download(layer, chunk.block_ids)] for layer in self._layers]
-        report.stored_bytes += self._store.put(
-            key=chunk.key,
-            parent=chunk.parent,
-            namespace=namespace,
-            tokens=chunk.tokens,
-            layout=self._cache.layout,
-            layers=layers,
-        )
+    def _read_ahead(self, namespace: bytes, key: bytes) -> None:
+        try:
+            result = self._chunks.read_ahead(namespace, key)
+        except Exception:  # noqa: BLE001  # the load that follows meets the same error, and reports it
+            result = "failed"
+        self._tally.count("prefetches", result)
+
+    # Saving and comparing
+
+    def _queue_again(self, run: Callable[[Any], None], work: Any) -> bool:
+        """Let others have a turn before the next chunk; False when the threads are to end."""
+        try:
+            self._slow.submit(run, work)
+        except RuntimeError:
+            return False
+        return True
+
+    def _run_save(self, save: _Save) -> None:
+        # In the document's order, one after another: what is there after a crash is a prefix.
+        report = save.report
+        while save.left and not report.failure:
+            try:
+                stored = self._chunks.save(save.plan.namespace, save.left.popleft())
+            except Exception as error:  # noqa: BLE001  # the engine must go on
+                report.failure = _describe(error)
+                report.is_full = isinstance(error, StoreFullError)
+                self._tally.count("save_failures", "full" if report.is_full else "io")
+            else:
+                report.stored_bytes += stored
+                if stored:
+                    self._tally.count("chunks_saved")
+                    self._tally.count("saved_bytes", amount=stored)
+                if save.left and self._queue_again(self._run_save, save):
+                    return
+        with self._changed:
+            self._finished.sent.add(save.plan.request_id)
+            self._finished.report.saves[save.plan.request_id] = report
+            self._changed.notify_all()
+
+    def _run_audit(self, audit: _Audit) -> None:
+        while audit.left:
+            chunk = audit.left.popleft()
+            result = self._audit_chunk(audit.plan.namespace, chunk)
+            audit.report.chunks[chunk.key] = result
+            self._tally.count("chunks_audited", result.result)
+            if audit.left and self._queue_again(self._run_audit, audit):
+                return
+        with self._changed:
+            self._finished.sent.add(audit.plan.request_id)
+            self._finished.report.audits[audit.plan.request_id] = audit.report
+            self._changed.notify_all()
+
+    def _audit_chunk(self, namespace: bytes, chunk: ChunkSave) -> ChunkAudit:
+        try:
+            stored = self._chunks.stored(namespace, chunk.key)
+            computed = self._chunks.computed(chunk)
+            return compare(self._cache.layout, chunk.token_count, computed, stored)
+        except Exception as error:  # noqa: BLE001  # the engine must go on
+            return ChunkAudit("unread", detail=_describe(error))
 
 
-def _failure(work: Callable[[], None]) -> Exception | None:
-    """Run `work`; what it raised, or None."""
-    try:
-        work()
-    except Exception as error:  # noqa: BLE001  # the engine must go on, and recompute
-        return error
-    return None
+def _reason(error: Exception) -> FailureReason:
+    if isinstance(error, ChunkDamagedError):
+        return "damaged"
+    if isinstance(error, ChunkMissingError):
+        return "missing"
+    return "layout" if isinstance(error, LayoutMismatchError) else "io"
 
 
 def _describe(error: Exception) -> str:

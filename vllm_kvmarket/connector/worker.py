@@ -6,17 +6,20 @@ engine: a chunk that cannot be had is reported, and its tokens are recomputed.
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorTransferResults
 
 from vllm_kvmarket.config import MarketConfig
-from vllm_kvmarket.connector.layouts import PagedCache
+from vllm_kvmarket.connector.layouts import Bytes, PagedCache
 from vllm_kvmarket.connector.messages import Instructions, WorkerReport
+from vllm_kvmarket.connector.metrics import MarketStats
 from vllm_kvmarket.connector.transfer import Finished, Transfers
-from vllm_kvmarket.store import CHUNKS_FOLDER, DiskStore
+from vllm_kvmarket.storage import store_of
+from vllm_kvmarket.store import aligned_empty
+from vllm_kvmarket.store.host import HostTier
+from vllm_kvmarket.store.tiers import Tiers
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -26,6 +29,18 @@ if TYPE_CHECKING:
 IDLE_WAIT_S = 0.005
 
 
+def pinned_empty(size: int) -> Bytes:
+    """Uninitialised memory that a GPU copies from by itself, uint8 (size,). Raises MemoryError.
+
+    Not run on a GPU in this project's tests.
+    """
+    try:
+        memory: Bytes = torch.empty(size, dtype=torch.uint8, pin_memory=True).numpy()
+    except RuntimeError as error:
+        raise MemoryError(str(error)) from error
+    return memory
+
+
 class WorkerHalf:
     """One rank's transfers; called on the model's thread only."""
 
@@ -33,6 +48,7 @@ class WorkerHalf:
         self._vllm_config = vllm_config
         self._config = config
         self._block_tokens = block_tokens
+        self._store: Tiers | None = None
         self._transfers: Transfers | None = None
         self._taken = Finished()
 
@@ -42,17 +58,28 @@ class WorkerHalf:
         cache = PagedCache(
             self._vllm_config, kv_caches, self._block_tokens, parallel.rank, parallel.world_size
         )
-        store = DiskStore(Path(self._config.home).expanduser() / CHUNKS_FOLDER)
-        self._transfers = Transfers(store, cache, self._config.io_threads)
+        allocate = aligned_empty if cache.on_host else pinned_empty
+        self._store = store_of(self._config)
+        self._transfers = Transfers(
+            self._store,
+            cache,
+            self._config.io_threads,
+            host=HostTier(self._config.host_cache_bytes, allocate),
+            timeout_s=self._config.object_store_timeout_s,
+        )
 
     def start(self, instructions: Instructions) -> None:
-        """Start this step's loads and saves."""
+        """Start this step's loads, saves, audits and prefetches."""
         if self._transfers is None:
             return
         for load in instructions.loads:
             self._transfers.load(load)
         for save in instructions.saves:
             self._transfers.save(save)
+        for audit in instructions.audits:
+            self._transfers.audit(audit)
+        for prefetch in instructions.prefetches:
+            self._transfers.prefetch(prefetch)
 
     def collect(self, idle: bool) -> KVConnectorTransferResults:
         """Which requests' transfers ended; `idle` when the step ran no forward pass."""
@@ -69,9 +96,15 @@ class WorkerHalf:
     def report(self) -> WorkerReport | None:
         """What the scheduler half wants to know of the requests just collected."""
         report = self._taken.report
-        return report if report.loads or report.saves else None
+        return None if report.is_empty else report
+
+    def stats(self) -> MarketStats | None:
+        """What was counted since the last step; None when nothing was."""
+        return self._transfers.take_stats() if self._transfers is not None else None
 
     def close(self) -> None:
         """Finish what is under way."""
         if self._transfers is not None:
             self._transfers.close()
+        if self._store is not None:
+            self._store.close()

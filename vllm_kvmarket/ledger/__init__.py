@@ -1,7 +1,8 @@
 """Accounts and transfers: what is charged, to whom, exactly once."""
 
-from vllm_kvmarket.ledger.receipts import Receipt
-from vllm_kvmarket.ledger.rules import (
+from vllm_kvmarket.ledger.ledger import PROVIDER, WORLD, Ledger
+from vllm_kvmarket.ledger.operations import (
+    ACCOUNT_ID,
     Account,
     Operation,
     Outcome,
@@ -11,11 +12,13 @@ from vllm_kvmarket.ledger.rules import (
     pending,
     plain,
     post,
+    renew,
     void,
 )
-from vllm_kvmarket.ledger.sqlite import PROVIDER, WORLD, Ledger
+from vllm_kvmarket.ledger.receipts import Receipt
 
 __all__ = [
+    "ACCOUNT_ID",
     "PROVIDER",
     "WORLD",
     "Account",
@@ -29,5 +32,6 @@ __all__ = [
     "pending",
     "plain",
     "post",
+    "renew",
     "void",
 ]

@@ -3,25 +3,23 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Iterable
 
-import apsw
-
-from vllm_kvmarket.ledger import tables
+from vllm_kvmarket.ledger.operations import Account, Transfer
 from vllm_kvmarket.ledger.receipts import Receipt
-from vllm_kvmarket.ledger.rules import Account, Transfer
+from vllm_kvmarket.ledger.rules import ENDS
+from vllm_kvmarket.ledger.storage import Everything
 
 BALANCES = ("debits_pending", "credits_pending", "debits_posted", "credits_posted")
 
 
-def problems(db: apsw.Connection) -> list[str]:
-    """Recompute every balance from the transfers, in one snapshot; what differs, in words."""
-    with db:  # one read transaction: accounts, transfers and receipts of the same moment
-        accounts = tables.read_accounts(db)
-        transfers = {transfer.id: transfer for transfer in reversed(tables.read_transfers(db))}
-        receipts = tables.read_receipts(db, "TRUE", (), None)
-    found = _compare(accounts, _recompute(transfers))
-    found += _unfounded(accounts, transfers)
-    return found + _wrong_receipts(receipts, transfers)
+def problems(books: Everything) -> list[str]:
+    """Recompute every balance and hold from the transfers; what differs, in words."""
+    transfers = {transfer.id: transfer for transfer in books.transfers}
+    found = _compare(books.accounts, _recompute(transfers))
+    found += _unfounded(books.accounts, transfers)
+    found += _wrong_holds(books.dues, books.transfers)
+    return found + _wrong_receipts(books.receipts, transfers)
 
 
 def _recompute(transfers: dict[str, Transfer]) -> dict[tuple[str, str], int]:
@@ -29,7 +27,7 @@ def _recompute(transfers: dict[str, Transfer]) -> dict[tuple[str, str], int]:
     for transfer in transfers.values():
         reserved = transfer.amount_nano if transfer.kind == "pending" else 0
         posted = transfer.amount_nano if transfer.kind in ("plain", "post") else 0
-        if transfer.pending_id in transfers:
+        if transfer.kind in ENDS and transfer.pending_id in transfers:
             reserved = -transfers[transfer.pending_id].amount_nano
         balances[transfer.debit, "debits_pending"] += reserved
         balances[transfer.credit, "credits_pending"] += reserved
@@ -39,28 +37,58 @@ def _recompute(transfers: dict[str, Transfer]) -> dict[tuple[str, str], int]:
 
 
 def _unfounded(accounts: list[Account], transfers: dict[str, Transfer]) -> list[str]:
-    """Transfers between accounts that are not there, or that resolve what is no reservation."""
-    known = {account.id for account in accounts}
+    """Transfers between accounts that are not there or not alike, or that name no reservation."""
+    currencies = {account.id: account.currency for account in accounts}
     found = []
     for transfer in transfers.values():
-        missing = sorted({transfer.debit, transfer.credit} - known)
+        missing = sorted({transfer.debit, transfer.credit} - set(currencies))
         found += [f"transfer {transfer.id}: account {account} is missing" for account in missing]
+        if not missing and currencies[transfer.debit] != currencies[transfer.credit]:
+            found.append(f"transfer {transfer.id}: its accounts have different currencies")
         held = transfers.get(transfer.pending_id)
         if transfer.pending_id and not (
             held is not None
             and held.kind == "pending"
             and (held.debit, held.credit) == (transfer.debit, transfer.credit)
-            and transfer.amount_nano <= held.amount_nano
+            and transfer.amount_nano <= (held.amount_nano if transfer.kind == "post" else 0)
         ):
             found.append(f"transfer {transfer.id}: cannot resolve {transfer.pending_id}")
     return found
+
+
+def _wrong_holds(dues: dict[str, float], transfers: Iterable[Transfer]) -> list[str]:
+    """Holds posted, renewed or expired at the wrong time, twice, or kept when they are over."""
+    found = []
+    expected: dict[str, float] = {}
+    for transfer in transfers:
+        held, now_s = transfer.pending_id, transfer.created_at_s
+        if transfer.kind == "pending":
+            expected[transfer.id] = now_s + transfer.timeout_s
+        elif held not in expected:
+            if held:
+                found.append(f"transfer {transfer.id}: hold {held} was not open")
+        elif transfer.kind == "renew":
+            if now_s >= expected[held]:
+                found.append(f"transfer {transfer.id}: hold {held} was due already")
+            expected[held] = max(expected[held], now_s + transfer.timeout_s)
+        else:
+            due_at_s = expected.pop(held)
+            if transfer.kind == "post" and now_s >= due_at_s:
+                found.append(f"transfer {transfer.id}: hold {held} was due already")
+            if transfer.kind == "expire" and now_s < due_at_s:
+                found.append(f"transfer {transfer.id}: hold {held} was not due")
+    return found + [
+        f"hold {held}: is due at {dues.get(held)}, transfers say {expected.get(held)}"
+        for held in sorted(set(expected) | set(dues))
+        if expected.get(held) != dues.get(held)
+    ]
 
 
 def _wrong_receipts(receipts: list[Receipt], transfers: dict[str, Transfer]) -> list[str]:
     """Receipts that say another charge than was made, and charges with two receipts."""
     found = []
     receipted: dict[str, str] = {}
-    for receipt in reversed(receipts):
+    for receipt in receipts:
         missing = [transfer for transfer in receipt.transfer_ids if transfer not in transfers]
         if missing:
             found.append(f"receipt {receipt.id}: transfer {missing[0]} is missing")

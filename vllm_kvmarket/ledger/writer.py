@@ -1,159 +1,153 @@
-"""The one thread that writes the ledger: group commit, futures.
+"""The one thread that writes the ledger: group commit, futures, patience.
 
-A caller only enqueues. The thread takes every batch that waits, applies each by the rules inside
-one transaction, commits once, and then answers all of them: one fsync pays for many batches.
-Balances are read inside the transaction, never remembered beyond it, so that several processes can
-share the file.
+A caller only enqueues. The thread takes every batch that waits, has the storage apply and commit
+them in one transaction, and then answers all of them: one fsync pays for many batches. While the
+database is away, it keeps what it took and tries again, each batch as long as its caller has
+patience: the ids make sure that what did take effect does not do so twice.
 """
 
 from __future__ import annotations
 
 import queue
 import threading
+import time
 from collections.abc import Callable
-from concurrent.futures import Future
-
-import apsw
-import msgspec
 
 from vllm_kvmarket.errors import LedgerError
-from vllm_kvmarket.ledger import tables
-from vllm_kvmarket.ledger.receipts import Receipt
-from vllm_kvmarket.ledger.rules import Operation, Outcome, Result, apply
+from vllm_kvmarket.ledger.operations import Result
+from vllm_kvmarket.ledger.storage import Batch, MalformedBatchError, Storage, UnavailableError
 
 MAX_GROUP = 1024  # batches a commit: bounds how long the first of them waits
+MAX_QUEUED = 100_000  # batches, of some kilobytes each, while the database is away
+CLOSE_PATIENCE_S = 10.0
+FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.02, 1.0
 
 Answer = list[Result] | LedgerError
 
 
-class Batch(msgspec.Struct, frozen=True):
-    """What takes effect together, and the future that is told."""
-
-    operations: tuple[Operation, ...]
-    linked: bool
-    receipt: Receipt | None
-    future: Future[list[Result]]
-
-
 class Writer:
-    """Owns the connection that it writes to, and closes it."""
+    """Writes to a storage until it is closed. `start=False` is for tests: they call `step`."""
 
-    def __init__(self, db: apsw.Connection, clock: Callable[[], float]) -> None:
-        self._db = db
-        self._clock = clock
+    def __init__(
+        self,
+        storage: Storage,
+        *,
+        monotonic: Callable[[], float] = time.monotonic,
+        start: bool = True,
+    ) -> None:
+        self._storage = storage
+        self._monotonic = monotonic
         self._queue: queue.SimpleQueue[Batch | None] = queue.SimpleQueue()
-        self._closed = False
+        self._kept: list[Batch] = []  # taken from the queue, but the database was away
+        self._pause_s = FIRST_PAUSE_S
+        self._closing = threading.Event()
+        self._close_by_s = float("inf")
+        self._ended = False
         # Held for an enqueuing only: behind the end of the queue nothing may follow.
         self._queue_lock = threading.Lock()
         self._thread = threading.Thread(target=self._run, name="kvmarket-ledger", daemon=True)
-        self._thread.start()
+        if start:
+            self._thread.start()
 
-    def enqueue(self, batch: Batch) -> bool:
-        """Take a batch to write; False, and nothing is taken, once the writer is closing."""
+    def enqueue(self, batch: Batch) -> str:
+        """Take a batch to write; else nothing is taken, and the answer says why."""
         with self._queue_lock:
-            if not self._closed:
-                self._queue.put(batch)
-            return not self._closed
+            if self._closing.is_set():
+                return "the ledger is closed"
+            if self._queue.qsize() >= MAX_QUEUED:
+                return f"the ledger is {MAX_QUEUED} batches behind; see whether its database works"
+            self._queue.put(batch)
+        return ""
 
     def close(self) -> None:
-        """Write what is queued, answer for it, and close the connection."""
+        """Write what is queued and answer for it; while the database is away, for 10 s at most."""
         with self._queue_lock:
-            if not self._closed:
-                self._closed = True
+            if not self._closing.is_set():
+                self._close_by_s = self._monotonic() + CLOSE_PATIENCE_S
+                self._closing.set()
                 self._queue.put(None)
-        self._thread.join()
+        if self._thread.ident is not None:
+            self._thread.join()
 
     def _run(self) -> None:
-        """Commit group after group until the end of the queue."""
-        open_ended = True
-        while open_ended:
-            first = self._queue.get()
-            group: list[Batch] = []
-            while first is not None:
-                group.append(first)
-                if len(group) == MAX_GROUP or self._queue.empty():
-                    break
-                first = self._queue.get()
-            open_ended = first is not None
-            if group:
-                self._answer(group, self._commit(group))
-        self._db.close()
+        while self._kept or not self._ended:
+            pause_s = self.step()
+            if pause_s:
+                # Whoever closes does not wait for the whole pause.
+                self._closing.wait(pause_s)
+                if self._closing.is_set():
+                    time.sleep(FIRST_PAUSE_S)
 
-    def _answer(self, group: list[Batch], answers: list[Answer]) -> None:
+    def step(self) -> float:
+        """Write one group; how long to wait before the next step, because the database is away."""
+        group = self._take()
+        if not group:
+            return 0.0
+        answers = self._commit(group)
+        self._kept = []
         for batch, answer in zip(group, answers, strict=True):
-            if isinstance(answer, LedgerError):
+            if isinstance(answer, UnavailableError) and self._patient(batch):
+                self._kept.append(batch)
+            elif isinstance(answer, LedgerError):
                 batch.future.set_exception(answer)
             else:
                 batch.future.set_result(answer)
+        if not self._kept:
+            self._pause_s = FIRST_PAUSE_S
+            return 0.0
+        pause_s, self._pause_s = self._pause_s, min(2 * self._pause_s, LONGEST_PAUSE_S)
+        return pause_s
+
+    def _patient(self, batch: Batch) -> bool:
+        return self._monotonic() < min(batch.give_up_at_s, self._close_by_s)
+
+    def _take(self) -> list[Batch]:
+        """What was kept, and what waits, in the order of submission."""
+        group = self._kept
+        while not self._ended and len(group) < MAX_GROUP and not (group and self._queue.empty()):
+            batch = self._queue.get()
+            if batch is None:
+                self._ended = True
+            else:
+                group.append(batch)
+        return group
 
     def _commit(self, group: list[Batch]) -> list[Answer]:
-        """Write a group in one transaction; when that fails, nothing of it is written."""
-        try:
-            try:
-                return self._transaction(group, self._apply_all)
-            except Exception as error:
-                if not _is_a_batch_s(error):
-                    raise
-                return self._transaction(group, self._apply_each)
-        except Exception as error:  # noqa: BLE001
-            # The thread outlives a full disk and a locked file: callers decide.
-            return [_unwritten(error)] * len(group)
+        """Write a group; when one of its batches is malformed, the halves apart, and so on.
 
-    def _transaction(
-        self, group: list[Batch], work: Callable[[list[Batch]], list[Answer]]
-    ) -> list[Answer]:
-        self._db.execute("BEGIN IMMEDIATE")
-        try:
-            answers = work(group)
-            self._db.execute("COMMIT")
-        except BaseException:
-            if self._db.in_transaction:  # SQLite may have rolled back already, as on a full disk
-                self._db.execute("ROLLBACK")
-            raise
-        return answers
-
-    def _apply_all(self, group: list[Batch]) -> list[Answer]:
-        """Apply every batch; the first that the schema refuses ends it, by an exception."""
-        books = tables.StoredBooks(self._db)
-        answers: list[Answer] = [self._apply(books, batch) for batch in group]
-        books.flush()
-        return answers
-
-    def _apply_each(self, group: list[Batch]) -> list[Answer]:
-        """Apply each batch, or undo it alone when the schema refuses what it contains.
-
-        Savepoints make the work a third slower, so that this is for the rare group with a malformed
-        batch in it.
+        Nothing of a group is written when that fails, so that each half finds what it would have
+        found. Commits are few: a malformed batch in a full group costs twenty.
         """
-        answers: list[Answer] = []
-        for batch in group:
-            self._db.execute("SAVEPOINT batch")
-            try:
-                answers += self._apply_all([batch])
-            except Exception as error:
-                if not _is_a_batch_s(error):
-                    raise
-                answers.append(_unwritten(error))
-                self._db.execute("ROLLBACK TO batch")
-            self._db.execute("RELEASE batch")
-        return answers
-
-    def _apply(self, books: tables.StoredBooks, batch: Batch) -> list[Result]:
-        results = apply(books, batch.operations, self._clock(), linked=batch.linked)
-        outcomes = [result.outcome for result in results]
-        if batch.receipt is not None and Outcome.OK in outcomes and max(outcomes).good:
-            tables.put_receipt(self._db, batch.receipt)
-        return results
+        try:
+            return list(self._storage.write(group))
+        except MalformedBatchError as error:
+            if len(group) == 1:
+                return [error]
+            middle = len(group) // 2
+            answers = self._commit(group[:middle])
+            if isinstance(answers[-1], UnavailableError):  # the order of submission is kept
+                return answers + [answers[-1]] * (len(group) - middle)
+            return answers + self._commit(group[middle:])
+        except Exception as error:  # noqa: BLE001
+            # The thread outlives a full disk and a lost connection: callers decide.
+            failure = error if isinstance(error, LedgerError) else unavailable(error)
+            return [failure] * len(group)
 
 
-def _is_a_batch_s(error: Exception) -> bool:
-    """Whether a failure is due to what a batch contains, rather than to the database."""
-    if isinstance(error, apsw.Error):
-        return isinstance(error, apsw.ConstraintError | apsw.MismatchError | apsw.TooBigError)
-    return True
+def unavailable(error: Exception) -> UnavailableError:
+    """What a caller is told whose batch could not be written."""
+    failure = UnavailableError(
+        f"the ledger could not be written ({error}); submit the same again: what took effect does "
+        "not do so twice"
+    )
+    failure.__cause__ = error
+    return failure
 
 
-def _unwritten(error: Exception) -> LedgerError:
-    failure = LedgerError(f"the ledger could not be written, nothing took effect: {error}")
+def malformed(error: Exception) -> MalformedBatchError:
+    """What a caller is told whose batch the database refuses."""
+    failure = MalformedBatchError(
+        f"the ledger could not be written, nothing of this batch took effect: {error}"
+    )
     failure.__cause__ = error
     return failure

@@ -1,8 +1,11 @@
-"""Published KV on disk: a stored chunk is bit-exact, or an error."""
+"""Published KV in its tiers: a stored chunk is bit-exact, or an error."""
 
+from vllm_kvmarket.store import bucket_listings
 from vllm_kvmarket.store.disk import CHUNKS_FOLDER, DiskStore
 from vllm_kvmarket.store.layout import ChunkHeader, ChunkLayout, LayerLayout
+from vllm_kvmarket.store.objects import ObjectTier
 from vllm_kvmarket.store.reader import StoredChunk, aligned_empty, open_chunk
+from vllm_kvmarket.store.tiers import Tiers
 
 __all__ = [
     "CHUNKS_FOLDER",
@@ -10,7 +13,10 @@ __all__ = [
     "ChunkLayout",
     "DiskStore",
     "LayerLayout",
+    "ObjectTier",
     "StoredChunk",
+    "Tiers",
     "aligned_empty",
+    "bucket_listings",
     "open_chunk",
 ]

@@ -8,8 +8,6 @@ import msgspec
 
 from vllm_kvmarket.identity import KEY_BYTES, TOKEN_BYTES
 
-CODEC_RAW = "raw"
-
 # Bounds that msgspec checks when it decodes a header.
 Positive = Annotated[int, msgspec.Meta(gt=0)]
 Digest = Annotated[bytes, msgspec.Meta(min_length=KEY_BYTES, max_length=KEY_BYTES)]
@@ -44,8 +42,9 @@ class ChunkLayout(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class ChunkHeader(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """What a chunk file says of itself.
 
-    `tokens` are little-endian uint32. `layer_offsets` count from the start of the payload,
-    `layer_bytes` are what a layer takes in the file, `checksums` are xxh3_64 of just these bytes.
+    `tokens` are little-endian uint32. `codec` is one of codec.CODECS. `layer_offsets` count from
+    the start of the payload, `layer_bytes` are what a layer takes in the file, as its codec left
+    it, `checksums` are xxh3_64 of just these bytes.
     """
 
     key: Digest

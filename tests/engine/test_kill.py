@@ -1,0 +1,131 @@
+"""kill -9 at random moments of publishing and loading: nothing sold is lost, nothing listed is bad.
+
+`KVMARKET_KILL_ROUNDS=50 pytest tests/engine/test_kill.py` is the long form; docs/faults.md has what
+it showed.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from conftest import NANO
+
+from vllm_kvmarket import Market
+from vllm_kvmarket.errors import StoreError
+from vllm_kvmarket.keeping import collect_garbage
+
+ROUNDS = int(os.environ.get("KVMARKET_KILL_ROUNDS", "3"))
+SEED = int(os.environ.get("KVMARKET_KILL_SEED", "1"))
+FIXED = 7000  # the document that every round publishes again
+
+# Publishes and buys long documents without end: most moments are in the midst of something.
+CHILD = """
+import sys
+sys.path.insert(0, sys.argv[4])
+from conftest import words
+from vllm_kvmarket import Market
+from vllm_kvmarket.connector.engine import open_llm
+from vllm_kvmarket.measure import ask, empty_prefix_cache
+
+model, home, number = sys.argv[1], sys.argv[2], int(sys.argv[3])
+market = Market.open(home, {"host_cache_bytes": 0})
+llm = open_llm(model, market, max_model_len=4096)
+listing = market.publish(llm, token_ids=words(7000, 3000), title="fixed")
+assert listing.state == "live", listing
+answer = ask(llm, words(7000, 3000) + words(1, 9), market.params("alice"), max_tokens=4, rest_s=0)
+assert answer.market["reused_tokens"] == 3000, answer
+print("ready", *answer.token_ids, flush=True)
+seed = 7001 + 1000 * number
+while True:
+    seed += 1
+    document = words(seed, 3000)
+    market.publish(llm, token_ids=document, title=str(seed))
+    empty_prefix_cache(llm)
+    answer = ask(llm, document + words(2, 9), market.params("alice"), max_tokens=4, rest_s=0)
+    assert answer.market["reused_tokens"] == 3000, answer
+"""
+
+
+def run_until_killed(model: Path, home: Path, number: int, pause_s: float) -> list[str]:
+    """One engine's life: started, at work, killed `pause_s` after it was ready; its answer."""
+    process = subprocess.Popen(
+        [
+            sys.executable,
+            "-c",
+            CHILD,
+            str(model),
+            str(home),
+            str(number),
+            str(Path(__file__).parent),
+        ],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    assert process.stdout is not None and process.stderr is not None
+    answer: list[str] = []
+    for line in process.stdout:
+        if line.startswith("ready"):
+            answer = line.split()[1:]
+            break
+    if not answer:
+        process.wait()
+        raise AssertionError(process.stderr.read()[-3000:])
+    time.sleep(pause_s)
+    assert process.poll() is None, process.stderr.read()[-3000:]
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    process.stdout.close()
+    process.stderr.close()
+    return answer
+
+
+def check(home: Path) -> int:
+    """What must hold after every death, before any engine has repaired anything; live documents."""
+    with Market.open(home) as market:
+        market.ledger.expire_pending()
+        assert market.ledger.check_integrity() == []
+        assert market.catalogue.check_integrity() == []
+        live = market.catalogue.listings(state="live")
+        for listing in live:
+            for key in listing.chunk_keys:
+                try:
+                    market.store.verify(key)
+                except StoreError as error:
+                    raise AssertionError(f"{listing.title} is listed, but {error}") from error
+        assert not [
+            listing for listing in market.catalogue.listings() if listing.state == "damaged"
+        ]
+        market.store.sweep_temporary()
+        assert market.store.usage().drafts == 0
+        return len(live)
+
+
+def test_an_engine_that_is_killed_at_any_moment_loses_and_spoils_nothing(tiny, tmp_path):
+    """Seeded rounds of kill -9: listings whole, ledger balanced, no rubbish, next publish works."""
+    chance = random.Random(SEED)
+    with Market.open(tmp_path) as market:
+        market.create_account("alice")
+        market.deposit("alice", 1000 * NANO, "d")
+    answers = set()
+    listed = 0
+    for number in range(ROUNDS):
+        pause_s = chance.uniform(0.0, 6.0)
+        answers.add(tuple(run_until_killed(tiny(1), tmp_path, number, pause_s)))
+        now = check(tmp_path)
+        print(f"round {number}: killed after {pause_s:.2f} s, {now} documents listed")
+        assert now >= max(listed, 1), "a listed document is gone"
+        listed = now
+    assert len(answers) == 1, "the same document, the same answer, in every engine"
+    with Market.open(tmp_path) as market:
+        kept = {key for listing in market.catalogue.listings("live") for key in listing.chunk_keys}
+        collect_garbage(market)
+        assert set(market.store.keys()) == kept
+        assert len(market.receipts()) >= ROUNDS - 1

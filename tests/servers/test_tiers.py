@@ -1,0 +1,363 @@
+"""Disk and object store as one: several machines, damage on either side, a store that dies."""
+
+from __future__ import annotations
+
+import os
+import random
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from machines import Machine, load, objects_of
+from proxy import Proxy
+from seaweed import SeaweedFS, free_ports
+from store_chunks import NAMESPACE, files_in, layout_of, sample
+
+from vllm_kvmarket.errors import (
+    ChunkDamagedError,
+    ChunkMissingError,
+    LayoutMismatchError,
+    StoreError,
+)
+from vllm_kvmarket.store import DiskStore, tiers
+from vllm_kvmarket.store.names import chunk_name
+from vllm_kvmarket.store.objects import ObjectTier
+from vllm_kvmarket.store.tiers import Tiers
+
+# Chunks of several ranges.
+LARGE = layout_of(page_bytes=1 << 20, layers=6)
+
+
+def corrupt_object(store: Tiers, name: str) -> None:
+    """Flip a byte in the middle of an object."""
+    content = bytearray(objects_of(store).get_bytes(name) or b"")
+    content[len(content) // 2] ^= 1
+    objects_of(store).put_bytes(name, bytes(content))
+
+
+def test_without_an_object_store_it_is_the_disk(tmp_path: Path) -> None:
+    """Everything works, nothing is fetched, and a chunk is opened as the disk opens it."""
+    store = Tiers(DiskStore(tmp_path / "disk"))
+    chunk = sample()
+    assert not store.has(chunk.key) and not store.keep(chunk.key)
+    with pytest.raises(ChunkMissingError):
+        store.open(chunk.key, chunk.layout, NAMESPACE)
+    with pytest.raises(ChunkMissingError):
+        store.fetch(chunk.key)
+    size = chunk.put(store)
+    assert chunk.put(store) == 0 and not store.fetch(chunk.key)
+    assert store.has(chunk.key) and store.keep(chunk.key)
+    assert store.shares(chunk.key) == [(0, 1)] and list(store.keys()) == [chunk.key]
+    assert store.bytes_used() == store.usage().bytes_used == store.recount() == size
+    load(chunk, store)
+    store.verify(chunk.key)
+    store.path(chunk.key).write_bytes(b"damaged")
+    with pytest.raises(ChunkDamagedError):
+        store.open(chunk.key, chunk.layout, NAMESPACE)
+    assert store.quarantine(chunk.key, 0, 1, "damaged") and len(store.quarantined()) == 1
+    chunk.put(store)
+    store.delete(chunk.key)
+    assert list(store.keys()) == [] and store.sweep_temporary() == 0
+    store.close()
+
+
+@pytest.mark.parametrize("layout", [layout_of(), LARGE, layout_of(rank=1, world_size=2)])
+def test_a_second_machine_reads_what_the_first_wrote(machine: Machine, layout: object) -> None:
+    """It is fetched once, verified, and from then on read from the disk."""
+    first, second = machine(), machine()
+    chunk = sample(layout)
+    share = (chunk.layout.rank, chunk.layout.world_size)
+    assert chunk.put(first) > 0 and chunk.put(first) == 0
+    assert list(second.keys()) == [] and second.has(chunk.key, *share)
+    assert second.shares(chunk.key) == [share]
+    load(chunk, second)
+    assert list(second.keys()) == [chunk.key]
+    objects_of(second).delete(chunk_name(chunk.key, *share))
+    load(chunk, second)
+    with second.open_share(chunk.key, *share, NAMESPACE) as opened:
+        assert opened.header.layout == chunk.layout
+        np.testing.assert_array_equal(opened.layer(1), chunk.pages[1].reshape(-1))
+        page = chunk.room(1, 2)[0]
+        opened.copy_pages(0, 1, 2, [page])
+        np.testing.assert_array_equal(page, chunk.pages[0][1:2])
+
+
+def test_what_is_nowhere_is_missing(machine: Machine) -> None:
+    """It is a miss, of whatever way one asks."""
+    store, chunk = machine(), sample()
+    for ask in (
+        lambda: store.open(chunk.key, chunk.layout, NAMESPACE),
+        lambda: store.open_share(chunk.key, 0, 1),
+        lambda: store.fetch(chunk.key),
+        lambda: store.verify(chunk.key),
+    ):
+        with pytest.raises(ChunkMissingError, match="neither on the disk nor in the object store"):
+            ask()
+    assert not store.has(chunk.key) and not store.keep(chunk.key)
+    assert store.shares(chunk.key) == [] and files_in(store) in ([], [".usage"])
+
+
+def test_another_layout_is_fetched_and_a_mismatch(machine: Machine) -> None:
+    """What the bucket has in another layout can be opened to be converted."""
+    first, second = machine(), machine()
+    chunk = sample()
+    chunk.put(first)
+    with pytest.raises(LayoutMismatchError):
+        second.open(chunk.key, layout_of(tag="02/other"), NAMESPACE)
+    with second.open_share(chunk.key, 0, 1, NAMESPACE) as opened:
+        opened.verify()
+
+
+def damaged_somewhere(file: Path, how: str) -> None:
+    """Damage a file on the disk."""
+    content = bytearray(file.read_bytes())
+    if how == "directory":
+        file.unlink()
+        file.mkdir()
+        return
+    if how == "header":
+        content[40] ^= 1
+    elif how == "payload":
+        content[-1] ^= 1
+    elif how == "short":
+        del content[-100:]
+    else:
+        content.clear()
+    file.write_bytes(content)
+
+
+@pytest.mark.parametrize("how", ["header", "payload", "short", "empty", "directory"])
+def test_damage_on_the_disk_is_mended_unseen(machine: Machine, how: str) -> None:
+    """The load gets the right bytes; the damaged file is set aside, a whole one takes its place."""
+    store, chunk = machine(), sample()
+    chunk.put(store)
+    damaged_somewhere(store.path(chunk.key), how)
+    load(chunk, store)
+    assert len(store.quarantined()) == 1
+    store.disk.verify(chunk.key)
+    damaged_somewhere(store.path(chunk.key), how)
+    store.verify(chunk.key)
+    store.disk.verify(chunk.key)
+
+
+def test_a_damaged_object_is_told_set_aside_and_replaced(machine: Machine) -> None:
+    """No machine takes it; the next that publishes the chunk repairs it, also from its disk."""
+    first, second = machine(), machine()
+    chunk = sample()
+    chunk.put(first)
+    name = chunk_name(chunk.key)
+    corrupt_object(first, name)
+    with pytest.raises(ChunkDamagedError):
+        load(chunk, second)
+    assert list(second.keys()) == [] and objects_of(second).head(name) is None
+    assert list(objects_of(second).names("quarantine")) == [f"quarantine/{name}"]
+    with pytest.raises(ChunkMissingError):
+        load(chunk, second)
+    with pytest.raises(ChunkMissingError, match="on this disk only"):
+        first.verify(chunk.key)
+    assert chunk.put(first) > 0
+    load(chunk, second)
+    first.verify(chunk.key)
+
+
+def test_damage_on_both_sides_is_told(machine: Machine) -> None:
+    """The load fails, its memory is zeroed, and both are out of the way."""
+    store, chunk = machine(), sample()
+    chunk.put(store)
+    corrupt_object(store, chunk_name(chunk.key))
+    damaged_somewhere(store.path(chunk.key), "payload")
+    room = chunk.room(0, chunk.page_count)
+    with (
+        pytest.raises(ChunkDamagedError),
+        store.open(chunk.key, chunk.layout, NAMESPACE) as opened,
+    ):
+        opened.copy_all_pages(0, chunk.page_count, [[layer] for layer in room])
+    assert not any(layer.any() for layer in room)
+    assert not store.has(chunk.key)
+    assert chunk.put(store) > 0
+    load(chunk, store)
+
+
+def test_threads_that_want_one_chunk_download_it_once(machine: Machine) -> None:
+    """One fetches, the others wait for it; all get the bytes."""
+    chunk = sample(LARGE)
+    chunk.put(machine())
+    store = machine()
+    objects = objects_of(store)
+    downloads = []
+    download = objects.download
+
+    def counted(*args: object, **facts: object) -> None:
+        downloads.append(args)
+        time.sleep(0.1)
+        download(*args, **facts)
+
+    objects.download = counted  # type: ignore[method-assign]
+    failures: list[Exception] = []
+
+    def work() -> None:
+        try:
+            load(chunk, store)
+        except Exception as error:  # noqa: BLE001
+            failures.append(error)
+
+    threads = [threading.Thread(target=work) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert failures == [] and len(downloads) == 1
+
+
+def test_the_disk_is_a_bounded_cache(machine: Machine) -> None:
+    """More chunks than fit are stored and loaded; the quota holds all the while."""
+    size = sample(LARGE).put(machine())
+    quota_bytes = 2 * size + size // 2
+    store = machine(quota_bytes=quota_bytes)
+    chunks = [sample(LARGE, seed=seed) for seed in range(1, 5)]
+    for chunk in chunks:
+        chunk.put(store)
+        assert store.usage().bytes_used <= quota_bytes
+    for chunk in random.Random(5).choices(chunks, k=8):
+        load(chunk, store)
+        assert store.usage().bytes_used <= quota_bytes
+    assert len(list(store.keys())) == 2
+
+
+def test_put_says_when_the_object_store_does_not_have_it(
+    machine: Machine, seaweed: SeaweedFS, own_proxy: Proxy
+) -> None:
+    """The chunk stays on the disk, and the next put uploads it from there."""
+    store, chunk = machine(seaweed.options(own_proxy.port), timeout_s=3), sample()
+    own_proxy.is_down = True
+    with pytest.raises(StoreError, match="did not answer"):
+        chunk.put(store)
+    assert store.disk.has(chunk.key)
+    own_proxy.is_down = False
+    objects_of(store)._calls._breaker._until_s = 0.0  # the pause is over
+    assert chunk.put(store) > 0
+    load(chunk, machine())
+
+
+@pytest.fixture
+def own_proxy(seaweed: SeaweedFS, proxied: Callable[[SeaweedFS], Proxy]) -> Proxy:
+    """A proxy before the shared server."""
+    return proxied(seaweed)
+
+
+def test_a_dead_store_costs_a_deadline_and_leaves_nothing(machine: Machine) -> None:
+    """A load of what is not on the disk fails in time; what is there loads as ever."""
+    options = {"endpoint": f"http://127.0.0.1:{free_ports(1)[0]}", "allow_http": "true"}
+    options |= {"access_key_id": "key", "secret_access_key": "secret"}
+    store = machine(options, timeout_s=1)
+    chunk, other = sample(), sample(seed=1)
+    started_s = time.monotonic()
+    with pytest.raises(StoreError, match="did not answer"):
+        chunk.put(store)
+    load(chunk, store)
+    for _ in range(5):
+        with pytest.raises(StoreError, match="not asked again"):
+            load(other, store)
+    with pytest.raises(StoreError):
+        store.has(other.key)
+    assert store.has(chunk.key) and store.shares(chunk.key) == [(0, 1)]
+    # The upload has a little longer.
+    assert time.monotonic() - started_s < 4
+    assert store.usage().drafts == 0
+
+
+def test_a_store_that_is_killed_during_a_load(
+    own_seaweed: SeaweedFS,
+    proxied: Callable[[SeaweedFS], Proxy],
+    connect: Callable[..., ObjectTier],
+    tmp_path: Path,
+) -> None:
+    """The load fails within its deadline, leaves no draft, and works when the server is back."""
+    chunk = sample(LARGE)
+    chunk.put(Tiers(DiskStore(tmp_path / "first"), connect("s3://bucket", own_seaweed.options())))
+    proxy = proxied(own_seaweed)
+    proxy.block_s = 0.05
+    objects = connect("s3://bucket", own_seaweed.options(proxy.port), timeout_s=2)
+    store = Tiers(DiskStore(tmp_path / "second", is_cache=True), objects)
+
+    def strike() -> None:
+        proxy.forwarded.wait(10)
+        own_seaweed.kill()
+
+    striker = threading.Thread(target=strike)
+    striker.start()
+    started_s = time.monotonic()
+    with pytest.raises(StoreError, match="did not answer"):
+        load(chunk, store)
+    assert time.monotonic() - started_s < 2 * objects.timeout_s
+    striker.join()
+    usage = store.usage()
+    assert (usage.drafts, usage.chunk_files, usage.bytes_used) == (0, 0, 0)
+    own_seaweed.start()
+    later = Tiers(store.disk, connect("s3://bucket", own_seaweed.options(), timeout_s=30))
+    load(chunk, later)
+
+
+def test_a_slow_network_slows_a_load_only(
+    machine: Machine, seaweed: SeaweedFS, own_proxy: Proxy
+) -> None:
+    """With latency before every answer a load is right; with more than its deadline, a miss."""
+    chunk = sample(LARGE)
+    chunk.put(machine())
+    own_proxy.latency_s = 0.2
+    load(chunk, machine(seaweed.options(own_proxy.port)))
+    own_proxy.latency_s = 5
+    store = machine(seaweed.options(own_proxy.port), timeout_s=1)
+    with pytest.raises(StoreError, match="did not answer within"):
+        load(chunk, store)
+
+
+def test_keep_uploads_and_refreshes(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is promised to others is in the bucket, and not about to be collected from it."""
+    first, second = machine(), machine()
+    chunk = sample()
+    name = chunk_name(chunk.key)
+    chunk.put(first.disk)
+    assert objects_of(first).head(name) is None
+    assert first.keep(chunk.key)
+    written = objects_of(first).facts(name)
+    assert written is not None and second.keep(chunk.key)
+    assert objects_of(first).facts(name) == written and list(second.keys()) == []
+    monkeypatch.setattr(tiers, "FRESH_S", 0.0)
+    time.sleep(1.1)  # S3 tells the time in seconds
+    assert second.keep(chunk.key)
+    rewritten = objects_of(first).facts(name)
+    assert rewritten is not None and rewritten.modified_s > written.modified_s
+    assert chunk.put(first) > 0
+
+
+def test_what_is_received_is_uploaded(machine: Machine) -> None:
+    """An imported chunk is in the bucket when the import is done; a bad one is nowhere."""
+    source, store, other = machine(), machine(), machine()
+    chunk = sample()
+    chunk.put(source.disk)
+    content = source.path(chunk.key).read_bytes()
+    with store.receive(chunk.key, 0, 1, len(content)) as descriptor:
+        os.pwrite(descriptor, content, 0)
+    load(chunk, other)
+    bad = sample(seed=1)
+    with (
+        pytest.raises(ChunkDamagedError),
+        store.receive(bad.key, 0, 1, len(content)) as descriptor,
+    ):
+        os.pwrite(descriptor, content, 0)
+    assert not store.has(bad.key)
+
+
+def test_deleting_here_deletes_nothing_for_others(machine: Machine) -> None:
+    """A machine's garbage collection clears its disk, and leaves the bucket to all."""
+    first, second = machine(), machine()
+    chunk = sample()
+    chunk.put(first)
+    first.delete(chunk.key)
+    assert list(first.keys()) == []
+    load(chunk, second)
+    load(chunk, first)

@@ -1,0 +1,221 @@
+"""How a document gets on offer, and how it leaves: each step one transaction."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Sequence
+
+import apsw
+
+from vllm_kvmarket.catalogue import tables, upkeep
+from vllm_kvmarket.catalogue.listing import NEEDED, ON_OFFER, Listing
+from vllm_kvmarket.catalogue.view import View
+from vllm_kvmarket.errors import CatalogueError, NotFoundError
+from vllm_kvmarket.identity import TOKEN_BYTES, chunk_keys, document_id, pack_tokens
+
+
+class Offers(View):
+    """What puts documents on offer, takes them off, and changes their terms; see Catalogue."""
+
+    def begin(self, listing: Listing, token_ids: Sequence[int]) -> Listing:
+        """Note that a document is being published; returns its listing; mutates the database.
+
+        A listing that is live comes back untouched, and so does one that another living process is
+        publishing: whoever commits first puts it on offer. Any other, or one that was left behind
+        by a process that ended, starts anew on the given terms. From now on the store keeps the
+        chunks that it has of it. Raises
+        CatalogueError for a listing that does not fit its tokens, ValueError for bad token ids.
+        """
+        chunks = self._split(listing, token_ids)
+        fresh = dataclasses.replace(listing, state="publishing", reason="", stored_bytes=0)
+        with self._changing() as db:
+            begun = self._start(db, fresh, chunks)
+            if begun.state == "publishing":
+                self._owner.announce()
+                tables.add_publishing(db, begun.document_id, self._owner.name)
+        return begun
+
+    def _start(
+        self, db: apsw.Connection, fresh: Listing, chunks: list[tuple[bytes, bytes]]
+    ) -> Listing:
+        """Write a listing and its chunks unless it is taken; returns the listing that holds."""
+        name = fresh.document_id
+        existing = tables.find_listing(db, name)
+        if existing is None or not self._is_taken(db, existing):
+            tables.write_listing(db, fresh)
+            tables.write_chunks(db, name, chunks)
+            existing = self._read(db, name)
+        if [(chunk.key, chunk.tokens) for chunk in tables.chunks_of(db, name)] != chunks:
+            raise CatalogueError(
+                f"{name}: other tokens are stored under one of its keys; this must never be: run "
+                "`kvmarket fsck`"
+            )
+        return existing
+
+    def adopt(self, listing: Listing, token_ids: Sequence[int], *, force: bool = False) -> Listing:
+        """Put a document on offer at once, all of whose chunks are stored; one transaction.
+
+        Returns its listing. One that is on offer already comes back untouched, and one that was
+        delisted here stays so unless `force`: look at its state. One that another process is
+        publishing goes on offer on that one's terms. With a chunk that is marked as damaged it
+        becomes damaged; heal what was stored again first. Raises CatalogueError for a listing that
+        does not fit its tokens or whose time to live is over, ValueError for bad token ids.
+        """
+        name = listing.document_id
+        chunks = self._split(listing, token_ids)
+        fresh = dataclasses.replace(listing, state="publishing", reason="")
+        with self._changing() as db:
+            existing = tables.find_listing(db, name)
+            if existing is not None and (
+                existing.state in ON_OFFER or (existing.state == "delisted" and not force)
+            ):
+                return existing
+            if listing.is_over(time.time()):
+                raise CatalogueError(f"{name}: its time to live is over; ask for a new one")
+            self._start(db, fresh, chunks)
+            self._offer(db, name, listing.stored_bytes)
+            return self._read(db, name)
+
+    @staticmethod
+    def _offer(db: apsw.Connection, document_id: str, stored_bytes: int) -> None:
+        tables.set_stored_bytes(db, document_id, stored_bytes)
+        tables.set_offered(db, document_id)
+        tables.end_publishing(db, document_id)
+
+    def _split(self, listing: Listing, token_ids: Sequence[int]) -> list[tuple[bytes, bytes]]:
+        """Cut a document into chunks (key, packed tokens), and see that the listing fits them."""
+        name = listing.document_id
+        if not 0 < len(token_ids) == listing.token_count:
+            raise CatalogueError(
+                f"{name}: listed with {listing.token_count} tokens, given {len(token_ids)}"
+            )
+        width = self._tree.chunk_tokens * TOKEN_BYTES
+        packed = pack_tokens(token_ids)
+        keys = chunk_keys(listing.namespace, token_ids, self._tree.chunk_tokens)
+        if document_id(keys[-1]) != name or listing.chunk_keys not in ((), tuple(keys)):
+            raise CatalogueError(f"{name}: not the id, or not the chunk keys, of these tokens")
+        starts = range(0, len(packed), width)
+        return [
+            (key, packed[start : start + width]) for key, start in zip(keys, starts, strict=True)
+        ]
+
+    def _is_taken(self, db: apsw.Connection, listing: Listing) -> bool:
+        """Say whether a listing is live, or another living process is publishing it."""
+        others = self._publishers(db, listing.document_id) - {self._owner.name}
+        return listing.state == "live" or (listing.state == "publishing" and bool(others))
+
+    def _publishers(self, db: apsw.Connection, name: str) -> set[str]:
+        """Find which living processes publish a document; forgets the others."""
+        owners = tables.owners_of(db, name)
+        alive = {owner for owner in owners if self._owner.is_alive(owner)}
+        for owner in owners - alive:
+            tables.forget_owner(db, owner)
+        return alive
+
+    def commit(self, document_id: str, stored_bytes: int) -> Listing:
+        """Put a document on offer, all of whose chunks are durable, in one transaction.
+
+        A live one is returned as it is: another publisher of it was faster. One with a chunk that
+        is marked as damaged becomes damaged; heal what was stored again first. Raises
+        CatalogueError when it is not being published.
+        """
+        with self._changing() as db:
+            listing = tables.find_listing(db, document_id)
+            if listing is None or listing.state not in ("publishing", "live"):
+                state = listing.state if listing else "unknown"
+                raise CatalogueError(
+                    f"{document_id} is {state}, not being published; begin it first"
+                )
+            if listing.state == "publishing":
+                self._offer(db, document_id, stored_bytes)
+            return self._read(db, document_id)
+
+    def fail(self, document_id: str, reason: str) -> None:
+        """Note that this process's publishing ended without a listing; mutates the database.
+
+        The listing fails unless someone else is still publishing it; one that was on offer before
+        (it was damaged) returns to that. Other states stay. Raises NotFoundError.
+        """
+        with self._changing() as db:
+            if self._read(db, document_id).state != "publishing":
+                return
+            tables.end_publishing(db, document_id, self._owner.name)
+            self._fail_unless_published(db, document_id, reason)
+
+    def _fail_unless_published(self, db: apsw.Connection, document_id: str, reason: str) -> bool:
+        if self._publishers(db, document_id):
+            return False
+        if tables.is_listed(db, document_id):
+            tables.set_offered(db, document_id, reason)
+        else:
+            tables.set_state(db, document_id, "failed", reason)
+        return True
+
+    def fail_abandoned(self, reason: str = "its publisher ended") -> list[str]:
+        """Fail what was being published by processes that have ended since; returns which.
+
+        Mutates the database, and does not write to it when nothing is being published. A document
+        that was on offer before returns to that.
+        """
+        with self._db.snapshot() as db:
+            if not upkeep.being_published(db):
+                return []
+        with self._changing() as db:
+            return [
+                document_id
+                for document_id in upkeep.being_published(db)
+                if self._fail_unless_published(db, document_id, reason)
+            ]
+
+    def delist(self, document_id: str) -> None:
+        """Take a document off the market at once; mutates the database.
+
+        Raises NotFoundError when it is not on it.
+        """
+        with self._changing() as db:
+            if self._read(db, document_id).state == "delisted":
+                raise NotFoundError(f"document {document_id} is delisted already")
+            tables.set_state(db, document_id, "delisted")
+            tables.end_publishing(db, document_id)
+
+    def evict(self, document_id: str, reason: str) -> bool:
+        """Take a document off the market as the store needs its room; mutates the database.
+
+        Returns whether it was done: not for one that is not on offer, or was pinned since it was
+        chosen. Its chunks can be released then. Raises NotFoundError.
+        """
+        with self._changing() as db:
+            listing = self._read(db, document_id)
+            if listing.state not in ON_OFFER or listing.pinned:
+                return False
+            tables.set_state(db, document_id, "evicted", reason)
+            return True
+
+    def set_expiry(self, document_id: str, expires_at_s: float | None) -> Listing:
+        """Say until when a document is on offer, None for good; mutates the database.
+
+        A time that is over takes it off the market at once. Raises NotFoundError, and
+        CatalogueError for a document that is neither on offer nor on its way.
+        """
+        with self._changing() as db:
+            self._check_needed(db, document_id)
+            tables.set_field(db, document_id, "expires_at_s", expires_at_s)
+            return self._read(db, document_id)
+
+    def set_pinned(self, document_id: str, pinned: bool) -> Listing:
+        """Pin a document, or unpin it; mutates the database.
+
+        Raises NotFoundError, and CatalogueError when one is to be pinned that is neither on offer
+        nor on its way.
+        """
+        with self._changing() as db:
+            if pinned:
+                self._check_needed(db, document_id)
+            tables.set_field(db, document_id, "pinned", pinned)
+            return self._read(db, document_id)
+
+    def _check_needed(self, db: apsw.Connection, document_id: str) -> None:
+        state = self._read(db, document_id).state
+        if state not in NEEDED:
+            raise CatalogueError(f"{document_id} is {state}; publish it again first")

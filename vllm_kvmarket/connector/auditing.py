@@ -1,0 +1,81 @@
+"""The scheduler half's audits: which stored chunks are compared, and what is recorded."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from typing import TYPE_CHECKING, Literal
+
+from vllm_kvmarket.catalogue import Audit
+from vllm_kvmarket.connector.messages import AuditPlan
+from vllm_kvmarket.connector.params import AuditParams
+from vllm_kvmarket.connector.publishing import chunk_pages, split
+from vllm_kvmarket.connector.requests import Auditing, Decision, RequestState
+
+if TYPE_CHECKING:
+    from vllm.v1.request import Request
+
+
+def start_auditing(
+    state: RequestState,
+    request: Request,
+    *,
+    wish: AuditParams,
+    namespace: bytes | None,
+    block_tokens: int,
+    chunk_tokens: int,
+) -> None:
+    """Note what is to be compared in `state`, or decline; mutates both.
+
+    Nothing of an audited prompt is reused, or stored bytes would be compared with themselves.
+    """
+    if namespace is None or request.prompt_token_ids is None or request.mm_features:
+        state.declined = "only prompts of tokens, on a model whose weights are known, are audited"
+        return
+    keys, parents, tokens = split(namespace, request.prompt_token_ids, chunk_tokens)
+    if not wish.chunks or max(wish.chunks) >= len(keys):
+        state.declined = f"the prompt has {len(keys)} chunks; name one to {len(keys)} of them"
+        return
+    pages = chunk_tokens // block_tokens
+    everything = range(len(keys) * pages)
+    chunks = chunk_pages(keys, parents, tokens, everything, block_tokens)
+    state.auditing = Auditing(
+        document_id=wish.document_id,
+        namespace=namespace,
+        chunks=tuple(chunks[index] for index in wish.chunks),
+    )
+    state.decision = Decision.RECOMPUTE
+    request.skip_reading_prefix_cache = True
+
+
+def audit_plan(state: RequestState, block_ids: list[int]) -> AuditPlan:
+    """The chosen chunks with the request's blocks, now that it has been computed."""
+    auditing = state.auditing
+    assert auditing is not None
+    return AuditPlan(
+        request_id=state.request_id,
+        namespace=auditing.namespace,
+        chunks=tuple(
+            dataclasses.replace(chunk, block_ids=tuple(block_ids[i] for i in chunk.block_ids))
+            for chunk in auditing.chunks
+        ),
+    )
+
+
+def audit_record(auditing: Auditing, engine: str) -> Audit:
+    """What the catalogue keeps of an audit that has ended on every rank."""
+    report = auditing.report
+    result: Literal["exact", "close", "different"] = "exact"
+    if report.different:
+        result = "different"
+    elif report.close:
+        result = "close"
+    return Audit(
+        document_id=auditing.document_id,
+        at_s=time.time(),
+        engine=engine,
+        chunks=report.exact + report.close + report.different,
+        result=result,
+        worst_difference=report.worst_difference,
+        detail="; ".join(report.details),
+    )

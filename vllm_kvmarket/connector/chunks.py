@@ -1,0 +1,311 @@
+"""One chunk at a time between the tiers and the paged cache, whatever requests want it for.
+
+Loads go host memory -> disk -> object store; a chunk in another layout, or cut up for other ranks,
+is converted. What is loaded the second time, or read ahead, stays in host memory.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Callable, Iterator, Sequence
+
+import numpy as np
+
+from vllm_kvmarket.connector.layouts import Bytes, DeviceStaging, PagedCache
+from vllm_kvmarket.connector.messages import ChunkLoad, ChunkSave
+from vllm_kvmarket.connector.metrics import Tally
+from vllm_kvmarket.errors import (
+    ChunkDamagedError,
+    ChunkMissingError,
+    LayoutMismatchError,
+    StoreError,
+)
+from vllm_kvmarket.store import aligned_empty, conversion
+from vllm_kvmarket.store.host import HostTier, layers_of
+from vllm_kvmarket.store.tiers import OpenChunk, Tiers
+
+HOST, DISK, OBJECTS = "host", "disk", "objects"  # the tiers, as metrics name them
+# Longer than any read from a disk: whoever is bringing the chunk has a problem of its own.
+_OTHERS_READ_S = 30.0
+
+
+class NotOnThisMachineError(StoreError):
+    """Only the object store may have it: load it where waiting for that holds up nobody."""
+
+
+class _Straight:
+    """A stored chunk in this engine's own layout, `page_count` pages a layer."""
+
+    is_converted = False
+
+    def __init__(self, stored: OpenChunk) -> None:
+        self.stored = stored
+        self.page_count = stored.header.page_count
+
+    def copy(self, first: int, last: int, destinations: Sequence[Sequence[Bytes]]) -> None:
+        """Verified pages first .. last - 1 of every layer; see StoredChunk.copy_all_pages."""
+        self.stored.copy_all_pages(first, last, destinations)
+
+
+class _Converted:
+    """A stored chunk in another layout or in other ranks' shares, `page_count` pages as of here."""
+
+    is_converted = True
+
+    def __init__(self, store: Tiers, cache: PagedCache, namespace: bytes, key: bytes) -> None:
+        self._store, self._cache, self._namespace, self._key = store, cache, namespace, key
+        # What has to be fetched is fetched by this: `copy` does not wait for an object store.
+        tokens = conversion.token_count(store, key, cache.layout, namespace)
+        self.page_count = cache.layout.page_count(tokens)
+
+    def copy(self, first: int, last: int, destinations: Sequence[Sequence[Bytes]]) -> None:
+        """Verified, converted pages first .. last - 1 of every layer; see copy_converted."""
+        conversion.copy_converted(
+            self._store,
+            self._key,
+            self._cache.layout,
+            self._namespace,
+            first,
+            last,
+            destinations,
+        )
+
+
+class Chunks:
+    """One rank's chunks; thread-safe. Callers own the blocks that they name."""
+
+    def __init__(self, store: Tiers, cache: PagedCache, host: HostTier, tally: Tally) -> None:
+        self._store = store
+        # The same without the object store, for threads that must not wait for it.
+        self._local = store if store.objects is None else Tiers(store.disk)
+        self._cache = cache
+        self._host = host
+        self._tally = tally
+        self._layers = range(cache.layer_count)
+        self._page_bytes = sum(layer.page_bytes for layer in cache.layout.layers)
+        self._devices = threading.local()
+
+    @property
+    def has_object_tier(self) -> bool:
+        """Whether there is an object store behind the disk."""
+        return self._store.objects is not None
+
+    # Loading
+
+    def load(
+        self, namespace: bytes, chunk: ChunkLoad, *, fetch: bool, claim: Callable[[], None]
+    ) -> str:
+        """Bring a chunk's pages into the paged cache; from which tier.
+
+        `fetch`: ask the object store too, which may take its whole deadline. Without, what is not
+        whole on this machine raises NotOnThisMachineError where there is an object store. `claim`
+        is called before the paged cache is written to; what it raises ends the load, blocks
+        untouched.
+
+        Raises StoreErrors; the blocks then hold zeros or what they held, never an unverified byte.
+        A damaged file has been quarantined.
+        """
+        waits = fetch or not self.has_object_tier
+        held = self._host.hold(chunk.key, _OTHERS_READ_S if waits else 0.0)
+        if held is not None:
+            with held as buffer:
+                claim()
+                self._fill(buffer, chunk)
+            return HOST
+        if not waits and self._host.has(chunk.key):
+            raise NotOnThisMachineError(f"{chunk.key.hex()}: is being fetched; wait for it")
+        try:
+            self._load_stored(self._store if fetch else self._local, namespace, chunk, claim)
+        except (ChunkDamagedError, ChunkMissingError) as error:
+            if isinstance(error, ChunkDamagedError):
+                self._quarantine(chunk.key, error)
+            if waits:
+                raise
+            raise NotOnThisMachineError(f"{chunk.key.hex()}: fetch it from afar") from error
+        return OBJECTS if fetch and self.has_object_tier else DISK
+
+    def _load_stored(
+        self, store: Tiers, namespace: bytes, chunk: ChunkLoad, claim: Callable[[], None]
+    ) -> None:
+        with self._source(store, namespace, chunk.key) as source:
+            filling = self._host.begin(chunk.key) if self._host.is_hot(chunk.key) else None
+            if filling is None:
+                claim()
+                self._copy_in_place(source, chunk)
+                return
+            with filling:
+                buffer = filling.room(source.page_count * self._page_bytes)
+                if buffer is None:
+                    claim()
+                    self._copy_in_place(source, chunk)
+                    return
+                self._read(source, buffer)
+                filling.keep()
+                claim()
+                self._fill(buffer, chunk)
+
+    @contextlib.contextmanager
+    def _source(
+        self, store: Tiers, namespace: bytes, key: bytes
+    ) -> Iterator[_Straight | _Converted]:
+        """Open a chunk whatever its layout; in other threads' stead, fetch it."""
+        try:
+            stored = store.open(key, self._cache.layout, namespace)
+        except (LayoutMismatchError, ChunkMissingError):
+            if not store.shares(key):
+                raise
+            source = _Converted(store, self._cache, namespace, key)
+            self._tally.count("chunks_converted")
+            yield source
+            return
+        with stored:
+            yield _Straight(stored)
+
+    def _read(self, source: _Straight | _Converted, buffer: Bytes) -> None:
+        """Read a whole chunk into host memory."""
+        layers = layers_of(buffer, self._cache.layout, source.page_count)
+        source.copy(0, source.page_count, [[layer] for layer in layers])
+
+    def _copy_in_place(self, source: _Straight | _Converted, chunk: ChunkLoad) -> None:
+        """Read pages from a file into the paged cache, without host memory where that can be."""
+        first, last = chunk.first_page, chunk.first_page + len(chunk.block_ids)
+        if self._cache.on_host:
+            pages = [self._cache.host_pages(layer, chunk.block_ids) for layer in self._layers]
+            source.copy(first, last, pages)
+            return
+        if isinstance(source, _Converted):
+            buffer = aligned_empty(source.page_count * self._page_bytes)
+            self._read(source, buffer)
+            self._fill(buffer, chunk)
+            return
+        staging = self._staging()
+        for layer in self._layers:
+            room = staging.buffer(layer, last - first)
+            source.stored.copy_pages(layer, first, last, [room])
+            staging.upload(layer, chunk.block_ids)
+        staging.finish()
+
+    def _fill(self, buffer: Bytes, chunk: ChunkLoad) -> None:
+        """Copy pages of a whole chunk in host memory into the paged cache."""
+        layout = self._cache.layout
+        first, last = chunk.first_page, chunk.first_page + len(chunk.block_ids)
+        for layer, pages in enumerate(layers_of(buffer, layout, buffer.nbytes // self._page_bytes)):
+            page_bytes = layout.layers[layer].page_bytes
+            wanted = pages[first * page_bytes : last * page_bytes]
+            if not self._cache.on_host:
+                staging = self._staging()
+                np.copyto(staging.buffer(layer, last - first), wanted)
+                staging.upload(layer, chunk.block_ids)
+                continue
+            start = 0
+            for run in self._cache.host_pages(layer, chunk.block_ids):
+                np.copyto(run, wanted[start : start + run.nbytes])
+                start += run.nbytes
+        if not self._cache.on_host:
+            self._staging().finish()
+
+    def _staging(self) -> DeviceStaging:
+        staging: DeviceStaging | None = getattr(self._devices, "staging", None)
+        if staging is None:
+            staging = self._devices.staging = DeviceStaging(self._cache)
+        return staging
+
+    def _quarantine(self, key: bytes, error: ChunkDamagedError) -> None:
+        """Set aside whichever of a chunk's files on this machine are damaged; forget its pages."""
+        self._host.drop(key)
+        ours = (self._cache.layout.rank, self._cache.layout.world_size)
+        for rank, world_size in {ours, *self._local.shares(key)}:
+            if self._local.quarantine(key, rank, world_size, str(error)):
+                self._tally.count("chunks_quarantined")
+
+    # Reading ahead
+
+    def read_ahead(self, namespace: bytes, key: bytes) -> str:
+        """Bring a chunk into host memory, or without that from the object store onto the disk.
+
+        What came of it: `done`, `present` or `no_room`. Raises StoreErrors; a damaged file has been
+        quarantined.
+        """
+        try:
+            if self._host.is_on:
+                filling = self._host.begin(key, prefetched=True)
+                if filling is None:
+                    return "present"
+                with filling, self._source(self._store, namespace, key) as source:
+                    buffer = filling.room(source.page_count * self._page_bytes)
+                    if buffer is None:
+                        return "no_room"
+                    self._read(source, buffer)
+                    filling.keep()
+                    return "done"
+            if not self.has_object_tier or self._store.disk.has(
+                key, self._cache.layout.rank, self._cache.layout.world_size
+            ):
+                return "present"
+            with self._source(self._store, namespace, key):
+                return "done"
+        except ChunkDamagedError as error:
+            self._quarantine(key, error)
+            raise
+
+    # Saving and comparing
+
+    def save(self, namespace: bytes, chunk: ChunkSave) -> int:
+        """Store a chunk durably; how many bytes, 0 when what is stored already can be used.
+
+        Raises StoreErrors.
+        """
+        if self._is_stored_otherwise(namespace, chunk.key):
+            return 0
+        return self._store.put(
+            key=chunk.key,
+            parent=chunk.parent,
+            namespace=namespace,
+            tokens=chunk.tokens,
+            layout=self._cache.layout,
+            layers=self.computed(chunk),
+        )
+
+    def _is_stored_otherwise(self, namespace: bytes, key: bytes) -> bool:
+        """Whether it is there, whole, for good, in a layout that can be converted into this one.
+
+        False also in this engine's own layout, and when it cannot be told: `put` knows best.
+        """
+        layout = self._cache.layout
+        try:
+            with self._store.open(key, layout, namespace):
+                return False
+        except (LayoutMismatchError, ChunkMissingError):
+            pass
+        except StoreError:
+            return False
+        try:
+            return (
+                bool(shares := self._store.shares(key))
+                and conversion.is_usable(self._store, key, layout, namespace)
+                and all(self._store.keep(key, *share) for share in shares)
+            )
+        except StoreError:
+            return False
+
+    def computed(self, chunk: ChunkSave) -> list[list[Bytes]]:
+        """A chunk's pages as they lie in the paged cache: for each layer, runs of pages."""
+        if self._cache.on_host:
+            return [self._cache.host_pages(layer, chunk.block_ids) for layer in self._layers]
+        staging = self._staging()
+        return [[staging.download(layer, chunk.block_ids)] for layer in self._layers]
+
+    def stored(self, namespace: bytes, key: bytes) -> list[Bytes]:
+        """A chunk's pages as they are stored, verified: for each layer, uint8 (bytes,).
+
+        Raises StoreErrors; a damaged file has been quarantined.
+        """
+        try:
+            with self._source(self._store, namespace, key) as source:
+                buffer = aligned_empty(source.page_count * self._page_bytes)
+                self._read(source, buffer)
+                return layers_of(buffer, self._cache.layout, source.page_count)
+        except ChunkDamagedError as error:
+            self._quarantine(key, error)
+            raise

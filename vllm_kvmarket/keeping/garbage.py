@@ -1,0 +1,135 @@
+"""Garbage collection: what no listing needs goes, whoever publishes meanwhile."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterable
+
+import msgspec
+
+from vllm_kvmarket import sharing
+from vllm_kvmarket.catalogue.listing import NEEDED, ON_OFFER
+from vllm_kvmarket.errors import StoreError
+from vllm_kvmarket.identity import chunk_keys, unpack_tokens
+from vllm_kvmarket.market import Market
+from vllm_kvmarket.store import bucket_listings
+
+
+class GcReport(msgspec.Struct, frozen=True, kw_only=True):
+    """What garbage collection did, or would do: documents by id, chunks, bytes, files."""
+
+    dry_run: bool
+    expired: list[str]
+    abandoned: list[str]
+    chunks_deleted: int
+    bytes_freed: int
+    drafts_swept: int
+    objects_deleted: int
+
+
+def collect_garbage(market: Market, *, dry_run: bool = False) -> GcReport:
+    """Delete what no listing needs: chunks, drafts of writers that died, the bucket's old objects.
+
+    Listings whose time is over expire first, and what dead processes were publishing fails. A chunk
+    of a document that is on offer, or is being published, is never deleted, whoever publishes it
+    meanwhile. With `dry_run` nothing changes, and drafts and abandoned documents are left out.
+    Raises CatalogueError, StoreError.
+    """
+    if dry_run:
+        return _expected_garbage(market)
+    expired = market.catalogue.expire()
+    abandoned = market.catalogue.fail_abandoned()
+    chunks, freed = release_unneeded(market, market.store.keys())
+    swept = market.store.sweep_temporary(0)
+    market.store.recount()
+    return GcReport(
+        dry_run=False,
+        expired=expired,
+        abandoned=abandoned,
+        chunks_deleted=chunks,
+        bytes_freed=freed,
+        drafts_swept=swept,
+        objects_deleted=_collect_objects(market, dry_run=False),
+    )
+
+
+def _expected_garbage(market: Market) -> GcReport:
+    now_s = time.time()
+    listings = [listing for listing in market.catalogue.listings() if listing.state in NEEDED]
+    over = [listing for listing in listings if listing.state in ON_OFFER and listing.is_over(now_s)]
+    ended = {listing.document_id for listing in over}
+    needed = {
+        key
+        for listing in listings
+        if listing.document_id not in ended
+        for key in listing.chunk_keys
+    }
+    unneeded = set(market.store.keys()) - needed
+    return GcReport(
+        dry_run=True,
+        expired=sorted(ended),
+        abandoned=[],
+        chunks_deleted=len(unneeded),
+        bytes_freed=bytes_on_disk(market, unneeded),
+        drafts_swept=0,
+        objects_deleted=_collect_objects(market, dry_run=True),
+    )
+
+
+def release_unneeded(market: Market, keys: Iterable[bytes]) -> tuple[int, int]:
+    """Delete those chunks that no listing needs; how many, and how many bytes they had."""
+    keys = list(keys)
+    needed = market.catalogue.needed_chunks(keys)
+    freed = 0
+
+    def delete(key: bytes) -> None:
+        nonlocal freed
+        size = bytes_on_disk(market, [key])
+        market.store.delete(key)
+        freed += size
+
+    # Asked again under the catalogue's lock, one by one; most are needed and need not be.
+    released = market.catalogue.release((key for key in keys if key not in needed), delete)
+    return released, freed
+
+
+def bytes_on_disk(market: Market, keys: Iterable[bytes]) -> int:
+    """Count the bytes of these chunks' files on this machine's disk, every rank's."""
+    disk, total = market.store.disk, 0
+    for key in keys:
+        for rank, world_size in disk.shares(key):
+            # Another process may delete it just now.
+            with contextlib.suppress(FileNotFoundError):
+                total += disk.path(key, rank, world_size).stat().st_size
+    return total
+
+
+def _collect_objects(market: Market, *, dry_run: bool) -> int:
+    """Delete the bucket's objects that no home's listing needs, and its entries that are over.
+
+    Raises StoreError when a home's needs cannot be read.
+    """
+    objects = market.store.objects
+    if objects is None:
+        return 0
+    now_s = time.time()
+    needed: set[bytes] = set()
+    for listing in market.catalogue.listings():
+        if listing.state in NEEDED:
+            needed.update(listing.chunk_keys)
+    for document_id, encoded in bucket_listings.read_listings(objects):
+        try:
+            entry = msgspec.msgpack.decode(encoded, type=sharing.Entry)
+            tokens = unpack_tokens(entry.tokens)
+        except (msgspec.MsgspecError, ValueError) as error:
+            raise StoreError(
+                f"the bucket's entry {document_id} cannot be read ({error}), so nobody knows which "
+                "objects it needs; withdraw it, or update kvmarket"
+            ) from None
+        if entry.expires_at_s is not None and entry.expires_at_s <= now_s:
+            if not dry_run:
+                sharing.withdraw(market.store, document_id)
+        else:
+            needed.update(chunk_keys(entry.namespace, tokens, market.config.chunk_tokens))
+    return len(bucket_listings.collect(objects, needed, dry_run=dry_run))

@@ -1,0 +1,96 @@
+"""Room for a new document within the quota: which documents go for it, and when others go."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Collection, Iterator
+
+from vllm_kvmarket import eviction, sharing
+from vllm_kvmarket.catalogue import Listing
+from vllm_kvmarket.catalogue.listing import ON_OFFER
+from vllm_kvmarket.keeping.garbage import bytes_on_disk, release_unneeded
+from vllm_kvmarket.market import Market
+
+
+def make_room(market: Market, needed_bytes: int, protect: Collection[str] = frozenset()) -> int:
+    """Make `needed_bytes` fit under the disk quota; how many bytes are free then.
+
+    What no listing needs goes first. Then whole documents do, in the order of the configured
+    policy, until it fits: never those in `protect`, never pinned ones, and those whose storing was
+    paid for only after all others. When it cannot fit even so, nothing is evicted. Without a quota,
+    or with an object store behind the disk (which then makes room by itself), nothing is done.
+    The same market gives the same victims. Raises CatalogueError, StoreError.
+    """
+    usage = market.store.usage()
+    quota = usage.quota_bytes
+    if usage.free_bytes >= needed_bytes or quota is None or market.store.objects is not None:
+        return usage.free_bytes
+    market.catalogue.expire()
+    release_unneeded(market, market.store.keys())
+    usage = market.store.usage()
+    if usage.free_bytes >= needed_bytes:
+        return usage.free_bytes
+    if needed_bytes > quota - _bytes_that_stay(market, protect):
+        return usage.free_bytes
+    reason = f"the store needed {needed_bytes} bytes"
+    victims = _victims(market, protect)
+    while usage.free_bytes < needed_bytes:
+        chosen = list(_enough(victims, needed_bytes - usage.free_bytes))
+        if not chosen:
+            break
+        for victim in chosen:
+            if market.catalogue.evict(victim.document_id, reason):
+                keys = market.catalogue.get(victim.document_id).chunk_keys
+                release_unneeded(market, keys)
+        usage = market.store.usage()
+    return usage.free_bytes
+
+
+def _victims(market: Market, protect: Collection[str]) -> Iterator[eviction.Candidate]:
+    # What is protected still holds the chunks that others share with it.
+    candidates = [
+        dataclasses.replace(candidate, pinned=True)
+        if candidate.document_id in protect
+        else candidate
+        for candidate in market.catalogue.candidates()
+    ]
+    return iter(
+        eviction.order(
+            candidates,
+            market.config.eviction,
+            time.time(),
+            input_nano_per_mtok=market.config.tariff.input_nano_per_mtok,
+        )
+    )
+
+
+def _enough(victims: Iterator[eviction.Candidate], missing: int) -> Iterator[eviction.Candidate]:
+    """Take the next victims that free `missing` bytes, by estimate; at least one, if there is."""
+    for victim in victims:
+        yield victim
+        missing -= victim.bytes
+        if missing <= 0:
+            return
+
+
+def _bytes_that_stay(market: Market, protect: Collection[str]) -> int:
+    keys = {
+        key
+        for listing in market.catalogue.listings()
+        if listing.state == "publishing"
+        or (listing.state in ON_OFFER and (listing.pinned or listing.document_id in protect))
+        for key in listing.chunk_keys
+    }
+    return bytes_on_disk(market, keys)
+
+
+def set_time_to_live(market: Market, document_id: str, expires_at_s: float | None) -> Listing:
+    """Say until when a document is on offer, here and in the bucket; None for good.
+
+    Raises NotFoundError, CatalogueError for one that is not on offer, StoreError.
+    """
+    listing = market.catalogue.set_expiry(document_id, expires_at_s)
+    if listing.state == "live":
+        sharing.offer(market.store, market.catalogue, document_id)
+    return listing

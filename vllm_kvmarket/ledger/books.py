@@ -1,0 +1,128 @@
+"""Books for one group of batches: what was looked up, and what changed on top of it.
+
+Both databases work alike: under the write lock, look up all that the group names in a few
+statements, let the rules work in memory, write what changed in a few statements.
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+from vllm_kvmarket.ledger.operations import Account, Transfer
+from vllm_kvmarket.ledger.rules import ENDS
+
+MOST_REMEMBERED = 50_000
+
+
+class Wanted(msgspec.Struct, frozen=True):
+    """Ids that a group names. The accounts of the pending transfers are wanted as well."""
+
+    transfer_ids: list[str]
+    pending_ids: list[str]
+    account_ids: list[str]
+
+
+class Found(msgspec.Struct, frozen=True):
+    """What there was of it. A pending transfer has its due time while it is open, else its end."""
+
+    accounts: list[Account]
+    transfers: list[Transfer]
+    dues: dict[str, float]
+    resolutions: list[Transfer]
+
+
+class GroupBooks:
+    """Books in memory; `changed_accounts`, `new_transfers` and `changed_dues` are to be written."""
+
+    def __init__(self, found: Found) -> None:
+        self._accounts = {account.id: account for account in found.accounts}
+        self._transfers = {transfer.id: transfer for transfer in found.transfers}
+        self._dues: dict[str, float | None] = {**found.dues}
+        self._resolutions = {each.pending_id: each for each in found.resolutions}
+        self.changed_accounts: dict[str, Account] = {}
+        self.changed_dues: dict[str, float | None] = {}
+        self.new_transfers: list[Transfer] = []
+
+    def account(self, account_id: str) -> Account | None:
+        """See rules.Books."""
+        return self._accounts.get(account_id)
+
+    def transfer(self, transfer_id: str) -> Transfer | None:
+        """See rules.Books."""
+        return self._transfers.get(transfer_id)
+
+    def due_at_s(self, pending_id: str) -> float | None:
+        """See rules.Books."""
+        return self._dues.get(pending_id)
+
+    def resolution(self, pending_id: str) -> Transfer | None:
+        """See rules.Books."""
+        return self._resolutions.get(pending_id)
+
+    def put_account(self, account: Account) -> None:
+        """See rules.Books."""
+        self._accounts[account.id] = self.changed_accounts[account.id] = account
+
+    def put_transfer(self, transfer: Transfer) -> None:
+        """See rules.Books."""
+        self._transfers[transfer.id] = transfer
+        self.new_transfers.append(transfer)
+        if transfer.kind in ENDS:
+            self._resolutions[transfer.pending_id] = transfer
+
+    def put_due_at_s(self, pending_id: str, due_at_s: float | None) -> None:
+        """See rules.Books."""
+        self._dues[pending_id] = self.changed_dues[pending_id] = due_at_s
+
+
+class Memory:
+    """What the last group left: accounts, and open holds with their transfers.
+
+    True for as long as nobody else writes, which whoever uses it must know: `forget` otherwise.
+    """
+
+    def __init__(self) -> None:
+        self._accounts: dict[str, Account] = {}
+        self._held: dict[str, Transfer] = {}
+        self._dues: dict[str, float] = {}
+
+    def forget(self) -> None:
+        """Know nothing; mutates."""
+        self._accounts.clear()
+        self._held.clear()
+        self._dues.clear()
+
+    def divide(self, wanted: Wanted) -> tuple[Found, Wanted]:
+        """What is known of it, and what is left to look up."""
+        accounts = self._accounts
+        held = [self._held[id] for id in wanted.pending_ids if id in self._held]
+        known_ids = {transfer.id for transfer in held}
+        account_ids = {*wanted.account_ids, *(each.debit for each in held)}
+        account_ids.update(each.credit for each in held)
+        found = Found(
+            [accounts[id] for id in account_ids if id in accounts],
+            held,
+            {id: self._dues[id] for id in known_ids},
+            [],
+        )
+        left = Wanted(
+            [id for id in wanted.transfer_ids if id not in known_ids],
+            [id for id in wanted.pending_ids if id not in known_ids],
+            [id for id in account_ids if id not in accounts],
+        )
+        return found, left
+
+    def learn(self, books: GroupBooks) -> None:
+        """Take over what a group changed, now that it is committed; mutates."""
+        if len(self._held) > MOST_REMEMBERED or len(self._accounts) > MOST_REMEMBERED:
+            self.forget()
+        self._accounts.update(books.changed_accounts)
+        for transfer in books.new_transfers:
+            if transfer.kind == "pending":
+                self._held[transfer.id] = transfer
+        for pending_id, due_at_s in books.changed_dues.items():
+            if due_at_s is None:
+                self._held.pop(pending_id, None)
+                self._dues.pop(pending_id, None)
+            elif pending_id in self._held:
+                self._dues[pending_id] = due_at_s

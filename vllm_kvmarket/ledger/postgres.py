@@ -1,0 +1,296 @@
+"""The ledger in PostgreSQL: for a market that several machines share.
+
+A group takes two calls: `kvmarket.find` takes the turn and looks up what the rules need,
+`kvmarket.keep` is the one server-side function that writes what they decided, all or nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import msgspec
+
+from vllm_kvmarket.errors import LedgerError
+from vllm_kvmarket.ledger import postgres_schema
+from vllm_kvmarket.ledger.books import Found, GroupBooks
+from vllm_kvmarket.ledger.operations import Account, Result, Transfer
+from vllm_kvmarket.ledger.receipts import Receipt
+from vllm_kvmarket.ledger.storage import Batch, Everything, apply_group, wanted
+from vllm_kvmarket.ledger.writer import malformed, unavailable
+
+try:
+    import psycopg
+    import psycopg_pool
+    from psycopg import sql
+    from psycopg.rows import class_row, scalar_row
+except ImportError as missing:
+    raise LedgerError(
+        f"a ledger on PostgreSQL needs psycopg ({missing}); "
+        "install it with `pip install vllm-kvmarket[postgres]`"
+    ) from missing
+
+ROOM = "ledger"
+READERS = 8
+READ_TIMEOUT_S = 5.0
+# A server that is gone without a word is noticed within seconds, not after the kernel's hours.
+CONNECTION: dict[str, Any] = {
+    "connect_timeout": 5,
+    "keepalives_idle": 5,
+    "keepalives_interval": 2,
+    "keepalives_count": 3,
+    "tcp_user_timeout": 10_000,
+    "application_name": "kvmarket-ledger",
+}
+# Durable whatever the server's default is. A writer that stalls between its two calls (a stopped
+# process, a lost network) holds the others up no longer than this: the server rolls it back.
+WRITER_SETTINGS = (
+    "SET synchronous_commit = on; SET idle_in_transaction_session_timeout = '5s'; "
+    "SET lock_timeout = '10s'"
+)
+# Serialises those who migrate; any number of ours.
+MIGRATION_LOCK = 0x6B766D61726B6574
+ACCOUNT_COLUMNS = ", ".join(Account.__struct_fields__)
+TRANSFER_COLUMNS = ", ".join(
+    "coalesce(pending_id, '') AS pending_id" if field == "pending_id" else field
+    for field in Transfer.__struct_fields__
+)
+
+
+class Changes(msgspec.Struct, frozen=True):
+    """What a group changed, as kvmarket.keep takes it."""
+
+    transfers: list[Transfer]
+    accounts: list[Account]
+    dues: dict[str, float | None]
+    receipts: list[dict[str, Any]]
+
+
+class PostgresStorage:
+    """See storage.Storage. Any number of processes and machines may share the database."""
+
+    def __init__(self, url: str) -> None:
+        self._url = url
+        self._place = _without_password(url)
+        self._writing: psycopg.Connection[Any] | None = None
+        with self._reported():
+            with self._writer().transaction():
+                _migrate(self._writer())
+            self._pool = psycopg_pool.ConnectionPool(
+                url,
+                kwargs={**CONNECTION, "autocommit": True},
+                min_size=0,
+                max_size=READERS,
+                timeout=READ_TIMEOUT_S,
+                # Whoever reads next tries again: no pauses that grow while the server is away.
+                reconnect_timeout=0.0,
+                check=psycopg_pool.ConnectionPool.check_connection,
+                name="kvmarket-ledger",
+                open=True,
+            )
+
+    def close(self) -> None:
+        """See Storage."""
+        self._drop_writer()
+        self._pool.close()
+
+    def write(self, group: Sequence[Batch]) -> list[list[Result]]:
+        """See Storage."""
+        try:
+            return self._write(self._writer(), group)
+        except (psycopg.DataError, psycopg.IntegrityError, psycopg.NotSupportedError) as error:
+            raise malformed(error) from error
+        except psycopg.errors.ProgramLimitExceeded as error:
+            raise malformed(error) from error
+        except psycopg.Error as error:
+            # Whatever state the connection is in: the next attempt starts with a new one.
+            self._drop_writer()
+            raise unavailable(error) from error
+        except Exception as error:
+            # No error of the database, so one of the rules with what a caller built by hand.
+            raise malformed(error) from error
+
+    def _write(self, db: psycopg.Connection[Any], group: Sequence[Batch]) -> list[list[Result]]:
+        looked_for = msgspec.json.encode(wanted(group)).decode()
+        with db.transaction():
+            row = db.execute("SELECT kvmarket.find(%s)::text", (looked_for,)).fetchone()
+            assert row is not None
+            books = GroupBooks(msgspec.json.decode(row[0], type=Found))
+            answers, receipts = apply_group(books, group)
+            changes = Changes(
+                books.new_transfers,
+                list(books.changed_accounts.values()),
+                books.changed_dues,
+                [_receipt_row(receipt) for receipt in receipts],
+            )
+            if changes.transfers:
+                text = msgspec.json.encode(changes).decode()
+                db.execute("SELECT kvmarket.keep(%s)", (text,))
+        return answers
+
+    def _writer(self) -> psycopg.Connection[Any]:
+        if self._writing is None:
+            self._writing = psycopg.connect(self._url, autocommit=True, **CONNECTION)
+            self._writing.execute(WRITER_SETTINGS)
+        return self._writing
+
+    def _drop_writer(self) -> None:
+        if self._writing is not None:
+            self._writing.close()
+            self._writing = None
+
+    def open_account(self, account: Account) -> None:
+        """See Storage."""
+        with self._reading() as db:
+            db.execute(
+                "INSERT INTO kvmarket.account (id, kind, may_go_negative, currency) "
+                "VALUES (%s, %s, %s, %s) ON CONFLICT DO NOTHING",
+                (account.id, account.kind, account.may_go_negative, account.currency),
+            )
+
+    def account(self, account_id: str) -> Account | None:
+        """See Storage."""
+        with self._reading() as db:
+            return _accounts(db, sql.SQL("WHERE id = %s"), (account_id,)).fetchone()
+
+    def accounts(self) -> list[Account]:
+        """See Storage."""
+        with self._reading() as db:
+            return _accounts(db).fetchall()
+
+    def transfer(self, transfer_id: str) -> Transfer | None:
+        """See Storage."""
+        with self._reading() as db:
+            return _transfers(db, sql.SQL("WHERE id = %s"), (transfer_id,)).fetchone()
+
+    def transfers(self, account: str | None, limit: int | None) -> list[Transfer]:
+        """See Storage."""
+        newest = sql.SQL("ORDER BY sequence DESC LIMIT %s")
+        with self._reading() as db:
+            if account is None:
+                return _transfers(db, newest, (limit,)).fetchall()
+            # Each half goes down its own index; together they would read it all and sort it.
+            half = sql.SQL(
+                "(SELECT sequence FROM kvmarket.transfer WHERE {} = %s "
+                "ORDER BY sequence DESC LIMIT %s)"
+            )
+            where = sql.SQL("WHERE sequence IN ({} UNION ALL {}) {}").format(
+                half.format(sql.Identifier("debit")), half.format(sql.Identifier("credit")), newest
+            )
+            return _transfers(db, where, (account, limit, account, limit, limit)).fetchall()
+
+    def receipts(self, where: Mapping[str, str], limit: int | None) -> list[Receipt]:
+        """See Storage."""
+        with self._reading() as db:
+            return _receipts(db, where, limit)
+
+    def due_at_s(self, pending_id: str) -> float | None:
+        """See Storage."""
+        with self._reading() as db, db.cursor(row_factory=scalar_row) as cursor:
+            query = "SELECT due_at_s FROM kvmarket.hold WHERE pending_id = %s"
+            due_at_s: float | None = cursor.execute(query, (pending_id,)).fetchone()
+            return due_at_s
+
+    def overdue(self, now_s: float, limit: int) -> list[str]:
+        """See Storage."""
+        with self._reading() as db, db.cursor(row_factory=scalar_row) as cursor:
+            query = (
+                "SELECT pending_id FROM kvmarket.hold WHERE due_at_s <= %s "
+                "ORDER BY due_at_s LIMIT %s"
+            )
+            return cursor.execute(query, (now_s, limit)).fetchall()
+
+    def everything(self) -> Everything:
+        """See Storage."""
+        with self._reading() as db, db.transaction():
+            # One snapshot for all that follows.
+            db.execute("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ READ ONLY")
+            dues = db.execute("SELECT pending_id, due_at_s FROM kvmarket.hold").fetchall()
+            return Everything(
+                _accounts(db).fetchall(),
+                _transfers(db, sql.SQL("ORDER BY sequence")).fetchall(),
+                _receipts(db, {}, None)[::-1],
+                dict(dues),
+            )
+
+    @contextmanager
+    def _reading(self) -> Iterator[psycopg.Connection[Any]]:
+        """A connection of the pool, for reading and for opening accounts."""
+        with self._reported(), self._pool.connection() as db:
+            yield db
+
+    @contextmanager
+    def _reported(self) -> Iterator[None]:
+        """Turn the database's errors into ours."""
+        try:
+            yield
+        except (psycopg.Error, psycopg_pool.PoolTimeout) as error:
+            reason = " ".join(str(error).split())
+            raise LedgerError(
+                f"the ledger's database {self._place} cannot be used ({reason}); see whether "
+                "PostgreSQL runs there and lets this user in"
+            ) from error
+
+
+def _migrate(db: psycopg.Connection[Any]) -> None:
+    """Bring the tables to the newest version, in one transaction; one process at a time."""
+    db.execute("SELECT pg_advisory_xact_lock(%s)", (MIGRATION_LOCK,))
+    db.execute(postgres_schema.VERSION_TABLE)
+    row = db.execute(
+        "SELECT version FROM kvmarket.schema_version WHERE room = %s", (ROOM,)
+    ).fetchone()
+    version = row[0] if row else 0
+    for migration in postgres_schema.MIGRATIONS[version:]:
+        db.execute(sql.SQL(migration))
+    db.execute(
+        "INSERT INTO kvmarket.schema_version VALUES (%s, %s) "
+        "ON CONFLICT (room) DO UPDATE SET version = excluded.version",
+        (ROOM, max(version, len(postgres_schema.MIGRATIONS))),
+    )
+
+
+def _accounts(
+    db: psycopg.Connection[Any], where: sql.Composable | None = None, values: Sequence[Any] = ()
+) -> psycopg.Cursor[Account]:
+    query = sql.SQL("SELECT {} FROM kvmarket.account {} ORDER BY id").format(
+        sql.SQL(ACCOUNT_COLUMNS), where or sql.SQL("")
+    )
+    return db.cursor(row_factory=class_row(Account)).execute(query, values)
+
+
+def _transfers(
+    db: psycopg.Connection[Any], clauses: sql.Composable, values: Sequence[Any] = ()
+) -> psycopg.Cursor[Transfer]:
+    query = sql.SQL("SELECT {} FROM kvmarket.transfer {}").format(
+        sql.SQL(TRANSFER_COLUMNS), clauses
+    )
+    return db.cursor(row_factory=class_row(Transfer)).execute(query, values)
+
+
+def _receipts(
+    db: psycopg.Connection[Any], where: Mapping[str, str], limit: int | None
+) -> list[Receipt]:
+    conditions = [sql.SQL("{} = %s").format(sql.Identifier(column)) for column in where]
+    query = sql.SQL(
+        "SELECT body FROM kvmarket.receipt WHERE {} ORDER BY sequence DESC LIMIT %s"
+    ).format(sql.SQL(" AND ").join([sql.SQL("TRUE"), *conditions]))
+    rows = db.execute(query, (*where.values(), limit))
+    return [msgspec.json.decode(body, type=Receipt) for (body,) in rows]
+
+
+def _receipt_row(receipt: Receipt) -> dict[str, Any]:
+    return {
+        "id": receipt.id,
+        "request_id": receipt.request_id,
+        "account": receipt.account,
+        "document_id": receipt.document_id,
+        "charge_nano": receipt.charge_nano,
+        "body": msgspec.json.encode(receipt).decode(),
+    }
+
+
+def _without_password(url: str) -> str:
+    """Where the database is, fit for a message."""
+    facts = psycopg.conninfo.conninfo_to_dict(url)
+    return f"{facts.get('dbname', '')} at {facts.get('host', 'the local socket')}"

@@ -1,0 +1,189 @@
+"""The ledger's tables and functions in PostgreSQL, in the schema `kvmarket`.
+
+The same rules stand in both databases' schemas; see tables.py for SQLite's.
+"""
+
+from __future__ import annotations
+
+# Two processes that open a new database at once: one of them makes the tables.
+VERSION_TABLE = """
+CREATE SCHEMA IF NOT EXISTS kvmarket;
+CREATE TABLE IF NOT EXISTS kvmarket.schema_version (
+    room text PRIMARY KEY,
+    version integer NOT NULL
+);
+"""
+
+TABLES = """
+CREATE TABLE kvmarket.account (
+    id text COLLATE "C" PRIMARY KEY CHECK (length(id) BETWEEN 1 AND 128),
+    kind text NOT NULL CHECK (kind IN ('buyer', 'publisher', 'provider', 'world')),
+    may_go_negative boolean NOT NULL,
+    currency text NOT NULL CHECK (length(currency) BETWEEN 3 AND 12),
+    debits_pending bigint NOT NULL DEFAULT 0 CHECK (debits_pending >= 0),
+    credits_pending bigint NOT NULL DEFAULT 0 CHECK (credits_pending >= 0),
+    debits_posted bigint NOT NULL DEFAULT 0 CHECK (debits_posted >= 0),
+    credits_posted bigint NOT NULL DEFAULT 0 CHECK (credits_posted >= 0),
+    CHECK (may_go_negative
+        OR debits_posted::numeric + debits_pending <= credits_posted)
+) WITH (fillfactor = 50);
+CREATE TABLE kvmarket.transfer (
+    sequence bigint PRIMARY KEY,
+    id text COLLATE "C" NOT NULL UNIQUE CHECK (length(id) BETWEEN 1 AND 512),
+    kind text NOT NULL CHECK (kind IN ('plain', 'pending', 'renew', 'post', 'void', 'expire')),
+    debit text COLLATE "C" NOT NULL REFERENCES kvmarket.account (id),
+    credit text COLLATE "C" NOT NULL REFERENCES kvmarket.account (id),
+    amount_nano bigint NOT NULL CHECK (amount_nano >= 0),
+    pending_id text COLLATE "C" REFERENCES kvmarket.transfer (id),
+    timeout_s bigint NOT NULL CHECK (timeout_s >= 0),
+    code text NOT NULL,
+    user_data text NOT NULL,
+    created_at_s double precision NOT NULL,
+    CHECK (debit <> credit),
+    CHECK ((pending_id IS NULL) = (kind IN ('plain', 'pending'))),
+    CHECK ((timeout_s > 0) = (kind IN ('pending', 'renew')))
+);
+CREATE UNIQUE INDEX transfer_resolution ON kvmarket.transfer (pending_id)
+    WHERE kind IN ('post', 'void', 'expire');
+CREATE INDEX transfer_debit ON kvmarket.transfer (debit, sequence);
+CREATE INDEX transfer_credit ON kvmarket.transfer (credit, sequence);
+CREATE TABLE kvmarket.hold (
+    pending_id text COLLATE "C" PRIMARY KEY REFERENCES kvmarket.transfer (id),
+    due_at_s double precision NOT NULL
+);
+CREATE INDEX hold_due ON kvmarket.hold (due_at_s);
+CREATE TABLE kvmarket.receipt (
+    sequence bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
+    id text COLLATE "C" NOT NULL UNIQUE,
+    request_id text COLLATE "C" NOT NULL,
+    account text COLLATE "C" NOT NULL REFERENCES kvmarket.account (id),
+    document_id text COLLATE "C" NOT NULL,
+    charge_nano bigint NOT NULL CHECK (charge_nano >= 0),
+    body text NOT NULL
+);
+CREATE INDEX receipt_account ON kvmarket.receipt (account, sequence);
+CREATE INDEX receipt_request ON kvmarket.receipt (request_id);
+CREATE INDEX receipt_document ON kvmarket.receipt (document_id, sequence);
+-- Who writes a group holds this row: groups are applied one after another, by whichever machine.
+CREATE TABLE kvmarket.turn (
+    only_one boolean PRIMARY KEY DEFAULT true CHECK (only_one),
+    transfers bigint NOT NULL
+);
+INSERT INTO kvmarket.turn (transfers) VALUES (0);
+"""
+
+GUARDS = """
+CREATE FUNCTION kvmarket.refuse() RETURNS trigger LANGUAGE plpgsql AS $$
+BEGIN
+    RAISE integrity_constraint_violation USING MESSAGE = TG_ARGV[0];
+END $$;
+CREATE TRIGGER transfer_is_final BEFORE UPDATE OR DELETE ON kvmarket.transfer
+    FOR EACH ROW EXECUTE FUNCTION kvmarket.refuse('transfers never change');
+CREATE TRIGGER transfer_stays BEFORE TRUNCATE ON kvmarket.transfer
+    EXECUTE FUNCTION kvmarket.refuse('transfers are never deleted');
+CREATE TRIGGER receipt_is_final BEFORE UPDATE OR DELETE ON kvmarket.receipt
+    FOR EACH ROW EXECUTE FUNCTION kvmarket.refuse('receipts never change');
+CREATE TRIGGER receipt_stays BEFORE TRUNCATE ON kvmarket.receipt
+    EXECUTE FUNCTION kvmarket.refuse('receipts are never deleted');
+CREATE TRIGGER account_stays BEFORE DELETE ON kvmarket.account
+    FOR EACH ROW EXECUTE FUNCTION kvmarket.refuse('accounts are never deleted');
+CREATE TRIGGER account_is_itself BEFORE UPDATE ON kvmarket.account FOR EACH ROW
+    WHEN ((OLD.id, OLD.kind, OLD.may_go_negative, OLD.currency)
+        IS DISTINCT FROM (NEW.id, NEW.kind, NEW.may_go_negative, NEW.currency))
+    EXECUTE FUNCTION kvmarket.refuse('accounts keep their id, kind, limit and currency');
+CREATE FUNCTION kvmarket.check_transfer() RETURNS trigger LANGUAGE plpgsql AS $$
+BEGIN
+    IF NEW.pending_id IS NOT NULL AND NOT EXISTS (
+        SELECT FROM kvmarket.transfer AS held WHERE held.id = NEW.pending_id
+        AND held.kind = 'pending' AND held.debit = NEW.debit AND held.credit = NEW.credit
+        AND NEW.amount_nano <= CASE NEW.kind WHEN 'post' THEN held.amount_nano ELSE 0 END
+    ) THEN
+        RAISE integrity_constraint_violation
+            USING MESSAGE = 'what names a pending transfer fits it';
+    END IF;
+    IF NEW.kind = 'renew' AND EXISTS (
+        SELECT FROM kvmarket.transfer AS ended WHERE ended.pending_id = NEW.pending_id
+        AND ended.kind IN ('post', 'void', 'expire')
+    ) THEN
+        RAISE integrity_constraint_violation USING MESSAGE = 'what is over cannot be renewed';
+    END IF;
+    IF (SELECT count(DISTINCT currency) FROM kvmarket.account
+        WHERE id IN (NEW.debit, NEW.credit)) > 1 THEN
+        RAISE integrity_constraint_violation
+            USING MESSAGE = 'both accounts of a transfer have one currency';
+    END IF;
+    RETURN NEW;
+END $$;
+CREATE TRIGGER transfer_is_founded BEFORE INSERT ON kvmarket.transfer
+    FOR EACH ROW EXECUTE FUNCTION kvmarket.check_transfer();
+"""
+
+# One call finds all that a group names, and takes the turn; one call writes all that it changed.
+FUNCTIONS = """
+CREATE FUNCTION kvmarket.find(wanted json) RETURNS json LANGUAGE plpgsql AS $$
+DECLARE
+    transfer_ids text[] := ARRAY(SELECT json_array_elements_text(wanted->'transfer_ids'));
+    pending_ids text[] := ARRAY(SELECT json_array_elements_text(wanted->'pending_ids'));
+    account_ids text[] := ARRAY(SELECT json_array_elements_text(wanted->'account_ids'));
+BEGIN
+    PERFORM FROM kvmarket.turn FOR UPDATE;
+    -- A statement of its own sees what was committed before the turn was ours.
+    RETURN (
+        WITH named AS (
+            SELECT kind, id, debit, credit, amount_nano, coalesce(pending_id, '') AS pending_id,
+                timeout_s, code, user_data, created_at_s
+            FROM kvmarket.transfer WHERE id = ANY (transfer_ids)
+        ), held AS (
+            SELECT * FROM named WHERE kind = 'pending' AND id = ANY (pending_ids)
+        )
+        SELECT json_build_object(
+            'accounts', (SELECT coalesce(json_agg(account), '[]') FROM kvmarket.account
+                WHERE id = ANY (account_ids)
+                OR id IN (SELECT debit FROM held UNION SELECT credit FROM held)),
+            'transfers', (SELECT coalesce(json_agg(named), '[]') FROM named),
+            'dues', (SELECT coalesce(json_object_agg(pending_id, due_at_s), '{}')
+                FROM kvmarket.hold WHERE pending_id = ANY (pending_ids)),
+            'resolutions', (SELECT coalesce(json_agg(ended), '[]') FROM kvmarket.transfer AS ended
+                WHERE pending_id = ANY (pending_ids) AND kind IN ('post', 'void', 'expire'))
+        )
+    );
+END $$;
+CREATE FUNCTION kvmarket.keep(changes json) RETURNS void LANGUAGE plpgsql AS $$
+DECLARE
+    before bigint;
+BEGIN
+    UPDATE kvmarket.turn SET transfers = transfers + json_array_length(changes->'transfers')
+        RETURNING transfers - json_array_length(changes->'transfers') INTO before;
+    INSERT INTO kvmarket.transfer
+        SELECT before + number, id, kind, debit, credit, amount_nano, nullif(pending_id, ''),
+            timeout_s, code, user_data, created_at_s
+        FROM ROWS FROM (json_to_recordset(changes->'transfers') AS (
+            id text, kind text, debit text, credit text, amount_nano bigint, pending_id text,
+            timeout_s bigint, code text, user_data text, created_at_s double precision
+        )) WITH ORDINALITY AS given (id, kind, debit, credit, amount_nano, pending_id, timeout_s,
+            code, user_data, created_at_s, number)
+        ORDER BY number;
+    UPDATE kvmarket.account AS account SET debits_pending = given.debits_pending,
+        credits_pending = given.credits_pending, debits_posted = given.debits_posted,
+        credits_posted = given.credits_posted
+        FROM json_to_recordset(changes->'accounts') AS given (id text, debits_pending bigint,
+            credits_pending bigint, debits_posted bigint, credits_posted bigint)
+        WHERE account.id = given.id;
+    INSERT INTO kvmarket.hold
+        SELECT key, value::double precision FROM json_each_text(changes->'dues')
+        WHERE value IS NOT NULL
+        ON CONFLICT (pending_id) DO UPDATE SET due_at_s = excluded.due_at_s;
+    DELETE FROM kvmarket.hold WHERE pending_id IN (
+        SELECT key FROM json_each_text(changes->'dues') WHERE value IS NULL);
+    INSERT INTO kvmarket.receipt (id, request_id, account, document_id, charge_nano, body)
+        SELECT id, request_id, account, document_id, charge_nano, body
+        FROM ROWS FROM (json_to_recordset(changes->'receipts') AS (
+            id text, request_id text, account text, document_id text, charge_nano bigint, body text
+        )) WITH ORDINALITY AS given (id, request_id, account, document_id, charge_nano, body,
+            number)
+        ORDER BY number
+        ON CONFLICT (id) DO NOTHING;
+END $$;
+"""
+
+MIGRATIONS = (TABLES + GUARDS + FUNCTIONS,)

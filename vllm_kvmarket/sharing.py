@@ -1,0 +1,123 @@
+"""Listings in a shared object store: what one home publishes, the others sell too.
+
+Each home keeps its own catalogue and ledger; the bucket holds the chunks and, for each document on
+offer, one entry with its listing and tokens. Whoever can write to the bucket is trusted as an
+operator.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from typing import Any
+
+import msgspec
+
+from vllm_kvmarket.catalogue import Catalogue, Listing
+from vllm_kvmarket.errors import CatalogueError, KVMarketError, LedgerError, NotFoundError
+from vllm_kvmarket.identity import pack_tokens, unpack_tokens
+from vllm_kvmarket.ledger import Ledger
+from vllm_kvmarket.store import Tiers, bucket_listings
+
+FORMAT = 1
+
+logger = logging.getLogger(__name__)
+
+
+class Entry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A listing as the bucket has it; `tokens` are packed little-endian uint32."""
+
+    format: int
+    document_id: str
+    namespace: bytes
+    title: str
+    publisher: str
+    tokens: bytes
+    rendered_as: str
+    cache_read_nano_per_mtok: int | None
+    royalty_ppm: int | None
+    created_at_s: float
+    stored_bytes: int
+    expires_at_s: float | None
+
+
+def offer(store: Tiers, catalogue: Catalogue, document_id: str) -> None:
+    """Tell the other homes of a live document; nothing without an object store. Raises StoreError,
+    NotFoundError.
+    """
+    if store.objects is None:
+        return
+    listing = catalogue.get(document_id)
+    entry = Entry(
+        format=FORMAT,
+        document_id=document_id,
+        namespace=listing.namespace,
+        title=listing.title,
+        publisher=listing.publisher,
+        tokens=pack_tokens(catalogue.tokens_of(document_id)),
+        rendered_as=listing.rendered_as,
+        cache_read_nano_per_mtok=listing.cache_read_nano_per_mtok,
+        royalty_ppm=listing.royalty_ppm,
+        created_at_s=listing.created_at_s,
+        stored_bytes=listing.stored_bytes,
+        expires_at_s=listing.expires_at_s,
+    )
+    bucket_listings.publish_listing(store.objects, msgspec.msgpack.encode(entry), document_id)
+
+
+def withdraw(store: Tiers, document_id: str) -> None:
+    """Tell the other homes no more of a document. Raises StoreError."""
+    if store.objects is not None:
+        bucket_listings.withdraw_listing(store.objects, document_id)
+
+
+class Directory:
+    """Keeps a home's catalogue in step with the bucket's entries; used by one thread."""
+
+    def __init__(self, store: Tiers, catalogue: Catalogue, ledger: Ledger) -> None:
+        self._store = store
+        self._catalogue = catalogue
+        self._ledger = ledger
+        self._seen: set[str] = set()
+
+    def sync(self) -> int:
+        """Put on offer here what other homes published, delist what they withdrew; how many were
+        new.
+
+        An entry that cannot be read is skipped with a warning. Raises StoreError when the object
+        store does not answer.
+        """
+        if self._store.objects is None:
+            return 0
+        there = bucket_listings.listed_documents(self._store.objects)
+        adopted = 0
+        for document_id in sorted(there - self._seen):
+            try:
+                adopted += self._adopt(document_id)
+            except (KVMarketError, msgspec.MsgspecError, ValueError) as error:
+                logger.warning("kvmarket: the bucket's entry %s: %s", document_id, error)
+        for document_id in self._seen - there:
+            with contextlib.suppress(NotFoundError):
+                self._catalogue.delist(document_id)
+        self._seen = there
+        return adopted
+
+    def _adopt(self, document_id: str) -> bool:
+        with contextlib.suppress(NotFoundError):
+            if self._catalogue.get(document_id).state != "failed":
+                return False
+        assert self._store.objects is not None
+        encoded = bucket_listings.read_listing(self._store.objects, document_id)
+        if encoded is None:
+            return False
+        entry = msgspec.msgpack.decode(encoded, type=Entry)
+        if entry.format != FORMAT or entry.document_id != document_id:
+            raise CatalogueError("not an entry of this format and name")
+        tokens = unpack_tokens(entry.tokens)
+        facts: dict[str, Any] = msgspec.structs.asdict(entry)
+        del facts["format"], facts["tokens"]
+        # An account of that name and another kind stays what it is, and earns the royalty.
+        with contextlib.suppress(LedgerError):
+            self._ledger.create_account(entry.publisher, "publisher")
+        listing = Listing(**facts, token_count=len(tokens))
+        return self._catalogue.adopt(listing, tokens).state == "live"

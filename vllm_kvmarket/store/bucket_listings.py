@@ -1,0 +1,94 @@
+"""A directory in the bucket: which documents the homes that share it have on offer.
+
+One object a document under `listings/`, opaque here. A document's chunks are uploaded before its
+entry is, and the entry goes before they do.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Iterator, Set
+
+from vllm_kvmarket.store.names import share_of
+from vllm_kvmarket.store.objects import ObjectTier
+
+PREFIX = "listings"
+# Longer than tiers.FRESH_S and the longest publication together.
+GRACE_S = 24 * 3600.0
+_ID = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,199}")
+
+
+def publish_listing(tier: ObjectTier, entry: bytes, document_id: str) -> None:
+    """Put a document's entry into the bucket, in place of what was there.
+
+    Raises StoreError; ValueError for an id that cannot be an object's name.
+    """
+    tier.put_bytes(_name(document_id), entry)
+
+
+def withdraw_listing(tier: ObjectTier, document_id: str) -> None:
+    """Remove a document's entry if there is one. Raises as `publish_listing`."""
+    tier.delete(_name(document_id))
+
+
+def listed_documents(tier: ObjectTier) -> set[str]:
+    """Ids of all documents that have an entry. Raises StoreError."""
+    names = (name.rpartition("/") for name in tier.names(PREFIX))
+    return {last for folder, _, last in names if folder == PREFIX and _ID.fullmatch(last)}
+
+
+def read_listing(tier: ObjectTier, document_id: str) -> bytes | None:
+    """A document's entry; None when there is none. Raises as `publish_listing`."""
+    return tier.get_bytes(_name(document_id))
+
+
+def read_listings(tier: ObjectTier) -> Iterator[tuple[str, bytes]]:
+    """Every document's id and entry, in order of the ids. Raises StoreError."""
+    for document_id in sorted(listed_documents(tier)):
+        entry = read_listing(tier, document_id)
+        # Withdrawn meanwhile.
+        if entry is not None:
+            yield document_id, entry
+
+
+def collect(
+    tier: ObjectTier, needed: Set[bytes], grace_s: float = GRACE_S, *, dry_run: bool = False
+) -> list[str]:
+    """Delete chunks that no listing needs; the names of their objects, in order.
+
+    `needed`: keys of every chunk of every entry, read before this is called. What was written less
+    than `grace_s` ago stays: its document may be about to be listed. A publisher that relies on an
+    older object writes it again (tiers.FRESH_S, which `grace_s` must exceed by the time that
+    publishing takes). Raises StoreError; what was deleted until then is gone.
+    """
+    written_before_s = time.time() - grace_s
+    unneeded = sorted(
+        facts.name
+        for facts in tier.entries()
+        if facts.modified_s < written_before_s and _is_unneeded(facts.name, needed)
+    )
+    if dry_run:
+        return unneeded
+    deleted = []
+    for name in unneeded:
+        # The list may be old by now.
+        facts = tier.facts(name)
+        if facts is not None and facts.modified_s < written_before_s:
+            tier.delete(name)
+            deleted.append(name)
+    return deleted
+
+
+def _is_unneeded(name: str, needed: Set[bytes]) -> bool:
+    folder, _, last = name.rpartition("/")
+    # What is no chunk, or set aside, is none of ours to delete.
+    if share_of(last) is None or folder != last[:2]:
+        return False
+    return bytes.fromhex(last[:64]) not in needed
+
+
+def _name(document_id: str) -> str:
+    if not _ID.fullmatch(document_id):
+        raise ValueError(f"{document_id!r} cannot be an object's name; use letters, digits, . _ -")
+    return f"{PREFIX}/{document_id}"

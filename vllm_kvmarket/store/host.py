@@ -1,0 +1,302 @@
+"""The host-memory tier: decoded, verified pages of hot chunks, as one engine lays them out.
+
+One buffer a chunk, layer after layer, each layer's pages one after another. Memory that a chunk
+gives up is kept for the next one of its size: on a GPU's host it is pinned, which takes longer to
+get than to fill.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Self
+
+from vllm_kvmarket.store.chunkfile import Bytes
+from vllm_kvmarket.store.layout import ChunkLayout
+from vllm_kvmarket.store.reader import aligned_empty
+
+# Keys of chunks that were loaded once: who comes back within this many others is hot.
+REMEMBERED_KEYS = 4096
+# What was prefetched for a request that waits is not given up for another prefetch; not for ever,
+# as the request may have been aborted.
+PREFETCH_KEPT_S = 60.0
+
+
+def layers_of(buffer: Bytes, layout: ChunkLayout, page_count: int) -> list[Bytes]:
+    """Cut a chunk's buffer into its layers: views, uint8 (page_count * page_bytes,) each."""
+    layers = []
+    start = 0
+    for layer in layout.layers:
+        stop = start + page_count * layer.page_bytes
+        layers.append(buffer[start:stop])
+        start = stop
+    return layers
+
+
+@dataclass(frozen=True, slots=True)
+class HostUsage:
+    """The tier as it stands: bytes allocated, of at most `capacity_bytes`, for so many chunks."""
+
+    bytes_used: int
+    capacity_bytes: int
+    chunks: int
+
+
+@dataclass(slots=True, eq=False)
+class _Entry:
+    buffer: Bytes
+    users: int
+    kept_until_s: float = 0.0
+    dropped: bool = False
+
+
+class HeldPages:
+    """A chunk's pages, which stay as they are until the `with` ends: uint8 (bytes,), read only."""
+
+    def __init__(self, tier: HostTier, entry: _Entry) -> None:
+        self._tier = tier
+        self._entry = entry
+
+    def __enter__(self) -> Bytes:
+        return self._entry.buffer
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._tier._release(self._entry)
+
+
+class Filling:
+    """One chunk on its way into the tier; use it in a `with`, in the thread that began it.
+
+    `room`, fill, `keep`: from then on others can hold the chunk, and its bytes must not change. A
+    `with` that ends without `keep` gives the room back.
+    """
+
+    def __init__(self, tier: HostTier, key: bytes, *, prefetched: bool) -> None:
+        self._tier = tier
+        self._key = key
+        self._prefetched = prefetched
+        self._entry: _Entry | None = None
+        self._kept = False
+
+    def room(self, size: int) -> Bytes | None:
+        """Memory for the chunk, uint8 (size,) of any content; None when there is none to be had.
+
+        Gives up what is unused, least recently used first, or nothing at all. Raises what
+        `allocate` raises, MemoryError apart.
+        """
+        assert self._entry is None, "one chunk has one room"
+        buffer = self._tier._claim(size, prefetching=self._prefetched)
+        if buffer is None:
+            return None
+        self._entry = _Entry(buffer, users=1)
+        return buffer
+
+    def keep(self) -> None:
+        """The room holds the verified chunk: let others have it."""
+        assert self._entry is not None, "there is nothing to keep"
+        if self._prefetched:
+            self._entry.kept_until_s = time.monotonic() + PREFETCH_KEPT_S
+        self._kept = True
+        self._tier._keep(self._key, self._entry)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if not self._kept:
+            self._tier._abandon(self._key, self._entry)
+        elif self._entry is not None:
+            self._tier._release(self._entry)
+
+
+class HostTier:
+    """At most `capacity_bytes` of what `allocate` gives; thread-safe. A capacity of 0 turns it off.
+
+    `allocate` takes bytes and gives uint8 (bytes,); it raises MemoryError when it cannot.
+    """
+
+    def __init__(
+        self, capacity_bytes: int, allocate: Callable[[int], Bytes] = aligned_empty
+    ) -> None:
+        self._capacity = capacity_bytes
+        self._allocate = allocate
+        self._changed = threading.Condition()
+        self._entries: OrderedDict[bytes, _Entry] = OrderedDict()  # least recently used first
+        self._filling: set[bytes] = set()
+        self._spare: list[Bytes] = []
+        self._remembered: OrderedDict[bytes, None] = OrderedDict()
+        self._allocated = 0  # counted before it is allocated, until it is freed
+        self._idle = 0  # of it, what could be given up now: unused entries and spare buffers
+
+    @property
+    def is_on(self) -> bool:
+        """Whether it can hold anything at all."""
+        return self._capacity > 0
+
+    def usage(self) -> HostUsage:
+        """How full it is."""
+        with self._changed:
+            return HostUsage(self._allocated, self._capacity, len(self._entries))
+
+    def is_hot(self, key: bytes) -> bool:
+        """Whether this load of a chunk is not its first in recent memory; remembers it. Mutates."""
+        if not self.is_on:
+            return False
+        with self._changed:
+            hot = key in self._remembered
+            self._remembered[key] = None
+            self._remembered.move_to_end(key)
+            if len(self._remembered) > REMEMBERED_KEYS:
+                self._remembered.popitem(last=False)
+            return hot
+
+    def has(self, key: bytes) -> bool:
+        """Whether the chunk is here, or on its way."""
+        with self._changed:
+            return key in self._entries or key in self._filling
+
+    def hold(self, key: bytes, wait_s: float = 0.0) -> HeldPages | None:
+        """The chunk's pages, to be used in a `with`; None when they are not here.
+
+        Waits for a chunk that is on its way, at most `wait_s`.
+        """
+        if not self.is_on:
+            return None
+        with self._changed:
+            if wait_s > 0 and key in self._filling:
+                self._changed.wait_for(lambda: key not in self._filling, wait_s)
+            entry = self._entries.get(key)
+            if entry is None:
+                return None
+            self._entries.move_to_end(key)
+            entry.kept_until_s = 0.0
+            if entry.users == 0:
+                self._idle -= entry.buffer.nbytes
+            entry.users += 1
+            return HeldPages(self, entry)
+
+    def begin(self, key: bytes, *, prefetched: bool = False) -> Filling | None:
+        """Announce that the caller brings this chunk; None when it is here, or someone else does.
+
+        A prefetched chunk is not given up for other prefetches until it was held once, or
+        PREFETCH_KEPT_S have passed.
+        """
+        if not self.is_on:
+            return None
+        with self._changed:
+            if key in self._entries or key in self._filling:
+                return None
+            self._filling.add(key)
+            return Filling(self, key, prefetched=prefetched)
+
+    def drop(self, key: bytes) -> None:
+        """Forget a chunk, if it is here. Who holds it can go on; its memory counts until then."""
+        with self._changed:
+            entry = self._entries.pop(key, None)
+            self._remembered.pop(key, None)
+            if entry is None:
+                return
+            entry.dropped = True
+            if entry.users == 0:
+                self._spare.append(entry.buffer)
+
+    def _claim(self, size: int, *, prefetching: bool) -> Bytes | None:
+        with self._changed:
+            for index, buffer in enumerate(self._spare):
+                if buffer.nbytes == size:
+                    self._idle -= size
+                    return self._spare.pop(index)
+            victims = self._victims(size, prefetching=prefetching)
+            if victims is None:
+                return None
+            reusable: Bytes | None = None
+            for key in victims:
+                buffer = self._entries.pop(key).buffer
+                self._idle -= buffer.nbytes
+                if buffer.nbytes == size and reusable is None:
+                    reusable = buffer
+                else:
+                    self._allocated -= buffer.nbytes
+            if reusable is not None:
+                return reusable
+            self._allocated += size
+        try:
+            return self._allocate(size)
+        except BaseException as error:
+            with self._changed:
+                self._allocated -= size
+            if isinstance(error, MemoryError):
+                return None
+            raise
+
+    def _victims(self, size: int, *, prefetching: bool) -> list[bytes] | None:
+        """Which chunks go so that `size` fits, spare memory before them; None: it cannot fit.
+
+        Frees spare memory only when that helps. The lock is held.
+        """
+        excess = self._allocated + size - self._capacity
+        if excess > self._idle:
+            return None
+        now = time.monotonic()
+        excess -= sum(buffer.nbytes for buffer in self._spare)
+        victims = []
+        for key, entry in self._entries.items():
+            if excess <= 0:
+                break
+            if entry.users == 0 and not (prefetching and entry.kept_until_s > now):
+                victims.append(key)
+                excess -= entry.buffer.nbytes
+        if excess > 0:
+            return None
+        while self._spare and self._allocated + size > self._capacity:
+            freed = self._spare.pop().nbytes
+            self._allocated -= freed
+            self._idle -= freed
+        return victims
+
+    def _keep(self, key: bytes, entry: _Entry) -> None:
+        with self._changed:
+            self._filling.discard(key)
+            self._entries[key] = entry
+            self._changed.notify_all()
+
+    def _abandon(self, key: bytes, entry: _Entry | None) -> None:
+        with self._changed:
+            self._filling.discard(key)
+            if entry is not None:
+                self._spare.append(entry.buffer)
+                self._idle += entry.buffer.nbytes
+            self._changed.notify_all()
+
+    def _release(self, entry: _Entry) -> None:
+        with self._changed:
+            entry.users -= 1
+            if entry.users == 0:
+                self._idle += entry.buffer.nbytes
+                if entry.dropped:
+                    self._spare.append(entry.buffer)
+
+    def check_integrity(self) -> None:
+        """Raise AssertionError when the counts do not add up; for tests, when nothing is filled."""
+        with self._changed:
+            entries = list(self._entries.values())
+            spare = sum(buffer.nbytes for buffer in self._spare)
+            idle = spare + sum(entry.buffer.nbytes for entry in entries if entry.users == 0)
+            held = sum(entry.buffer.nbytes for entry in entries if entry.users)
+            assert 0 <= self._allocated <= self._capacity, "more memory than allowed"
+            assert idle == self._idle, "what is idle is counted wrong"
+            assert idle + held <= self._allocated, "memory that nobody counted"

@@ -1,0 +1,297 @@
+"""The object tier: chunk files in a bucket, through obstore, and never a wait without an end.
+
+Every call has one deadline over all its attempts. A call that is not answered within it raises
+StoreError, and opens a circuit breaker: for a few seconds every further call fails at once.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import os
+from collections.abc import Awaitable, Callable, Iterator, Mapping
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any, cast
+
+import obstore
+import obstore.exceptions
+
+from vllm_kvmarket.errors import StoreError
+from vllm_kvmarket.store.names import chunk_name, share_of
+from vllm_kvmarket.store.object_calls import Calls, connect, local_root
+
+# One request of a download; large enough that a request's round trip does not count.
+PART_BYTES = 4 << 20
+# Beyond this an upload is cut into parts, which the bucket joins.
+_SINGLE_PUT_BYTES = 32 << 20
+# Nobody waits for a token while a chunk is uploaded: a slow line gets longer.
+_SLOWEST_UPLOAD_BYTES_PER_S = 1 << 20
+# Listings and the like; whoever can write to the bucket must not fill our memory.
+MAX_DOCUMENT_BYTES = 64 << 20
+QUARANTINE_PREFIX = "quarantine"
+_LISTED_AT_ONCE = 1000
+
+
+class ObjectReplacedError(StoreError):
+    """Somebody replaced the object while it was read; read it again."""
+
+
+@dataclass(frozen=True, slots=True)
+class ObjectFacts:
+    """What a bucket says of an object: name, bytes, when it was written (Unix), which content.
+
+    `version` is equal for equal content and differs, as a rule, for other content (an ETag); None
+    when the bucket does not say.
+    """
+
+    name: str
+    size: int
+    modified_s: float
+    version: str | None
+
+
+class ObjectTier:
+    """Objects below one URL; thread-safe. The first call connects, not the constructor.
+
+    `threads`: requests that are under way at once. Every method raises StoreError when the store
+    refuses or does not answer; those with `until_s`, a value of time.monotonic(), end by then, the
+    others within `timeout_s`, and an upload within that and a second a MiB.
+
+    Not to be used by a process that was forked from one that has used it.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        options: Mapping[str, str] | None = None,
+        *,
+        timeout_s: float = 10.0,
+        threads: int = 4,
+    ) -> None:
+        """See obstore for `options`. Raises ConfigError when they or the URL cannot be right."""
+        self.url = url
+        self.timeout_s = timeout_s
+        self._threads = threads
+        self._store = connect(url, options or {}, timeout_s)
+        self._root = local_root(url)
+        self._calls = Calls(url, timeout_s=timeout_s, at_once=threads)
+
+    def close(self) -> None:
+        """End what is under way; its callers get a StoreError. May be called twice."""
+        self._calls.close()
+
+    # Chunks
+
+    def upload(self, name: str, path: Path) -> int:
+        """Store a file durably under `name`, whatever was there; how many bytes it has.
+
+        Raises FileNotFoundError when there is no such file.
+        """
+        content = path.read_bytes()
+        self._put(name, content)
+        return len(content)
+
+    def download(
+        self,
+        name: str,
+        descriptor: int,
+        size: int,
+        *,
+        version: str | None = None,
+        until_s: float | None = None,
+    ) -> None:
+        """Write an object of `size` bytes to a file, from its start; several ranges at once.
+
+        Nothing is verified but the size. When `version` is given, an object that has become another
+        raises ObjectReplacedError. After an error the file holds anything.
+        """
+        ranges = [
+            (start, min(start + PART_BYTES, size)) for start in range(0, size, PART_BYTES)
+        ] or [(0, 0)]
+
+        async def fetch_all() -> None:
+            # A file of its own: what comes late must not be written to whatever the caller opens
+            # next under the same number.
+            own = os.dup(descriptor)
+            try:
+                async with asyncio.TaskGroup() as tasks:
+                    for start, stop in ranges:
+                        tasks.create_task(self._fetch(name, own, start, stop, size, version))
+            finally:
+                os.close(own)
+
+        try:
+            self._calls.run(fetch_all, name, until_s=until_s)
+        except FileNotFoundError:
+            raise ObjectReplacedError(f"{name}: deleted while it was read; try again") from None
+
+    async def _fetch(  # noqa: PLR0917  # ruff counts the instance
+        self, name: str, descriptor: int, start: int, stop: int, size: int, version: str | None
+    ) -> None:
+        options: dict[str, Any] = {} if version is None else {"if_match": version}
+        if stop > start:
+            options["range"] = (start, stop)
+
+        async def get() -> Any:
+            answer = await obstore.get_async(self._store, name, options=cast("Any", options))
+            if answer.meta["size"] != size:
+                return None
+            return await answer.bytes_async()
+
+        try:
+            content = await self._calls.attempt(get)
+        except obstore.exceptions.PreconditionError:
+            content = None
+        if content is None or len(content) != stop - start:
+            raise ObjectReplacedError(f"{name}: replaced while it was read; try again")
+        view = memoryview(content)
+        while view.nbytes:
+            done = os.pwrite(descriptor, view, start)
+            view, start = view[done:], start + done
+
+    def facts(self, name: str, *, until_s: float | None = None) -> ObjectFacts | None:
+        """What the bucket says of an object; None when there is none."""
+        try:
+            found = self._run(lambda: obstore.head_async(self._store, name), name, until_s=until_s)
+        except FileNotFoundError:
+            return None
+        return _facts(found)
+
+    def head(self, name: str) -> int | None:
+        """An object's size in bytes; None when there is none."""
+        facts = self.facts(name)
+        return None if facts is None else facts.size
+
+    def shares(self, key: bytes) -> list[tuple[int, int]]:
+        """(rank, world_size) of each object of a chunk, in order."""
+        folder, _, name = chunk_name(key).partition("/")
+        stem = name[: 2 * len(key)]
+        # Names of shares follow the stem. Not every store lists in order: all behind it are read.
+        names = (facts.name for facts in self.entries(folder, after=f"{folder}/{stem}"))
+        found = (share_of(name.rpartition("/")[2]) for name in names if stem in name)
+        return sorted(share for share in found if share is not None)
+
+    def quarantine(self, name: str, version: str | None) -> bool:
+        """Set a damaged object aside, below `quarantine/`, if it is still that one; whether it was.
+
+        It stays there until somebody deletes it.
+        """
+        facts = self.facts(name)
+        if facts is None or facts.version != version:
+            return False
+        aside = f"{QUARANTINE_PREFIX}/{name}"
+        try:
+            self._run(lambda: obstore.rename_async(self._store, name, aside), name)
+        except FileNotFoundError:
+            return False
+        return True
+
+    # Anything
+
+    def put_bytes(self, name: str, content: bytes) -> None:
+        """Store a small document durably, whatever was there."""
+        self._put(name, content)
+
+    def get_bytes(self, name: str) -> bytes | None:
+        """A small document; None when there is none."""
+
+        async def get() -> bytes | None:
+            answer = await obstore.get_async(self._store, name)
+            if answer.meta["size"] > MAX_DOCUMENT_BYTES:
+                return None
+            return bytes(await answer.bytes_async())
+
+        try:
+            content: bytes | None = self._run(get, name)
+        except FileNotFoundError:
+            return None
+        if content is None:
+            raise StoreError(
+                f"{name}: more than {MAX_DOCUMENT_BYTES} bytes, too many for a document; "
+                "delete the object"
+            )
+        return content
+
+    def delete(self, name: str) -> None:
+        """Remove an object if there is one."""
+        try:
+            self._run(lambda: obstore.delete_async(self._store, name), name)
+        except FileNotFoundError:
+            return
+
+    def names(self, prefix: str = "") -> Iterator[str]:
+        """Names of all objects in a folder and those below, "" for all; in no order."""
+        return (facts.name for facts in self.entries(prefix))
+
+    def entries(self, prefix: str = "", *, after: str | None = None) -> Iterator[ObjectFacts]:
+        """As `names`, with what the bucket says of them; only those behind `after` if given.
+
+        Each thousand of them has a deadline of its own.
+        """
+
+        async def begin() -> tuple[Any, Any]:
+            stream = obstore.list(
+                self._store, prefix or None, offset=after, chunk_size=_LISTED_AT_ONCE
+            )
+            batches = aiter(stream)
+            return batches, await anext(batches, None)
+
+        batches, batch = self._run(begin, prefix or "/")
+        while batch is not None:
+            yield from (_facts(found) for found in batch)
+            # Cannot be repeated: it may go on where it failed, or behind that.
+            batch = self._calls.run(lambda: anext(batches, None), prefix or "/")
+
+    def _put(self, name: str, content: bytes) -> None:
+        put = lambda: obstore.put_async(  # noqa: E731
+            self._store,
+            name,
+            content,
+            use_multipart=len(content) > _SINGLE_PUT_BYTES,
+            chunk_size=_SINGLE_PUT_BYTES // 2,
+            max_concurrency=self._threads,
+        )
+        patience_s = self.timeout_s + len(content) / _SLOWEST_UPLOAD_BYTES_PER_S
+        try:
+            self._run(put, name, timeout_s=patience_s)
+        except FileNotFoundError as error:
+            raise StoreError(
+                f"{name}: cannot be stored in {self.url}, which is not there; make the bucket"
+            ) from error
+        if self._root is not None:
+            _sync_to_disk(self._root, self._root / name)
+
+    def _run(
+        self,
+        call: Callable[[], Awaitable[Any]],
+        what: str,
+        *,
+        until_s: float | None = None,
+        timeout_s: float | None = None,
+    ) -> Any:
+        return self._calls.run(
+            lambda: self._calls.attempt(call, timeout_s),
+            what,
+            until_s=until_s,
+            timeout_s=timeout_s,
+        )
+
+
+def _facts(found: Any) -> ObjectFacts:
+    written: datetime = found["last_modified"]
+    return ObjectFacts(found["path"], found["size"], written.timestamp(), found["e_tag"])
+
+
+def _sync_to_disk(root: Path, file: Path) -> None:
+    """Make a file below a folder durable, which obstore leaves to the kernel. Raises StoreError."""
+    try:
+        for path in itertools.takewhile(lambda path: path != root.parent, (file, *file.parents)):
+            descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+    except OSError as error:
+        raise StoreError(f"{file}: cannot be made durable ({error.strerror})") from error

@@ -1,0 +1,355 @@
+"""The tiers below memory as one store: the disk, and an object store behind it where there is one.
+
+With an object store, that is where chunks are kept for good, and the disk is a bounded cache of it:
+what is not on the disk is fetched, verified and then read from there; what is damaged there is
+fetched again. Machines share the bucket, so `keys` and `delete` speak of this machine's disk alone;
+bucket_listings.collect cleans the bucket.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
+from functools import partial
+from pathlib import Path
+from types import TracebackType
+from typing import NamedTuple, Self
+
+from vllm_kvmarket.errors import ChunkDamagedError, ChunkMissingError, StoreError
+from vllm_kvmarket.store.chunkfile import Bytes
+from vllm_kvmarket.store.disk import DiskStore
+from vllm_kvmarket.store.layout import ChunkLayout
+from vllm_kvmarket.store.mirrored import MirroredChunk
+from vllm_kvmarket.store.names import chunk_name
+from vllm_kvmarket.store.objects import ObjectFacts, ObjectReplacedError, ObjectTier
+from vllm_kvmarket.store.quarantine import Quarantined
+from vllm_kvmarket.store.quota import StoreUsage
+from vllm_kvmarket.store.reader import StoredChunk
+
+# An object that a publisher relies on was written less than this ago, else it is written again: the
+# bucket's garbage collection goes by an object's age, and leaves young ones alone.
+FRESH_S = 6 * 3600.0
+_ATTEMPTS = 2
+
+
+class Share(NamedTuple):
+    """One rank's file of a chunk."""
+
+    key: bytes
+    rank: int
+    world_size: int
+
+    @property
+    def name(self) -> str:
+        """The object's name, and the file's below the store's folder."""
+        return chunk_name(self.key, self.rank, self.world_size)
+
+
+OpenChunk = StoredChunk | MirroredChunk
+
+
+class Tiers:
+    """Chunks on the disk and, where there is one, in the object store; thread-safe.
+
+    Without an object store every method is the disk's.
+    """
+
+    def __init__(self, disk: DiskStore, objects: ObjectTier | None = None) -> None:
+        self.disk = disk
+        self.objects = objects
+        self._lock = threading.Lock()
+        self._fetching: dict[str, Future[None]] = {}
+
+    def close(self) -> None:
+        """End what is under way with the object store; may be called twice."""
+        if self.objects is not None:
+            self.objects.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    # Writing
+
+    def put(
+        self,
+        *,
+        key: bytes,
+        parent: bytes,
+        namespace: bytes,
+        tokens: bytes,
+        layout: ChunkLayout,
+        layers: Sequence[Sequence[Bytes]],
+    ) -> int:
+        """Store a chunk durably; how many bytes were written, 0 when it was there already.
+
+        As DiskStore.put. With an object store this returns when that has the chunk, and raises
+        StoreError when it does not: the copy on the disk then stays, and a later put uploads it.
+        """
+        written = self.disk.put(
+            key=key, parent=parent, namespace=namespace, tokens=tokens, layout=layout, layers=layers
+        )
+        if self.objects is None:
+            return written
+        share = Share(key, layout.rank, layout.world_size)
+        return max(written, self._upload(self.objects, share, is_new=written > 0))
+
+    @contextlib.contextmanager
+    def receive(self, key: bytes, rank: int, world_size: int, size: int) -> Iterator[int]:
+        """Take in a chunk's file from elsewhere, as DiskStore.receive, then upload it."""
+        with self.disk.receive(key, rank, world_size, size) as descriptor:
+            yield descriptor
+        if self.objects is not None:
+            self._upload(self.objects, Share(key, rank, world_size), is_new=True)
+
+    def keep(self, key: bytes, rank: int = 0, world_size: int = 1) -> bool:
+        """Make sure that a chunk's file stays where chunks are kept for good; False: `put` it.
+
+        For whoever goes without `put`, as the chunk can be used already, and promises it to others:
+        its file may not be durable yet, be on this disk only, or be an object that nothing has
+        needed until now. Raises StoreError.
+        """
+        share = Share(key, rank, world_size)
+        try:
+            if self.objects is None:
+                if not self.disk.has(*share):
+                    return False
+                self.disk.make_durable(key)
+                return True
+            facts = self.objects.facts(share.name)
+            if facts is not None and _is_fresh(facts):
+                return True
+            self.fetch(*share)
+        except ChunkMissingError:
+            return False
+        self._upload(self.objects, share, is_new=True)
+        return True
+
+    def _upload(self, objects: ObjectTier, share: Share, *, is_new: bool) -> int:
+        """Upload a file that is whole, unless the same object is there; how many bytes."""
+        path = self.disk.path(*share)
+        try:
+            if not is_new:
+                facts = objects.facts(share.name)
+                if facts is not None and facts.size == path.stat().st_size and _is_fresh(facts):
+                    return 0
+            return objects.upload(share.name, path)
+        except FileNotFoundError:
+            raise StoreError(
+                f"{share.name}: left the disk before it was uploaded; make the disk quota larger, "
+                "then publish the document again"
+            ) from None
+
+    # Reading
+
+    def open(self, key: bytes, layout: ChunkLayout, namespace: bytes) -> OpenChunk:
+        """Open a chunk for loading into this layout; close it again, or use it in a `with`.
+
+        As DiskStore.open. With an object store, a chunk that is not on the disk, or damaged there,
+        is fetched first, which takes no longer than the object store's deadline. Raises
+        ChunkMissingError when it is nowhere, ChunkDamagedError when the object is damaged too,
+        LayoutMismatchError, StoreError, StoreFullError when the disk has no room for it.
+        """
+        if self.objects is None:
+            return self.disk.open(key, layout, namespace)
+        share = Share(key, layout.rank, layout.world_size)
+        return self._open(share, partial(self.disk.open, key, layout, namespace))
+
+    def open_share(
+        self, key: bytes, rank: int, world_size: int, namespace: bytes | None = None
+    ) -> OpenChunk:
+        """Open one rank's file of a chunk in whatever layout it is; see `open`."""
+        if self.objects is None:
+            return self.disk.open_share(key, rank, world_size, namespace)
+        share = Share(key, rank, world_size)
+        return self._open(share, partial(self.disk.open_share, *share, namespace))
+
+    def _open(self, share: Share, open_file: Callable[[], StoredChunk]) -> MirroredChunk:
+        replace = partial(self._replace, share, open_file)
+        try:
+            chunk = open_file()
+        except ChunkMissingError:
+            chunk = self._fetch_and_open(share, open_file)
+        except ChunkDamagedError as error:
+            chunk = replace(error)
+        return MirroredChunk(chunk, replace)
+
+    def _fetch_and_open(self, share: Share, open_file: Callable[[], StoredChunk]) -> StoredChunk:
+        self.fetch(*share)
+        try:
+            return open_file()
+        except ChunkMissingError:
+            # A small cache may have given it up in between, for another chunk.
+            self.fetch(*share)
+            return open_file()
+
+    def _replace(
+        self, share: Share, open_file: Callable[[], StoredChunk], error: ChunkDamagedError
+    ) -> StoredChunk:
+        self.disk.quarantine(*share, str(error))
+        return self._fetch_and_open(share, open_file)
+
+    def fetch(self, key: bytes, rank: int = 0, world_size: int = 1) -> bool:
+        """Bring a chunk's file onto the disk; whether it was downloaded, by whomever.
+
+        Threads that ask for the same file at once download it once. Raises as `open`.
+        """
+        share = Share(key, rank, world_size)
+        if self.disk.has(*share):
+            return False
+        if self.objects is None:
+            raise ChunkMissingError(
+                f"{share.name}: no such chunk in the store; publish its document again"
+            )
+        mine: Future[None] = Future()
+        with self._lock:
+            running = self._fetching.setdefault(share.name, mine)
+        if running is not mine:
+            running.result()
+            return True
+        try:
+            self._download(self.objects, share)
+        except BaseException as error:
+            mine.set_exception(error)
+            raise
+        else:
+            mine.set_result(None)
+        finally:
+            with self._lock:
+                del self._fetching[share.name]
+        return True
+
+    def _download(self, objects: ObjectTier, share: Share) -> None:
+        until_s = time.monotonic() + objects.timeout_s
+        for attempt in range(1, _ATTEMPTS + 1):
+            facts = objects.facts(share.name, until_s=until_s)
+            if facts is None:
+                raise ChunkMissingError(
+                    f"{share.name}: neither on the disk nor in the object store; "
+                    "publish its document again"
+                )
+            try:
+                with self.disk.receive(*share, facts.size) as descriptor:
+                    objects.download(
+                        share.name, descriptor, facts.size, version=facts.version, until_s=until_s
+                    )
+            except ObjectReplacedError:
+                # By another publisher of the same chunk.
+                if attempt == _ATTEMPTS:
+                    raise
+            except ChunkDamagedError:
+                # The second time it was not damaged on its way here.
+                if attempt == _ATTEMPTS:
+                    objects.quarantine(share.name, facts.version)
+                    raise
+            else:
+                return
+
+    def has(self, key: bytes, rank: int = 0, world_size: int = 1) -> bool:
+        """Whether there is a file or an object for this chunk; it may be damaged.
+
+        Raises StoreError when the object store has to be asked and does not answer.
+        """
+        if self.disk.has(key, rank, world_size):
+            return True
+        if self.objects is None:
+            return False
+        return self.objects.head(chunk_name(key, rank, world_size)) is not None
+
+    def shares(self, key: bytes) -> list[tuple[int, int]]:
+        """(rank, world_size) of every file and object of a chunk, in order.
+
+        The object store is asked when the disk does not have every rank's. Raises StoreError.
+        """
+        on_disk = self.disk.shares(key)
+        if self.objects is None or any(
+            {(rank, size) for rank in range(size)} <= set(on_disk) for _, size in on_disk
+        ):
+            return on_disk
+        return sorted({*on_disk, *self.objects.shares(key)})
+
+    def verify(self, key: bytes) -> None:
+        """Check every byte of every rank's share of a chunk.
+
+        With an object store: what is damaged on the disk is fetched again, what is not there is
+        fetched, and a chunk on this disk alone is a ChunkMissingError.
+
+        Raises as DiskStore.verify.
+        """
+        if self.objects is None:
+            self.disk.verify(key)
+            return
+        shares = sorted({*self.disk.shares(key), *self.objects.shares(key)})
+        if not shares:
+            raise ChunkMissingError(
+                f"{key.hex()}: neither on the disk nor in the object store; "
+                "publish its document again"
+            )
+        for rank, world_size in shares:
+            with self.open_share(key, rank, world_size) as chunk:
+                chunk.verify()
+            name = chunk_name(key, rank, world_size)
+            if self.objects.head(name) is None:
+                raise ChunkMissingError(
+                    f"{name}: on this disk only, not in the object store; "
+                    "publish its document again"
+                )
+
+    # This machine's disk
+
+    @property
+    def root(self) -> Path:
+        """The disk's folder."""
+        return self.disk.root
+
+    def path(self, key: bytes, rank: int = 0, world_size: int = 1) -> Path:
+        """Where a chunk's file is on the disk, or would be; `fetch` brings it there."""
+        return self.disk.path(key, rank, world_size)
+
+    location = path
+
+    def keys(self) -> Iterator[bytes]:
+        """Every chunk that has a file on the disk, whole or damaged, in order of its key."""
+        return self.disk.keys()
+
+    def delete(self, key: bytes) -> None:
+        """Remove a chunk's files from the disk; readers that have it open can go on."""
+        self.disk.delete(key)
+
+    def quarantine(self, key: bytes, rank: int, world_size: int, reason: str) -> bool:
+        """Set a damaged file on the disk aside; see DiskStore.quarantine."""
+        return self.disk.quarantine(key, rank, world_size, reason)
+
+    def usage(self) -> StoreUsage:
+        """What the disk holds, and how much it may."""
+        return self.disk.usage()
+
+    def bytes_used(self) -> int:
+        """Bytes of all chunk files on the disk."""
+        return self.disk.bytes_used()
+
+    def sweep_temporary(self, older_than_s: float = 0.0) -> int:
+        """Remove from the disk what writers that died left behind; how many files."""
+        return self.disk.sweep_temporary(older_than_s)
+
+    def recount(self) -> int:
+        """Count all bytes below the disk's folder again; see DiskStore.recount."""
+        return self.disk.recount()
+
+    def quarantined(self) -> list[Quarantined]:
+        """What was set aside on the disk, oldest first."""
+        return self.disk.quarantined()
+
+
+def _is_fresh(facts: ObjectFacts) -> bool:
+    return time.time() - facts.modified_s < FRESH_S

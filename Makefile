@@ -10,7 +10,7 @@ CONVERTED := $(LOCAL_MODEL)/config.json
 # A model of the user's own is none of ours to prepare.
 MODEL_READY := $(if $(filter $(LOCAL_MODEL),$(MODEL)),$(CONVERTED))
 
-.PHONY: demo test test-unit test-engine lint bench env clean
+.PHONY: demo test test-unit test-servers test-engine lint bench env clean
 .DELETE_ON_ERROR:
 
 demo: $(READY) $(MODEL_READY)
@@ -18,10 +18,15 @@ demo: $(READY) $(MODEL_READY)
 
 test: $(READY) $(CONVERTED)
 	$(BIN)/python -m pytest tests/unit
+	$(BIN)/python -m pytest tests/servers
 	$(BIN)/python -m pytest tests/engine
 
 test-unit: $(READY)
 	$(BIN)/python -m pytest tests/unit
+
+# Real servers: S3 (SeaweedFS, from a package) and PostgreSQL where it is installed.
+test-servers: $(READY)
+	$(BIN)/python -m pytest tests/servers
 
 test-engine: $(READY) $(CONVERTED)
 	$(BIN)/python -m pytest tests/engine

@@ -38,7 +38,8 @@ from vllm_kvmarket.identity import ROOT, chunk_keys, pack_tokens
 from vllm_kvmarket.store import ChunkLayout, DiskStore, LayerLayout, aligned_empty
 from vllm_kvmarket.store.codec import CODECS
 from vllm_kvmarket.store.host import HostTier
-from vllm_kvmarket.store.objects import ObjectTier, object_name
+from vllm_kvmarket.store.names import chunk_name
+from vllm_kvmarket.store.objects import ObjectTier
 from vllm_kvmarket.store.tiers import Tiers
 
 ROOT_FOLDER = Path(__file__).parents[1]
@@ -138,6 +139,7 @@ class Bench:
         self._source = [pages.reshape(-1).copy() for pages in kv]
         for layer in self._copy:
             layer.fill(0)
+        self._raw: list[Pages] | None = None
         self._pool = ThreadPoolExecutor(THREADS)
 
     def close(self) -> None:
@@ -165,20 +167,19 @@ class Bench:
         return [self.store.path(chunk.key) for chunk in self.saves]
 
     def raw_read(self) -> float:
-        """The files, each in one go into memory, nothing checked."""
-        room = [
-            aligned_empty(max(file.stat().st_size for file in self.files())) for _ in range(THREADS)
-        ]
-        for memory in room:
-            memory.fill(0)
-        halves = [(room[n], self.files()[n::THREADS]) for n in range(THREADS)]
+        """The files, each in one go into memory of its own, nothing checked."""
+        files = self.files()
+        if self._raw is None:
+            self._raw = [aligned_empty(file.stat().st_size) for file in files]
+            for memory in self._raw:
+                memory.fill(0)
 
-        def read(half: tuple[Pages, list[Path]]) -> None:
-            for file in half[1]:
-                with file.open("rb", buffering=0) as opened:
-                    opened.readinto(half[0])  # type: ignore[attr-defined]
+        def read(pair: tuple[Path, Pages]) -> None:
+            descriptor = os.open(pair[0], os.O_RDONLY)
+            os.readv(descriptor, [pair[1]])
+            os.close(descriptor)
 
-        return self._timed(read, halves)
+        return self._timed(read, list(zip(files, self._raw, strict=True)))
 
     def raw_write(self) -> float:
         """Files of the same size, written and synced, one after another as documents are."""
@@ -196,7 +197,7 @@ class Bench:
         for chunk in self.saves:
             target.delete(chunk.key)
             if target.objects is not None:
-                target.objects.delete(object_name(chunk.key))
+                target.objects.delete(chunk_name(chunk.key, 0, 1))
         chunks = Chunks(target, self.cache, HostTier(0), Tally())
         started = time.perf_counter()
         for chunk in self.saves:

@@ -6,10 +6,11 @@ scheduler half of the connector inside the engine.
 
 from __future__ import annotations
 
+import contextlib
 import time
 import uuid
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
@@ -23,11 +24,12 @@ from vllm_kvmarket.config import MarketConfig, load, to_mapping
 from vllm_kvmarket.credentials import Credentials, account_subject
 from vllm_kvmarket.errors import (
     ConfigError,
+    LedgerError,
     NotFoundError,
 )
 from vllm_kvmarket.ledger import Account, Ledger, Receipt, Transfer
 from vllm_kvmarket.operations import CONNECTOR, POLL_S, EngineOperations
-from vllm_kvmarket.purchase import Purchase, WriteCharge
+from vllm_kvmarket.purchase import Purchase, PurchaseState, WriteCharge
 from vllm_kvmarket.storage import store_of
 
 DATABASE_FILE = "market.sqlite"
@@ -184,6 +186,16 @@ class Market(EngineOperations):
             timeout_s=self.config.reservation_timeout_s,
         )
 
+    def renew(self, purchases: Iterable[Purchase]) -> None:
+        """Keep the reservations of requests that are still under way from expiring."""
+        held = [
+            purchase.reservation_id
+            for purchase in purchases
+            if purchase.state() is PurchaseState.RESERVED
+        ]
+        if held:
+            self.ledger.renew(held, self.config.reservation_timeout_s)
+
     def reserve_write(
         self, *, key: str, publisher: str, document_id: str, tokens: int
     ) -> WriteCharge | None:
@@ -212,6 +224,10 @@ class Market(EngineOperations):
     def _begin_listing(
         self, listing: Listing, token_ids: Sequence[int], make_room: Callable[[], object] | None
     ) -> Listing:
+        # Without it the royalty, and with it the whole settlement, would be refused. An account of
+        # that name and another kind earns it as well.
+        with contextlib.suppress(LedgerError):
+            self.ledger.create_account(listing.publisher, "publisher")
         begun = self.catalogue.begin(listing, token_ids)
         if make_room is not None and begun.state == "publishing":
             make_room()

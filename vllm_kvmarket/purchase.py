@@ -7,9 +7,11 @@ reused, or voided. The ledger's ids derive from the purchase's key, so that a re
 from __future__ import annotations
 
 import enum
+import logging
 import time
 from concurrent.futures import Future
 from dataclasses import dataclass
+from functools import partial
 
 from vllm_kvmarket.catalogue import Match
 from vllm_kvmarket.ledger import (
@@ -25,6 +27,8 @@ from vllm_kvmarket.ledger import (
     void,
 )
 from vllm_kvmarket.tariff import Terms
+
+logger = logging.getLogger(__name__)
 
 
 class PurchaseState(enum.Enum):
@@ -136,13 +140,15 @@ class Purchase:
             assert self.state() is PurchaseState.RESERVED, self._state
             self.receipt, operations = self._settlement(usage)
             self._state = PurchaseState.SETTLED
-            self._ledger.submit(operations, receipt=self.receipt)
+            settled = self._ledger.submit(operations, receipt=self.receipt)
+            settled.add_done_callback(partial(_log_refusal, self.receipt))
         return self.receipt
 
     def _settlement(self, usage: Usage) -> tuple[Receipt, list[Operation]]:
         listing = self.match.listing
         charge = self.terms.charge_nano(usage.reused)
-        royalty = self.terms.royalty_nano(charge)
+        # The provider's own documents earn it the whole charge.
+        royalty = 0 if listing.publisher == PROVIDER else self.terms.royalty_nano(charge)
         operations: list[Operation] = [
             post(id=f"{self.key}:settle", pending_id=self.reservation_id, amount_nano=charge)
         ]
@@ -192,6 +198,20 @@ class Purchase:
             # reservation still under way finds it (or finds nothing, where it was refused).
             self._ledger.submit([void(id=f"{self.key}:void", pending_id=self.reservation_id)])
             self._state = PurchaseState.VOIDED
+
+
+def _log_refusal(receipt: Receipt, settled: Future[list[Result]]) -> None:
+    """An answer that is out cannot be taken back: what the ledger refuses is not charged."""
+    error = settled.exception()
+    refused = [] if error else [each for each in settled.result() if not each.outcome.good]
+    if error or refused:
+        reason = error or f"{refused[0].outcome.name.lower()} {refused[0].detail}".rstrip()
+        logger.error(
+            "kvmarket: receipt %s was not booked, %s is not charged: %s",
+            receipt.id,
+            receipt.account,
+            reason,
+        )
 
 
 class WriteCharge:

@@ -176,3 +176,21 @@ def test_a_full_store_evicts_what_is_worth_least_and_never_exceeds_its_quota(tin
         assert len(answer.token_ids) == 24, "serving goes on"
         assert market.catalogue.listings(state="live") == before, "it could not fit anyway"
         assert market.ledger.check_integrity() == []
+
+
+def test_an_encoded_store_gives_the_same_tokens(tiny, tmp_path):
+    """With zstd-exponent, in a fresh engine: smaller on the disk, equal in the paged cache."""
+    document = words(6200, 700)
+    with Market.open(tmp_path, {"codec": "zstd-exponent"}) as market:
+        market.create_account("alice")
+        market.deposit("alice", 1000 * NANO, "d")
+        with running(tiny(1), market) as llm:
+            listing = market.publish(llm, token_ids=document, title="encoded")
+            full = ask(llm, document + QUESTION, rest_s=0)
+            assert full.market["declined"]
+            empty_prefix_cache(llm)
+            reuse = ask(llm, document + QUESTION, market.params("alice"), rest_s=0)
+        assert reuse.token_ids == full.token_ids
+        assert reuse.market["reused_tokens"] == 700
+        pages = 6 * 3 * 65_536
+        assert listing.stored_bytes < pages / 1.1

@@ -53,22 +53,6 @@ def test_another_model_of_the_same_name_shares_nothing(tiny, published):
     assert mine.document_id in {listing.document_id for listing in listed}
 
 
-def test_another_block_size_is_a_miss_with_a_reason_and_no_charge(tiny, published):
-    """Layouts are not converted yet: the request recomputes, and is not charged."""
-    market, expected = published
-    with running(tiny(1), market, block_size=64) as llm:
-        answer = ask(llm, DOCUMENT + QUESTION, market.params("alice"), rest_s=0)
-    assert answer.token_ids == expected.token_ids
-    assert answer.market["reused_tokens"] == 0
-    assert answer.market["charge_nano"] == 0
-    (listing,) = [
-        each
-        for each in market.catalogue.listings(search="variants")
-        if each.token_count == len(DOCUMENT)
-    ]
-    assert listing.state == "live", "a layout that does not fit is no damage"
-
-
 def test_a_damaged_chunk_is_recomputed_and_not_charged_and_repaired_by_publishing(tiny, published):
     """A flipped byte in the second chunk: what lies before it is sold, the rest computed."""
     market, expected = published

@@ -294,3 +294,17 @@ def test_money_stays_in_its_currency(place):
             ledger.create_account("x", "buyer", currency="usd")
     with pytest.raises(LedgerError, match="'provider' exists in USD"):
         Ledger.open(place, currency="EUR")
+
+
+def test_a_queue_that_grows_without_end_is_refused(place, held_up, monkeypatch):
+    """While the database is away, what waits is bounded; what was taken is written."""
+    monkeypatch.setattr("vllm_kvmarket.ledger.writer.MAX_QUEUED", 20)
+    with funded_ledger(place) as ledger:
+        with held_up():
+            futures = [ledger.submit([hold(f"h{number}", 1)]) for number in range(60)]
+            told = [future.exception(0) for future in futures if future.done()]
+            assert len(told) >= 20
+            assert all("behind" in str(error) for error in told)
+        taken = [future for future in futures if future.exception(30) is None]
+        assert len(taken) == 60 - len(told) >= 20
+        assert ledger.account("alice").debits_pending == len(taken)

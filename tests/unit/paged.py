@@ -34,6 +34,7 @@ from vllm_kvmarket.store.tiers import Tiers
 NAMESPACE = bytes(range(32))
 HEADS, HEAD_DIM = 2, 32
 CHUNK_TOKENS = 64
+PLENTY = 1 << 24  # bytes of host memory
 DEADLINE_S = 60.0
 
 
@@ -175,6 +176,29 @@ class Bench:
         while self.count(name) < at_least:
             assert time.monotonic() < until, f"{name} was not counted"
             time.sleep(0.005)
+
+
+def stored(
+    bench: Bench, seed: int = 1, tokens: int = CHUNK_TOKENS, first_block: int = 0
+) -> ChunkSave:
+    """A chunk that is stored from blocks of random numbers."""
+    pages = bench.cache.layout.page_count(tokens)
+    chunk = chunk_save(seed, tokens, range(first_block, first_block + pages))
+    fill(bench.cache, chunk.block_ids, seed)
+    assert bench.save(chunk).stored_bytes > 0
+    return chunk
+
+
+def into(chunk: ChunkSave, first_block: int, first_page: int = 0) -> ChunkLoad:
+    """Load a chunk into other blocks, in an order of their own."""
+    blocks = range(first_block, first_block + len(chunk.block_ids) - first_page)
+    return ChunkLoad(chunk.key, first_page, tuple(reversed(blocks)))
+
+
+def assert_loaded(bench: Bench, chunk: ChunkSave, load: ChunkLoad) -> None:
+    """Check that a load's blocks hold what the chunk's blocks hold."""
+    expected = content(bench.cache, chunk.block_ids[load.first_page :], CHUNK_TOKENS)
+    assert same(content(bench.cache, load.block_ids, CHUNK_TOKENS), expected)
 
 
 class GatedObjects(ObjectTier):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import sqlite3
+import sys
 from contextlib import contextmanager
 
 import apsw
@@ -219,3 +220,11 @@ def test_due_holds_are_found_by_an_index(ledger, place):
     ).fetchall()
     db.close()
     assert [row[-1] for row in plan] == ["SEARCH hold USING COVERING INDEX hold_due (due_at_s<?)"]
+
+
+def test_a_url_of_postgresql_needs_its_driver(monkeypatch):
+    """Who did not install it is told how; SQLite works without it."""
+    monkeypatch.setitem(sys.modules, "psycopg", None)
+    monkeypatch.delitem(sys.modules, "vllm_kvmarket.ledger.postgres", raising=False)
+    with pytest.raises(LedgerError, match=r"pip install vllm-kvmarket\[postgres\]"):
+        Ledger.open("postgresql://localhost/market")

@@ -12,7 +12,7 @@ ListingState = Literal["publishing", "live", "failed", "delisted", "damaged", "e
 ON_OFFER: tuple[ListingState, ...] = ("live", "damaged")
 # Whose chunks the store must keep.
 NEEDED: tuple[ListingState, ...] = (*ON_OFFER, "publishing")
-AuditResult = Literal["exact", "close", "different"]
+AuditResult = Literal["exact", "close", "different", "unread"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,7 +76,8 @@ class Usage:
 class Audit:
     """What an engine found when it computed some of a document's stored chunks again.
 
-    `exact`: bit for bit the same; `close`: within the tolerance; `different`: not what was sold.
+    `exact`: bit for bit the same; `close`: within the tolerance; `different`: not what was sold;
+    `unread`: some could not be read.
     `worst_difference` is the largest of two values that should be the same.
     """
 

@@ -105,7 +105,7 @@ MIGRATIONS = (
         at_s REAL NOT NULL,
         engine TEXT NOT NULL,
         chunks INTEGER NOT NULL CHECK (chunks > 0),
-        result TEXT NOT NULL CHECK (result IN ('exact', 'close', 'different')),
+        result TEXT NOT NULL CHECK (result IN ('exact', 'close', 'different', 'unread')),
         worst_difference REAL NOT NULL CHECK (worst_difference >= 0),
         detail TEXT NOT NULL
     ) STRICT;

@@ -16,6 +16,7 @@ VERDICTS = {
     "exact": "bit for bit what this engine computes",
     "close": "what this engine computes, up to rounding",
     "different": "NOT what this engine computes",
+    "unread": "not all could be read: missing, damaged, or in a foreign layout; see kvmarket fsck",
 }
 
 
@@ -52,7 +53,7 @@ def _run_audit(args: argparse.Namespace) -> int:
             "detail": audit.detail,
         }
     emit(args, report, lambda where: _show_audit(where, report))
-    return 1 if audit.result == "different" else 0
+    return 0 if audit.result in ("exact", "close") else 1
 
 
 def _show_audit(where: Console, report: dict[str, Any]) -> None:

@@ -65,9 +65,11 @@ def audit_plan(state: RequestState, block_ids: list[int]) -> AuditPlan:
 def audit_record(auditing: Auditing, engine: str) -> Audit:
     """What the catalogue keeps of an audit that has ended on every rank."""
     report = auditing.report
-    result: Literal["exact", "close", "different"] = "exact"
+    result: Literal["exact", "close", "different", "unread"] = "exact"
     if report.different:
         result = "different"
+    elif report.unread:
+        result = "unread"
     elif report.close:
         result = "close"
     return Audit(

@@ -28,8 +28,8 @@ def open_llm(
     from vllm.platforms import current_platform
 
     if current_platform.is_cpu():
-        cores = sorted(os.sched_getaffinity(0))
-        os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", f"{cores[0]}-{cores[-1]}")
+        ranks = int(engine_args.get("tensor_parallel_size", 1))
+        os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", cores_by_rank(ranks))
         os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "2")
         engine_args.setdefault("enforce_eager", True)
         dtype = dtype or "float32"
@@ -39,6 +39,14 @@ def open_llm(
         max_model_len=max_model_len,
         **{"kv_transfer_config": market.transfer_config(), **engine_args},
     )
+
+
+def cores_by_rank(ranks: int) -> str:
+    """The cores of this process in equal shares, as vLLM's CPU backend takes them: `0,1|2,3`."""
+    cores = sorted(os.sched_getaffinity(0))
+    share = max(len(cores) // ranks, 1)
+    groups = [cores[i * share : (i + 1) * share] or cores[-share:] for i in range(ranks)]
+    return "|".join(",".join(map(str, group)) for group in groups)
 
 
 def close_llm(llm: Any) -> None:

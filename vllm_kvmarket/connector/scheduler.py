@@ -63,6 +63,7 @@ class SchedulerHalf:
             config.pin_budget, vllm_config.model_config.max_model_len, engine.block_tokens
         )
         self._waiting: dict[str, bool] = {}
+        self._renew_at_s = time.monotonic()
         self._states: dict[str, RequestState] = {}
         self._groups: dict[str, tuple[Purchase, set[str]]] = {}
         self._saving: dict[str, RequestState] = {}
@@ -211,10 +212,17 @@ class SchedulerHalf:
                 self._recompute(state, request, state.purchase.refusal)
         self._bypass.clear()
         self._prefetch()
+        self._renew()
         if self.pins.block_count:
             self.pins.unpin_unless(self._market.catalogue.is_pinned)
         instructions, self._next = self._next, Instructions()
         return instructions
+
+    def _renew(self) -> None:
+        """Keep reservations of requests under way alive, three times in their life; mutates."""
+        if time.monotonic() >= self._renew_at_s:
+            self._renew_at_s = time.monotonic() + self._config.reservation_timeout_s / 3
+            self._market.renew(purchase for purchase, _ in self._groups.values())
 
     def _prefetch(self) -> None:
         """Have chunks read for requests that may load but have waited for a whole step; mutates.

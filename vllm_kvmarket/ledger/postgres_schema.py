@@ -91,42 +91,58 @@ CREATE TRIGGER account_is_itself BEFORE UPDATE ON kvmarket.account FOR EACH ROW
     WHEN ((OLD.id, OLD.kind, OLD.may_go_negative, OLD.currency)
         IS DISTINCT FROM (NEW.id, NEW.kind, NEW.may_go_negative, NEW.currency))
     EXECUTE FUNCTION kvmarket.refuse('accounts keep their id, kind, limit and currency');
-CREATE FUNCTION kvmarket.check_transfer() RETURNS trigger LANGUAGE plpgsql AS $$
+-- Once a statement, over all that it added: row by row, this would be half of a group's time.
+CREATE FUNCTION kvmarket.check_transfers() RETURNS trigger LANGUAGE plpgsql
+SET enable_seqscan = off SET jit = off AS $$
 BEGIN
-    IF NEW.pending_id IS NOT NULL AND NOT EXISTS (
-        SELECT FROM kvmarket.transfer AS held WHERE held.id = NEW.pending_id
-        AND held.kind = 'pending' AND held.debit = NEW.debit AND held.credit = NEW.credit
-        AND NEW.amount_nano <= CASE NEW.kind WHEN 'post' THEN held.amount_nano ELSE 0 END
+    -- Plans are kept from when the tables were empty, when any index seemed as good as another.
+    -- So each row of `added` looks others up by their ids and nothing else: OFFSET 0 keeps it so.
+    IF EXISTS (
+        SELECT FROM added WHERE pending_id IS NOT NULL AND NOT EXISTS (
+            SELECT FROM (
+                SELECT * FROM kvmarket.transfer WHERE id = added.pending_id OFFSET 0
+            ) AS held
+            WHERE held.kind = 'pending'
+            AND held.debit = added.debit AND held.credit = added.credit
+            AND added.amount_nano <= CASE added.kind WHEN 'post' THEN held.amount_nano ELSE 0 END)
     ) THEN
         RAISE integrity_constraint_violation
             USING MESSAGE = 'what names a pending transfer fits it';
     END IF;
-    IF NEW.kind = 'renew' AND EXISTS (
-        SELECT FROM kvmarket.transfer AS ended WHERE ended.pending_id = NEW.pending_id
-        AND ended.kind IN ('post', 'void', 'expire')
+    IF EXISTS (
+        SELECT FROM added WHERE kind = 'renew' AND EXISTS (
+            SELECT FROM kvmarket.transfer AS ended WHERE ended.pending_id = added.pending_id
+            AND ended.kind IN ('post', 'void', 'expire') AND ended.sequence < added.sequence
+            OFFSET 0)
     ) THEN
         RAISE integrity_constraint_violation USING MESSAGE = 'what is over cannot be renewed';
     END IF;
-    IF (SELECT count(DISTINCT currency) FROM kvmarket.account
-        WHERE id IN (NEW.debit, NEW.credit)) > 1 THEN
+    IF EXISTS (
+        SELECT FROM added
+        WHERE (SELECT currency FROM kvmarket.account WHERE id = added.debit)
+            <> (SELECT currency FROM kvmarket.account WHERE id = added.credit)
+    ) THEN
         RAISE integrity_constraint_violation
             USING MESSAGE = 'both accounts of a transfer have one currency';
     END IF;
-    RETURN NEW;
+    RETURN NULL;
 END $$;
-CREATE TRIGGER transfer_is_founded BEFORE INSERT ON kvmarket.transfer
-    FOR EACH ROW EXECUTE FUNCTION kvmarket.check_transfer();
+CREATE TRIGGER transfers_are_founded AFTER INSERT ON kvmarket.transfer
+    REFERENCING NEW TABLE AS added
+    FOR EACH STATEMENT EXECUTE FUNCTION kvmarket.check_transfers();
 """
 
 # One call finds all that a group names, and takes the turn; one call writes all that it changed.
 FUNCTIONS = """
-CREATE FUNCTION kvmarket.find(wanted json) RETURNS json LANGUAGE plpgsql AS $$
+-- A plan that was made while the tables were small must not read all of them later.
+CREATE FUNCTION kvmarket.find(wanted json) RETURNS json LANGUAGE plpgsql
+SET enable_seqscan = off SET jit = off AS $$
 DECLARE
     transfer_ids text[] := ARRAY(SELECT json_array_elements_text(wanted->'transfer_ids'));
     pending_ids text[] := ARRAY(SELECT json_array_elements_text(wanted->'pending_ids'));
     account_ids text[] := ARRAY(SELECT json_array_elements_text(wanted->'account_ids'));
 BEGIN
-    PERFORM FROM kvmarket.turn FOR UPDATE;
+    PERFORM FROM kvmarket.turn WHERE only_one FOR UPDATE;
     -- A statement of its own sees what was committed before the turn was ours.
     RETURN (
         WITH named AS (
@@ -138,8 +154,8 @@ BEGIN
         )
         SELECT json_build_object(
             'accounts', (SELECT coalesce(json_agg(account), '[]') FROM kvmarket.account
-                WHERE id = ANY (account_ids)
-                OR id IN (SELECT debit FROM held UNION SELECT credit FROM held)),
+                WHERE id = ANY (account_ids
+                    || ARRAY(SELECT debit FROM held UNION SELECT credit FROM held))),
             'transfers', (SELECT coalesce(json_agg(named), '[]') FROM named),
             'dues', (SELECT coalesce(json_object_agg(pending_id, due_at_s), '{}')
                 FROM kvmarket.hold WHERE pending_id = ANY (pending_ids)),
@@ -148,11 +164,14 @@ BEGIN
         )
     );
 END $$;
-CREATE FUNCTION kvmarket.keep(changes json) RETURNS void LANGUAGE plpgsql AS $$
+CREATE FUNCTION kvmarket.keep(changes json) RETURNS void LANGUAGE plpgsql
+SET enable_seqscan = off SET jit = off AS $$
 DECLARE
     before bigint;
+    changed record;
 BEGIN
     UPDATE kvmarket.turn SET transfers = transfers + json_array_length(changes->'transfers')
+        WHERE only_one
         RETURNING transfers - json_array_length(changes->'transfers') INTO before;
     INSERT INTO kvmarket.transfer
         SELECT before + number, id, kind, debit, credit, amount_nano, nullif(pending_id, ''),
@@ -163,18 +182,20 @@ BEGIN
         )) WITH ORDINALITY AS given (id, kind, debit, credit, amount_nano, pending_id, timeout_s,
             code, user_data, created_at_s, number)
         ORDER BY number;
-    UPDATE kvmarket.account AS account SET debits_pending = given.debits_pending,
-        credits_pending = given.credits_pending, debits_posted = given.debits_posted,
-        credits_posted = given.credits_posted
-        FROM json_to_recordset(changes->'accounts') AS given (id text, debits_pending bigint,
-            credits_pending bigint, debits_posted bigint, credits_posted bigint)
-        WHERE account.id = given.id;
+    FOR changed IN SELECT * FROM json_to_recordset(changes->'accounts') AS given (id text,
+        debits_pending bigint, credits_pending bigint, debits_posted bigint, credits_posted bigint)
+    LOOP
+        UPDATE kvmarket.account SET debits_pending = changed.debits_pending,
+            credits_pending = changed.credits_pending, debits_posted = changed.debits_posted,
+            credits_posted = changed.credits_posted
+            WHERE id = changed.id;
+    END LOOP;
     INSERT INTO kvmarket.hold
         SELECT key, value::double precision FROM json_each_text(changes->'dues')
         WHERE value IS NOT NULL
         ON CONFLICT (pending_id) DO UPDATE SET due_at_s = excluded.due_at_s;
-    DELETE FROM kvmarket.hold WHERE pending_id IN (
-        SELECT key FROM json_each_text(changes->'dues') WHERE value IS NULL);
+    DELETE FROM kvmarket.hold WHERE pending_id = ANY (ARRAY(
+        SELECT key FROM json_each_text(changes->'dues') WHERE value IS NULL));
     INSERT INTO kvmarket.receipt (id, request_id, account, document_id, charge_nano, body)
         SELECT id, request_id, account, document_id, charge_nano, body
         FROM ROWS FROM (json_to_recordset(changes->'receipts') AS (

@@ -1,0 +1,332 @@
+"""How many reuses the ledger books a second, durably, and what a scheduler callback spends in it.
+
+    python benchmarks/ledger.py [--postgres URL] [--pairs 8000] [--repeats 3]
+
+A pair is what one request costs: a reservation (one pending transfer), and once that is durable its
+settlement (a post, the royalty, the receipt; one transaction). So many pairs are kept in flight.
+"bare" pairs settle with a post only, for comparison with other ledgers. Beside them stands the rate
+at which the same disk syncs an appended page, measured in the same run: without group commit, no
+ledger is faster than half of it.
+
+Without --postgres a server is started from the programs on this machine, if there are any. Writes
+docs/results/ledger.json. Measure on a quiet machine; medians of the repeats are shown.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import queue
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from concurrent.futures import Future
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from machine import describe_machine
+
+from vllm_kvmarket.ledger import Ledger, Operation, Receipt, Result, pending, plain, post
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "docs" / "results" / "ledger.json"
+IN_FLIGHT = (1, 8, 64, 512)
+CALLBACK_REQUESTS_PER_S = 200
+FUNDS = 10**15
+
+
+def reservation(key: str) -> list[Operation]:
+    """What a request's arrival submits."""
+    return [
+        pending(
+            id=f"{key}:reserve",
+            debit="buyer",
+            credit="provider",
+            amount_nano=3000,
+            timeout_s=900,
+            code="reuse",
+            user_data="kvd_0123456789abcdef",
+        )
+    ]
+
+
+def settlement(key: str, *, bare: bool = False) -> tuple[list[Operation], Receipt | None]:
+    """What a request's end submits."""
+    moved = post(id=f"{key}:settle", pending_id=f"{key}:reserve", amount_nano=2000)
+    if bare:
+        return [moved], None
+    royalty = plain(
+        id=f"{key}:royalty",
+        debit="provider",
+        credit="publisher",
+        amount_nano=1000,
+        code="royalty",
+        user_data="kvd_0123456789abcdef",
+    )
+    receipt = Receipt(
+        id=f"kvr_{key}",
+        request_id=key,
+        account="buyer",
+        document_id="kvd_0123456789abcdef",
+        title="A document",
+        publisher="publisher",
+        tokens_matched=4096,
+        tokens_reused=4096,
+        tokens_loaded=4096,
+        tokens_from_paged_cache=0,
+        tokens_failed=0,
+        tokens_computed=32,
+        tokens_output=64,
+        input_nano_per_mtok=5_000_000,
+        cache_read_nano_per_mtok=500_000,
+        royalty_ppm=500_000,
+        charge_nano=2000,
+        royalty_nano=1000,
+        recompute_nano=20_000,
+        reservation_id=f"{key}:reserve",
+        transfer_ids=(moved.id, royalty.id),
+        created_at_s=time.time(),
+        model="model",
+        namespace="00" * 32,
+    )
+    return [moved, royalty], receipt
+
+
+class Load:
+    """Keeps pairs in flight: each settles when it is reserved, the next begins when it is settled.
+
+    One thread does all the asking, like an engine's scheduler; answers come to it by a queue.
+    """
+
+    def __init__(self, ledger: Ledger, pairs: int, *, bare: bool) -> None:
+        self._ledger = ledger
+        self._pairs = pairs
+        self._bare = bare
+        self._answers: queue.SimpleQueue[tuple[str, bool, float, Future[list[Result]]]]
+        self._answers = queue.SimpleQueue()
+        self.reserve_s: list[float] = []
+        self.settle_s: list[float] = []
+
+    def run(self, in_flight: int) -> float:
+        """Pairs a second."""
+        keys = iter([f"{os.getpid()}:{number}" for number in range(self._pairs)])
+        started = time.perf_counter()
+        for _ in range(min(in_flight, self._pairs)):
+            self._reserve(next(keys))
+        settled = 0
+        while settled < self._pairs:
+            key, reserved, at_s, answer = self._answers.get()
+            assert answer.result()[0].outcome.good, answer.result()
+            if reserved:
+                self.reserve_s.append(time.perf_counter() - at_s)
+                self._settle(key)
+            else:
+                self.settle_s.append(time.perf_counter() - at_s)
+                settled += 1
+                following = next(keys, None)
+                if following is not None:
+                    self._reserve(following)
+        return self._pairs / (time.perf_counter() - started)
+
+    def _reserve(self, key: str) -> None:
+        at_s = time.perf_counter()
+        self._ledger.submit(reservation(key)).add_done_callback(
+            lambda answer: self._answers.put((key, True, at_s, answer))
+        )
+
+    def _settle(self, key: str) -> None:
+        operations, receipt = settlement(key, bare=self._bare)
+        at_s = time.perf_counter()
+        self._ledger.submit(operations, receipt=receipt).add_done_callback(
+            lambda answer: self._answers.put((key, False, at_s, answer))
+        )
+
+
+def percentiles(seconds: list[float], unit: float) -> dict[str, float]:
+    """Median, 99th percentile and worst, in units of `unit` seconds."""
+    ordered = sorted(seconds)
+    at = {"p50": 0.5, "p99": 0.99, "max": 1.0}
+    last = len(ordered) - 1
+    return {name: round(ordered[math.floor(part * last)] / unit, 3) for name, part in at.items()}
+
+
+@contextmanager
+def funded(place: Path | str) -> Iterator[Ledger]:
+    """A new ledger with a buyer who can pay."""
+    with Ledger.open(place) as ledger:
+        ledger.create_account("buyer", "buyer")
+        ledger.create_account("publisher", "publisher")
+        ledger.deposit("buyer", FUNDS, "deposit")
+        yield ledger
+
+
+def measure_pairs(
+    new_place: Any, in_flight: int, pairs: int, repeats: int, *, bare: bool = False
+) -> dict[str, Any]:
+    """The median of several runs, each on a new database."""
+    rates, reserve_s, settle_s = [], [], []
+    for _ in range(repeats):
+        with funded(new_place()) as ledger:
+            load = Load(ledger, pairs, bare=bare)
+            rates.append(load.run(in_flight))
+        reserve_s += load.reserve_s
+        settle_s += load.settle_s
+    return {
+        "in_flight": in_flight,
+        "bare": bare,
+        "pairs_per_s": round(statistics.median(rates)),
+        "pairs_per_s_of_each_run": [round(rate) for rate in rates],
+        "reserve_ms": percentiles(reserve_s, 1e-3),
+        "settle_ms": percentiles(settle_s, 1e-3),
+    }
+
+
+def measure_callbacks(new_place: Any, seconds: float) -> dict[str, Any]:
+    """Time in the ledger of a paced scheduler thread, which never waits for an answer.
+
+    It sleeps between requests and is awake a millisecond before the next, like an engine's.
+    """
+    reserve_s, settle_s = [], []
+    with funded(new_place()) as ledger:
+        requests = int(seconds * CALLBACK_REQUESTS_PER_S)
+        answers = []
+        started = time.perf_counter()
+        for number in range(requests):
+            due = started + number / CALLBACK_REQUESTS_PER_S
+            time.sleep(max(0.0, due - 1e-3 - time.perf_counter()))
+            while time.perf_counter() < due:
+                pass
+            at_s = time.perf_counter()
+            answers.append(ledger.submit(reservation(f"{number}")))
+            then_s = time.perf_counter()
+            reserve_s.append(then_s - at_s)
+            if number >= 20:  # one that came a tenth of a second ago ends
+                at_s = time.perf_counter()
+                operations, receipt = settlement(f"{number - 20}")
+                answers.append(ledger.submit(operations, receipt=receipt))
+                settle_s.append(time.perf_counter() - at_s)
+        assert all(answer.result()[0].outcome.good for answer in answers)
+    return {
+        "requests_per_s": CALLBACK_REQUESTS_PER_S,
+        "reserve_us": percentiles(reserve_s, 1e-6),
+        "settle_us": percentiles(settle_s, 1e-6),
+    }
+
+
+def measure_fsync(folder: Path, seconds: float = 1.0) -> float:
+    """Appended pages of 4 KiB that the disk makes durable a second, one after another."""
+    path = folder / "fsync"
+    with path.open("wb", buffering=0) as file:
+        count, started = 0, time.perf_counter()
+        while time.perf_counter() < started + seconds:
+            file.write(b"x" * 4096)
+            os.fdatasync(file.fileno())
+            count += 1
+        elapsed = time.perf_counter() - started
+    path.unlink()
+    return count / elapsed
+
+
+@contextmanager
+def postgres_places(url: str | None) -> Iterator[Any]:
+    """A maker of new databases on a given server, else on one of our own; None without any."""
+    try:
+        import psycopg
+
+        sys.path.insert(0, str(ROOT / "tests" / "servers"))
+        from postgres import PostgreSQL, binaries
+    except ImportError:
+        yield None
+        return
+    numbers = iter(range(10_000))
+    if url is not None:
+
+        def create() -> str:
+            name = f"kvmarket-benchmark-{os.getpid()}-{next(numbers)}"
+            with psycopg.connect(url, autocommit=True) as db:
+                db.execute(
+                    psycopg.sql.SQL("CREATE DATABASE {}").format(psycopg.sql.Identifier(name))
+                )
+            return f"{url.rpartition('/')[0]}/{name}"
+
+        yield create
+        return
+    programs = binaries()
+    if programs is None:
+        yield None
+        return
+    server = PostgreSQL(programs)
+    try:
+        server.start()
+        yield lambda: server.create_database(f"benchmark-{next(numbers)}")
+    finally:
+        server.close()
+
+
+def measure_backend(new_place: Any, args: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """Every load on one database, the raw sync rate before and after."""
+    before = measure_fsync(folder)
+    runs = []
+    for in_flight in IN_FLIGHT:
+        pairs = min(args.pairs, 200 * in_flight + 100)
+        runs.append(measure_pairs(new_place, in_flight, pairs, args.repeats))
+        show(runs[-1])
+    runs.append(measure_pairs(new_place, IN_FLIGHT[-1], args.pairs, args.repeats, bare=True))
+    show(runs[-1])
+    callbacks = measure_callbacks(new_place, args.seconds)
+    print(f"  callbacks: reserve {callbacks['reserve_us']} settle {callbacks['settle_us']} us")
+    return {
+        "fdatasync_per_s": round(statistics.mean([before, measure_fsync(folder)])),
+        "pairs": runs,
+        "callbacks": callbacks,
+    }
+
+
+def show(run: dict[str, Any]) -> None:
+    """One line of the table."""
+    kind = "bare pairs/s" if run["bare"] else "pairs/s"
+    print(
+        f"  {run['in_flight']:4} in flight: {run['pairs_per_s']:7,} {kind}, "
+        f"reserve p99 {run['reserve_ms']['p99']} ms, settle p99 {run['settle_ms']['p99']} ms",
+        flush=True,
+    )
+
+
+def main() -> None:
+    """Measure, print, write."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--postgres", metavar="URL", help="a server on which to make databases")
+    parser.add_argument("--pairs", type=int, default=8000)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--seconds", type=float, default=5.0, help="of paced callbacks")
+    parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()))
+    parser.add_argument("--output", type=Path, default=RESULTS)
+    args = parser.parse_args()
+    result: dict[str, Any] = {"machine": describe_machine(), "pairs_a_run": args.pairs}
+    with tempfile.TemporaryDirectory(dir=args.folder, prefix="kvmarket-ledger-") as name:
+        folder, numbers = Path(name), iter(range(10_000))
+        print("SQLite (WAL, synchronous=FULL)")
+        result["sqlite"] = measure_backend(lambda: folder / f"{next(numbers)}.sqlite", args, folder)
+        with postgres_places(args.postgres) as new_place:
+            if new_place is None:
+                print("PostgreSQL: left out, no server and no psycopg here")
+            else:
+                print("PostgreSQL (synchronous_commit=on)")
+                result["postgres"] = measure_backend(new_place, args, folder)
+    for backend in ("sqlite", "postgres"):
+        if backend in result:
+            print(f"{backend}: raw fdatasync {result[backend]['fdatasync_per_s']:,}/s beside it")
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    args.output.write_text(json.dumps(result, indent=1) + "\n")
+    print(f"wrote {args.output}")
+
+
+if __name__ == "__main__":
+    main()

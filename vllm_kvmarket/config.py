@@ -57,6 +57,23 @@ class MarketConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
             "or reuse without a charge"
         ),
     ] = "recompute"
+    anonymous: Annotated[
+        Literal["allow", "refuse"],
+        msgspec.Meta(
+            description="HTTP requests without a key: answered with everything computed, "
+            "or refused (401)"
+        ),
+    ] = "allow"
+    unfunded: Annotated[
+        Literal["recompute", "refuse"],
+        msgspec.Meta(
+            description="HTTP requests of an account that cannot pay for what they match: "
+            "computed, or refused (402)"
+        ),
+    ] = "recompute"
+    max_body_bytes: Annotated[
+        int, msgspec.Meta(ge=1024, description="longest body of an HTTP request that is read")
+    ] = 16 << 20
     trust_requests: Annotated[
         bool | None,
         msgspec.Meta(
@@ -67,6 +84,13 @@ class MarketConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
     min_reuse_tokens: Annotated[
         int, msgspec.Meta(ge=1, description="a match shorter than this is neither sold nor loaded")
     ] = 64
+    ledger_url: Annotated[
+        str | None,
+        msgspec.Meta(
+            description="where accounts and transfers are kept: "
+            "`postgresql://user:password@host/name` for several machines; null: in the home"
+        ),
+    ] = None
     reservation_timeout_s: Annotated[
         int,
         msgspec.Meta(ge=1, le=86_400, description="a reservation older than this expires"),

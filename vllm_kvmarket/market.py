@@ -26,6 +26,7 @@ from vllm_kvmarket.errors import (
     ConfigError,
     LedgerError,
     NotFoundError,
+    StoreError,
 )
 from vllm_kvmarket.ledger import Account, Ledger, Receipt, Transfer
 from vllm_kvmarket.operations import CONNECTOR, POLL_S, EngineOperations
@@ -45,7 +46,7 @@ class Market(EngineOperations):
         self.config = config
         self.home = Path(config.home).expanduser()
         self.credentials = Credentials.of_home(self.home)
-        self.ledger = Ledger.open(self.home / DATABASE_FILE)
+        self.ledger = Ledger.open(config.ledger_url or self.home / DATABASE_FILE)
         self.catalogue = Catalogue.open(self.home / DATABASE_FILE, chunk_tokens=config.chunk_tokens)
         self.store = store_of(msgspec.structs.replace(config, home=str(self.home)))
         # Catalogue writes wait for the disk; one thread keeps them off the scheduler and in order.
@@ -243,9 +244,15 @@ class Market(EngineOperations):
         self, document_id: str, stored_bytes: int, stored_keys: Sequence[bytes]
     ) -> None:
         self.catalogue.heal_all(stored_keys)
-        if self.catalogue.get(document_id).state == "publishing":
-            self.catalogue.commit(document_id, stored_bytes)
-        sharing.offer(self.store, self.catalogue, document_id)
+        if self.catalogue.get(document_id).state != "publishing":
+            return
+        try:
+            # Its chunks are durable: other homes may sell it a moment before this one does.
+            sharing.offer(self.store, self.catalogue, document_id, stored_bytes)
+        except StoreError as error:
+            self.catalogue.fail(document_id, str(error))
+            raise
+        self.catalogue.commit(document_id, stored_bytes)
 
     def fail_listing(self, document_id: str, reason: str) -> Future[None]:
         """Note that publishing ended without a listing."""

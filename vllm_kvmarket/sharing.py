@@ -41,9 +41,10 @@ class Entry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     expires_at_s: float | None
 
 
-def offer(store: Tiers, catalogue: Catalogue, document_id: str) -> None:
-    """Tell the other homes of a live document; nothing without an object store. Raises StoreError,
-    NotFoundError.
+def offer(store: Tiers, catalogue: Catalogue, document_id: str, stored_bytes: int = 0) -> None:
+    """Tell the other homes of a document whose chunks are durable; nothing without an object store.
+
+    Raises StoreError, NotFoundError.
     """
     if store.objects is None:
         return
@@ -59,7 +60,7 @@ def offer(store: Tiers, catalogue: Catalogue, document_id: str) -> None:
         cache_read_nano_per_mtok=listing.cache_read_nano_per_mtok,
         royalty_ppm=listing.royalty_ppm,
         created_at_s=listing.created_at_s,
-        stored_bytes=listing.stored_bytes,
+        stored_bytes=max(stored_bytes, listing.stored_bytes),
         expires_at_s=listing.expires_at_s,
     )
     bucket_listings.publish_listing(store.objects, msgspec.msgpack.encode(entry), document_id)

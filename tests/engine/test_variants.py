@@ -61,7 +61,9 @@ def test_a_damaged_chunk_is_recomputed_and_not_charged_and_repaired_by_publishin
     content = bytearray(path.read_bytes())
     content[-100] ^= 1
     path.write_bytes(content)
-    with running(tiny(1), market) as llm:
+    # Without the host tier, which would go on selling chunks whose files are gone.
+    on_disk = market.transfer_config(host_cache_bytes=0)
+    with running(tiny(1), market, kv_transfer_config=on_disk) as llm:
         answer = ask(llm, DOCUMENT + QUESTION, market.params("alice"), rest_s=0)
         assert answer.token_ids == expected.token_ids
         assert answer.market["reused_tokens"] == 256

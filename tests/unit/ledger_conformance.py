@@ -308,3 +308,16 @@ def test_a_queue_that_grows_without_end_is_refused(place, held_up, monkeypatch):
         taken = [future for future in futures if future.exception(30) is None]
         assert len(taken) == 60 - len(told) >= 20
         assert ledger.account("alice").debits_pending == len(taken)
+
+
+def test_transfers_are_numbered_in_the_order_of_effect(ledger):
+    """From 1, without gaps: what was refused or came again has no number."""
+    ledger.submit([hold("h1", 1)]).result()
+    ledger.submit([hold("h2", 2 * NANO)]).result()
+    ledger.submit([hold("h1", 1), hold("h3", 1)]).result()
+    assert [ledger.sequence_of(id) for id in ("d1", "h1", "h3")] == [1, 2, 3]
+    assert [each.id for each in ledger.transfers_after(0, 2)] == ["d1", "h1"]
+    assert [each.id for each in ledger.transfers_after(2, 9)] == ["h3"]
+    assert ledger.transfers_after(3, 9) == []
+    with pytest.raises(NotFoundError, match="'h2'"):
+        ledger.sequence_of("h2")

@@ -249,3 +249,29 @@ def test_a_writer_that_forgot_what_it_took_would_be_caught(monkeypatch):
     monkeypatch.setattr(Disk, "write", lying)
     with pytest.raises(AssertionError):
         test_every_request_is_charged_once_whatever_fails(0, monkeypatch)
+
+
+def test_the_order_of_submission_outlives_outages_and_malformed_batches(monkeypatch):
+    """A void behind its reservation finds it, although the group was split and the database away
+    for one half of it.
+    """
+    simulation = Simulation(1)
+    honest, calls = Disk.write, itertools.count()
+
+    def away_once(self, group):
+        if next(calls) == 1:  # the first half, after the whole group was refused
+            raise unavailable(OSError("away"))
+        return honest(self, group)
+
+    monkeypatch.setattr(Disk, "write", away_once)
+    names = {"debit": "alice", "credit": "provider", "amount_nano": 1}
+    held = batch([pending(id="h", timeout_s=60, code="reuse", **names)], 1.0)
+    bad = batch([plain(id="bad", code=BAD, **names)], 1.0)
+    ended = batch([void(id="v", pending_id="h")], 1.0)
+    for each in (held, bad, ended):
+        assert simulation.writer.enqueue(each) == ""
+    while not held.future.done():
+        simulation.writer.step()
+    assert held.future.result(0)[0].outcome is Outcome.OK
+    assert isinstance(bad.future.exception(0), LedgerError)
+    assert ended.future.result(0)[0].outcome is Outcome.OK

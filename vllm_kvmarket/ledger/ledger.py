@@ -261,6 +261,20 @@ class Ledger:
         """Transfers of one account or of all, newest first."""
         return self._reader().transfers(account, limit)
 
+    def transfers_after(self, sequence: int, limit: int) -> list[Transfer]:
+        """Transfers that took effect behind the first `sequence`, in that order, `limit` at most.
+
+        Sequence numbers begin with 1 and have no gaps.
+        """
+        return self._reader().transfers_after(sequence, limit)
+
+    def sequence_of(self, transfer_id: str) -> int:
+        """As the how many-th a transfer took effect, from 1. Raises NotFoundError."""
+        found = self._reader().sequence_of(transfer_id)
+        if found is None:
+            raise NotFoundError(f"there is no transfer {transfer_id!r}")
+        return found
+
     def due_at_s(self, pending_id: str) -> float | None:
         """Until when a reservation stands, in seconds of the epoch; None when it does not."""
         return self._reader().due_at_s(pending_id)

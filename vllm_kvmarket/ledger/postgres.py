@@ -99,21 +99,17 @@ class PostgresStorage:
         """See Storage."""
         try:
             return self._write(self._writer(), group)
-        except (psycopg.DataError, psycopg.IntegrityError, psycopg.NotSupportedError) as error:
-            raise malformed(error) from error
-        except psycopg.errors.ProgramLimitExceeded as error:
-            raise malformed(error) from error
-        except psycopg.Error as error:
+        except Exception as error:
             # Whatever state the connection is in: the next attempt starts with a new one.
             self._drop_writer()
-            raise unavailable(error) from error
-        except Exception as error:
-            # No error of the database, so one of the rules with what a caller built by hand.
+            if _is_away(error):
+                raise unavailable(error) from error
             raise malformed(error) from error
 
     def _write(self, db: psycopg.Connection[Any], group: Sequence[Batch]) -> list[list[Result]]:
         looked_for = msgspec.json.encode(wanted(group)).decode()
-        with db.transaction():
+        # Two round trips a group: BEGIN goes with the first call, COMMIT with the second.
+        with db.pipeline(), db.transaction():
             row = db.execute("SELECT kvmarket.find(%s)::text", (looked_for,)).fetchone()
             assert row is not None
             books = GroupBooks(msgspec.json.decode(row[0], type=Found))
@@ -180,6 +176,19 @@ class PostgresStorage:
             )
             return _transfers(db, where, (account, limit, account, limit, limit)).fetchall()
 
+    def transfers_after(self, sequence: int, limit: int) -> list[Transfer]:
+        """See Storage."""
+        behind = sql.SQL("WHERE sequence > %s ORDER BY sequence LIMIT %s")
+        with self._reading() as db:
+            return _transfers(db, behind, (sequence, limit)).fetchall()
+
+    def sequence_of(self, transfer_id: str) -> int | None:
+        """See Storage."""
+        with self._reading() as db, db.cursor(row_factory=scalar_row) as cursor:
+            query = "SELECT sequence FROM kvmarket.transfer WHERE id = %s"
+            sequence: int | None = cursor.execute(query, (transfer_id,)).fetchone()
+            return sequence
+
     def receipts(self, where: Mapping[str, str], limit: int | None) -> list[Receipt]:
         """See Storage."""
         with self._reading() as db:
@@ -231,6 +240,18 @@ class PostgresStorage:
                 f"the ledger's database {self._place} cannot be used ({reason}); see whether "
                 "PostgreSQL runs there and lets this user in"
             ) from error
+
+
+def _is_away(error: Exception) -> bool:
+    """Whether a failure is the database's, rather than due to what a batch contains."""
+    refused = (
+        psycopg.DataError,
+        psycopg.IntegrityError,
+        psycopg.NotSupportedError,
+        psycopg.errors.ProgramLimitExceeded,
+    )
+    # What is no error of the database comes from the rules, with what a caller built by hand.
+    return isinstance(error, psycopg.Error) and not isinstance(error, refused)
 
 
 def _migrate(db: psycopg.Connection[Any]) -> None:

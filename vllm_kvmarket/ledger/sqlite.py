@@ -121,6 +121,18 @@ class SqliteStorage:
         with self._reading() as db:
             return tables.read_transfers(db, account, limit)
 
+    def transfers_after(self, sequence: int, limit: int) -> list[Transfer]:
+        """See Storage."""
+        with self._reading() as db:
+            return tables.read_after(db, sequence, limit)
+
+    def sequence_of(self, transfer_id: str) -> int | None:
+        """See Storage."""
+        with self._reading() as db:
+            query = "SELECT sequence FROM transfer WHERE id = ?"
+            row = db.execute(query, (transfer_id,)).fetchone()
+            return row[0] if row else None
+
     def receipts(self, where: Mapping[str, str], limit: int | None) -> list[Receipt]:
         """See Storage."""
         with self._reading() as db:

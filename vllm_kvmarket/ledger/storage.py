@@ -76,6 +76,12 @@ class Storage(Protocol):
     def transfers(self, account: str | None, limit: int | None) -> list[Transfer]:
         """Transfers of one account or of all, newest first."""
 
+    def transfers_after(self, sequence: int, limit: int) -> list[Transfer]:
+        """Transfers that took effect behind the first `sequence`, in that order."""
+
+    def sequence_of(self, transfer_id: str) -> int | None:
+        """As the how many-th a transfer took effect, from 1."""
+
     def receipts(self, where: Mapping[str, str], limit: int | None) -> list[Receipt]:
         """Receipts whose columns have these values, newest first."""
 

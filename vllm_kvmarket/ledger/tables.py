@@ -207,6 +207,15 @@ def read_transfers(
     return [Transfer(*row) for row in rows]
 
 
+def read_after(db: apsw.Connection, sequence: int, limit: int) -> list[Transfer]:
+    """Transfers behind the first `sequence`, oldest first."""
+    rows = db.execute(
+        f"SELECT {READ_TRANSFER} FROM transfer WHERE sequence > ? ORDER BY sequence LIMIT ?",  # noqa: S608  # names are ours
+        (sequence, limit),
+    )
+    return [Transfer(*row) for row in rows]
+
+
 def read_some(
     db: apsw.Connection, ids: Iterable[str], column: str = "id", condition: str = "TRUE"
 ) -> list[Transfer]:

@@ -12,7 +12,7 @@ from pathlib import Path
 from vllm_kvmarket.signing import sync_folder
 
 
-def write_whole(path: Path, content: bytes, mode: int = 0o644) -> None:
+def write_whole(path: Path, content: bytes, mode: int = 0o600) -> None:
     """Put a file into a path's place; durable on return. Raises OSError."""
     draft = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
     descriptor = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
@@ -30,7 +30,7 @@ def write_whole(path: Path, content: bytes, mode: int = 0o644) -> None:
 def append_line(path: Path, line: bytes) -> None:
     """Append a line durably, behind the last whole one: half a line was never told to anybody."""
     is_new = not path.exists()
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     with os.fdopen(descriptor, "r+b") as stream:
         stream.seek(max(0, stream.seek(0, os.SEEK_END) - 65_536))
         behind = stream.tell()

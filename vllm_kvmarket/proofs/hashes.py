@@ -23,7 +23,7 @@ class StoredHashes:
     def __init__(self, path: Path, size: int) -> None:
         """Open the file, making it where there is none; what lies behind `size` leaves goes."""
         self._path = path
-        self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         self.size = size
         end = merkle.stored_count(size) * HASH_BYTES
         if os.fstat(self._descriptor).st_size > end:

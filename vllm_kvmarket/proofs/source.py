@@ -6,7 +6,8 @@ only lists transfers newest first is read back to the last one known.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import contextlib
+from collections.abc import Iterable, Iterator
 from typing import Any, Protocol
 
 from vllm_kvmarket.errors import NotFoundError
@@ -44,6 +45,17 @@ def pages(ledger: Ledger, after: int = 0, known_id: str = "") -> Iterator[list[T
         after += len(page)
 
 
+def last_of(ledger: Ledger, size: int, known_id: str) -> Transfer | None:
+    """The last of the first `size` transfers, known as `known_id`; None when it is another now."""
+    paged = _paged(ledger)
+    if paged is None:
+        with contextlib.suppress(NotFoundError):
+            return ledger.transfer(known_id)
+        return None
+    found = paged.transfers_after(size - 1, 1)
+    return found[0] if found else None
+
+
 def _read_back(ledger: Ledger, after: int, known_id: str) -> list[Transfer]:
     limit = FIRST_LOOK if after else None
     while True:
@@ -56,14 +68,18 @@ def _read_back(ledger: Ledger, after: int, known_id: str) -> list[Transfer]:
         limit *= 4
 
 
-def index_of(ledger: Ledger, transfer_id: str) -> int:
-    """Which leaf a transfer is, from 0. Raises NotFoundError."""
+def indexes_of(ledger: Ledger, transfer_ids: Iterable[str]) -> dict[str, int]:
+    """Which leaves transfers are, from 0. Raises NotFoundError."""
     paged = _paged(ledger)
     if paged is not None:
-        return paged.sequence_of(transfer_id) - 1
-    ledger.transfer(transfer_id)
+        return {wanted: paged.sequence_of(wanted) - 1 for wanted in transfer_ids}
+    left = set(transfer_ids)
+    found: dict[str, int] = {}
     oldest_first = (transfer.id for page in pages(ledger) for transfer in page)
-    for index, found in enumerate(oldest_first):
-        if found == transfer_id:
-            return index
-    raise NotFoundError(f"there is no transfer {transfer_id!r}")
+    for index, transfer_id in enumerate(oldest_first if left else ()):
+        if transfer_id in left:
+            found[transfer_id] = index
+            left.remove(transfer_id)
+    if left:
+        raise NotFoundError(f"there is no transfer {min(left)!r}")
+    return found

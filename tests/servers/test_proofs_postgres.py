@@ -1,0 +1,75 @@
+"""Log, audit, statement and payout over a ledger in PostgreSQL: the same as over SQLite."""
+
+import pytest
+from ledger_books import fresh_number, funded_ledger, hold
+
+from vllm_kvmarket.ledger import post
+from vllm_kvmarket.proofs import TransparencyLog, audit, read_inclusion
+from vllm_kvmarket.statements import payout, statement
+
+psycopg = pytest.importorskip("psycopg", reason="pip install vllm-kvmarket[postgres]")
+from postgres import PostgreSQL, binaries  # noqa: E402  # needs psycopg
+
+
+@pytest.fixture(scope="module")
+def server():
+    programs = binaries()
+    if programs is None:
+        pytest.skip("no PostgreSQL server on this machine: apt-get install postgresql")
+    server = PostgreSQL(programs)
+    try:
+        server.start()
+        yield server
+    finally:
+        server.close()
+
+
+@pytest.fixture
+def url(server):
+    return server.create_database(f"proofs-{fresh_number()}")
+
+
+def fill(ledger, count):
+    for number in range(count):
+        held = f"h{number}"
+        ledger.transact(hold(held, 3), post(id=f"{held}:post", pending_id=held, amount_nano=2))
+
+
+def test_the_log_is_the_same_on_every_database(url, tmp_path):
+    """The same transfers at the same times: the same root, whatever keeps them."""
+    roots = []
+    for place in (url, tmp_path / "market.sqlite"):
+        home = tmp_path / f"home{len(roots)}"
+        with funded_ledger(place, clock=lambda: 1764000000.1234567) as ledger:
+            fill(ledger, 20)
+            checkpoint = TransparencyLog(ledger, home).checkpoint()
+            assert checkpoint.size == 41
+            roots.append(checkpoint.root)
+            assert audit(ledger, home).ok
+    assert roots[0] == roots[1]
+
+
+def test_machines_that_share_a_ledger_sign_the_same_root(url, tmp_path):
+    """Each in its own name, with its own keys; proofs of one verify with its keys alone."""
+    with funded_ledger(url) as ledger:
+        fill(ledger, 5)
+        logs = [TransparencyLog(ledger, tmp_path / name) for name in ("a", "b")]
+        one, other = (log.checkpoint() for log in logs)
+        assert (one.size, one.root) == (other.size, other.root)
+        assert one.origin != other.origin
+        for log in logs:
+            proof = read_inclusion(log.prove("h3:post").text())
+            assert proof.verify(log.public_keys()).amount_nano == "2"
+            log.prove_consistency(3).verify(log.public_keys())
+
+
+def test_statements_and_payouts(url):
+    """Brought forward, lines, closing; a payout once."""
+    with funded_ledger(url) as ledger:
+        fill(ledger, 4)
+        made = statement(ledger, "alice")
+        assert made.closing_nano == ledger.account("alice").balance_nano
+        assert [line.kind for line in made.lines] == ["deposit", *["purchase"] * 4]
+        transfer, is_new = payout(ledger, "provider", "bank 1")
+        assert (transfer.amount_nano, is_new) == (8, True)
+        assert payout(ledger, "provider", "bank 1") == (transfer, False)

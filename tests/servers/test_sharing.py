@@ -1,0 +1,107 @@
+"""Two homes on one bucket: what one publishes, the other finds, verifies and could sell."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from seaweed import SeaweedFS
+
+from vllm_kvmarket import Market
+from vllm_kvmarket.catalogue import Listing
+from vllm_kvmarket.errors import StoreError
+from vllm_kvmarket.identity import ROOT, chunk_keys, document_id, pack_tokens
+from vllm_kvmarket.sharing import Directory
+from vllm_kvmarket.store import ChunkLayout, LayerLayout
+
+NAMESPACE = bytes(range(32))
+TOKENS = [7 * number % 50_000 for number in range(600)]
+LAYOUT = ChunkLayout(
+    tag="012/cpu-vec",
+    dtype="float32",
+    block_tokens=128,
+    layers=(LayerLayout("layer", (2, 128, 8), 8192),),
+)
+
+
+def publish(market: Market) -> Listing:
+    """What an engine does for a document, without one."""
+    keys = chunk_keys(NAMESPACE, TOKENS)
+    listing = Listing(
+        document_id=document_id(keys[-1]),
+        namespace=NAMESPACE,
+        title="shared",
+        publisher="acme",
+        token_count=len(TOKENS),
+    )
+    market.begin_listing(listing, TOKENS).result()
+    stored = 0
+    for index, key in enumerate(keys):
+        tokens = TOKENS[index * 256 : index * 256 + 256]
+        pages = np.full(-(-len(tokens) // 128) * 8192, index + 1, dtype=np.uint8)
+        stored += market.store.put(
+            key=key,
+            parent=keys[index - 1] if index else ROOT,
+            namespace=NAMESPACE,
+            tokens=pack_tokens(tokens),
+            layout=LAYOUT,
+            layers=[[pages]],
+        )
+    market.commit_listing(listing.document_id, stored, keys).result()
+    return market.catalogue.get(listing.document_id)
+
+
+@pytest.fixture
+def homes(seaweed: SeaweedFS, bucket: str, tmp_path):
+    """Two markets that have nothing in common but the bucket."""
+    config = {"object_store_url": bucket, "object_store_options": seaweed.options()}
+    with (
+        Market.open(tmp_path / "first", config) as first,
+        Market.open(tmp_path / "second", config) as second,
+    ):
+        yield first, second
+
+
+def test_a_second_home_finds_what_the_first_published(homes):
+    """The listing by its bucket entry, the bytes by read-through, the publisher by an account."""
+    first, second = homes
+    listing = publish(first)
+    directory = Directory(second.store, second.catalogue, second.ledger)
+    assert directory.sync() == 1
+    found = second.match(NAMESPACE, [*TOKENS, 1, 2, 3])
+    assert found is not None
+    assert (found.token_count, found.listing.document_id) == (600, listing.document_id)
+    assert second.ledger.account("acme").kind == "publisher"
+    for index, chunk in enumerate(found.chunks):
+        with second.store.open(chunk.key, LAYOUT, NAMESPACE) as stored:
+            assert (stored.layer(0) == index + 1).all()
+    assert directory.sync() == 0, "nothing new"
+
+    first.delist(listing.document_id)
+    directory.sync()
+    assert second.catalogue.get(listing.document_id).state == "delisted"
+    assert second.match(NAMESPACE, TOKENS) is None
+
+
+def test_an_entry_that_is_rubbish_stops_nothing(homes):
+    """Skipped with a warning; the others are taken over."""
+    first, second = homes
+    publish(first)
+    assert first.store.objects is not None
+    first.store.objects.put_bytes("listings/kvd_00000000000000000000000000000000", b"rubbish")
+    directory = Directory(second.store, second.catalogue, second.ledger)
+    assert directory.sync() == 1
+
+
+def test_a_listing_that_nobody_could_be_told_of_is_no_success(homes, monkeypatch):
+    """Publishing into a bucket that is gone fails, and says so."""
+    first, _ = homes
+
+    def gone(*args: object) -> None:
+        raise StoreError("the object store did not answer")
+
+    assert first.store.objects is not None
+    monkeypatch.setattr(first.store.objects, "put_bytes", gone)
+    with pytest.raises(StoreError, match="did not answer"):
+        publish(first)
+    (listing,) = first.catalogue.listings()
+    assert (listing.state, listing.reason) == ("failed", "the object store did not answer")

@@ -1,0 +1,393 @@
+"""The transparency log: what it has of a ledger, what it signs, what it refuses to sign."""
+
+import base64
+import itertools
+import json
+import threading
+
+import apsw
+import pytest
+import scitt_cose
+from hypothesis import given
+from hypothesis import strategies as st
+from ledger_books import funded_ledger, hold
+from proof_market import open_shop, sell
+
+from vllm_kvmarket.errors import NotFoundError
+from vllm_kvmarket.ledger import Ledger, Transfer, post, void
+from vllm_kvmarket.proofs import (
+    ProofError,
+    TransparencyLog,
+    audit,
+    leaves,
+    merkle,
+    notes,
+    read_inclusion,
+    source,
+    verify_checkpoint,
+)
+from vllm_kvmarket.signing import PublicKey, SigningKeys
+
+
+@pytest.fixture
+def ledger(tmp_path):
+    with funded_ledger(tmp_path / "market.sqlite") as ledger:
+        yield ledger
+
+
+@pytest.fixture
+def log(ledger, tmp_path):
+    return TransparencyLog(ledger, tmp_path)
+
+
+def fill(ledger, count, prefix="h"):
+    """Hold and settle: two transfers a time."""
+    for number in range(count):
+        held = f"{prefix}{number}"
+        ledger.transact(hold(held, 3), post(id=f"{held}:post", pending_id=held, amount_nano=2))
+
+
+def entries(ledger):
+    return [leaves.entry_of(each).hex() for each in ledger.transfers()[::-1]]
+
+
+def change(home, statement):
+    """What an operator with an editor would do to the books, past the schema's triggers."""
+    db = apsw.Connection(str(home / "market.sqlite"))
+    rows = db.execute("SELECT name FROM sqlite_master WHERE type = 'trigger'").fetchall()
+    for (trigger,) in rows:
+        db.execute(f"DROP TRIGGER {trigger}")
+    db.execute(statement)
+    db.close()
+
+
+def test_the_root_is_that_of_all_transfers_in_the_order_of_effect(ledger, log):
+    """Another implementation gets it from the transfers' entries; it grows with the ledger."""
+    for count in (0, 1, 5):
+        fill(ledger, count, f"{count}-")
+        checkpoint = log.checkpoint()
+        assert checkpoint.size == len(ledger.transfers())
+        assert checkpoint.root.hex() == scitt_cose.merkle_root(entries(ledger))
+
+
+def test_a_transfer_is_proved_to_be_in_the_log(ledger, log):
+    """For every one; offline, from the text and the public key; by another implementation too."""
+    fill(ledger, 6)
+    keys = log.public_keys() or [SigningKeys(log.folder.parent).current().public]
+    for index, transfer in enumerate(ledger.transfers()[::-1]):
+        text = log.prove(transfer.id).text()
+        proof = read_inclusion(text)
+        leaf = proof.verify(log.public_keys() or keys)
+        assert (proof.index, leaf.id) == (index, transfer.id)
+        assert (leaf.amount_nano, leaf.debit) == (str(transfer.amount_nano), transfer.debit)
+        assert scitt_cose.verify_inclusion(
+            proof.entry.hex(),
+            index,
+            proof.checkpoint.size,
+            [each.hex() for each in proof.path],
+            proof.checkpoint.root.hex(),
+        )
+    with pytest.raises(NotFoundError):
+        log.prove("nothing")
+
+
+def test_a_log_of_two_times_is_proved_to_have_only_grown(ledger, log):
+    """Between all sizes that it had, with the checkpoints that were signed then."""
+    signed = []
+    for count in (1, 2, 4):
+        fill(ledger, count, f"{count}-")
+        signed.append(log.checkpoint())
+    for old in signed:
+        for new in [each for each in signed if each.size >= old.size]:
+            proof = log.prove_consistency(old.size, new.size)
+            proof.verify(log.public_keys())
+            assert (proof.old_checkpoint, proof.new_checkpoint) == (old.note, new.note)
+    assert log.prove_consistency(3).new_size == signed[-1].size
+    for sizes in ((5, 4), (0, 99), (-1, 3)):
+        with pytest.raises(ProofError):
+            log.prove_consistency(*sizes)
+
+
+def test_only_new_transfers_are_hashed(ledger, log, monkeypatch):
+    """A checkpoint over a log that is known costs what was added, also in another process."""
+    fill(ledger, 20)
+    log.checkpoint()
+    hashed = []
+    real = leaves.entry_of
+    monkeypatch.setattr(
+        "vllm_kvmarket.proofs.log.entry_of", lambda each: hashed.append(each.id) or real(each)
+    )
+    fill(ledger, 1, "new")
+    again = TransparencyLog(ledger, log.folder.parent)
+    assert again.checkpoint().size == 43
+    # The last one that was known is looked at again: is the ledger still the same?
+    assert hashed == ["h19:post", "new0", "new0:post"]
+
+
+def test_nothing_new_gives_the_same_checkpoint(ledger, log):
+    """Signed once and kept once; a rotated key signs it again."""
+    first = log.checkpoint()
+    assert log.checkpoint() == first
+    assert len(log.checkpoints()) == 1
+    SigningKeys(log.folder.parent).rotate()
+    second = log.checkpoint()
+    assert (second.root, second.origin) == (first.root, first.origin)
+    assert second.note != first.note
+    assert len(log.checkpoints()) == 2
+
+
+def test_checkpoints_of_before_a_rotation_verify(ledger, log):
+    """With the home's JWK set; each key alone verifies what it signed, and nothing else."""
+    old = log.checkpoint()
+    SigningKeys(log.folder.parent).rotate()
+    fill(ledger, 1)
+    new = log.checkpoint()
+    new_key, old_key = log.public_keys()
+    for note in (old.note, new.note):
+        verify_checkpoint(note, [new_key, old_key])
+    assert verify_checkpoint(old.note, [old_key]) == old
+    for note, key in ((old.note, new_key), (new.note, old_key)):
+        with pytest.raises(ProofError, match="not among the 1 known"):
+            verify_checkpoint(note, [key])
+    log.prove_consistency(old.size).verify([new_key, old_key])
+
+
+@pytest.mark.parametrize("file", ["hashes", "head.json"])
+@pytest.mark.parametrize("harm", ["gone", "empty", "garbage", "short"])
+def test_lost_files_are_made_anew_from_the_transfers(ledger, log, file, harm):
+    """Whatever a crash leaves of them: the root is the same, and was signed before."""
+    fill(ledger, 9)
+    before = log.checkpoint()
+    path = log.folder / file
+    content = {"empty": b"", "garbage": b"x" * 5000, "short": path.read_bytes()[:-40]}
+    path.unlink() if harm == "gone" else path.write_bytes(content[harm])
+    assert log.checkpoint() == before
+    fill(ledger, 1, "more")
+    log.prove_consistency(before.size).verify(log.public_keys())
+
+
+def test_half_a_line_of_checkpoints_was_never_told(ledger, log):
+    """A crash while signing leaves what nobody was given; the next one takes its place."""
+    first = log.checkpoint()
+    path = log.folder / "checkpoints.jsonl"
+    path.write_bytes(path.read_bytes() + b'{"at_s":1,"note":"kvmar')
+    assert [signed.note for signed in log.checkpoints()] == [first.note]
+    fill(ledger, 1)
+    second = log.checkpoint()
+    assert [signed.note for signed in log.checkpoints()] == [first.note, second.note]
+    path.write_bytes(b"nonsense\n")
+    with pytest.raises(ProofError, match="no checkpoint"):
+        log.checkpoint()
+
+
+@pytest.mark.parametrize("forget", [False, True])
+@pytest.mark.parametrize("end", [False, True])
+def test_a_changed_past_is_not_signed(ledger, log, tmp_path, forget, end):
+    """Not at the end, which is looked at; elsewhere when the hashes are made anew, or audited."""
+    fill(ledger, 9)
+    log.checkpoint()
+    changed = "h8:post" if end else "h2:post"
+    change(tmp_path, f"UPDATE transfer SET user_data = 'other' WHERE id = '{changed}'")
+    if forget:
+        (log.folder / "hashes").unlink()
+    if forget or end:
+        with pytest.raises(ProofError, match="do not give the root that was signed"):
+            log.checkpoint()
+    else:
+        with pytest.raises(ProofError, match="leads to another root"):
+            log.prove(changed)
+    report = audit(ledger, tmp_path)
+    assert any("are not those that were signed" in each for each in report.problems)
+
+
+def test_an_older_ledger_is_not_signed(ledger, log, tmp_path):
+    """Transfers that were signed for and are gone: nothing is signed until they are back."""
+    fill(ledger, 3)
+    log.checkpoint()
+    change(tmp_path, "PRAGMA foreign_keys = OFF; DELETE FROM transfer WHERE sequence > 4")
+    with pytest.raises(ProofError, match="restore a backup"):
+        log.checkpoint()
+    report = audit(ledger, tmp_path)
+    assert any("7 transfers were signed for, the ledger has 4" in each for each in report.problems)
+
+
+def test_an_audit_recomputes_roots_and_balances(ledger, log, tmp_path):
+    """Good books are good; every signed size is checked, and what others kept."""
+    fill(ledger, 4)
+    kept = log.checkpoint()
+    fill(ledger, 4, "more")
+    log.checkpoint()
+    report = audit(ledger, tmp_path, [kept.note])
+    assert (report.ok, report.checkpoints, report.transfers) == (True, 3, 17)
+    assert base64.b64decode(report.root).hex() == scitt_cose.merkle_root(entries(ledger))
+    change(tmp_path, "UPDATE account SET credits_posted = credits_posted + 1 WHERE id = 'pat'")
+    problems = audit(ledger, tmp_path).problems
+    assert any("account pat: credits_posted" in each for each in problems)
+
+
+def test_an_audit_finds_and_heals_a_damaged_file_of_hashes(ledger, log, tmp_path):
+    """One bit in the middle, which no checkpoint reads; the proof through it is not handed out."""
+    fill(ledger, 8)
+    log.checkpoint()
+    path = log.folder / "hashes"
+    content = bytearray(path.read_bytes())
+    content[40] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(ProofError, match="leads to another root"):
+        log.prove("d1")
+    report = audit(ledger, tmp_path)
+    assert (report.ok, report.rebuilt) == (False, True)
+    assert audit(ledger, tmp_path).ok
+    log.prove("d1")
+
+
+def test_an_audit_refuses_checkpoints_that_are_not_this_log_s(ledger, log, tmp_path):
+    """Of another home, changed, or no checkpoint at all."""
+    mine = log.checkpoint()
+    (tmp_path / "other").mkdir()
+    with Ledger.open(tmp_path / "other" / "market.sqlite") as other_ledger:
+        other = TransparencyLog(other_ledger, tmp_path / "other").checkpoint()
+    changed = mine.note.replace("\n1\n", "\n2\n")
+    report = audit(ledger, tmp_path, [other.note, changed, "hello"])
+    assert [each.partition(": ")[2].partition(":")[0] for each in report.problems] == [
+        "checkpoint of 0",
+        "checkpoint of 2",
+        "checkpoint 'hello'",
+    ]
+
+
+def test_threads_sign_one_history(ledger, log, tmp_path):
+    """Sellers write while others sign: every two checkpoints are consistent."""
+    done = threading.Event()
+
+    def sign():
+        own = TransparencyLog(ledger, tmp_path)
+        while not done.is_set():
+            own.checkpoint()
+
+    signers = [threading.Thread(target=sign) for _ in range(3)]
+    for thread in signers:
+        thread.start()
+    fill(ledger, 40)
+    done.set()
+    for thread in signers:
+        thread.join()
+    log.checkpoint()
+    sizes = [notes.read_checkpoint(each.note).size for each in log.checkpoints()]
+    assert sizes == sorted(set(sizes)), "each size is signed once"
+    for old, new in itertools.pairwise(sizes):
+        log.prove_consistency(old, new).verify(log.public_keys())
+    assert audit(ledger, tmp_path).ok
+
+
+def test_a_ledger_with_pages_and_one_without_give_the_same(ledger, tmp_path, monkeypatch):
+    """The log reads what the ledger offers."""
+    fill(ledger, 7)
+    ledger.transact(hold("gone", 1))
+    ledger.transact(void(id="v", pending_id="gone"))
+    oldest = ledger.transfers()[::-1]
+    ids = [each.id for each in oldest]
+
+    class Pages:
+        def transfers_after(self, sequence, limit):
+            return oldest[sequence : sequence + min(limit, 3)]
+
+        def sequence_of(self, transfer_id):
+            return ids.index(transfer_id) + 1
+
+    class Newest:
+        def transfers(self, account=None, limit=None):
+            return ledger.transfers(account, limit)
+
+        def transfer(self, transfer_id):
+            return ledger.transfer(transfer_id)
+
+    monkeypatch.setattr(source, "FIRST_LOOK", 2)
+    for offered in (Pages(), Newest()):
+        for after in range(len(ids) + 1):
+            known = ids[after - 1] if after else ""
+            read = [each for page in source.pages(offered, after, known) for each in page]
+            assert read == oldest[after:]
+        assert source.indexes_of(offered, ["v", ids[0]]) == {"v": len(ids) - 1, ids[0]: 0}
+        assert source.last_of(offered, 3, ids[2]) == oldest[2]
+
+
+@given(st.builds(Transfer, kind=st.sampled_from(["plain", "post"]), id=st.text(), debit=st.text()))
+def test_an_entry_is_canonical_json(transfer):
+    """As RFC 8785 has it: another encoder writes the same bytes, and it comes back."""
+    entry = leaves.entry_of(transfer)
+    facts = json.loads(entry)
+    spelled = json.dumps(facts, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
+    assert spelled.encode() == entry
+    assert set(map(type, facts.values())) == {str}
+    leaf = leaves.read_entry(entry)
+    assert (leaf.id, leaf.debit) == (transfer.id, transfer.debit)
+
+
+def test_the_spelling_of_an_entry_never_changes():
+    """Logs that exist hold these bytes."""
+    transfer = Transfer("pending", "p1", "alice", "provider", 7, "", 900, "reuse", "kvd_x", 1.25e9)
+    entry = (
+        b'{"amount_nano":"7","code":"reuse","created_at_s":"1250000000.0","credit":"provider",'
+        b'"debit":"alice","id":"p1","kind":"pending","pending_id":"","timeout_s":"900",'
+        b'"type":"kvmarket/transfer/v1","user_data":"kvd_x"}'
+    )
+    assert leaves.entry_of(transfer) == entry
+    for other in (entry.replace(b":", b": "), entry[:-1] + b',"x":""}', b"[]", b"\xff"):
+        with pytest.raises(ProofError):
+            leaves.read_entry(other)
+
+
+def test_a_signed_note_of_another_implementation_verifies():
+    """The example of Go's golang.org/x/mod/sumdb/note."""
+    name, _, key = ["PeterNeumann", "c74f20a3", "ARpc2QcUPDhMQegwxbzhKqiBfsVkmqq/LDE4izWy10TW"]
+    public = PublicKey(base64.b64decode(key)[1:])
+    note = (
+        "If you think cryptography is the answer to your problem,\n"
+        "then you don't know what your problem is.\n\n"
+        "— PeterNeumann x08go/ZJkuBS9UG/SffcvIAQxVBtiFupLLr8pAcElZInNIuGUgYN1FFYC2pZSNXgKvqfqdngot"
+        "pRZb6KE6RyyBwJnAM=\n"
+    )
+    assert notes.signer_of(note, [public]) == public
+    assert notes.verifier_key(name, public) == f"PeterNeumann+c74f20a3+{key}"
+    with pytest.raises(ProofError, match="the text was changed"):
+        notes.signer_of(note.replace("answer", "Answer"), [public])
+
+
+def test_a_note_with_other_signatures_verifies(log):
+    """Witnesses may have signed as well, by algorithms that we do not know."""
+    note = log.checkpoint().note
+    witness = base64.b64encode(b"four" + bytes(80)).decode()
+    assert verify_checkpoint(note + f"— witness.example {witness}\n", log.public_keys()).size == 1
+
+
+@pytest.mark.parametrize(
+    "harm",
+    [
+        lambda _: "",
+        lambda note: note[:-1],
+        lambda note: note.replace("\n\n", "\n"),
+        lambda note: note.replace("\n1\n", "\n01\n"),
+        lambda note: note.replace("\n1\n", "\n1\nmore\n"),
+        lambda note: note.replace("— ", "- "),
+        lambda note: note + "\n",
+        lambda note: note.replace("\n1\n", "\n1\r\n"),
+        lambda note: "kvmarket/other" + note[note.index("\n") :],
+        lambda note: note.replace("=", "", 1),
+    ],
+)
+def test_a_changed_checkpoint_is_refused(log, harm):
+    """Whatever was changed: the reason, no crash."""
+    note = log.checkpoint().note
+    with pytest.raises(ProofError):
+        verify_checkpoint(harm(note), log.public_keys())
+
+
+def test_a_sale_is_two_leaves(tmp_path):
+    """The charge and, right behind it, the royalty."""
+    with open_shop(tmp_path / "home") as market:
+        receipt = sell(market, "p1")
+        log = TransparencyLog(market.ledger, market.home)
+        charge, royalty = (log.locate(each) for each in receipt.transfer_ids)
+        assert royalty.log_index == charge.log_index + 1
+        assert merkle.leaf_hash(log.prove(charge.id).entry) == charge.leaf_hash

@@ -1,0 +1,393 @@
+"""`receipt ...`, `log ...`, `audit-ledger`: what others can check, and the check of everything."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from vllm_kvmarket.cli.command import Command, UsageError, open_market
+from vllm_kvmarket.cli.output import clean, emit, moment, pairs, progress
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from vllm_kvmarket.proofs import AuditReport, SignedReceipt
+    from vllm_kvmarket.signing import PublicKey
+
+
+def home_of(args: argparse.Namespace) -> Path:
+    """The folder that --home and --config name; there need not be a market in it."""
+    from vllm_kvmarket import config
+
+    return Path(args.home or config.load(args.config).home).expanduser()
+
+
+def _add_jwks(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--jwks",
+        metavar="FILE",
+        type=Path,
+        help="the market's public keys, as `kvmarket key show --all` prints them "
+        "(default: this home's own and those it trusts)",
+    )
+
+
+def _keys(args: argparse.Namespace) -> list[PublicKey]:
+    from vllm_kvmarket.signing import SigningKeys, TrustedKeys, read_jwks
+
+    if args.jwks:
+        return read_jwks(args.jwks)
+    home = home_of(args)
+    keys = [*SigningKeys(home).public_keys(), *TrustedKeys(home).all().values()]
+    if not keys:
+        raise UsageError(f"there are no keys at {home}; give the market's with --jwks")
+    return keys
+
+
+def _read(path: Path) -> str:
+    """A file's text, or what is on stdin for -. Raises ProofError for what is no text."""
+    from vllm_kvmarket.proofs import ProofError
+
+    try:
+        return sys.stdin.read() if str(path) == "-" else path.read_text("utf-8")
+    except UnicodeDecodeError:
+        raise ProofError(f"{path} is no text; give a receipt, checkpoint or proof") from None
+
+
+def _configure_show(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("receipt_id", metavar="ID", help="the receipt's id, kvr_...")
+    parser.add_argument(
+        "--jws", action="store_true", help="print the signed receipt alone, to give to others"
+    )
+
+
+def _run_show(args: argparse.Namespace) -> int:
+    import msgspec
+
+    from vllm_kvmarket import proofs
+
+    with open_market(args) as market:
+        market.ledger.receipt(args.receipt_id)  # one that is not there is not waited for
+        receipt = proofs.signed_receipt(market, args.receipt_id)
+    if args.jws:
+        print(receipt.jws)
+        return 0
+    document = {
+        "payload": msgspec.to_builtins(receipt.payload),
+        "kid": receipt.kid,
+        **receipt.x402(),
+    }
+    emit(args, document, lambda where: _show_receipt(where, receipt))
+    return 0
+
+
+def _show_receipt(where: Console, receipt: SignedReceipt) -> None:
+    from vllm_kvmarket.tariff import format_nano
+
+    sale = receipt.payload.kvmarket
+    pairs(
+        where,
+        [
+            ("receipt", sale.receipt_id),
+            ("issued", moment(receipt.payload.issuedAt)),
+            ("payer", receipt.payload.payer),
+            ("document", f"{sale.document.id} {sale.document.title}"),
+            ("publisher", sale.document.publisher),
+            ("tokens", f"{sale.tokens.reused} reused, {sale.tokens.computed} computed"),
+            ("charge", f"{format_nano(int(sale.charge_nano))} {sale.tariff.currency}"),
+            ("royalty", f"{format_nano(int(sale.royalty_nano))} {sale.tariff.currency}"),
+            *((f"leaf {each.log_index}", each.id) for each in sale.transfers),
+            ("log", sale.log.origin),
+            ("signed by", receipt.kid),
+        ],
+    )
+
+
+def _configure_verify(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "file", metavar="FILE", type=Path, help="a signed receipt, as JWS or JSON; - for stdin"
+    )
+    _add_jwks(parser)
+    parser.add_argument(
+        "--proof",
+        metavar="FILE",
+        type=Path,
+        action="append",
+        default=[],
+        help="also that this proof (`kvmarket log prove`) is of a transfer of the receipt; "
+        "may be repeated",
+    )
+
+
+def _run_verify(args: argparse.Namespace) -> int:
+    import msgspec
+
+    from vllm_kvmarket import proofs
+
+    keys = _keys(args)
+    try:
+        receipt = proofs.verify(proofs.read_jws(_read(args.file)), keys)
+        logged = []
+        for path in args.proof:
+            proof = proofs.read_inclusion(_read(path))
+            number = proofs.verify_with_proof(receipt, proof, keys)
+            logged.append(receipt.payload.kvmarket.transfers[number].id)
+    except proofs.ProofError as error:
+        return _refused(args, error)
+    document = {
+        "valid": True,
+        "kid": receipt.kid,
+        "payload": msgspec.to_builtins(receipt.payload),
+        "in_log": logged,
+    }
+
+    def show(where: Console) -> None:
+        _show_receipt(where, receipt)
+        for transfer in logged:
+            where.print(clean(f"in the log: {transfer}"))
+        where.print("good: signed by the market, and in itself right")
+
+    emit(args, document, show)
+    return 0
+
+
+def _refused(args: argparse.Namespace, error: Exception) -> int:
+    """What does not hold: the reason as JSON, or for `main` to print."""
+    if not args.json:
+        raise error
+    emit(args, {"valid": False, "reason": str(error)}, lambda _: None)
+    return 1
+
+
+def _run_checkpoint(args: argparse.Namespace) -> int:
+    import base64
+
+    from vllm_kvmarket import proofs
+    from vllm_kvmarket.signing import SigningKeys
+
+    with open_market(args) as market:
+        checkpoint = proofs.TransparencyLog(market.ledger, market.home).checkpoint()
+        key = SigningKeys(market.home).current().public
+    if not args.json:
+        sys.stdout.write(checkpoint.note)
+        return 0
+    document = {
+        "origin": checkpoint.origin,
+        "size": checkpoint.size,
+        "root": base64.b64encode(checkpoint.root).decode(),
+        "note": checkpoint.note,
+        "kid": key.kid,
+        "verifier_key": proofs.verifier_key(checkpoint.origin, key),
+    }
+    emit(args, document, lambda _: None)
+    return 0
+
+
+def _configure_prove(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("transfer_id", metavar="TRANSFER_ID", help="a transfer's id")
+
+
+def _run_prove(args: argparse.Namespace) -> int:
+    import json
+
+    from vllm_kvmarket import proofs
+
+    with open_market(args) as market:
+        proof = proofs.TransparencyLog(market.ledger, market.home).prove(args.transfer_id)
+    if not args.json:
+        sys.stdout.write(proof.text())
+        return 0
+    document = {
+        "index": proof.index,
+        "transfer": json.loads(proof.entry),
+        "path": [each.hex() for each in proof.path],
+        "size": proof.checkpoint.size,
+        "root": proof.checkpoint.root.hex(),
+        "proof": proof.text(),
+    }
+    emit(args, document, lambda _: None)
+    return 0
+
+
+def _configure_consistency(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("old", metavar="OLD", help="a checkpoint's file, or a number of transfers")
+    parser.add_argument(
+        "new", metavar="NEW", nargs="?", help="a later one (default: the log as it stands)"
+    )
+
+
+def _run_consistency(args: argparse.Namespace) -> int:
+    import msgspec
+
+    from vllm_kvmarket import proofs
+
+    with open_market(args) as market:
+        log = proofs.TransparencyLog(market.ledger, market.home)
+        known = log.public_keys()
+        old, old_note = _size(args.old, known)
+        new, new_note = _size(args.new, known) if args.new else (None, "")
+        proof = log.prove_consistency(old, new)
+    proof = msgspec.structs.replace(
+        proof,
+        old_checkpoint=old_note or proof.old_checkpoint,
+        new_checkpoint=new_note or proof.new_checkpoint,
+    )
+    # What somebody kept may not be what this log has now.
+    proof.verify(known)
+    # JSON in either way: the output is a file for those who shall check it.
+    print(msgspec.json.format(msgspec.json.encode(proof), indent=2).decode())
+    return 0
+
+
+def _size(text: str, keys: list[PublicKey]) -> tuple[int, str]:
+    """A number of leaves and, where it was given as a file, the checkpoint that says so."""
+    from vllm_kvmarket.proofs import verify_checkpoint
+
+    if text.isascii() and text.isdigit() and len(text) < 19:
+        return int(text), ""
+    note = _read(Path(text))
+    return verify_checkpoint(note, keys).size, note
+
+
+def _configure_log_verify(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "file",
+        metavar="FILE",
+        type=Path,
+        help="what `log checkpoint`, `log prove` or `log consistency` printed; - for stdin",
+    )
+    _add_jwks(parser)
+
+
+def _run_log_verify(args: argparse.Namespace) -> int:
+    from vllm_kvmarket.proofs import ProofError
+
+    keys = _keys(args)
+    try:
+        document = _check(_read(args.file), keys)
+    except ProofError as error:
+        return _refused(args, error)
+    emit(args, document, lambda where: where.print(clean(f"good: {document['says']}")))
+    return 0
+
+
+def _check(text: str, keys: list[PublicKey]) -> dict[str, Any]:
+    import msgspec
+
+    from vllm_kvmarket import proofs
+
+    if text.startswith("{"):
+        try:
+            proof = msgspec.json.decode(text, type=proofs.ConsistencyProof)
+        except msgspec.DecodeError as error:
+            raise proofs.ProofError(f"no proof of consistency: {error}") from None
+        proof.verify(keys)
+        says = f"the log of {proof.new_size} transfers begins with that of {proof.old_size}"
+        unsigned = not (proof.old_checkpoint and proof.new_checkpoint)
+        says += "; not both sizes have a signed checkpoint" if unsigned else ""
+        return {"valid": True, "kind": "consistency", "says": says}
+    if text.startswith(proofs.PROOF_HEADER):
+        inclusion = proofs.read_inclusion(text)
+        leaf = inclusion.verify(keys)
+        says = (
+            f"transfer {leaf.id} is leaf {inclusion.index}: {leaf.kind}, {leaf.amount_nano} "
+            f"nano-units from {leaf.debit} to {leaf.credit}"
+        )
+        return {
+            "valid": True,
+            "kind": "inclusion",
+            "says": says,
+            "transfer": msgspec.to_builtins(leaf),
+        }
+    checkpoint = proofs.verify_checkpoint(text, keys)
+    says = f"{checkpoint.origin} has {checkpoint.size} transfers"
+    return {"valid": True, "kind": "checkpoint", "says": says, "size": checkpoint.size}
+
+
+def _configure_audit(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--checkpoint",
+        metavar="FILE",
+        type=Path,
+        action="append",
+        default=[],
+        help="also check this checkpoint that somebody kept; may be repeated",
+    )
+    parser.add_argument(
+        "--backup", metavar="FOLDER", type=Path, help="audit this backup, not the market"
+    )
+
+
+def _run_audit(args: argparse.Namespace) -> int:
+    import msgspec
+
+    from vllm_kvmarket import proofs
+
+    given = [_read(path) for path in args.checkpoint]
+    if args.backup:
+        report = proofs.audit_backup(args.backup, given)
+    else:
+        with open_market(args) as market, progress() as bar:
+            task = bar.add_task("hashing transfers", total=None, note="")
+            report = proofs.audit(
+                market.ledger,
+                market.home,
+                given,
+                lambda count: bar.update(task, note=str(count)),
+            )
+    emit(args, msgspec.to_builtins(report), lambda where: show_audit(where, report))
+    return 0 if report.ok else 1
+
+
+def show_audit(where: Console, report: AuditReport) -> None:
+    """Print what an audit found."""
+    from vllm_kvmarket.tariff import format_nano
+
+    for problem in report.problems:
+        where.print(clean(problem))
+    where.print(
+        f"{'good' if report.ok else 'BAD'}: {report.accounts} accounts, {report.transfers} "
+        f"transfers, {report.receipts} receipts, {report.checkpoints} checkpoints, "
+        f"{len(report.problems)} problems"
+    )
+    debits, credits_ = format_nano(report.debits_nano), format_nano(report.credits_nano)
+    where.print(f"debits {debits}, credits {credits_}, root {report.root}")
+
+
+GROUPS = {
+    "receipt": "receipts that others can check",
+    "log": "the transparency log over all transfers",
+}
+COMMANDS = (
+    Command(
+        "receipt show", "show a receipt, or sign it to be given away", _run_show, _configure_show
+    ),
+    Command(
+        "receipt verify",
+        "check a signed receipt, with the market's public keys alone",
+        _run_verify,
+        _configure_verify,
+    ),
+    Command("log checkpoint", "sign the log's size and root", _run_checkpoint),
+    Command("log prove", "prove that a transfer is in the log", _run_prove, _configure_prove),
+    Command(
+        "log consistency",
+        "prove that the log only grew",
+        _run_consistency,
+        _configure_consistency,
+    ),
+    Command(
+        "log verify",
+        "check a checkpoint or proof, with the market's public keys alone",
+        _run_log_verify,
+        _configure_log_verify,
+    ),
+    Command(
+        "audit-ledger",
+        "recompute every balance and signed root from the transfers",
+        _run_audit,
+        _configure_audit,
+    ),
+)

@@ -1,0 +1,155 @@
+"""An audit of the books: every balance and every root that was signed, from the transfers alone."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import BinaryIO
+
+import msgspec
+
+from vllm_kvmarket.ledger import Ledger
+from vllm_kvmarket.proofs import merkle, source
+from vllm_kvmarket.proofs.errors import ProofError
+from vllm_kvmarket.proofs.leaves import entry_of
+from vllm_kvmarket.proofs.log import HASHES_FILE, TransparencyLog
+from vllm_kvmarket.proofs.notes import (
+    Checkpoint,
+    encode_base64,
+    read_checkpoint,
+    verify_checkpoint,
+)
+from vllm_kvmarket.signing import SigningKeys
+
+# Called with how many transfers were hashed.
+Progress = Callable[[int], object]
+
+
+class AuditReport(msgspec.Struct, frozen=True, kw_only=True):
+    """What an audit found; `problems` are in words, one a line, and `ok` means that there are none.
+
+    `root` is that of all transfers, in base64; `checkpoints` of the log's own and of those given
+    were checked.
+    """
+
+    ok: bool
+    problems: list[str]
+    accounts: int
+    transfers: int
+    receipts: int
+    root: str
+    checkpoints: int
+    debits_nano: int
+    credits_nano: int
+    rebuilt: bool
+
+
+def audit(
+    ledger: Ledger,
+    home: Path,
+    given: Iterable[str] = (),
+    on_progress: Progress | None = None,
+) -> AuditReport:
+    """Recompute everything; `given` are checkpoints' notes that somebody kept.
+
+    Safe while engines charge. Changes nothing but the log's file of hashes, which is made anew
+    where it differs, and told as a problem. Raises LedgerError and ConfigError.
+    """
+    log = TransparencyLog(ledger, home)
+    problems = [f"ledger: {problem}" for problem in ledger.check_integrity()]
+    checkpoints, unreadable = _checkpoints(log, home, given)
+    problems += [f"log: {problem}" for problem in unreadable]
+    # Brought up to date first: then the file has no less than what was signed.
+    try:
+        kept = log.update()
+    except ProofError as error:
+        problems.append(f"log: {error}")
+        kept = 0
+    roots, size, root, same = _recompute(
+        ledger, {each.size for each in checkpoints}, log.folder / HASHES_FILE, kept, on_progress
+    )
+    for checkpoint in checkpoints:
+        if checkpoint.size not in roots:
+            problems.append(
+                f"log: {checkpoint.size} transfers were signed for, the ledger has {size}"
+            )
+        elif roots[checkpoint.size] != checkpoint.root:
+            problems.append(
+                f"log: the first {checkpoint.size} transfers are not those that were signed: their "
+                f"root is {encode_base64(roots[checkpoint.size])}, the checkpoint says "
+                f"{encode_base64(checkpoint.root)}"
+            )
+    if not same:
+        log.rebuild()
+        problems.append(f"log: {log.folder / HASHES_FILE} differed from the transfers; made anew")
+    debits, credits = ledger.totals()
+    return AuditReport(
+        ok=not problems,
+        problems=problems,
+        accounts=len(ledger.accounts()),
+        transfers=size,
+        receipts=len(ledger.receipts()),
+        root=encode_base64(root),
+        checkpoints=len(checkpoints),
+        debits_nano=debits,
+        credits_nano=credits,
+        rebuilt=not same,
+    )
+
+
+def _checkpoints(
+    log: TransparencyLog, home: Path, given: Iterable[str]
+) -> tuple[list[Checkpoint], list[str]]:
+    """The checkpoints that this home signed, its own and those given; what is none, in words."""
+    keys = SigningKeys(home).public_keys()
+    found, problems = [], []
+    try:
+        notes = [signed.note for signed in log.checkpoints()]
+    except ProofError as error:
+        notes, problems = [], [str(error)]
+    for note in [*notes, *given]:
+        try:
+            checkpoint = verify_checkpoint(note, keys)
+            if checkpoint.origin != log.origin:
+                raise ProofError(f"it is of another log, {checkpoint.origin}")
+            found.append(checkpoint)
+        except ProofError as error:
+            problems.append(f"checkpoint {_name(note)}: {error}")
+    return found, problems
+
+
+def _name(note: str) -> str:
+    try:
+        return f"of {read_checkpoint(note).size}"
+    except ProofError:
+        return repr(note[:40])
+
+
+def _recompute(
+    ledger: Ledger, wanted: set[int], hashes: Path, kept: int, on_progress: Progress | None
+) -> tuple[dict[int, bytes], int, bytes, bool]:
+    """Hash all transfers: the roots at the wanted sizes, the size and root of all, and whether the
+    file of hashes has the same for the first `kept`.
+    """
+    end = merkle.Frontier()
+    roots = {0: end.root()}
+    same = True
+    with hashes.open("rb") if hashes.exists() else _nothing() as stored:
+        for page in source.pages(ledger):
+            completed: list[bytes] = []
+            for transfer in page:
+                hashed = end.append(merkle.leaf_hash(entry_of(transfer)))
+                if end.size <= kept:
+                    completed += hashed
+                if end.size in wanted:
+                    roots[end.size] = end.root()
+            expected = b"".join(completed)
+            same = same and stored.read(len(expected)) == expected
+            if on_progress is not None:
+                on_progress(end.size)
+    return roots, end.size, end.root(), same
+
+
+def _nothing() -> BinaryIO:
+    return io.BytesIO()

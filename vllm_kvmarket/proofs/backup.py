@@ -1,0 +1,347 @@
+"""Backup of a live market, and its restoration into an empty home.
+
+A backup is a folder: `database`, `operator.key`, `signing/`, `trusted/`, `log/checkpoints.jsonl`,
+with chunks `chunks/`, and at last `backup.json` with every file's digest: a folder without it is no
+backup. The database is copied by SQLite in one read transaction, beside engines that go on charging
+(https://www.sqlite.org/backup.html). Checkpoints are copied before it and keys after it, so that
+the copy has every transfer that a copied checkpoint counts, and every key that signed one.
+
+Restoring an older backup takes back what was booked since. Whoever holds a checkpoint from that
+time can tell: no consistency proof leads to it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path, PurePosixPath
+
+import apsw
+import msgspec
+from blake3 import blake3
+
+from vllm_kvmarket import database
+from vllm_kvmarket.catalogue import Catalogue
+from vllm_kvmarket.credentials import SECRET_FILE
+from vllm_kvmarket.errors import NotFoundError, StoreError
+from vllm_kvmarket.ledger import Ledger
+from vllm_kvmarket.market import DATABASE_FILE, Market
+from vllm_kvmarket.proofs.audit import AuditReport, audit
+from vllm_kvmarket.proofs.errors import ProofError
+from vllm_kvmarket.proofs.files import write_whole
+from vllm_kvmarket.proofs.log import CHECKPOINTS_FILE, LOG_FOLDER
+from vllm_kvmarket.signing import KEYS_FOLDER, TRUSTED_FOLDER, sync_folder
+from vllm_kvmarket.store import CHUNKS_FOLDER
+
+FORMAT = 1
+MANIFEST = "backup.json"
+DATABASE = "database"
+PIECE_BYTES = 1 << 20
+ON_OFFER = ("live", "damaged")
+_FIRST_PARTS = {DATABASE, SECRET_FILE, KEYS_FOLDER, TRUSTED_FOLDER, LOG_FOLDER, CHUNKS_FOLDER}
+
+# Called with the name of each file that was copied.
+Progress = Callable[[str], object]
+
+
+class BackedUpFile(msgspec.Struct, frozen=True):
+    """A file of a backup; the digest is BLAKE3."""
+
+    name: str
+    bytes: int
+    blake3: str
+
+
+class Manifest(msgspec.Struct, frozen=True, kw_only=True):
+    """What backup.json says."""
+
+    format: int
+    made_at_s: float
+    with_chunks: bool
+    files: list[BackedUpFile]
+    chunks_missing: list[str]
+
+
+class BackupReport(msgspec.Struct, frozen=True, kw_only=True):
+    """A backup that was made or restored; `chunks_missing` says which chunks it lacks, and why."""
+
+    folder: str
+    home: str
+    files: int
+    bytes: int
+    chunks: int
+    chunks_missing: list[str]
+    audit: AuditReport
+
+
+def backup(
+    market: Market,
+    folder: Path,
+    *,
+    with_chunks: bool = False,
+    on_progress: Progress | None = None,
+) -> BackupReport:
+    """Copy a live market into a folder that is new or empty, and audit the copy.
+
+    Raises ProofError when the folder is in use, or the ledger is not in the market's own database;
+    LedgerError, OSError. What is unfinished then is no backup.
+    """
+    _claim(folder)
+    copier = _Copier(folder, on_progress)
+    log = market.home / LOG_FOLDER / CHECKPOINTS_FILE
+    if log.exists():
+        # Under half a line there may be a whole one soon: what is there now was signed before.
+        copier.add(f"{LOG_FOLDER}/{CHECKPOINTS_FILE}", log)
+    newest = market.ledger.transfers(limit=1)
+    _copy_database(market.home / DATABASE_FILE, folder / DATABASE)
+    copier.note(DATABASE)
+    for pattern in (SECRET_FILE, f"{KEYS_FOLDER}/[!.]*", f"{TRUSTED_FOLDER}/[!.]*"):
+        for path in sorted(market.home.glob(pattern)):
+            copier.add(path.relative_to(market.home).as_posix(), path)
+    missing = _copy_chunks(market, folder, copier) if with_chunks else []
+    manifest = Manifest(
+        format=FORMAT,
+        made_at_s=time.time(),
+        with_chunks=with_chunks,
+        files=copier.files,
+        chunks_missing=missing,
+    )
+    encoded = msgspec.json.format(msgspec.json.encode(manifest))
+    write_whole(folder / MANIFEST, encoded, 0o600)
+    sync_folder(folder.absolute().parent)
+    report = audit_backup(folder, must_have=[each.id for each in newest])
+    return _report(folder, market.home, manifest, report)
+
+
+def restore(folder: Path, home: Path, on_progress: Progress | None = None) -> BackupReport:
+    """Put a backup into a home that is empty or not there, and audit it.
+
+    Raises ProofError for what is no whole backup, and for a home in use; OSError. The home is there
+    whole, or as it was.
+    """
+    manifest = _read_manifest(folder)
+    home = home.absolute()
+    if home.exists() and (not home.is_dir() or any(home.iterdir())):
+        raise ProofError(f"{home} is not empty; restore into a new folder, then look at both")
+    home.parent.mkdir(parents=True, exist_ok=True)
+    draft = home.parent / f".{home.name}.restoring-{secrets.token_hex(8)}"
+    try:
+        _unpack(manifest, folder, draft, on_progress, with_chunks=True)
+        report = _audit_home(draft)
+        if home.exists():
+            home.rmdir()
+        draft.rename(home)
+    finally:
+        _remove(draft)
+    sync_folder(home.parent)
+    return _report(folder, home, manifest, report)
+
+
+def audit_backup(
+    folder: Path, given: Iterable[str] = (), must_have: Iterable[str] = ()
+) -> AuditReport:
+    """Audit a backup without restoring it, as `audit` does a home; its chunks are left alone.
+
+    `must_have` are ids of transfers. Raises as `restore` does, and when it does not have one.
+    """
+    manifest = _read_manifest(folder)
+    with tempfile.TemporaryDirectory(prefix=".audit-", dir=folder) as scratch:
+        draft = Path(scratch) / "home"
+        _unpack(manifest, folder, draft, None, with_chunks=False)
+        return _audit_home(draft, given, must_have)
+
+
+def _audit_home(
+    home: Path, given: Iterable[str] = (), must_have: Iterable[str] = ()
+) -> AuditReport:
+    with contextlib.closing(database.connect(home / DATABASE_FILE)) as db:
+        damage = [line for (line,) in db.execute("PRAGMA quick_check") if line != "ok"]
+    if damage:
+        raise ProofError(f"the backup's database is damaged: {damage[0]}; take an older backup")
+    with Ledger.open(home / DATABASE_FILE) as ledger:
+        for transfer_id in must_have:
+            try:
+                ledger.transfer(transfer_id)
+            except NotFoundError:
+                raise ProofError(
+                    f"transfer {transfer_id} is not in the copy: the ledger is in another database;"
+                    " back that up by its own tool, such as pg_dump, at a moment after this one"
+                ) from None
+        return audit(ledger, home, given)
+
+
+def _claim(folder: Path) -> None:
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ProofError(f"{folder} is not empty; give a new folder for each backup")
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+
+
+def _copy_database(source: Path, target: Path) -> None:
+    """Copy a database of one moment into one file of its own."""
+    with (
+        contextlib.closing(apsw.Connection(str(source))) as live,
+        contextlib.closing(apsw.Connection(str(target))) as copy,
+    ):
+        live.set_busy_timeout(database.BUSY_TIMEOUT_MS)
+        # All pages in one step: one read transaction, which no writer waits for.
+        with copy.backup("main", live, "main") as running:
+            while not running.done:
+                running.step(-1)
+        copy.pragma("journal_mode", "delete")
+    target.chmod(0o600)
+    _sync(target)
+
+
+def _copy_chunks(market: Market, folder: Path, copier: _Copier) -> list[str]:
+    """Copy every chunk that a listing of the copied catalogue needs; what is not there."""
+    missing = []
+    for key in sorted(_needed(folder, market.config.chunk_tokens)):
+        try:
+            shares = market.store.shares(key)
+            if not shares:
+                raise StoreError("has no file")
+            for share in shares:
+                with market.store.open_share(key, *share) as chunk:
+                    chunk.verify()
+                path = market.store.path(key, *share)
+                copier.add(f"{CHUNKS_FOLDER}/{path.relative_to(market.store.root)}", path)
+        except (StoreError, FileNotFoundError) as error:
+            missing.append(f"{key.hex()}: {error}")
+    return missing
+
+
+def _needed(folder: Path, chunk_tokens: int) -> set[bytes]:
+    """The chunks of everything on offer in the copied catalogue."""
+    with tempfile.TemporaryDirectory(prefix=".catalogue-", dir=folder) as scratch:
+        path = Path(scratch) / DATABASE_FILE
+        _copy(folder / DATABASE, path, 0o600)
+        with contextlib.closing(Catalogue.open(path, chunk_tokens=chunk_tokens)) as catalogue:
+            on_offer = [each for each in catalogue.listings() if each.state in ON_OFFER]
+    return {key for listing in on_offer for key in listing.chunk_keys}
+
+
+class _Copier:
+    """Copies files into a backup and remembers their digests."""
+
+    def __init__(self, folder: Path, on_progress: Progress | None) -> None:
+        self._folder = folder
+        self._on_progress = on_progress
+        self.files: list[BackedUpFile] = []
+
+    def add(self, name: str, source: Path) -> None:
+        path = self._folder / name
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        size, digest = _copy(source, path, _mode(name))
+        self._note(name, size, digest)
+
+    def note(self, name: str) -> None:
+        """A file that is in the backup already."""
+        size, digest = 0, blake3()
+        with (self._folder / name).open("rb") as stream:
+            while piece := stream.read(PIECE_BYTES):
+                digest.update(piece)
+                size += len(piece)
+        self._note(name, size, digest.hexdigest())
+
+    def _note(self, name: str, size: int, digest: str) -> None:
+        self.files.append(BackedUpFile(name, size, digest))
+        if self._on_progress is not None:
+            self._on_progress(name)
+
+
+def _unpack(
+    manifest: Manifest,
+    folder: Path,
+    home: Path,
+    on_progress: Progress | None,
+    *,
+    with_chunks: bool,
+) -> None:
+    """Lay a home out, every file verified and durable."""
+    home.mkdir(mode=0o700)
+    for file in manifest.files:
+        if file.name.startswith(f"{CHUNKS_FOLDER}/") and not with_chunks:
+            continue
+        target = home / (DATABASE_FILE if file.name == DATABASE else file.name)
+        target.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        source = folder / file.name
+        try:
+            found = _copy(source, target, _mode(file.name))
+        except FileNotFoundError:
+            raise ProofError(f"{source} is missing; take another backup") from None
+        if found != (file.bytes, file.blake3):
+            raise ProofError(f"{source} was damaged or changed; take another backup")
+        if on_progress is not None:
+            on_progress(file.name)
+    for place, _, _ in os.walk(home):
+        sync_folder(Path(place))
+
+
+def _read_manifest(folder: Path) -> Manifest:
+    path = folder / MANIFEST
+    try:
+        manifest = msgspec.json.decode(path.read_bytes(), type=Manifest)
+    except FileNotFoundError:
+        raise ProofError(
+            f"{folder} is no backup, or an unfinished one: there is no {MANIFEST} in it"
+        ) from None
+    except msgspec.DecodeError as error:
+        raise ProofError(f"{path} is damaged ({error}); take another backup") from None
+    if manifest.format != FORMAT:
+        raise ProofError(f"{path} has format {manifest.format}; this version reads {FORMAT}")
+    for file in manifest.files:
+        parts = PurePosixPath(file.name).parts
+        if not parts or parts[0] not in _FIRST_PARTS or ".." in parts:
+            raise ProofError(f"{path} names {file.name!r}, which is no file of a backup")
+    return manifest
+
+
+def _report(folder: Path, home: Path, manifest: Manifest, report: AuditReport) -> BackupReport:
+    return BackupReport(
+        folder=str(folder),
+        home=str(home),
+        files=len(manifest.files),
+        bytes=sum(file.bytes for file in manifest.files),
+        chunks=sum(file.name.startswith(f"{CHUNKS_FOLDER}/") for file in manifest.files),
+        chunks_missing=manifest.chunks_missing,
+        audit=report,
+    )
+
+
+def _mode(name: str) -> int:
+    """Chunks are no secret, keys and books are."""
+    return 0o644 if name.startswith(f"{CHUNKS_FOLDER}/") else 0o600
+
+
+def _copy(source: Path, target: Path, mode: int) -> tuple[int, str]:
+    """Copy a file durably; its size and digest."""
+    size, digest = 0, blake3()
+    # The source first: what has gone meanwhile leaves nothing at the target.
+    with source.open("rb") as original:
+        descriptor = os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
+        with os.fdopen(descriptor, "wb") as stream:
+            while piece := original.read(PIECE_BYTES):
+                digest.update(piece)
+                stream.write(piece)
+                size += len(piece)
+            stream.flush()
+            os.fsync(descriptor)
+    return size, digest.hexdigest()
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _remove(folder: Path) -> None:
+    if folder.exists():
+        shutil.rmtree(folder)

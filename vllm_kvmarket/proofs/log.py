@@ -1,0 +1,248 @@
+"""The append-only log over all transfers of a ledger, and what it signs.
+
+The tree follows from the transfers alone: every home on the same ledger gets the same root. Each
+home signs under an origin of its own, kvmarket/<kid of its first key>. Under <home>/log are
+
+    hashes             every whole subtree's hash, 64 bytes a transfer; made anew when it is lost
+    head.json          up to where it is durable
+    checkpoints.jsonl  every checkpoint that was ever signed: these cannot be made anew
+
+Nothing is signed that contradicts what was signed before. A log is brought up to date when it is
+asked something, and hashes new transfers only.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import msgspec
+
+from vllm_kvmarket.ledger import Ledger
+from vllm_kvmarket.proofs import merkle, source
+from vllm_kvmarket.proofs.errors import ProofError
+from vllm_kvmarket.proofs.files import append_line, locked, write_whole
+from vllm_kvmarket.proofs.hashes import StoredHashes
+from vllm_kvmarket.proofs.leaves import entry_of
+from vllm_kvmarket.proofs.notes import (
+    ORIGIN_PREFIX,
+    Checkpoint,
+    ConsistencyProof,
+    InclusionProof,
+    encode_base64,
+    is_signed_by,
+    read_checkpoint,
+    sign_checkpoint,
+)
+from vllm_kvmarket.signing import PublicKey, SigningKeys
+
+LOG_FOLDER = "log"
+HASHES_FILE = "hashes"
+HEAD_FILE = "head.json"
+CHECKPOINTS_FILE = "checkpoints.jsonl"
+
+
+class Head(msgspec.Struct, frozen=True):
+    """Up to where the hashes are durable; `last_id` is the last transfer among them."""
+
+    size: int = 0
+    root: str = merkle.EMPTY_ROOT.hex()
+    last_id: str = ""
+
+
+class Signed(msgspec.Struct, frozen=True):
+    """A line of checkpoints.jsonl."""
+
+    at_s: float
+    note: str
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class LoggedTransfer:
+    """Where in the log a transfer is."""
+
+    id: str
+    log_index: int
+    leaf_hash: bytes
+
+
+class TransparencyLog:
+    """One home's log; safe for several threads and processes. Methods raise LedgerError too."""
+
+    def __init__(self, ledger: Ledger, home: Path) -> None:
+        self._ledger = ledger
+        self._keys = SigningKeys(home)
+        self.folder = home / LOG_FOLDER
+
+    @property
+    def origin(self) -> str:
+        """The log's name, for as long as the home has its first key."""
+        self._keys.current()
+        return ORIGIN_PREFIX + self._keys.public_keys()[-1].kid
+
+    def update(self) -> int:
+        """Take in the transfers that took effect since; how many there are now."""
+        with self._tree() as tree:
+            return tree.size
+
+    def checkpoint(self) -> Checkpoint:
+        """Sign the log as it stands; the last checkpoint again when nothing was added.
+
+        Raises ProofError when the ledger or the log was changed behind what was signed before.
+        """
+        with self._tree() as tree:
+            return self._checkpoint(tree)
+
+    def checkpoints(self) -> list[Signed]:
+        """Every checkpoint that this log signed, oldest first."""
+        return read_signed(self.folder)
+
+    def public_keys(self) -> list[PublicKey]:
+        """Every key that this log signs or signed with, the newest first."""
+        return self._keys.public_keys()
+
+    def indexes_of(self, transfer_ids: Iterable[str]) -> dict[str, int]:
+        """Which leaves of the log transfers are, from 0. Raises NotFoundError."""
+        return source.indexes_of(self._ledger, transfer_ids)
+
+    def locate(self, transfer_id: str) -> LoggedTransfer:
+        """Find a transfer's place in the log. Raises NotFoundError."""
+        index = self.indexes_of([transfer_id])[transfer_id]
+        leaf = merkle.leaf_hash(entry_of(self._ledger.transfer(transfer_id)))
+        return LoggedTransfer(transfer_id, index, leaf)
+
+    def prove(self, transfer_id: str) -> InclusionProof:
+        """Prove that a transfer is in the log as it stands. Raises NotFoundError and ProofError."""
+        transfer = self._ledger.transfer(transfer_id)
+        index = self.indexes_of([transfer_id])[transfer_id]
+        with self._tree() as tree:
+            checkpoint = self._checkpoint(tree)
+            path = merkle.inclusion_path(tree.read, index, checkpoint.size)
+        proof = InclusionProof(index, entry_of(transfer), tuple(path), checkpoint)
+        # Whatever has happened to the files: no proof is handed out that would not hold.
+        proof.verify(self._keys.public_keys())
+        return proof
+
+    def prove_consistency(self, old: int, new: int | None = None) -> ConsistencyProof:
+        """Prove that the log of `new` leaves begins with that of `old`.
+
+        `new` is the log as it stands unless told. Raises ProofError.
+        """
+        with self._tree() as tree:
+            current = self._checkpoint(tree)
+            new = current.size if new is None else new
+            if not 0 <= old <= new <= current.size:
+                raise ProofError(
+                    f"a log of {current.size} leaves cannot lead from {old} to {new}; "
+                    "give sizes that it had"
+                )
+            path = merkle.consistency_path(tree.read, old, new)
+            roots = tree.root(old), tree.root(new)
+        merkle.verify_consistency(old, new, *roots, path)
+        notes: dict[int, str] = {}
+        for signed in self.checkpoints():
+            notes[read_checkpoint(signed.note).size] = signed.note
+        return ConsistencyProof(
+            old_size=old,
+            new_size=new,
+            old_root=encode_base64(roots[0]),
+            new_root=encode_base64(roots[1]),
+            path=tuple(encode_base64(each) for each in path),
+            old_checkpoint=notes.get(old, ""),
+            new_checkpoint=notes.get(new, ""),
+        )
+
+    def rebuild(self) -> int:
+        """Hash all transfers again, from the first; how many there are."""
+        with locked(self.folder):
+            self._forget()
+            with self._opened() as tree:
+                return tree.size
+
+    def _checkpoint(self, tree: StoredHashes) -> Checkpoint:
+        key = self._keys.current()
+        root = tree.root()
+        last = read_signed(self.folder, last=True)
+        if last:
+            before = read_checkpoint(last[0].note)
+            if before.size > tree.size or tree.root(before.size) != before.root:
+                raise ProofError(
+                    f"the first {before.size} transfers do not give the root that was signed: the "
+                    "ledger was changed or is an older one; see `kvmarket audit-ledger`, and "
+                    "restore a backup"
+                )
+            if before.size == tree.size and is_signed_by(before.note, key.public):
+                return before
+        checkpoint = sign_checkpoint(self.origin, tree.size, root, key)
+        line = msgspec.json.encode(Signed(time.time(), checkpoint.note))
+        append_line(self.folder / CHECKPOINTS_FILE, line)
+        return checkpoint
+
+    @contextmanager
+    def _tree(self) -> Iterator[StoredHashes]:
+        with locked(self.folder), self._opened() as tree:
+            yield tree
+
+    @contextmanager
+    def _opened(self) -> Iterator[StoredHashes]:
+        """The tree over all transfers as of now."""
+        head = self._head()
+        with StoredHashes(self.folder / HASHES_FILE, head.size) as tree:
+            last_id = head.last_id
+            for page in source.pages(self._ledger, head.size, head.last_id):
+                tree.append(merkle.leaf_hash(entry_of(transfer)) for transfer in page)
+                last_id = page[-1].id
+            if tree.size > head.size:
+                tree.sync()
+                grown = Head(tree.size, tree.root().hex(), last_id)
+                write_whole(self.folder / HEAD_FILE, msgspec.json.encode(grown))
+            yield tree
+
+    def _head(self) -> Head:
+        """Up to where the hashes can be relied on; they begin anew where they cannot."""
+        try:
+            head = msgspec.json.decode((self.folder / HEAD_FILE).read_bytes(), type=Head)
+            with StoredHashes(self.folder / HASHES_FILE, head.size) as tree:
+                sound = tree.root().hex() == head.root and self._has_last(head, tree)
+        except (FileNotFoundError, msgspec.DecodeError, ProofError):
+            sound = False
+        if not sound:
+            self._forget()
+            return Head()
+        return head
+
+    def _has_last(self, head: Head, tree: StoredHashes) -> bool:
+        """Whether the ledger still has the transfer that was hashed last, where it was."""
+        if head.size == 0:
+            return True
+        last = source.last_of(self._ledger, head.size, head.last_id)
+        return last is not None and merkle.leaf_hash(entry_of(last)) == tree.read(0, head.size - 1)
+
+    def _forget(self) -> None:
+        for name in (HEAD_FILE, HASHES_FILE):
+            (self.folder / name).unlink(missing_ok=True)
+
+
+def read_signed(folder: Path, *, last: bool = False) -> list[Signed]:
+    """The checkpoints kept in a log's folder, oldest first, or the last one only.
+
+    Raises ProofError for a line that is none; half a line at the end was never told to anybody.
+    """
+    path = folder / CHECKPOINTS_FILE
+    try:
+        with path.open("rb") as stream:
+            if last:
+                stream.seek(max(0, stream.seek(0, os.SEEK_END) - 65_536))
+            *lines, _ = stream.read().split(b"\n")
+    except FileNotFoundError:
+        return []
+    try:
+        return [msgspec.json.decode(line, type=Signed) for line in (lines[-1:] if last else lines)]
+    except msgspec.DecodeError as error:
+        raise ProofError(
+            f"{path} has a line that is no checkpoint ({error}); restore it from a backup"
+        ) from None

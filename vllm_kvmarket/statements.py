@@ -1,0 +1,307 @@
+"""Statements of accounts, and payouts.
+
+A statement has everything that was moved to and from an account in a period, with the balance that
+was brought forward: closing balance = brought forward + the lines' amounts, and the next period's
+balance brought forward. Reservations move nothing and are not on it. Amounts are nano-units of the
+account's currency, positive for what came in.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from datetime import UTC, datetime
+from typing import Literal
+
+import msgspec
+
+from vllm_kvmarket.errors import LedgerError, NotFoundError
+from vllm_kvmarket.ledger import PROVIDER, WORLD, Account, Ledger, Outcome, Receipt, Transfer, plain
+from vllm_kvmarket.tariff import format_nano
+
+MOVES = ("plain", "post")
+PAYOUT = "payout"
+# Neutralised in CSV: a spreadsheet would take a title that begins so for a formula.
+FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r")
+
+LineKind = Literal["purchase", "sale", "royalty", "deposit", "payout", "storage", "other"]
+_KINDS: dict[str, LineKind] = {
+    "royalty": "royalty",
+    "deposit": "deposit",
+    "payout": "payout",
+    "publish": "storage",
+}
+
+
+class Line(msgspec.Struct, frozen=True, kw_only=True):
+    """One movement of the account, or a sale of its document that brought it nothing.
+
+    `kind` is a buyer's purchase, the provider's sale, a royalty, deposit, payout, the price of
+    storing a document, or other. For what a receipt explains: the document, the tokens that were
+    reused and what the buyer paid for them, `sale_nano`.
+    """
+
+    at_s: float
+    kind: LineKind
+    transfer_id: str
+    counterparty: str
+    amount_nano: int
+    balance_nano: int
+    reference: str = ""
+    document_id: str = ""
+    title: str = ""
+    receipt_id: str = ""
+    tokens_reused: int = 0
+    sale_nano: int = 0
+    log_index: int | None = None
+
+
+class Statement(msgspec.Struct, frozen=True, kw_only=True):
+    """An account from `from_s` up to, and without, `to_s`; None is the beginning, or now.
+
+    `sales` counts receipts of the account's own documents, or, for the provider, of all;
+    `totals_nano` sums the lines by kind.
+    """
+
+    account: str
+    account_kind: str
+    currency: str
+    from_s: float | None
+    to_s: float | None
+    brought_forward_nano: int
+    closing_nano: int
+    sales: int
+    tokens_sold: int
+    sold_nano: int
+    totals_nano: dict[str, int]
+    lines: list[Line]
+
+
+def statement(
+    ledger: Ledger,
+    account_id: str,
+    from_s: float | None = None,
+    to_s: float | None = None,
+    *,
+    documents: Iterable[str] = (),
+    indexes_of: Callable[[list[str]], Mapping[str, int]] | None = None,
+) -> Statement:
+    """Draw up a statement. Raises NotFoundError and LedgerError.
+
+    `documents` are documents of the account, so that sales without a royalty are on it as well;
+    `indexes_of` finds transfers' places in the log.
+    """
+    account = ledger.account(account_id)
+    moves = [each for each in ledger.transfers(account_id)[::-1] if each.kind in MOVES]
+    receipts = _receipts(ledger, account_id, moves, documents)
+    brought_forward = sum(_signed(each, account_id) for each in moves if _before(each, from_s))
+    balance = brought_forward
+    period = [
+        each for each in moves if not _before(each, from_s) and _before(each, to_s, whole=True)
+    ]
+    places = {} if indexes_of is None else indexes_of([each.id for each in period])
+    lines = []
+    for each in period:
+        balance += _signed(each, account_id)
+        lines.append(_line(each, account_id, balance, receipts.get(each.id), places.get(each.id)))
+    sold = _sold(receipts, account, {line.receipt_id for line in lines}, from_s, to_s)
+    lines += _free_sales(sold, {line.receipt_id for line in lines}, balance)
+    totals: dict[str, int] = {}
+    for line in lines:
+        totals[line.kind] = totals.get(line.kind, 0) + line.amount_nano
+    return Statement(
+        account=account_id,
+        account_kind=account.kind,
+        currency=account.currency,
+        from_s=from_s,
+        to_s=to_s,
+        brought_forward_nano=brought_forward,
+        closing_nano=balance,
+        sales=len(sold),
+        tokens_sold=sum(each.tokens_reused for each in sold),
+        sold_nano=sum(each.charge_nano for each in sold),
+        totals_nano=totals,
+        lines=lines,
+    )
+
+
+def _signed(transfer: Transfer, account_id: str) -> int:
+    return transfer.amount_nano if transfer.credit == account_id else -transfer.amount_nano
+
+
+def _before(transfer: Transfer, at_s: float | None, *, whole: bool = False) -> bool:
+    """Whether a transfer was before a moment; `whole` for a period without that end."""
+    return whole if at_s is None else transfer.created_at_s < at_s
+
+
+def _receipts(
+    ledger: Ledger, account_id: str, moves: list[Transfer], documents: Iterable[str]
+) -> dict[str, Receipt]:
+    """The receipts that explain an account's movements, by the ids of their transfers."""
+    if account_id == PROVIDER:
+        found = ledger.receipts()
+    else:
+        sold = {each.user_data for each in moves if each.code == "royalty"} | set(documents)
+        found = ledger.receipts(account=account_id)
+        for document_id in sorted(sold):
+            found += ledger.receipts(document_id=document_id)
+    return {
+        key: receipt for receipt in found for key in receipt.transfer_ids or (f"-{receipt.id}",)
+    }
+
+
+def _sold(
+    receipts: dict[str, Receipt],
+    account: Account,
+    told: set[str],
+    from_s: float | None,
+    to_s: float | None,
+) -> list[Receipt]:
+    """The sales of a period: by the time of the account's movement, else by the receipt's."""
+    distinct = {each.id: each for each in receipts.values()}.values()
+    own = [each for each in distinct if account.id in (PROVIDER, each.publisher)]
+    return [
+        each
+        for each in own
+        if each.id in told
+        or (
+            each.royalty_nano == 0
+            and account.id != PROVIDER
+            and (from_s is None or each.created_at_s >= from_s)
+            and (to_s is None or each.created_at_s < to_s)
+        )
+    ]
+
+
+def _line(
+    transfer: Transfer, account_id: str, balance: int, receipt: Receipt | None, index: int | None
+) -> Line:
+    kind = _KINDS.get(transfer.code, "other")
+    if transfer.code == "reuse":
+        kind = "sale" if transfer.credit == account_id else "purchase"
+    line = Line(
+        at_s=transfer.created_at_s,
+        kind=kind,
+        transfer_id=transfer.id,
+        counterparty=transfer.debit if transfer.credit == account_id else transfer.credit,
+        amount_nano=_signed(transfer, account_id),
+        balance_nano=balance,
+        reference=transfer.user_data if transfer.code == PAYOUT else "",
+        document_id=transfer.user_data if transfer.code in ("reuse", "royalty", "publish") else "",
+        log_index=index,
+    )
+    if receipt is None:
+        return line
+    return msgspec.structs.replace(
+        line,
+        title=receipt.title,
+        receipt_id=receipt.id,
+        tokens_reused=receipt.tokens_reused,
+        sale_nano=receipt.charge_nano,
+    )
+
+
+def _free_sales(sold: list[Receipt], told: set[str], balance: int) -> Iterator[Line]:
+    """Sales that moved nothing to or from the account."""
+    for receipt in sorted(sold, key=lambda each: each.created_at_s):
+        if receipt.id not in told:
+            yield Line(
+                at_s=receipt.created_at_s,
+                kind="sale",
+                transfer_id=receipt.transfer_ids[0] if receipt.transfer_ids else "",
+                counterparty="",
+                amount_nano=0,
+                balance_nano=balance,
+                document_id=receipt.document_id,
+                title=receipt.title,
+                receipt_id=receipt.id,
+                tokens_reused=receipt.tokens_reused,
+                sale_nano=receipt.charge_nano,
+            )
+
+
+def as_csv(made: Statement) -> str:
+    """Write a statement as CSV, in currency units: a line for what was brought forward, one for
+    each movement, one for the closing balance. Times are UTC, ISO 8601.
+    """
+    text = io.StringIO()
+    columns = [field for field in Line.__struct_fields__ if not field.endswith("_nano")]
+    amounts = [field for field in Line.__struct_fields__ if field.endswith("_nano")]
+    names = ["currency", *(field.removesuffix("_nano") for field in amounts)]
+    writer = csv.writer(text, lineterminator="\r\n")
+    writer.writerow([*("at" if field == "at_s" else field for field in columns), *names])
+    empty = [""] * (len(columns) - 2)
+    brought, closing = format_nano(made.brought_forward_nano), format_nano(made.closing_nano)
+    writer.writerow([_iso(made.from_s), "brought forward", *empty, made.currency, "", brought, ""])
+    for line in made.lines:
+        facts = [_iso(line.at_s), *(_cell(getattr(line, field)) for field in columns[1:])]
+        money = [format_nano(getattr(line, field)) for field in amounts]
+        writer.writerow([*facts, made.currency, *money])
+    writer.writerow([_iso(made.to_s), "closing", *empty, made.currency, "", closing, ""])
+    return text.getvalue()
+
+
+def _cell(value: object) -> str:
+    text = "" if value is None else str(value)
+    return f"'{text}" if text.startswith(FORMULA_STARTS) else text
+
+
+def _iso(time_s: float | None) -> str:
+    if time_s is None:
+        return ""
+    return datetime.fromtimestamp(time_s, UTC).isoformat(timespec="milliseconds")
+
+
+def payout(
+    ledger: Ledger, account_id: str, reference: str, amount_nano: int | None = None
+) -> tuple[Transfer, bool]:
+    """Move money out of the market, once for an account and reference; and whether it did so now.
+
+    `amount_nano` is all that is available unless told. `reference` names the payment in the world
+    outside, such as a bank's. Raises NotFoundError; LedgerError for an account without that much,
+    and for a reference that was used for another amount.
+    """
+    account = ledger.account(account_id)
+    if account_id == WORLD:
+        raise LedgerError(f"{WORLD} is the world outside; name the account that is paid out")
+    if not reference.strip():
+        raise LedgerError("a payout needs a reference; give the payment's, such as a bank's")
+    transfer_id = f"payout:{account_id}:{reference}"
+    before = _find(ledger, transfer_id)
+    if before is None:
+        amount = account.available_nano if amount_nano is None else amount_nano
+        if amount <= 0:
+            raise LedgerError(f"account {account_id!r} has nothing to pay out")
+        operation = plain(
+            id=transfer_id,
+            debit=account_id,
+            credit=WORLD,
+            amount_nano=amount,
+            code=PAYOUT,
+            user_data=reference,
+        )
+        (result,) = ledger.submit([operation]).result()
+        if result.outcome is Outcome.OK:
+            return ledger.transfer(transfer_id), True
+        # Another process may have been faster, with the balance that it saw.
+        before = _find(ledger, transfer_id)
+        if before is None:
+            reason = result.outcome.name.lower().replace("_", " ")
+            raise LedgerError(
+                f"{format_nano(amount)} of account {account_id!r} cannot be paid out: {reason} "
+                f"({format_nano(account.available_nano)} is available)"
+            )
+    if amount_nano is not None and amount_nano != before.amount_nano:
+        raise LedgerError(
+            f"reference {reference!r} was used for {format_nano(before.amount_nano)}; "
+            "give another payment another reference"
+        )
+    return before, False
+
+
+def _find(ledger: Ledger, transfer_id: str) -> Transfer | None:
+    try:
+        return ledger.transfer(transfer_id)
+    except NotFoundError:
+        return None

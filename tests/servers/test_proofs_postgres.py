@@ -1,5 +1,8 @@
 """Log, audit, statement and payout over a ledger in PostgreSQL: the same as over SQLite."""
 
+import os
+import pwd
+
 import pytest
 from ledger_books import fresh_number, funded_ledger, hold
 
@@ -16,6 +19,8 @@ def server():
     programs = binaries()
     if programs is None:
         pytest.skip("no PostgreSQL server on this machine: apt-get install postgresql")
+    if os.getuid() == 0 and not any(user.pw_name == "postgres" for user in pwd.getpwall()):
+        pytest.skip("PostgreSQL does not run as root, and there is no user `postgres`")
     server = PostgreSQL(programs)
     try:
         server.start()

@@ -3,7 +3,12 @@
 import base64
 import itertools
 import json
+import random
+import subprocess
+import sys
 import threading
+import time
+from pathlib import Path
 
 import apsw
 import pytest
@@ -278,6 +283,44 @@ def test_threads_sign_one_history(ledger, log, tmp_path):
     for old, new in itertools.pairwise(sizes):
         log.prove_consistency(old, new).verify(log.public_keys())
     assert audit(ledger, tmp_path).ok
+
+
+SIGNER = """
+import sys
+from pathlib import Path
+from test_log import fill
+from vllm_kvmarket.ledger import Ledger
+from vllm_kvmarket.proofs import TransparencyLog
+home = Path(sys.argv[1])
+with Ledger.open(home / "market.sqlite") as ledger:
+    log = TransparencyLog(ledger, home)
+    for number in range(100_000):
+        fill(ledger, 3, f"{sys.argv[2]}-{number}-")
+        print(log.checkpoint().size, flush=True)
+"""
+
+
+def test_a_killed_signer_leaves_a_log_that_goes_on(ledger, log, tmp_path):
+    """kill -9 at any moment: whatever was told is kept, and everything signed is one history."""
+    told = set()
+    rng = random.Random(4)
+    for attempt in range(6):
+        signer = subprocess.Popen(
+            [sys.executable, "-c", SIGNER, str(tmp_path), str(attempt)],
+            env={"PYTHONPATH": f"{Path(__file__).parent}:{Path(__file__).parents[2]}"},
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        told.add(int(signer.stdout.readline()))
+        time.sleep(rng.random() / 20)
+        signer.kill()
+        told.update(int(line) for line in signer.communicate()[0].splitlines())
+    log.checkpoint()
+    sizes = [notes.read_checkpoint(each.note).size for each in log.checkpoints()]
+    assert told <= set(sizes)
+    assert sizes == sorted(sizes)
+    report = audit(ledger, tmp_path)
+    assert (report.problems, report.checkpoints) == ([], len(sizes))
 
 
 def test_a_ledger_with_pages_and_one_without_give_the_same(ledger, tmp_path, monkeypatch):

@@ -6,6 +6,7 @@ it showed.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 import signal
@@ -14,6 +15,8 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
+import pytest
 from conftest import NANO
 
 from vllm_kvmarket import Market
@@ -54,37 +57,31 @@ while True:
 
 def run_until_killed(model: Path, home: Path, number: int, pause_s: float) -> list[str]:
     """One engine's life: started, at work, killed `pause_s` after it was ready; its answer."""
-    process = subprocess.Popen(
-        [
-            sys.executable,
-            "-c",
-            CHILD,
-            str(model),
-            str(home),
-            str(number),
-            str(Path(__file__).parent),
-        ],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
-    assert process.stdout is not None and process.stderr is not None
-    answer: list[str] = []
-    for line in process.stdout:
-        if line.startswith("ready"):
-            answer = line.split()[1:]
-            break
-    if not answer:
+    log = home / "child.log"
+    facts = [str(model), str(home), str(number), str(Path(__file__).parent)]
+    with log.open("w") as errors:
+        process = subprocess.Popen(
+            [sys.executable, "-c", CHILD, *facts],
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            text=True,
+            start_new_session=True,
+        )
+    assert process.stdout is not None
+    with process.stdout as output:
+        ready = next((line for line in output if line.startswith("ready")), "")
+        if ready:
+            time.sleep(pause_s)
+        assert ready and process.poll() is None, log.read_text()[-3000:]
+        family = psutil.Process(process.pid).children(recursive=True)
+        os.killpg(process.pid, signal.SIGKILL)
         process.wait()
-        raise AssertionError(process.stderr.read()[-3000:])
-    time.sleep(pause_s)
-    assert process.poll() is None, process.stderr.read()[-3000:]
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
-    process.stdout.close()
-    process.stderr.close()
-    return answer
+    # A process that is in the midst of a write takes a moment to die.
+    for member in family:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            while member.status() != psutil.STATUS_ZOMBIE:
+                time.sleep(0.01)
+    return ready.split()[1:]
 
 
 def check(home: Path) -> int:

@@ -17,12 +17,12 @@ demo: $(READY) $(MODEL_READY)
 	$(BIN)/kvmarket demo --model $(MODEL)
 
 test: $(READY) $(CONVERTED)
-	$(BIN)/python -m pytest tests/unit
+	$(BIN)/python -m pytest -n auto tests/unit
 	$(BIN)/python -m pytest tests/servers
 	$(BIN)/python -m pytest tests/engine
 
 test-unit: $(READY)
-	$(BIN)/python -m pytest tests/unit
+	$(BIN)/python -m pytest -n auto tests/unit
 
 # Real servers: S3 (SeaweedFS, from a package) and PostgreSQL where it is installed.
 test-servers: $(READY)

@@ -10,6 +10,7 @@
     ├── AuditFailedError         stored chunks could not be compared with computed ones
     ├── BundleError              a bundle that is damaged, tampered with or not trusted
     ├── CatalogueError           the catalogue's invariants do not hold
+    ├── ProofError               a receipt, checkpoint or proof that does not hold (proofs.errors)
     ├── LedgerError              a ledger rule refused, or an invariant broke
     └── StoreError
         ├── ChunkMissingError    no file for this chunk

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import enum
 import logging
+import math
 import time
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -29,6 +30,9 @@ from vllm_kvmarket.ledger import (
 from vllm_kvmarket.tariff import Terms
 
 logger = logging.getLogger(__name__)
+
+# What has been earned is booked whenever the database is back, as long as this process lives.
+NEVER_GIVE_UP_S = math.inf
 
 
 class PurchaseState(enum.Enum):
@@ -103,6 +107,11 @@ class Purchase:
         """The pending transfer's id."""
         return f"{self.key}:reserve"
 
+    @property
+    def receipt_id(self) -> str:
+        """The id that the receipt has, or will have."""
+        return f"kvr_{self.key}"
+
     def state(self) -> PurchaseState:
         """Where the purchase stands now; never waits."""
         if self._state is PurchaseState.RESERVING and self._reservation.done():
@@ -115,16 +124,14 @@ class Purchase:
             self._refuse(f"the ledger could not reserve: {error}")
             return
         result = self._reservation.result()[0]
-        if result.outcome in (Outcome.OK, Outcome.EXISTS):
+        if result.outcome.good:
             self._state = PurchaseState.RESERVED
         elif result.outcome is Outcome.EXCEEDS_CREDITS:
             self._refuse(f"account {self.account!r} has not enough funds")
         elif result.outcome is Outcome.UNKNOWN_ACCOUNT:
             self._refuse(f"there is no account {self.account!r}")
         else:
-            self._refuse(
-                f"the ledger refused: {result.outcome.name.lower()} {result.detail}".rstrip()
-            )
+            self._refuse(f"the ledger refused: {_said(result)}")
 
     def _refuse(self, reason: str) -> None:
         self._state = PurchaseState.REFUSED
@@ -140,8 +147,12 @@ class Purchase:
             assert self.state() is PurchaseState.RESERVED, self._state
             self.receipt, operations = self._settlement(usage)
             self._state = PurchaseState.SETTLED
-            settled = self._ledger.submit(operations, receipt=self.receipt)
-            settled.add_done_callback(partial(_log_refusal, self.receipt))
+            settled = self._ledger.submit(
+                operations, receipt=self.receipt, patience_s=NEVER_GIVE_UP_S
+            )
+            settled.add_done_callback(
+                partial(_log_refusal, f"receipt {self.receipt.id}", self.account)
+            )
         return self.receipt
 
     def _settlement(self, usage: Usage) -> tuple[Receipt, list[Operation]]:
@@ -164,7 +175,7 @@ class Purchase:
                 )
             )
         receipt = Receipt(
-            id=f"kvr_{self.key}",
+            id=self.receipt_id,
             request_id=self.request_id,
             account=self.account,
             document_id=listing.document_id,
@@ -196,22 +207,26 @@ class Purchase:
         if self._state in (PurchaseState.RESERVING, PurchaseState.RESERVED):
             # The ledger applies batches in the order of submission, so that a void behind a
             # reservation still under way finds it (or finds nothing, where it was refused).
-            self._ledger.submit([void(id=f"{self.key}:void", pending_id=self.reservation_id)])
+            self._ledger.submit(
+                [void(id=f"{self.key}:void", pending_id=self.reservation_id)],
+                patience_s=NEVER_GIVE_UP_S,
+            )
             self._state = PurchaseState.VOIDED
 
 
-def _log_refusal(receipt: Receipt, settled: Future[list[Result]]) -> None:
+def _said(result: Result) -> str:
+    return f"{result.outcome.name.lower().replace('_', ' ')} {result.detail}".rstrip()
+
+
+def _log_refusal(what: str, account: str, settled: Future[list[Result]]) -> None:
     """An answer that is out cannot be taken back: what the ledger refuses is not charged."""
     error = settled.exception()
+    # In a linked batch one operation has the reason, and the others fail because of it.
     refused = [] if error else [each for each in settled.result() if not each.outcome.good]
+    refused.sort(key=lambda result: result.outcome is Outcome.LINKED_FAILED)
     if error or refused:
-        reason = error or f"{refused[0].outcome.name.lower()} {refused[0].detail}".rstrip()
-        logger.error(
-            "kvmarket: receipt %s was not booked, %s is not charged: %s",
-            receipt.id,
-            receipt.account,
-            reason,
-        )
+        reason = error or _said(refused[0])
+        logger.error("kvmarket: %s was not booked, %s is not charged: %s", what, account, reason)
 
 
 class WriteCharge:
@@ -233,10 +248,11 @@ class WriteCharge:
         self._key = key
         self._amount_nano = amount_nano
         self._publisher = publisher
+        self._document_id = document_id
         self._reservation = ledger.submit(
             [
                 pending(
-                    id=f"{key}:reserve",
+                    id=self.reservation_id,
                     debit=publisher,
                     credit=PROVIDER,
                     amount_nano=amount_nano,
@@ -247,13 +263,21 @@ class WriteCharge:
             ]
         )
 
+    @property
+    def reservation_id(self) -> str:
+        """The pending transfer's id."""
+        return f"{self._key}:reserve"
+
     def refusal(self) -> str:
         """Why the publisher cannot pay; empty when it can. Waits for the ledger when it must."""
         error = self._reservation.exception()
         if error is not None:
             return f"the ledger could not reserve: {error}"
-        if self._reservation.result()[0].outcome.good:
+        result = self._reservation.result()[0]
+        if result.outcome.good:
             return ""
+        if result.outcome not in (Outcome.EXCEEDS_CREDITS, Outcome.UNKNOWN_ACCOUNT):
+            return f"the ledger refused: {_said(result)}"
         return (
             f"publisher {self._publisher!r} cannot pay {self._amount_nano} nano-units "
             "for storing it; make a deposit, then publish again"
@@ -265,16 +289,23 @@ class WriteCharge:
 
     def settle(self) -> None:
         """Post the charge: the document is listed."""
-        self._ledger.submit(
+        settled = self._ledger.submit(
             [
                 post(
                     id=f"{self._key}:settle",
-                    pending_id=f"{self._key}:reserve",
+                    pending_id=self.reservation_id,
                     amount_nano=self._amount_nano,
                 )
-            ]
+            ],
+            patience_s=NEVER_GIVE_UP_S,
+        )
+        settled.add_done_callback(
+            partial(_log_refusal, f"storing {self._document_id}", self._publisher)
         )
 
     def void(self) -> None:
         """Release the reservation: nothing was listed."""
-        self._ledger.submit([void(id=f"{self._key}:void", pending_id=f"{self._key}:reserve")])
+        self._ledger.submit(
+            [void(id=f"{self._key}:void", pending_id=self.reservation_id)],
+            patience_s=NEVER_GIVE_UP_S,
+        )

@@ -4,10 +4,18 @@ import os
 import pwd
 
 import pytest
-from ledger_books import fresh_number, funded_ledger, hold
+from ledger_books import NANO, fresh_number, funded_ledger, hold
 
 from vllm_kvmarket.ledger import post
-from vllm_kvmarket.proofs import TransparencyLog, audit, read_inclusion
+from vllm_kvmarket.market import Market
+from vllm_kvmarket.proofs import (
+    ProofError,
+    TransparencyLog,
+    audit,
+    backup,
+    read_inclusion,
+    restore,
+)
 from vllm_kvmarket.statements import payout, statement
 
 psycopg = pytest.importorskip("psycopg", reason="pip install vllm-kvmarket[postgres]")
@@ -78,3 +86,31 @@ def test_statements_and_payouts(url):
         transfer, is_new = payout(ledger, "provider", "bank 1")
         assert (transfer.amount_nano, is_new) == (8, True)
         assert payout(ledger, "provider", "bank 1") == (transfer, False)
+
+
+def test_a_market_with_its_ledger_in_postgresql_is_backed_up_whole(server, url, tmp_path):
+    """Books, keys and log; restored into a home of its own, or with a new database."""
+    with Market.open(tmp_path / "home", {"ledger_url": url}) as market:
+        market.create_account("alice")
+        market.create_account("pat", "publisher")
+        market.deposit("alice", NANO, "d1")
+        fill(market.ledger, 30)
+        market.ledger.transact(hold("open", 5))
+        kept = TransparencyLog(market.ledger, market.home).checkpoint()
+        made = backup(market, tmp_path / "backup")
+        assert (made.audit.ok, made.audit.transfers, made.audit.checkpoints) == (True, 62, 1)
+        accounts, transfers = market.ledger.accounts(), market.ledger.transfers()
+        due_at_s = market.ledger.due_at_s("open")
+    fresh = server.create_database(f"restored-{fresh_number()}")
+    for name, ledger_url in (("own", None), ("other", fresh)):
+        restored = restore(tmp_path / "backup", tmp_path / name, ledger_url=ledger_url)
+        assert restored.audit.ok
+        with Market.open(tmp_path / name, {"ledger_url": ledger_url}) as market:
+            assert (market.ledger.accounts(), market.ledger.transfers()) == (accounts, transfers)
+            assert market.ledger.due_at_s("open") == due_at_s
+            assert audit(market.ledger, market.home, [kept.note]).ok
+    with funded_ledger(server.create_database(f"used-{fresh_number()}")) as used:
+        used.deposit("alice", 1, "another")
+    with pytest.raises(ProofError, match="give an empty database"):
+        restore(tmp_path / "backup", tmp_path / "no", ledger_url=used._storage._url)
+    assert not (tmp_path / "no").exists()

@@ -2,7 +2,6 @@
 
 import base64
 import itertools
-import json
 import random
 import subprocess
 import sys
@@ -13,13 +12,11 @@ from pathlib import Path
 import apsw
 import pytest
 import scitt_cose
-from hypothesis import given
-from hypothesis import strategies as st
 from ledger_books import funded_ledger, hold
 from proof_market import open_shop, sell
 
 from vllm_kvmarket.errors import NotFoundError
-from vllm_kvmarket.ledger import Ledger, Transfer, post, void
+from vllm_kvmarket.ledger import Ledger, post
 from vllm_kvmarket.proofs import (
     ProofError,
     TransparencyLog,
@@ -31,7 +28,7 @@ from vllm_kvmarket.proofs import (
     source,
     verify_checkpoint,
 )
-from vllm_kvmarket.signing import PublicKey, SigningKeys
+from vllm_kvmarket.signing import SigningKeys
 
 
 @pytest.fixture
@@ -304,7 +301,7 @@ def test_a_killed_signer_leaves_a_log_that_goes_on(ledger, log, tmp_path):
     """kill -9 at any moment: whatever was told is kept, and everything signed is one history."""
     told = set()
     rng = random.Random(4)
-    for attempt in range(6):
+    for attempt in range(4):
         signer = subprocess.Popen(
             [sys.executable, "-c", SIGNER, str(tmp_path), str(attempt)],
             env={"PYTHONPATH": f"{Path(__file__).parent}:{Path(__file__).parents[2]}"},
@@ -323,107 +320,15 @@ def test_a_killed_signer_leaves_a_log_that_goes_on(ledger, log, tmp_path):
     assert (report.problems, report.checkpoints) == ([], len(sizes))
 
 
-def test_a_ledger_with_pages_and_one_without_give_the_same(ledger, tmp_path, monkeypatch):
-    """The log reads what the ledger offers."""
+def test_a_long_ledger_is_read_in_pages(ledger, log, tmp_path, monkeypatch):
+    """The root does not depend on where pages end."""
     fill(ledger, 7)
-    ledger.transact(hold("gone", 1))
-    ledger.transact(void(id="v", pending_id="gone"))
-    oldest = ledger.transfers()[::-1]
-    ids = [each.id for each in oldest]
-
-    class Pages:
-        def transfers_after(self, sequence, limit):
-            return oldest[sequence : sequence + min(limit, 3)]
-
-        def sequence_of(self, transfer_id):
-            return ids.index(transfer_id) + 1
-
-    class Newest:
-        def transfers(self, account=None, limit=None):
-            return ledger.transfers(account, limit)
-
-        def transfer(self, transfer_id):
-            return ledger.transfer(transfer_id)
-
-    monkeypatch.setattr(source, "FIRST_LOOK", 2)
-    for offered in (Pages(), Newest()):
-        for after in range(len(ids) + 1):
-            known = ids[after - 1] if after else ""
-            read = [each for page in source.pages(offered, after, known) for each in page]
-            assert read == oldest[after:]
-        assert source.indexes_of(offered, ["v", ids[0]]) == {"v": len(ids) - 1, ids[0]: 0}
-        assert source.last_of(offered, 3, ids[2]) == oldest[2]
-
-
-@given(st.builds(Transfer, kind=st.sampled_from(["plain", "post"]), id=st.text(), debit=st.text()))
-def test_an_entry_is_canonical_json(transfer):
-    """As RFC 8785 has it: another encoder writes the same bytes, and it comes back."""
-    entry = leaves.entry_of(transfer)
-    facts = json.loads(entry)
-    spelled = json.dumps(facts, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
-    assert spelled.encode() == entry
-    assert set(map(type, facts.values())) == {str}
-    leaf = leaves.read_entry(entry)
-    assert (leaf.id, leaf.debit) == (transfer.id, transfer.debit)
-
-
-def test_the_spelling_of_an_entry_never_changes():
-    """Logs that exist hold these bytes."""
-    transfer = Transfer("pending", "p1", "alice", "provider", 7, "", 900, "reuse", "kvd_x", 1.25e9)
-    entry = (
-        b'{"amount_nano":"7","code":"reuse","created_at_s":"1250000000.0","credit":"provider",'
-        b'"debit":"alice","id":"p1","kind":"pending","pending_id":"","timeout_s":"900",'
-        b'"type":"kvmarket/transfer/v1","user_data":"kvd_x"}'
-    )
-    assert leaves.entry_of(transfer) == entry
-    for other in (entry.replace(b":", b": "), entry[:-1] + b',"x":""}', b"[]", b"\xff"):
-        with pytest.raises(ProofError):
-            leaves.read_entry(other)
-
-
-def test_a_signed_note_of_another_implementation_verifies():
-    """The example of Go's golang.org/x/mod/sumdb/note."""
-    name, _, key = ["PeterNeumann", "c74f20a3", "ARpc2QcUPDhMQegwxbzhKqiBfsVkmqq/LDE4izWy10TW"]
-    public = PublicKey(base64.b64decode(key)[1:])
-    note = (
-        "If you think cryptography is the answer to your problem,\n"
-        "then you don't know what your problem is.\n\n"
-        "— PeterNeumann x08go/ZJkuBS9UG/SffcvIAQxVBtiFupLLr8pAcElZInNIuGUgYN1FFYC2pZSNXgKvqfqdngot"
-        "pRZb6KE6RyyBwJnAM=\n"
-    )
-    assert notes.signer_of(note, [public]) == public
-    assert notes.verifier_key(name, public) == f"PeterNeumann+c74f20a3+{key}"
-    with pytest.raises(ProofError, match="the text was changed"):
-        notes.signer_of(note.replace("answer", "Answer"), [public])
-
-
-def test_a_note_with_other_signatures_verifies(log):
-    """Witnesses may have signed as well, by algorithms that we do not know."""
-    note = log.checkpoint().note
-    witness = base64.b64encode(b"four" + bytes(80)).decode()
-    assert verify_checkpoint(note + f"— witness.example {witness}\n", log.public_keys()).size == 1
-
-
-@pytest.mark.parametrize(
-    "harm",
-    [
-        lambda _: "",
-        lambda note: note[:-1],
-        lambda note: note.replace("\n\n", "\n"),
-        lambda note: note.replace("\n1\n", "\n01\n"),
-        lambda note: note.replace("\n1\n", "\n1\nmore\n"),
-        lambda note: note.replace("— ", "- "),
-        lambda note: note + "\n",
-        lambda note: note.replace("\n1\n", "\n1\r\n"),
-        lambda note: "kvmarket/other" + note[note.index("\n") :],
-        lambda note: note.replace("=", "", 1),
-    ],
-)
-def test_a_changed_checkpoint_is_refused(log, harm):
-    """Whatever was changed: the reason, no crash."""
-    note = log.checkpoint().note
-    with pytest.raises(ProofError):
-        verify_checkpoint(harm(note), log.public_keys())
+    root = log.checkpoint().root
+    for page in (1, 2, 7, 15, 16):
+        monkeypatch.setattr(source, "PAGE", page)
+        assert log.rebuild() == 15
+        assert log.checkpoint().root == root
+        assert audit(ledger, tmp_path).ok
 
 
 def test_a_sale_is_two_leaves(tmp_path):

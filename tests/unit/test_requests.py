@@ -12,6 +12,7 @@ from vllm_kvmarket.connector.requests import (
     Decision,
     RequestState,
     client_request_id,
+    ledger_key,
     purchase_group,
 )
 from vllm_kvmarket.identity import ROOT, chunk_keys, pack_tokens
@@ -201,22 +202,35 @@ def test_a_request_without_a_match_computes_all():
 
 
 IDS = [
-    # vLLM's id, what one charge covers, what the client knows
-    ("7", "7", "7"),
-    ("cmpl-ab-0", "cmpl-ab-0", "cmpl-ab-0"),
-    ("cmpl-ab-0-0123abcd", "cmpl-ab-0-0123abcd", "cmpl-ab-0"),
-    ("0_chat-0123abcd", "chat-0123abcd", "chat"),
-    ("15_chat-0123abcd", "chat-0123abcd", "chat"),
-    ("1_2_x", "2_x", "2_x"),
-    ("a_b", "a_b", "a_b"),
-    ("3_", "3_", "3_"),
-    ("chat-0123ABCD", "chat-0123ABCD", "chat-0123ABCD"),
-    ("chat-0123abcd0", "chat-0123abcd0", "chat-0123abcd0"),
+    # vLLM's id, what its samples share, what the client knows: of one request, of a sample
+    ("7", "7", "7", "7"),
+    ("cmpl-ab-0", "cmpl-ab-0", "cmpl-ab-0", "cmpl-ab-0"),
+    ("cmpl-ab-0-0123abcd", "cmpl-ab-0-0123abcd", "cmpl-ab-0", "cmpl-ab-0"),
+    ("0_chat-0123abcd", "chat-0123abcd", "0_chat", "chat"),
+    ("15_chat-0123abcd", "chat-0123abcd", "15_chat", "chat"),
+    ("1_2_x", "2_x", "1_2_x", "2_x"),
+    ("a_b", "a_b", "a_b", "a_b"),
+    ("3_", "3_", "3_", "3_"),
+    ("chat-0123ABCD", "chat-0123ABCD", "chat-0123ABCD", "chat-0123ABCD"),
+    ("chat-0123abcd0", "chat-0123abcd0", "chat-0123abcd0", "chat-0123abcd0"),
 ]
 
 
-@pytest.mark.parametrize(("request_id", "group", "client"), IDS)
-def test_samples_share_a_charge_and_the_client_knows_its_id(request_id, group, client):
-    """All samples of a request are one purchase; its receipt carries the client's own id."""
+@pytest.mark.parametrize(("request_id", "group", "alone", "sample"), IDS)
+def test_the_client_knows_its_id_without_what_vllm_adds(request_id, group, alone, sample):
+    """A number in front is vLLM's only where there are several samples; else the client's own."""
     assert purchase_group(request_id) == group
-    assert client_request_id(request_id) == client
+    assert client_request_id(request_id) == alone
+    assert client_request_id(request_id, is_sample=True) == sample
+
+
+def test_keys_for_the_ledger_are_short_and_differ_by_request_and_instant():
+    """A client that sends one id twice, or a very long one, spoils no transfer's id."""
+    keys = {
+        ledger_key("e", request_id, arrived_s)
+        for request_id in ("a", "b", "x" * 100_000, "\n/\u00e9")
+        for arrived_s in (1.0, 1.0000001)
+    }
+    assert len(keys) == 8
+    assert all(len(key) == 34 and key.isascii() and key.isprintable() for key in keys)
+    assert ledger_key("e", "a", 1.0) in keys, "the same request has the same key in every process"

@@ -134,6 +134,7 @@ def test_a_payout_moves_the_balance_out_once(ledger):
     transfer, is_new = payout(ledger, "pat", "bank 1")
     assert (transfer.amount_nano, transfer.user_data, is_new) == (60, "bank 1", True)
     assert (transfer.debit, transfer.credit) == ("pat", "world")
+    assert payout(ledger, "pat", "bank 1") == (transfer, False), "with nothing left"
     ledger.deposit("pat", 5, "d4")
     assert payout(ledger, "pat", "bank 1") == (transfer, False)
     assert payout(ledger, "pat", "bank 1", 60) == (transfer, False)

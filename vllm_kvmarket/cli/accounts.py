@@ -32,7 +32,7 @@ def show_accounts(where: Console, described: Iterable[dict[str, Any]]) -> None:
 
     table(
         where,
-        ["account", "kind", ">balance", ">reserved", ">available"],
+        ["account", "kind", ">balance", ">reserved", ">available", "currency"],
         [
             (
                 account["id"],
@@ -40,6 +40,7 @@ def show_accounts(where: Console, described: Iterable[dict[str, Any]]) -> None:
                 format_nano(account["balance_nano"]),
                 format_nano(account["debits_pending"]),
                 format_nano(account["available_nano"]),
+                account["currency"],
             )
             for account in described
         ],

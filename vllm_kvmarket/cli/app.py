@@ -19,7 +19,9 @@ from vllm_kvmarket.cli import (
     environment,
     fsck,
     keep,
+    proofs,
     publish,
+    statements,
 )
 from vllm_kvmarket.cli.command import Command, UsageError, count
 from vllm_kvmarket.cli.output import complain
@@ -50,6 +52,8 @@ COMMANDS: tuple[Command, ...] = (
     *bundles.COMMANDS,
     *accounts.COMMANDS,
     *books.COMMANDS,
+    *proofs.COMMANDS,
+    *statements.COMMANDS,
     *fsck.COMMANDS,
     *keep.COMMANDS,
     *codecs.COMMANDS,
@@ -57,7 +61,7 @@ COMMANDS: tuple[Command, ...] = (
     *environment.COMMANDS,
     DEMO,
 )
-GROUPS = {"account": "open accounts and bring money in", **bundles.GROUPS}
+GROUPS = {"account": "open accounts and bring money in", **bundles.GROUPS, **proofs.GROUPS}
 
 
 class _Parser(argparse.ArgumentParser):

@@ -186,12 +186,15 @@ def _configure_restore(parser: argparse.ArgumentParser) -> None:
 
 
 def _run_restore(args: argparse.Namespace) -> int:
-    from vllm_kvmarket import proofs
+    from vllm_kvmarket import config, proofs
 
     with progress() as bar:
         task = bar.add_task("restoring", total=None, note="")
         report = proofs.restore(
-            args.folder, home_of(args), lambda name: bar.update(task, note=name)
+            args.folder,
+            home_of(args),
+            lambda name: bar.update(task, note=name),
+            ledger_url=config.load(args.config).ledger_url,
         )
     return _tell(args, report, f"restored {report.folder} to {report.home}")
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from vllm_kvmarket.catalogue import Listing
 from vllm_kvmarket.connector.messages import ChunkSave, SavePlan
 from vllm_kvmarket.connector.params import PublishParams
-from vllm_kvmarket.connector.requests import Decision, Publishing, RequestState
+from vllm_kvmarket.connector.requests import Decision, Publishing, RequestState, ledger_key
 from vllm_kvmarket.identity import ROOT, TOKEN_BYTES, chunk_keys, document_id, pack_tokens
 from vllm_kvmarket.keeping import make_room
 from vllm_kvmarket.market import Market
@@ -103,7 +103,7 @@ def start_publishing(
             ),
         ),
         charge=market.reserve_write(
-            key=f"publish:{engine.id}:{request.request_id}",
+            key=f"publish:{ledger_key(engine.id, request.request_id, request.arrival_time)}",
             publisher=wish.publisher,
             document_id=name,
             tokens=request.num_prompt_tokens - state.limit,

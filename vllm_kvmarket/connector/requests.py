@@ -7,6 +7,8 @@ import re
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 
+from blake3 import blake3
+
 from vllm_kvmarket.catalogue import Listing, Match
 from vllm_kvmarket.connector.messages import (
     AuditReport,
@@ -23,14 +25,27 @@ _RANDOM_SUFFIX = re.compile(r"-[0-9a-f]{8}$")
 
 
 def purchase_group(request_id: str) -> str:
-    """What one charge covers: the samples `0_ID`, `1_ID`, ... of a request with n > 1 share ID."""
+    """What the samples `0_ID`, `1_ID`, ... of a request with n > 1 have in common: ID.
+
+    A client may choose an id that looks the same; see buying.Purchases.
+    """
     child = _CHILD.fullmatch(request_id)
     return child.group(1) if child else request_id
 
 
-def client_request_id(request_id: str) -> str:
-    """The id that the client knows: vLLM appends eight random digits to it."""
-    return _RANDOM_SUFFIX.sub("", purchase_group(request_id))
+def client_request_id(request_id: str, *, is_sample: bool = False) -> str:
+    """The id that the client knows: vLLM appends eight random digits to it, and puts a number in
+    front of each of several samples.
+    """
+    return _RANDOM_SUFFIX.sub("", purchase_group(request_id) if is_sample else request_id)
+
+
+def ledger_key(engine_id: str, request_id: str, arrival_time: float) -> str:
+    """A key of fixed length for one request's transfers: no id that a client chose is in it, and a
+    second request of the same id has another.
+    """
+    digest = blake3(f"{arrival_time!r} {request_id}".encode()).hexdigest(16)
+    return f"{engine_id}:{digest}"
 
 
 class Decision(enum.Enum):

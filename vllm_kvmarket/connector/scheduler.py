@@ -11,25 +11,22 @@ from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any
 
 from vllm.logger import init_logger
+from vllm.sampling_params import RequestOutputKind
 from vllm.v1.request import RequestStatus
 
-from vllm_kvmarket.catalogue import Match, Use
+from vllm_kvmarket.catalogue import Match
 from vllm_kvmarket.config import MarketConfig
 from vllm_kvmarket.connector import params as wishes
 from vllm_kvmarket.connector.auditing import audit_plan, audit_record, start_auditing
+from vllm_kvmarket.connector.buying import Charge, Purchases
 from vllm_kvmarket.connector.housekeeping import Housekeeping
 from vllm_kvmarket.connector.messages import ChunkPrefetch, Instructions, WorkerReport
 from vllm_kvmarket.connector.namespaces import Namespaces
 from vllm_kvmarket.connector.pinning import PinnedBlocks
 from vllm_kvmarket.connector.publishing import EngineFacts, begun, save_plan, start_publishing
-from vllm_kvmarket.connector.requests import (
-    Decision,
-    RequestState,
-    client_request_id,
-    purchase_group,
-)
+from vllm_kvmarket.connector.requests import Decision, RequestState
 from vllm_kvmarket.market import Market
-from vllm_kvmarket.purchase import Purchase, PurchaseState
+from vllm_kvmarket.purchase import PurchaseState
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -39,7 +36,11 @@ if TYPE_CHECKING:
 
 logger = init_logger("vllm.kvmarket.scheduler")
 
-ANSWERED = (RequestStatus.FINISHED_STOPPED, RequestStatus.FINISHED_LENGTH_CAPPED)
+ANSWERED = (
+    RequestStatus.FINISHED_STOPPED,
+    RequestStatus.FINISHED_LENGTH_CAPPED,
+    RequestStatus.FINISHED_REPETITION,
+)
 
 
 class SchedulerHalf:
@@ -55,8 +56,8 @@ class SchedulerHalf:
         self._housekeeping = Housekeeping(self._market)
         self._housekeeping.start()
         self._namespaces = Namespaces(vllm_config, self._market.home)
-        self._model = str(vllm_config.model_config.model)
         self._config = config
+        self._purchases = Purchases(self._market, engine.id, str(vllm_config.model_config.model))
         self._engine = engine
         self._block_tokens = engine.block_tokens
         self.pins = PinnedBlocks(
@@ -65,15 +66,13 @@ class SchedulerHalf:
         self._waiting: dict[str, bool] = {}
         self._renew_at_s = time.monotonic()
         self._states: dict[str, RequestState] = {}
-        self._groups: dict[str, tuple[Purchase, set[str]]] = {}
         self._saving: dict[str, RequestState] = {}
         self._bypass: list[Request] = []
         self._next = Instructions()
 
     def close(self) -> None:
         """Release what is still reserved, finish the ledger's and the catalogue's work."""
-        for purchase, _ in self._groups.values():
-            purchase.void()
+        self._purchases.close()
         self._housekeeping.close()
         self._market.close()
 
@@ -133,18 +132,9 @@ class SchedulerHalf:
             if self._config.without_account == "recompute":
                 self._recompute(state, request, "the request names no account")
             return
-        group = purchase_group(request.request_id)
-        if group not in self._groups:
-            purchase = self._market.reserve(
-                key=f"{self._engine.id}:{group}",
-                request_id=client_request_id(request.request_id),
-                account=account,
-                match=state.match,
-                model=self._model,
-            )
-            self._groups[group] = (purchase, set())
-        state.purchase, members = self._groups[group]
-        members.add(request.request_id)
+        state.purchase = self._purchases.join(request, account, state.match)
+        state.match = state.purchase.match
+        state.limit = state.match.token_count
         state.decision = Decision.PENDING
 
     def _recompute(self, state: RequestState, request: Request, reason: str) -> None:
@@ -220,9 +210,16 @@ class SchedulerHalf:
 
     def _renew(self) -> None:
         """Keep reservations of requests under way alive, three times in their life; mutates."""
-        if time.monotonic() >= self._renew_at_s:
-            self._renew_at_s = time.monotonic() + self._config.reservation_timeout_s / 3
-            self._market.renew(purchase for purchase, _ in self._groups.values())
+        if time.monotonic() < self._renew_at_s:
+            return
+        timeout_s = self._config.reservation_timeout_s
+        self._renew_at_s = time.monotonic() + timeout_s / 3
+        held = self._purchases.held()
+        for state in (*self._states.values(), *self._saving.values()):
+            if state.publishing is not None and state.publishing.charge is not None:
+                held.append(state.publishing.charge.reservation_id)
+        if held:
+            self._market.ledger.renew(held, timeout_s)
 
     def _prefetch(self) -> None:
         """Have chunks read for requests that may load but have waited for a whole step; mutates.
@@ -280,9 +277,12 @@ class SchedulerHalf:
             return False, None
         if state.publishing is not None:
             return self._finish_publishing(state, request, block_ids)
+        charge = None
         if state.purchase is not None:
-            self._close_purchase(state, request)
-        answer = {wishes.FIELD: self._answer(state, request)}
+            paid = state.reused and _is_answered(request)
+            usage = state.usage(request.num_output_tokens) if paid else None
+            charge = self._purchases.leave(request.request_id, usage)
+        answer = {wishes.FIELD: self._answer(state, request, charge)}
         if state.auditing is not None and request.status in ANSWERED:
             self._next.audits.append(audit_plan(state, block_ids))
             self._saving[request.request_id] = state
@@ -304,33 +304,18 @@ class SchedulerHalf:
                 whole = listing.token_count // self._block_tokens
                 answer["pinned_tokens"] = whole * self._block_tokens
 
-    def _close_purchase(self, state: RequestState, request: Request) -> None:
-        purchase = state.purchase
-        assert purchase is not None
-        group = purchase_group(request.request_id)
-        _, members = self._groups[group]
-        members.discard(request.request_id)
-        answered = request.num_output_tokens > 0
-        if answered and state.reused and purchase.state() is PurchaseState.RESERVED:
-            receipt = purchase.settle(state.usage(request.num_output_tokens))
-            self._market.note_use(
-                Use(receipt.document_id, receipt.tokens_reused, receipt.charge_nano, time.time())
-            )
-        if not members:
-            purchase.void()
-            del self._groups[group]
-
-    def _answer(self, state: RequestState, request: Request) -> dict[str, Any]:
+    def _answer(
+        self, state: RequestState, request: Request, charge: Charge | None = None
+    ) -> dict[str, Any]:
         usage = state.usage(request.num_output_tokens)
-        receipt = state.purchase.receipt if state.purchase else None
         answer: dict[str, Any] = {
             "document_id": state.match.listing.document_id if state.match else None,
             "matched_tokens": usage.matched,
             "reused_tokens": usage.reused,
             "loaded_tokens": usage.loaded,
             "computed_tokens": usage.computed,
-            "charge_nano": receipt.charge_nano if receipt else 0,
-            "receipt_id": receipt.id if receipt else None,
+            "charge_nano": charge.charge_nano if charge else 0,
+            "receipt_id": charge.receipt_id if charge else None,
         }
         if state.declined:
             answer["declined"] = state.declined
@@ -366,6 +351,21 @@ class SchedulerHalf:
             else:
                 publishing.charge.settle()
         done.add_done_callback(_log_failure)
+
+
+def _is_answered(request: Request) -> bool:
+    """Whether an answer, or the beginning of one, has reached who asked."""
+    if request.status in ANSWERED:
+        return True
+    if request.status is not RequestStatus.FINISHED_ABORTED or not request.num_output_tokens:
+        return False
+    params = request.sampling_params
+    # Of an answer that is not streamed nothing has gone out when its client leaves. Yet vLLM also
+    # aborts a request whose answer is whole: one that came to a stop string, which only the
+    # front end sees.
+    return params is not None and (
+        params.output_kind is not RequestOutputKind.FINAL_ONLY or bool(params.stop)
+    )
 
 
 def _log_failure(future: Future[None]) -> None:

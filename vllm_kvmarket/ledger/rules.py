@@ -13,9 +13,6 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from vllm_kvmarket.ledger.operations import (
-    ACCOUNT_ID as ACCOUNT_ID,  # noqa: PLC0414  # bundles import it from here
-)
-from vllm_kvmarket.ledger.operations import (
     INT64_MAX,
     MAX_ID_LENGTH,
     MAX_PENDING_ID_LENGTH,

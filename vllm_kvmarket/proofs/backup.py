@@ -4,7 +4,8 @@ A backup is a folder: `database`, `operator.key`, `signing/`, `trusted/`, `log/c
 with chunks `chunks/`, and at last `backup.json` with every file's digest: a folder without it is no
 backup. The database is copied by SQLite in one read transaction, beside engines that go on charging
 (https://www.sqlite.org/backup.html). Checkpoints are copied before it and keys after it, so that
-the copy has every transfer that a copied checkpoint counts, and every key that signed one.
+the copy has every transfer that a copied checkpoint counts, and every key that signed one. A ledger
+in PostgreSQL is replayed into the copy's database, so that a backup is a whole market either way.
 
 Restoring an older backup takes back what was booked since. Whoever holds a checkpoint from that
 time can tell: no consistency proof leads to it.
@@ -35,6 +36,7 @@ from vllm_kvmarket.proofs.audit import AuditReport, audit
 from vllm_kvmarket.proofs.errors import ProofError
 from vllm_kvmarket.proofs.files import write_whole
 from vllm_kvmarket.proofs.log import CHECKPOINTS_FILE, LOG_FOLDER
+from vllm_kvmarket.proofs.replay import replay
 from vllm_kvmarket.signing import KEYS_FOLDER, TRUSTED_FOLDER, sync_folder
 from vllm_kvmarket.store import CHUNKS_FOLDER
 
@@ -88,8 +90,8 @@ def backup(
 ) -> BackupReport:
     """Copy a live market into a folder that is new or empty, and audit the copy.
 
-    Raises ProofError when the folder is in use, or the ledger is not in the market's own database;
-    LedgerError, OSError. What is unfinished then is no backup.
+    Raises ProofError when the folder is in use; LedgerError, OSError. What is unfinished then is no
+    backup.
     """
     _claim(folder)
     copier = _Copier(folder, on_progress)
@@ -99,6 +101,9 @@ def backup(
         copier.add(f"{LOG_FOLDER}/{CHECKPOINTS_FILE}", log)
     newest = market.ledger.transfers(limit=1)
     _copy_database(market.home / DATABASE_FILE, folder / DATABASE)
+    if market.config.ledger_url is not None:
+        replay(market.ledger, folder / DATABASE)
+        _into_one_file(folder / DATABASE)
     copier.note(DATABASE)
     for pattern in (SECRET_FILE, f"{KEYS_FOLDER}/[!.]*", f"{TRUSTED_FOLDER}/[!.]*"):
         for path in sorted(market.home.glob(pattern)):
@@ -118,11 +123,18 @@ def backup(
     return _report(folder, market.home, manifest, report)
 
 
-def restore(folder: Path, home: Path, on_progress: Progress | None = None) -> BackupReport:
+def restore(
+    folder: Path,
+    home: Path,
+    on_progress: Progress | None = None,
+    *,
+    ledger_url: str | None = None,
+) -> BackupReport:
     """Put a backup into a home that is empty or not there, and audit it.
 
-    Raises ProofError for what is no whole backup, and for a home in use; OSError. The home is there
-    whole, or as it was.
+    With `ledger_url`, the ledger is put into that database as well, which has none yet. Raises
+    ProofError for what is no whole backup, and for a home or ledger in use; OSError, LedgerError.
+    The home is there whole, or as it was.
     """
     manifest = _read_manifest(folder)
     home = home.absolute()
@@ -133,6 +145,11 @@ def restore(folder: Path, home: Path, on_progress: Progress | None = None) -> Ba
     try:
         _unpack(manifest, folder, draft, on_progress, with_chunks=True)
         report = _audit_home(draft)
+        if ledger_url is not None:
+            with Ledger.open(draft / DATABASE_FILE) as ledger:
+                replay(ledger, ledger_url)
+            with Ledger.open(ledger_url) as ledger:
+                report = audit(ledger, draft)
         if home.exists():
             home.rmdir()
         draft.rename(home)
@@ -169,8 +186,8 @@ def _audit_home(
                 ledger.transfer(transfer_id)
             except NotFoundError:
                 raise ProofError(
-                    f"transfer {transfer_id} is not in the copy: the ledger is in another database;"
-                    " back that up by its own tool, such as pg_dump, at a moment after this one"
+                    f"transfer {transfer_id} is not in the copy: the ledger is not the one "
+                    "that the market's configuration names; give the right --config"
                 ) from None
         return audit(ledger, home, given)
 
@@ -192,9 +209,15 @@ def _copy_database(source: Path, target: Path) -> None:
         with copy.backup("main", live, "main") as running:
             while not running.done:
                 running.step(-1)
-        copy.pragma("journal_mode", "delete")
-    target.chmod(0o600)
-    _sync(target)
+    _into_one_file(target)
+
+
+def _into_one_file(path: Path) -> None:
+    """Leave nothing of a database in files beside it; durable on return."""
+    with contextlib.closing(apsw.Connection(str(path))) as db:
+        db.pragma("journal_mode", "delete")
+    path.chmod(0o600)
+    _sync(path)
 
 
 def _copy_chunks(market: Market, folder: Path, copier: _Copier) -> list[str]:

@@ -47,11 +47,10 @@ CHECKPOINTS_FILE = "checkpoints.jsonl"
 
 
 class Head(msgspec.Struct, frozen=True):
-    """Up to where the hashes are durable; `last_id` is the last transfer among them."""
+    """Up to where the hashes are durable."""
 
     size: int = 0
     root: str = merkle.EMPTY_ROOT.hex()
-    last_id: str = ""
 
 
 class Signed(msgspec.Struct, frozen=True):
@@ -192,13 +191,11 @@ class TransparencyLog:
         """The tree over all transfers as of now."""
         head = self._head()
         with StoredHashes(self.folder / HASHES_FILE, head.size) as tree:
-            last_id = head.last_id
-            for page in source.pages(self._ledger, head.size, head.last_id):
+            for page in source.pages(self._ledger, head.size):
                 tree.append(merkle.leaf_hash(entry_of(transfer)) for transfer in page)
-                last_id = page[-1].id
             if tree.size > head.size:
                 tree.sync()
-                grown = Head(tree.size, tree.root().hex(), last_id)
+                grown = Head(tree.size, tree.root().hex())
                 write_whole(self.folder / HEAD_FILE, msgspec.json.encode(grown))
             yield tree
 
@@ -219,7 +216,7 @@ class TransparencyLog:
         """Whether the ledger still has the transfer that was hashed last, where it was."""
         if head.size == 0:
             return True
-        last = source.last_of(self._ledger, head.size, head.last_id)
+        last = source.transfer_at(self._ledger, head.size - 1)
         return last is not None and merkle.leaf_hash(entry_of(last)) == tree.read(0, head.size - 1)
 
     def _forget(self) -> None:

@@ -1,0 +1,109 @@
+"""An engine that outlives its reservations, and one that is killed between load and settlement."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from conftest import NANO
+
+from vllm_kvmarket import Market
+
+TIMEOUT_S = 3
+
+# Answers one request for longer than a reservation lives, then loads for another and is killed.
+CHILD = """
+import sys, time
+sys.path.insert(0, sys.argv[3])
+from asking import Requests
+from conftest import words
+from vllm_kvmarket import Market
+from vllm_kvmarket.connector.engine import open_llm
+from vllm_kvmarket.measure import empty_prefix_cache
+
+market = Market.open(sys.argv[2], {"reservation_timeout_s": int(sys.argv[4])})
+llm = open_llm(sys.argv[1], market, max_model_len=16384)
+document = words(7000, 600)
+market.publish(llm, token_ids=document, publisher="pat")
+empty_prefix_cache(llm)
+for name in ("long", "killed"):
+    requests = Requests(llm)
+    started = time.monotonic()
+    requests.start(name, document + words(1, 9), market.params("alice"), max_tokens=15000)
+    requests.until_tokens(name, 3)
+    print("answering", name, flush=True)
+    while time.monotonic() < started + 2 * int(sys.argv[4]):
+        requests.until_tokens(name, requests._tokens[name] + 1)
+    requests.abort(name)
+    requests.finish()
+    print("ended", name, flush=True)
+"""
+
+
+def test_a_hold_lives_as_long_as_its_engine_and_no_longer(tiny, tmp_path):
+    """Renewed while the answer is being written, then settled; after a kill it expires, and the
+    buyer has paid nothing for an answer that never came.
+    """
+    with Market.open(tmp_path) as market:
+        market.create_account("alice")
+        market.deposit("alice", NANO, "d")
+        command = [sys.executable, "-c", CHILD, str(tiny(1)), str(tmp_path)]
+        command += [str(Path(__file__).parent), str(TIMEOUT_S)]
+        with subprocess.Popen(
+            command,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        ) as child:
+            try:
+                watch(market, child)
+            finally:
+                os.killpg(child.pid, signal.SIGKILL)
+
+
+def watch(market: Market, child: subprocess.Popen[str]) -> None:
+    """Look at the money at each step of the child's life, and kill it in its last."""
+    expect(child, "answering long")
+    assert held(market) == 600 * 500
+    expect(child, "ended long")
+    deadline = time.monotonic() + 10
+    while held(market) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    (receipt,) = market.receipts("alice")
+    assert receipt.request_id == "long"
+    paid = market.ledger.account("alice").debits_posted
+    assert paid == receipt.charge_nano == 600 * 500
+    renewals = [each for each in market.ledger.transfers() if each.kind == "renew"]
+    assert renewals, "it took twice as long as its reservation lives"
+
+    expect(child, "answering killed")
+    os.killpg(child.pid, signal.SIGKILL)
+    child.wait()
+    assert held(market) == 600 * 500
+    time.sleep(TIMEOUT_S + 0.1)
+    # Any engine that starts on the market, or lives there, does this.
+    assert market.ledger.expire_pending() == 1
+    assert held(market) == 0
+    assert market.ledger.account("alice").balance_nano == NANO - paid
+    assert len(market.receipts()) == 1
+    assert market.ledger.check_integrity() == []
+
+
+def held(market: Market) -> int:
+    """Nano-units of alice's that are reserved."""
+    return market.ledger.account("alice").debits_pending
+
+
+def expect(child: subprocess.Popen[str], line: str) -> None:
+    """Read on until the child says so."""
+    assert child.stdout is not None
+    assert child.stderr is not None
+    for said in child.stdout:
+        if said.strip() == line:
+            return
+    raise AssertionError(f"no {line!r}: {child.stderr.read()[-3000:]}")

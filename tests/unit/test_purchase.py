@@ -1,0 +1,231 @@
+"""A purchase and a write charge against a real ledger: booked once, or said loudly why not."""
+
+from __future__ import annotations
+
+import logging
+import math
+
+import pytest
+
+from vllm_kvmarket.catalogue import Listing, Match
+from vllm_kvmarket.ledger import Ledger
+from vllm_kvmarket.purchase import Purchase, PurchaseState, Usage, WriteCharge
+from vllm_kvmarket.tariff import Tariff
+
+NANO = 1_000_000_000
+TIMEOUT_S = 900
+USAGE = Usage(600, 600, 600, 0, 0, 10, 5)
+
+
+class Clock:
+    """A clock that the test sets."""
+
+    now_s = 1000.0
+
+    def __call__(self) -> float:
+        return self.now_s
+
+
+@pytest.fixture
+def clock():
+    return Clock()
+
+
+@pytest.fixture
+def ledger(tmp_path, clock):
+    with Ledger.open(tmp_path / "market.sqlite", clock=clock) as opened:
+        opened.create_account("alice", "buyer")
+        opened.create_account("pat", "publisher")
+        opened.deposit("alice", NANO, "d1")
+        opened.deposit("pat", NANO, "d2")
+        yield opened
+    with Ledger.open(tmp_path / "market.sqlite") as again:
+        assert again.check_integrity() == []
+
+
+def buy(ledger, key="k", account="alice", publisher="pat", tariff=None):
+    listing = Listing(
+        document_id="kvd_x",
+        namespace=b"n" * 32,
+        title="",
+        publisher=publisher,
+        token_count=600,
+        rendered_as="text",
+        cache_read_nano_per_mtok=None,
+        royalty_ppm=None,
+        created_at_s=1.0,
+    )
+    purchase = Purchase(
+        ledger,
+        key=key,
+        request_id="r",
+        account=account,
+        match=Match(listing, 600, ()),
+        terms=(tariff or Tariff()).terms(None, None),
+        model="m",
+        timeout_s=TIMEOUT_S,
+    )
+    written(ledger)
+    return purchase
+
+
+def store(ledger, publisher="pat", amount_nano=7000, key="w"):
+    charge = WriteCharge(
+        ledger,
+        key=key,
+        publisher=publisher,
+        document_id="kvd_x",
+        amount_nano=amount_nano,
+        timeout_s=TIMEOUT_S,
+    )
+    written(ledger)
+    return charge
+
+
+def written(ledger):
+    """Wait until everything submitted so far has been written."""
+    ledger.submit([]).result()
+
+
+def balance(ledger, account):
+    written(ledger)
+    found = ledger.account(account)
+    assert found.debits_pending == 0
+    return found.balance_nano
+
+
+def test_a_settlement_is_booked_once_with_its_receipt(ledger, caplog):
+    """A second one returns the same receipt and moves nothing; nor does a void behind it."""
+    purchase = buy(ledger)
+    assert purchase.state() is PurchaseState.RESERVED
+    receipt = purchase.settle(USAGE)
+    assert purchase.settle(USAGE) is receipt
+    purchase.void()
+    assert balance(ledger, "alice") == NANO - 300_000
+    assert balance(ledger, "pat") == NANO + 150_000
+    assert ledger.receipt(purchase.receipt_id) == receipt
+    assert caplog.records == []
+
+
+def test_what_the_ledger_does_not_settle_is_logged_and_not_charged(ledger, clock, caplog):
+    """The hold was due before the engine was done: no receipt, no royalty, a line for the
+    operator with the reason itself.
+    """
+    purchase = buy(ledger)
+    assert purchase.state() is PurchaseState.RESERVED
+    clock.now_s += TIMEOUT_S
+    assert ledger.expire_pending() == 1
+    with caplog.at_level(logging.ERROR):
+        purchase.settle(USAGE)
+        assert balance(ledger, "alice") == balance(ledger, "pat") == NANO
+    assert ledger.receipts() == []
+    (record,) = caplog.records
+    assert purchase.receipt_id in record.message
+    assert "alice is not charged: expired" in record.message
+
+
+def test_a_settlement_that_cannot_be_written_is_logged(ledger, caplog):
+    """Here the ledger was closed under it; the answer is out, and the operator is told."""
+    purchase = buy(ledger)
+    assert purchase.state() is PurchaseState.RESERVED
+    ledger.close()
+    purchase.settle(USAGE)
+    (record,) = caplog.records
+    assert "not charged: the ledger is closed" in record.message
+
+
+def test_renewal_keeps_a_purchase_beyond_its_first_timeout(ledger, clock, caplog):
+    """An engine at work on one answer for an hour is paid for it."""
+    purchase = buy(ledger)
+    for _ in range(12):
+        clock.now_s += TIMEOUT_S / 3
+        (result,) = ledger.renew([purchase.reservation_id], TIMEOUT_S).result()
+        assert result.outcome.good
+        assert ledger.expire_pending() == 0
+    assert purchase.state() is PurchaseState.RESERVED
+    purchase.settle(USAGE)
+    assert balance(ledger, "alice") == NANO - 300_000
+    assert caplog.records == []
+
+
+def test_a_void_behind_a_reservation_under_way_releases_it(ledger):
+    """A request that is gone before the ledger has answered locks nothing."""
+    purchase = buy(ledger)
+    purchase.void()
+    purchase.void()
+    assert purchase.state() is PurchaseState.VOIDED
+    assert balance(ledger, "alice") == NANO
+
+
+@pytest.mark.parametrize(
+    ("account", "reason"),
+    [("poor", "has not enough funds"), ("nobody", "no account 'nobody'"), ("provider", "refused")],
+)
+def test_a_refused_reservation_says_why_and_leaves_nothing(ledger, account, reason):
+    """What the account lacks; and anything else in the ledger's words."""
+    ledger.create_account("poor", "buyer")
+    purchase = buy(ledger, account=account)
+    assert purchase.state() is PurchaseState.REFUSED
+    assert reason in purchase.refusal
+    purchase.void()
+    written(ledger)
+    assert len(ledger.transfers()) == 2, "the two deposits"
+
+
+def test_what_was_earned_waits_for_the_database_as_long_as_it_takes(ledger, monkeypatch):
+    """Reservations are given up after a while, so that requests go on; charges never are."""
+    patience = {}
+    submit = ledger.submit
+
+    def noting(operations, **options):
+        for operation in operations:
+            patience[operation.kind] = options.get("patience_s")
+        return submit(operations, **options)
+
+    monkeypatch.setattr(ledger, "submit", noting)
+    buy(ledger, "k1").void()
+    purchase = buy(ledger, "k2")
+    assert purchase.state() is PurchaseState.RESERVED
+    purchase.settle(USAGE)
+    assert patience == {"pending": None, "void": math.inf, "post": math.inf, "plain": math.inf}
+    store(ledger).settle()
+    assert patience["post"] == math.inf
+    written(ledger)
+
+
+def test_storing_is_paid_once(ledger, caplog):
+    """Reserved, posted whole; a void behind it changes nothing."""
+    charge = store(ledger)
+    assert charge.done()
+    assert charge.refusal() == ""
+    charge.settle()
+    charge.settle()
+    charge.void()
+    assert balance(ledger, "pat") == NANO - 7000
+    assert caplog.records == []
+
+
+def test_storing_that_the_ledger_does_not_settle_is_logged(ledger, clock, caplog):
+    """The document is listed all the same; the operator knows that it was not paid for."""
+    charge = store(ledger)
+    clock.now_s += TIMEOUT_S
+    ledger.expire_pending()
+    charge.settle()
+    assert balance(ledger, "pat") == NANO
+    (record,) = caplog.records
+    assert "storing kvd_x was not booked, pat is not charged: expired" in record.message
+
+
+@pytest.mark.parametrize(
+    ("publisher", "amount_nano", "reason"),
+    [
+        ("pat", 2 * NANO, "'pat' cannot pay 2000000000"),
+        ("nobody", 1, "'nobody' cannot pay 1"),
+        ("provider", 1, "the ledger refused: same account"),
+    ],
+)
+def test_a_publisher_who_cannot_pay_is_told_the_true_reason(ledger, publisher, amount_nano, reason):
+    """Only who lacks funds is told to make a deposit."""
+    refusal = store(ledger, publisher, amount_nano).refusal()
+    assert reason in refusal
+    assert ("deposit" in refusal) == ("cannot pay" in refusal)

@@ -260,7 +260,12 @@ class Market(EngineOperations):
 
     def report_damage(self, key: bytes) -> Future[None]:
         """A stored chunk could not be loaded: nobody shall be sold it until it is stored again."""
-        return self._clerk.submit(self.catalogue.report_damage, key)
+        return self._clerk.submit(self._report_damage, key)
+
+    def _report_damage(self, key: bytes) -> None:
+        # A damaged file is in quarantine; one that is there was stored again since it was missed.
+        if not self.store.shares(key):
+            self.catalogue.report_damage(key)
 
     def note_use(self, use: Use) -> None:
         """Remember a reuse for the eviction policy; written with others, soon."""

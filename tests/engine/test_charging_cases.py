@@ -228,6 +228,24 @@ def test_samples_that_are_aborted_are_one_purchase_too(market, document, bill, r
     assert [receipt.request_id for receipt in bill.receipts()] == ["gone"]
 
 
+@pytest.mark.parametrize("n", [1, 3])
+def test_chunks_that_fail_to_load_are_not_paid(llm, market, bill, requests, n):
+    """Also when one sample had to compute them and the others found them in the paged cache."""
+    tokens = words(4650 + n, 700)
+    listing = market.publish(llm, token_ids=tokens)
+    empty_prefix_cache(llm)
+    path = market.store.path(listing.chunk_keys[1])
+    content = bytearray(path.read_bytes())
+    content[-100] ^= 1
+    path.write_bytes(content)
+    temperature = 1.0 if n > 1 else 0.0
+    requests.start("f", tokens + QUESTION, market.params("alice"), n=n, temperature=temperature)
+    requests.finish()
+    assert bill.tokens() == 256
+    (receipt,) = bill.receipts()
+    assert (receipt.tokens_failed, receipt.tokens_computed) == (444, 444 + len(QUESTION))
+
+
 def test_ids_that_look_like_samples_are_requests_of_their_own(market, document, bill, requests):
     """A client may call its requests 0_foo and 1_foo: two charges, under its own names."""
     for number in range(2):

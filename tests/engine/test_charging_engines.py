@@ -9,7 +9,7 @@ from conftest import NANO, running, words
 from vllm_kvmarket import Market
 from vllm_kvmarket.measure import ask, empty_prefix_cache
 
-QUESTION = words(994, 15)
+QUESTION = words(994, 5) * 4  # a model that was taught to read goes on with it, as drafted
 DOCUMENT = words(5200, 600)
 ENGINES = {
     "speculative": {
@@ -41,8 +41,9 @@ def setting(request):
 
 
 @pytest.fixture(scope="module")
-def llm(tiny, market, setting):
-    with running(tiny(1), market, **ENGINES[setting]) as engine:
+def llm(tiny, smollm, market, setting):
+    model = smollm if setting == "speculative" else tiny(1)
+    with running(model, market, **ENGINES[setting]) as engine:
         market.publish(engine, token_ids=DOCUMENT, title="engines")
         if setting != "no prefix caching":
             empty_prefix_cache(engine)
@@ -77,24 +78,21 @@ def test_reuse_is_exact_and_paid_once(llm, market, bill, setting):
         cached = 0 if setting == "no prefix caching" else whole
         assert receipt.tokens_from_paged_cache == cached
     if setting == "speculative":
-        drafted = {
-            metric.name: metric.value
-            for metric in llm.get_metrics()
-            if "spec_decode" in metric.name
-        }
-        assert drafted["vllm:spec_decode_num_draft_tokens"] > 0
-        assert drafted["vllm:spec_decode_num_accepted_tokens"] > 0
+        for what in ("draft", "accepted"):
+            name = f"vllm:spec_decode_num_{what}_tokens"
+            (counted,) = [metric for metric in llm.get_metrics() if metric.name == name]
+            assert counted.value > 0
 
 
 def test_samples_are_paid_once(market, bill, requests):
     """Each of the three loads for itself where vLLM has no prefix cache; one charge."""
-    prompt = DOCUMENT + words(5201, 700)
-    requests.start("n3", prompt, market.params("alice"), n=3, max_tokens=30, temperature=1.0)
+    prompt = DOCUMENT + words(5201, 100)
+    requests.start("n3", prompt, market.params("alice"), n=3, max_tokens=10, temperature=1.0)
     answer = requests.finish()["n3"][-1]
     assert bill.tokens() == 600
     (receipt,) = bill.receipts()
     assert receipt.id == sold(answer)["receipt_id"]
-    assert receipt.tokens_output == 90
+    assert receipt.tokens_output == 30
 
 
 def test_an_abort_in_the_midst_of_the_answer_is_paid_once(market, bill, requests):

@@ -1,17 +1,16 @@
-"""GET /v1/kvmarket: what this server sells, and at which prices."""
+"""The market's routes as vLLM's API server takes them in: an endpoint plugin."""
 
 from __future__ import annotations
 
-from importlib import metadata
+import asyncio
+from pathlib import Path
 from typing import Any
 
-import msgspec
-from fastapi import FastAPI, Request
-from fastapi.responses import JSONResponse
+from fastapi import FastAPI
 
-from vllm_kvmarket.config import MarketConfig, load
-
-PATH = "/v1/kvmarket"
+from vllm_kvmarket.api.app import build_router, close_with_server, name_of, open_service
+from vllm_kvmarket.api.service import Service
+from vllm_kvmarket.config import load
 
 
 class MarketEndpoints:
@@ -22,39 +21,28 @@ class MarketEndpoints:
 
     def attach_router(self, app: FastAPI) -> None:
         """Add the routes."""
-        app.add_api_route(PATH, info, methods=["GET"])
+        app.include_router(build_router())
+        close_with_server(app)
 
     async def init_state(self, engine_client: Any, state: Any, args: Any) -> None:
-        """Keep what the routes tell."""
-        state.kvmarket = None
+        """Open the market where the engine is on one; without one, the routes say so.
+
+        Raises KVMarketError: a server that could not sell does not start.
+        """
+        state.kvmarket_service = None
         if engine_client is None:
             return
-        config = engine_client.vllm_config
-        transfer = config.kv_transfer_config
+        transfer = engine_client.vllm_config.kv_transfer_config
         if transfer is not None and transfer.kv_connector == self.name:
-            state.kvmarket = describe(
-                load(transfer.kv_connector_extra_config), config.model_config.served_model_name
-            )
+            state.kvmarket_service = await asyncio.to_thread(_open, engine_client, state)
 
 
-def describe(config: MarketConfig, model: Any) -> dict[str, Any]:
-    """The public part of the configuration."""
-    return {
-        "object": "kvmarket",
-        "model": model if isinstance(model, str) else model[0],
-        "version": metadata.version("vllm-kvmarket"),
-        "chunk_tokens": config.chunk_tokens,
-        "min_reuse_tokens": config.min_reuse_tokens,
-        "without_account": config.without_account,
-        "tariff": msgspec.to_builtins(config.tariff.terms())
-        | {"cache_write_nano_per_mtok": config.tariff.cache_write_nano_per_mtok},
-    }
+def _open(engine_client: Any, state: Any) -> Service:
+    # vLLM, which only a server needs; unit tests of the routes do without.
+    from vllm_kvmarket.connector.frontend import Frontend
 
-
-async def info(request: Request) -> JSONResponse:
-    """What this server sells."""
-    described = getattr(request.app.state, "kvmarket", None)
-    if described is None:
-        message = "this server was started without --kv-connector kvmarket"
-        return JSONResponse({"error": {"message": message, "type": "not_found"}}, status_code=404)
-    return JSONResponse(described)
+    vllm_config = engine_client.vllm_config
+    config = load(vllm_config.kv_transfer_config.kv_connector_extra_config)
+    home = Path(config.home).expanduser()
+    frontend = Frontend(engine_client, getattr(state, "online_renderer", None), home)
+    return open_service(config, frontend, name_of(vllm_config.model_config.served_model_name))

@@ -50,16 +50,35 @@ class _Shared:
     first: _Samples
     samples: list[_Samples] = field(default_factory=list)
     members: set[str] = field(default_factory=set)
-    # Of all answers that reused anything: the one that reused most, with the tokens of all.
-    best: Usage | None = None
+    # Of all answers the one that reused least, with the tokens of all: what one sample had to
+    # compute, and the others then found in the paged cache, was not bought.
+    usage: Usage | None = None
 
     def count(self, usage: Usage) -> None:
         """Add an answer; mutates."""
-        if self.best is None:
-            self.best = usage
+        if self.usage is None:
+            self.usage = usage
             return
-        most = max(self.best, usage, key=lambda each: each.reused)
-        self.best = replace(most, output=self.best.output + usage.output)
+        least = min(self.usage, usage, key=lambda each: each.reused)
+        self.usage = replace(least, output=self.usage.output + usage.output)
+
+    def charge(self) -> Charge | None:
+        """What is charged as of now."""
+        purchase = self.purchase
+        if purchase.receipt is not None:
+            return Charge(purchase.receipt.id, purchase.receipt.charge_nano)
+        if self.is_payable():
+            assert self.usage is not None
+            return Charge(purchase.receipt_id, purchase.terms.charge_nano(self.usage.reused))
+        return None
+
+    def is_payable(self) -> bool:
+        """Whether something was reused for an answer, and is reserved."""
+        return (
+            self.usage is not None
+            and self.usage.reused > 0
+            and self.purchase.state() is PurchaseState.RESERVED
+        )
 
 
 class Purchases:
@@ -127,8 +146,8 @@ class Purchases:
         return shared
 
     def leave(self, request_id: str, usage: Usage | None) -> Charge | None:
-        """Note that a request has ended, with what its answer used, or None where no answer came or
-        nothing was reused; the last one closes the purchase. Returns what is charged so far.
+        """Note that a request has ended, with what its answer used, or None where no answer came;
+        the last one closes the purchase. Returns what is charged so far. Mutates.
         """
         shared = self._by_request.pop(request_id)
         shared.members.discard(request_id)
@@ -136,13 +155,7 @@ class Purchases:
             shared.count(usage)
         if not shared.members:
             self._close(shared)
-        purchase = shared.purchase
-        if purchase.receipt is not None:
-            return Charge(purchase.receipt.id, purchase.receipt.charge_nano)
-        if shared.best is not None and purchase.state() is PurchaseState.RESERVED:
-            charge_nano = purchase.terms.charge_nano(shared.best.reused)
-            return Charge(purchase.receipt_id, charge_nano)
-        return None
+        return shared.charge()
 
     def held(self) -> list[str]:
         """The reservations of requests under way, which must not expire."""
@@ -162,8 +175,9 @@ class Purchases:
         purchase = shared.purchase
         if purchase.receipt is not None:
             return
-        if shared.best is not None and purchase.state() is PurchaseState.RESERVED:
-            receipt = purchase.settle(shared.best)
+        if shared.is_payable():
+            assert shared.usage is not None
+            receipt = purchase.settle(shared.usage)
             self._market.note_use(
                 Use(receipt.document_id, receipt.tokens_reused, receipt.charge_nano, time.time())
             )

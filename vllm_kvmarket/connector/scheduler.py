@@ -279,8 +279,8 @@ class SchedulerHalf:
             return self._finish_publishing(state, request, block_ids)
         charge = None
         if state.purchase is not None:
-            paid = state.reused and _is_answered(request)
-            usage = state.usage(request.num_output_tokens) if paid else None
+            answered = _is_answered(request)
+            usage = state.usage(request.num_output_tokens) if answered else None
             charge = self._purchases.leave(request.request_id, usage)
         answer = {wishes.FIELD: self._answer(state, request, charge)}
         if state.auditing is not None and request.status in ANSWERED:

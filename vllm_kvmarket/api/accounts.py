@@ -1,0 +1,221 @@
+"""/v1/kvmarket/accounts: money, keys, statements."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+import msgspec
+from fastapi import APIRouter, Path, Query, Response
+from fastapi.concurrency import run_in_threadpool
+
+from vllm_kvmarket.api.errors import MarketRoute, invalid, not_found
+from vllm_kvmarket.api.models import (
+    ACCOUNT_PATTERN,
+    AccountModel,
+    Key,
+    KeyFacts,
+    Me,
+    NewAccount,
+    NewDeposit,
+    NewKey,
+    Page,
+    StatementModel,
+    TransferModel,
+)
+from vllm_kvmarket.api.paging import After, Limit, decode, encode
+from vllm_kvmarket.api.service import ADMIN, CallerOf, ServiceOf
+from vllm_kvmarket.ledger import Account, Transfer
+from vllm_kvmarket.market import Market
+from vllm_kvmarket.proofs import TransparencyLog
+from vllm_kvmarket.statements import as_csv, statement
+
+ME = "me"
+CSV = {"text/csv": {"schema": {"type": "string"}}}
+
+AccountPath = Annotated[str, Path(pattern=ACCOUNT_PATTERN)]
+Moment = Annotated[float | None, Query(ge=0, le=1e11, allow_inf_nan=False)]
+Form = Literal["json", "csv"]
+router = APIRouter(prefix="/accounts", tags=["kvmarket accounts"], route_class=MarketRoute)
+
+
+def facts_of(account: Account) -> dict[str, Any]:
+    """An account's fields as the API shows them."""
+    return {
+        "id": account.id,
+        "kind": account.kind,
+        "currency": account.currency,
+        "balance_nano": account.balance_nano,
+        "reserved_nano": account.debits_pending,
+        "available_nano": account.available_nano,
+    }
+
+
+def transfer_model(transfer: Transfer) -> TransferModel:
+    """A transfer as the API shows it."""
+    facts = msgspec.structs.asdict(transfer)
+    del facts["timeout_s"]
+    return TransferModel(created_at=facts.pop("created_at_s"), **facts)
+
+
+@router.get("/me", response_model=Me)
+async def me(service: ServiceOf, caller: CallerOf) -> Me:
+    """The account of the key that asks. Needs any key."""
+    account = await run_in_threadpool(service.market.ledger.account, caller.need_key())
+    return Me(**facts_of(account), scopes=caller.scopes)
+
+
+@router.get("/me/statement", response_model=StatementModel, responses={200: {"content": CSV}})
+async def my_statement(
+    service: ServiceOf,
+    caller: CallerOf,
+    from_: Annotated[Moment, Query(alias="from")] = None,
+    to: Moment = None,
+    format: Annotated[Form, Query()] = "json",
+) -> Response:
+    """What was moved to and from the account of the key that asks, from `from` up to `to`."""
+    account = caller.need_key()
+    return await run_in_threadpool(_statement, service.market, account, from_, to, format)
+
+
+@router.get("", response_model=Page[AccountModel])
+async def accounts(
+    service: ServiceOf, caller: CallerOf, limit: Limit = 20, after: After = None
+) -> Page[AccountModel]:
+    """List all accounts by id. Needs the scope admin."""
+    caller.need(ADMIN)
+    last = "" if after is None else decode(after, str)
+    everyone = await run_in_threadpool(service.market.ledger.accounts)
+    left = sorted((each for each in everyone if each.id > last), key=lambda each: each.id)
+    more = len(left) > limit
+    return Page(
+        data=[AccountModel(**facts_of(each)) for each in left[:limit]],
+        has_more=more,
+        next_cursor=encode(left[limit - 1].id) if more else None,
+    )
+
+
+@router.post("", status_code=201, response_model=AccountModel)
+async def open_account(wish: NewAccount, service: ServiceOf, caller: CallerOf) -> AccountModel:
+    """Open an account; one of the same kind that is there is returned. Needs the scope admin."""
+    caller.need(ADMIN)
+    if wish.id == ME:
+        raise invalid(f"id: {ME!r} stands for the caller's own account", "id")
+    opened = await run_in_threadpool(service.market.create_account, wish.id, wish.kind)
+    return AccountModel(**facts_of(opened))
+
+
+@router.get("/{account_id}", response_model=AccountModel)
+async def account(account_id: AccountPath, service: ServiceOf, caller: CallerOf) -> AccountModel:
+    """Look at an account. Needs the scope admin, or its own key."""
+    _need_own(caller, account_id)
+    return AccountModel(
+        **facts_of(await run_in_threadpool(service.market.ledger.account, account_id))
+    )
+
+
+@router.get(
+    "/{account_id}/statement", response_model=StatementModel, responses={200: {"content": CSV}}
+)
+async def account_statement(
+    *,
+    account_id: AccountPath,
+    service: ServiceOf,
+    caller: CallerOf,
+    from_: Annotated[Moment, Query(alias="from")] = None,
+    to: Moment = None,
+    format: Annotated[Form, Query()] = "json",
+) -> Response:
+    """What was moved to and from an account. Needs the scope admin, or its own key."""
+    _need_own(caller, account_id)
+    return await run_in_threadpool(_statement, service.market, account_id, from_, to, format)
+
+
+@router.post("/{account_id}/deposits", status_code=201, response_model=TransferModel)
+async def deposit(
+    account_id: AccountPath, wish: NewDeposit, service: ServiceOf, caller: CallerOf
+) -> TransferModel:
+    """Book money that came in, once for a transfer id. Needs the scope admin."""
+    caller.need(ADMIN)
+    # Its own name space: no caller's id can be taken for another kind of transfer.
+    transfer_id = f"deposit:{wish.transfer_id}"
+    booked = await run_in_threadpool(
+        service.market.deposit, account_id, wish.amount_nano, transfer_id
+    )
+    return transfer_model(booked)
+
+
+@router.post("/{account_id}/keys", status_code=201, response_model=Key)
+async def create_key(
+    account_id: AccountPath, wish: NewKey, service: ServiceOf, caller: CallerOf, response: Response
+) -> Key:
+    """Make a key of an account; its secret is told only now. Needs the scope admin."""
+    caller.need(ADMIN)
+    await run_in_threadpool(service.market.ledger.account, account_id)
+    scopes = sorted(set(wish.scopes))
+    secret, key_id = await run_in_threadpool(service.keys.create, account_id, scopes, wish.label)
+    response.headers["cache-control"] = "no-store"
+    return Key(id=key_id, account=account_id, scopes=scopes, label=wish.label, secret=secret)
+
+
+@router.get("/{account_id}/keys", response_model=Page[KeyFacts])
+async def keys(account_id: AccountPath, service: ServiceOf, caller: CallerOf) -> Page[KeyFacts]:
+    """List an account's keys, the newest first, revoked ones too. Needs the scope admin."""
+    caller.need(ADMIN)
+    found = await run_in_threadpool(service.keys.listed, account_id)
+    data = [
+        KeyFacts(
+            id=key.key_id,
+            account=key.account,
+            scopes=list(key.scopes),
+            label=key.label,
+            created_at=key.created_at_s,
+            revoked_at=key.revoked_at_s,
+        )
+        for key in found
+    ]
+    return Page(data=data, has_more=False, next_cursor=None)
+
+
+@router.delete("/{account_id}/keys/{key_id}", status_code=204, response_class=Response)
+async def revoke_key(
+    account_id: AccountPath,
+    key_id: Annotated[str, Path(max_length=128)],
+    service: ServiceOf,
+    caller: CallerOf,
+) -> Response:
+    """End a key of an account: within a second, on every server. Needs the scope admin."""
+    caller.need(ADMIN)
+
+    def revoke() -> None:
+        if not any(key.account == account_id for key in service.keys.listed(key_id=key_id)):
+            raise not_found(f"account {account_id} has no key {key_id}")
+        service.keys.revoke(key_id)
+
+    await run_in_threadpool(revoke)
+    return Response(status_code=204)
+
+
+def _need_own(caller: CallerOf, account_id: str) -> None:
+    if caller.need_key() != account_id:
+        caller.need(ADMIN)
+
+
+def _statement(
+    market: Market, account_id: str, from_s: float | None, to_s: float | None, form: Form
+) -> Response:
+    if from_s is not None and to_s is not None and from_s > to_s:
+        raise invalid("from: it is after `to`", "from")
+    own = [
+        listing.document_id
+        for listing in market.catalogue.listings(search=account_id)
+        if listing.publisher == account_id
+    ]
+    log = TransparencyLog(market.ledger, market.home)
+    made = statement(
+        market.ledger, account_id, from_s, to_s, documents=own, indexes_of=log.indexes_of
+    )
+    if form == "csv":
+        name = f'attachment; filename="statement-{account_id.replace(":", "-")}.csv"'
+        return Response(as_csv(made), media_type="text/csv", headers={"content-disposition": name})
+    told = {"object": "kvmarket.statement", **msgspec.to_builtins(made)}
+    return Response(msgspec.json.encode(told), media_type="application/json")

@@ -1,0 +1,355 @@
+"""/v1/kvmarket/documents: publish, find, change and withdraw what is on offer."""
+
+from __future__ import annotations
+
+import time
+from typing import Annotated
+
+from fastapi import APIRouter, Path, Query, Response
+from fastapi.concurrency import run_in_threadpool
+
+from vllm_kvmarket import sharing
+from vllm_kvmarket.api.errors import ApiError, MarketRoute, invalid, not_found
+from vllm_kvmarket.api.models import (
+    DOCUMENT_PATTERN,
+    AuditState,
+    Deleted,
+    Document,
+    DocumentChange,
+    NewDocument,
+    Page,
+    Prices,
+    Reuse,
+    Sort,
+    State,
+)
+from vllm_kvmarket.api.paging import After, Limit, by_key, encode
+from vllm_kvmarket.api.publishing import Wish
+from vllm_kvmarket.api.service import PUBLISHER, Caller, CallerOf, Service, ServiceOf, Tokens
+from vllm_kvmarket.catalogue import Listing, Usage
+from vllm_kvmarket.errors import NotFoundError
+from vllm_kvmarket.ledger import PROVIDER
+from vllm_kvmarket.market import Market
+
+ON_OFFER = ("live", "damaged")
+# A token of a document has seldom more; a text beyond this cannot fit the context.
+CHARACTERS_A_TOKEN = 32
+
+DocumentPath = Annotated[str, Path(pattern=DOCUMENT_PATTERN, description="kvd_...")]
+router = APIRouter(prefix="/documents", tags=["kvmarket documents"], route_class=MarketRoute)
+
+
+@router.post(
+    "",
+    status_code=202,
+    response_model=Document,
+    responses={200: {"model": Document, "description": "It is on offer already"}},
+)
+async def publish(
+    wish: NewDocument, service: ServiceOf, caller: CallerOf, response: Response
+) -> Document:
+    """Publish a document. Needs the scope publisher.
+
+    The answer comes at once, with the id; look at the document until its state is live, or failed
+    with the reason. A document that somebody has on offer comes back as it is, with status 200.
+    """
+    account = caller.need(PUBLISHER)
+    publisher = wish.publisher or account
+    if not caller.owns(publisher):
+        raise ApiError(403, "not_your_account", "only admins publish for others; leave it out")
+    _check_price(service.market, caller, wish.cache_read_nano_per_mtok, wish.royalty_ppm)
+    if service.tokens is None or service.publications is None:
+        raise ApiError(503, "no_engine", "this server has no engine that could publish")
+    tokens = await tokens_of(service, service.tokens, wish)
+    name = await run_in_threadpool(service.publications.id_of, tokens)
+    existing = await run_in_threadpool(_find, service.market, name)
+    if existing is not None and existing.state == "damaged" and not caller.owns(existing.publisher):
+        raise ApiError(409, "not_your_document", f"{name} is {existing.publisher}'s to repair")
+    as_chat = wish.messages is not None or wish.as_ == "chat"
+    listing = await service.publications.add(
+        name,
+        Wish(
+            tokens=tokens,
+            title=wish.title,
+            publisher=publisher,
+            rendered_as="chat" if as_chat else "text",
+            cache_read_nano_per_mtok=wish.cache_read_nano_per_mtok,
+            royalty_ppm=wish.royalty_ppm,
+            ttl_s=wish.ttl_s,
+        ),
+    )
+    if listing.state != "publishing":
+        response.status_code = 200
+    response.headers["location"] = f"/v1/kvmarket/documents/{name}"
+    return await run_in_threadpool(describe, service.market, listing)
+
+
+@router.get("", response_model=Page[Document])
+async def documents(
+    *,
+    service: ServiceOf,
+    caller: CallerOf,
+    limit: Limit = 20,
+    after: After = None,
+    search: Annotated[
+        str | None, Query(max_length=512, description="part of a title, publisher or id")
+    ] = None,
+    publisher: Annotated[str | None, Query(max_length=128)] = None,
+    state: Annotated[State | None, Query(description="live and damaged unless told")] = None,
+    sort: Annotated[
+        Sort, Query(description="the newest first, the most reused, or the cheapest")
+    ] = "age",
+) -> Page[Document]:
+    """List documents on offer; one's own, and for admins all, in other states too."""
+    caller.need_reader()
+
+    def read() -> Page[Document]:
+        market = service.market
+        found = [
+            listing
+            for listing in market.catalogue.listings(state=state, search=search)
+            if (publisher is None or listing.publisher == publisher)
+            and (state is not None or is_on_offer(listing))
+            and _is_visible(listing, caller)
+        ]
+        numbers = {listing.document_id: _number(market, listing, sort) for listing in found}
+
+        def place(listing: Listing) -> tuple[float, str]:
+            return numbers[listing.document_id], listing.document_id
+
+        left = by_key(found, place, sort, after)
+        page = left[:limit]
+        more = len(left) > limit
+        return Page(
+            data=[describe(market, listing) for listing in page],
+            has_more=more,
+            next_cursor=encode((sort, *place(page[-1]))) if more else None,
+        )
+
+    return await run_in_threadpool(read)
+
+
+@router.get("/{document_id}", response_model=Document)
+async def document(document_id: DocumentPath, service: ServiceOf, caller: CallerOf) -> Document:
+    """Look at a document on offer, or at one's own in any state."""
+    caller.need_reader()
+    return await run_in_threadpool(
+        lambda: describe(service.market, _seen(service.market, document_id, caller))
+    )
+
+
+@router.patch("/{document_id}", response_model=Document)
+async def change(
+    document_id: DocumentPath, wish: DocumentChange, service: ServiceOf, caller: CallerOf
+) -> Document:
+    """Change the price or the time to live of one's own document. Needs the scope publisher."""
+    caller.need(PUBLISHER)
+    _check_price(service.market, caller, wish.cache_read_nano_per_mtok, None)
+
+    def apply() -> Document:
+        market = service.market
+        _own(market, document_id, caller)
+        if "cache_read_nano_per_mtok" in wish.model_fields_set:
+            market.catalogue.set_price(document_id, wish.cache_read_nano_per_mtok)
+        if "ttl_s" in wish.model_fields_set:
+            ends = None if wish.ttl_s is None else time.time() + wish.ttl_s
+            market.catalogue.set_expiry(document_id, ends)
+        sharing.offer(market.store, market.catalogue, document_id)
+        return describe(market, market.catalogue.get(document_id))
+
+    return await run_in_threadpool(apply)
+
+
+@router.delete("/{document_id}", response_model=Deleted)
+async def withdraw(document_id: DocumentPath, service: ServiceOf, caller: CallerOf) -> Deleted:
+    """Take one's own document off the market at once. Needs the scope publisher.
+
+    Requests that are under way are served and charged; its chunks' room is freed later.
+    """
+    caller.need(PUBLISHER)
+
+    def delist() -> Deleted:
+        _own(service.market, document_id, caller)
+        service.market.delist(document_id)
+        return Deleted(id=document_id)
+
+    return await run_in_threadpool(delist)
+
+
+async def tokens_of(service: Service, tokens: Tokens, wish: NewDocument) -> list[int]:
+    """The tokens that are published. Raises ApiError, NotPublishableError."""
+    context = tokens.context_tokens
+    if wish.token_ids is not None:
+        found = wish.token_ids
+        if max(found) >= tokens.vocabulary_tokens:
+            raise invalid(
+                f"token_ids: {max(found)} is no token of this model, which has "
+                f"{tokens.vocabulary_tokens}",
+                "token_ids",
+            )
+    else:
+        messages = None if wish.messages is None else [each.model_dump() for each in wish.messages]
+        characters = len(wish.text or "") + sum(len(each["content"]) for each in messages or [])
+        if characters > context * CHARACTERS_A_TOKEN:
+            raise ApiError(
+                413,
+                "document_too_long",
+                f"the document has {characters} characters, and the model's context is {context} "
+                "tokens; publish it in parts",
+                param="text" if messages is None else "messages",
+            )
+        as_ = wish.as_ or "text"
+        found = await service.render(tokens.document, wish.text, messages, as_)
+    if len(found) >= context:
+        raise ApiError(
+            413,
+            "document_too_long",
+            f"the document has {len(found)} tokens and the model's context is {context}; "
+            "publish it in parts",
+        )
+    if len(found) < tokens.block_tokens:
+        raise invalid(
+            f"the document has {len(found)} tokens, fewer than one block ({tokens.block_tokens}); "
+            "reusing it would save nothing",
+            code="document_too_short",
+        )
+    return found
+
+
+def _check_price(
+    market: Market, caller: Caller, price_nano: int | None, royalty_ppm: int | None
+) -> None:
+    """Only admins may sell dearer than computing, or leave the provider less than the tariff does.
+
+    Whoever matches a document buys it unasked: a price above the input's would be a trap.
+    """
+    if caller.is_admin:
+        return
+    tariff = market.config.tariff
+    if price_nano is not None and price_nano > tariff.input_nano_per_mtok:
+        raise invalid(
+            f"cache_read_nano_per_mtok: computing costs {tariff.input_nano_per_mtok}; "
+            "reuse must not cost more",
+            "cache_read_nano_per_mtok",
+        )
+    if royalty_ppm is not None and royalty_ppm > tariff.royalty_ppm:
+        raise invalid(
+            f"royalty_ppm: this provider pays {tariff.royalty_ppm} at most", "royalty_ppm"
+        )
+
+
+def is_on_offer(listing: Listing) -> bool:
+    """Whether it can be bought now."""
+    return listing.state in ON_OFFER and not listing.is_over(time.time())
+
+
+def _is_visible(listing: Listing, caller: Caller) -> bool:
+    return is_on_offer(listing) or caller.owns(listing.publisher)
+
+
+def _find(market: Market, document_id: str) -> Listing | None:
+    try:
+        return market.catalogue.get(document_id)
+    except NotFoundError:
+        return None
+
+
+def _seen(market: Market, document_id: str, caller: Caller) -> Listing:
+    listing = _find(market, document_id)
+    if listing is None or not _is_visible(listing, caller):
+        raise not_found(f"there is no document {document_id}")
+    return listing
+
+
+def _own(market: Market, document_id: str, caller: Caller) -> Listing:
+    listing = _seen(market, document_id, caller)
+    if not caller.owns(listing.publisher):
+        raise ApiError(403, "not_your_document", f"{document_id} is {listing.publisher}'s")
+    return listing
+
+
+def _number(market: Market, listing: Listing, sort: Sort) -> float:
+    """What a listing is sorted by, smallest first."""
+    if sort == "price":
+        return terms_of(market, listing).cache_read_nano_per_mtok
+    if sort == "reuse":
+        return -market.catalogue.usage_of(listing.document_id).uses
+    return -listing.created_at_s
+
+
+def terms_of(market: Market, listing: Listing | None) -> Prices:
+    """The prices that hold for a listing, or without one."""
+    if listing is None:
+        terms = market.config.tariff.terms()
+    else:
+        terms = market.config.tariff.terms(listing.cache_read_nano_per_mtok, listing.royalty_ppm)
+    return Prices(
+        currency=market.ledger.account(PROVIDER).currency,
+        input_nano_per_mtok=terms.input_nano_per_mtok,
+        cache_read_nano_per_mtok=terms.cache_read_nano_per_mtok,
+        royalty_ppm=terms.royalty_ppm,
+    )
+
+
+def describe(market: Market, listing: Listing) -> Document:
+    """A listing as the API shows it; reads the database."""
+    name, tokens = listing.document_id, listing.token_count
+    terms = market.config.tariff.terms(listing.cache_read_nano_per_mtok, listing.royalty_ppm)
+    charge, recompute = terms.charge_nano(tokens), terms.recompute_nano(tokens)
+    write = market.config.tariff.write_nano(tokens)
+    return Document(
+        id=name,
+        title=listing.title,
+        publisher=listing.publisher,
+        state="expired" if _has_ended(listing) else listing.state,
+        reason=listing.reason,
+        rendered_as=listing.rendered_as,
+        created_at=listing.created_at_s,
+        expires_at=listing.expires_at_s,
+        pinned=listing.pinned,
+        tokens=tokens,
+        chunks=len(listing.chunk_keys),
+        stored_bytes=listing.stored_bytes,
+        namespace=listing.namespace.hex(),
+        prices=terms_of(market, listing),
+        charge_nano=charge,
+        recompute_nano=recompute,
+        write_nano=write,
+        reuse=_reuse(market.catalogue.usage_of(name)),
+        break_even_reuses=_times(recompute, recompute - charge),
+        paid_back_after_reuses=_times(write, terms.royalty_nano(charge)),
+        audit=_audit(market, name),
+    )
+
+
+def _has_ended(listing: Listing) -> bool:
+    return listing.state in ON_OFFER and listing.is_over(time.time())
+
+
+def _times(cost: int, gain: int) -> int | None:
+    """How often a gain is needed to make up for a cost."""
+    if cost == 0:
+        return 0
+    return -(-cost // gain) if gain > 0 else None
+
+
+def _reuse(usage: Usage) -> Reuse:
+    return Reuse(
+        count=usage.uses,
+        tokens_saved=usage.tokens_reused,
+        earned_nano=usage.earned_nano,
+        last_used_at=usage.last_used_s if usage.uses else None,
+    )
+
+
+def _audit(market: Market, document_id: str) -> AuditState | None:
+    audits = market.catalogue.audits_of(document_id)
+    if not audits:
+        return None
+    last = audits[0]
+    return AuditState(
+        result=last.result,
+        at=last.at_s,
+        chunks=last.chunks,
+        worst_difference=last.worst_difference,
+    )

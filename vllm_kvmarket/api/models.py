@@ -1,0 +1,393 @@
+"""Bodies of requests and answers: amounts are integers in nano-units, times seconds of the
+epoch.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Generic, Literal, Self, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
+
+from vllm_kvmarket.api.keys import Scope
+from vllm_kvmarket.tariff import INT64_MAX, PPM
+
+MAX_TITLE = 512
+MAX_TTL_S = 10 * 366 * 86_400
+ACCOUNT_PATTERN = r"^[A-Za-z0-9._:@-]{1,128}$"
+DOCUMENT_PATTERN = r"^kvd_[0-9A-Za-z_-]{1,128}$"
+# No line breaks or other control characters: titles stand in tables and logs.
+_PLAIN = r"^[^\x00-\x1f\x7f]*$"
+
+Title = Annotated[str, StringConstraints(strict=True, max_length=MAX_TITLE, pattern=_PLAIN)]
+AccountId = Annotated[str, StringConstraints(strict=True, pattern=ACCOUNT_PATTERN)]
+DocumentId = Annotated[str, StringConstraints(strict=True, pattern=DOCUMENT_PATTERN)]
+Text = Annotated[str, StringConstraints(strict=True)]
+TokenId = Annotated[int, Field(strict=True, ge=0, lt=2**32)]
+Nano = Annotated[int, Field(strict=True, ge=0, le=INT64_MAX)]
+Ppm = Annotated[int, Field(strict=True, ge=0, le=PPM)]
+Ttl = Annotated[float, Field(strict=True, gt=0, le=MAX_TTL_S, allow_inf_nan=False)]
+State = Literal["publishing", "live", "failed", "delisted", "damaged", "expired", "evicted"]
+Form = Literal["text", "chat"]
+Sort = Literal["age", "reuse", "price"]
+
+
+class Body(BaseModel):
+    """What a client sends: unknown fields are refused, so that a typing error is no default."""
+
+    model_config = ConfigDict(extra="forbid")
+
+
+class ErrorInfo(BaseModel):
+    """What went wrong, in OpenAI's shape; `code` is a word for programs."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str
+
+
+class ErrorBody(BaseModel):
+    """An error."""
+
+    error: ErrorInfo
+
+
+Item = TypeVar("Item")
+
+
+class Page(BaseModel, Generic[Item]):
+    """A page of a list; `next_cursor` is the next one's `after`, null on the last page."""
+
+    object: Literal["list"] = "list"
+    data: list[Item]
+    has_more: bool
+    next_cursor: str | None
+
+
+class Message(Body):
+    """A chat message of text."""
+
+    role: Annotated[str, StringConstraints(strict=True, pattern=r"^[a-z_]{1,32}$")]
+    content: Text
+
+
+Messages = Annotated[list[Message], Field(min_length=1, max_length=1000)]
+
+
+def _check_one(given: dict[str, Any], what: str) -> None:
+    if sum(value is not None for value in given.values()) != 1:
+        raise ValueError(f"{what}: give one of {', '.join(given)}")
+
+
+class NewDocument(Body):
+    """A document to publish: one of `text`, `messages` and `token_ids`.
+
+    `text` is rendered `as` plain text or as the first message of a chat; messages are a chat's
+    beginning. `publisher` is for admins; others publish on their own account.
+    """
+
+    title: Title = ""
+    text: Text | None = None
+    messages: Messages | None = None
+    token_ids: Annotated[list[TokenId], Field(min_length=1)] | None = None
+    as_: Annotated[Form | None, Field(alias="as")] = None
+    publisher: AccountId | None = None
+    cache_read_nano_per_mtok: Nano | None = None
+    royalty_ppm: Ppm | None = None
+    ttl_s: Ttl | None = None
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        given = {"text": self.text, "messages": self.messages, "token_ids": self.token_ids}
+        _check_one(given, "the document")
+        if self.messages is not None and self.as_ == "text":
+            raise ValueError("messages are published as chat; leave `as` out")
+        return self
+
+
+class DocumentChange(Body):
+    """New terms: what is left out stays; null means by the tariff, or on offer for good.
+
+    Requests that are under way are charged what held when they came.
+    """
+
+    cache_read_nano_per_mtok: Nano | None = None
+    ttl_s: Ttl | None = None
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if not self.model_fields_set:
+            raise ValueError(f"nothing to change: give {', '.join(type(self).model_fields)}")
+        return self
+
+
+class Prices(BaseModel):
+    """Per million tokens, in nano-units; the royalty is a share of cache_read in millionths."""
+
+    currency: str
+    input_nano_per_mtok: int
+    cache_read_nano_per_mtok: int
+    royalty_ppm: int
+
+
+class Reuse(BaseModel):
+    """What was made of a document so far; `earned_nano` is the provider's part of it."""
+
+    count: int
+    tokens_saved: int
+    earned_nano: int
+    last_used_at: float | None
+
+
+class AuditState(BaseModel):
+    """The last comparison of stored chunks with computed ones."""
+
+    result: Literal["exact", "close", "different", "unread"]
+    at: float
+    chunks: int
+    worst_difference: float
+
+
+class Document(BaseModel):
+    """A published document.
+
+    `charge_nano` buys its reuse as a whole, `recompute_nano` its computation. From
+    `break_even_reuses` on, its buyers have saved more than computing it once costs; its publisher
+    has earned what storing it costs after `paid_back_after_reuses`. Null: never.
+    """
+
+    id: str
+    object: Literal["kvmarket.document"] = "kvmarket.document"
+    title: str
+    publisher: str
+    state: State
+    reason: str
+    rendered_as: Form
+    created_at: float
+    expires_at: float | None
+    pinned: bool
+    tokens: int
+    chunks: int
+    stored_bytes: int
+    namespace: str
+    prices: Prices
+    charge_nano: int
+    recompute_nano: int
+    write_nano: int
+    reuse: Reuse
+    break_even_reuses: int | None
+    paid_back_after_reuses: int | None
+    audit: AuditState | None
+
+
+class Deleted(BaseModel):
+    """A document that is off the market."""
+
+    id: str
+    object: Literal["kvmarket.document.deleted"] = "kvmarket.document.deleted"
+    deleted: Literal[True] = True
+
+
+class QuoteWish(Body):
+    """What is to be asked: one of `prompt`, `messages`, `token_ids` and `document`."""
+
+    prompt: Text | None = None
+    messages: Messages | None = None
+    token_ids: Annotated[list[TokenId], Field(min_length=1)] | None = None
+    document: DocumentId | None = None
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        _check_one(self.model_dump(), "the quote")
+        return self
+
+
+class Quote(BaseModel):
+    """What a prompt would cost, of the tokens that go in.
+
+    `with_reuse_nano` = `charge_nano` for the matched tokens + the input price of the others. No
+    reservation: prices hold until they are changed. `affordable` is null without a key.
+    """
+
+    object: Literal["kvmarket.quote"] = "kvmarket.quote"
+    prompt_tokens: int
+    matched_tokens: int
+    document: str | None
+    title: str | None
+    publisher: str | None
+    prices: Prices
+    charge_nano: int
+    with_reuse_nano: int
+    without_reuse_nano: int
+    saving_nano: int
+    affordable: bool | None
+
+
+class NewAccount(Body):
+    """An account to open."""
+
+    id: AccountId
+    kind: Literal["buyer", "publisher"] = "buyer"
+
+
+class AccountModel(BaseModel):
+    """An account; available = balance - what reservations hold."""
+
+    id: str
+    object: Literal["kvmarket.account"] = "kvmarket.account"
+    kind: str
+    currency: str
+    balance_nano: int
+    reserved_nano: int
+    available_nano: int
+
+
+class Me(AccountModel):
+    """The caller's account, and what its key may do."""
+
+    scopes: list[Scope]
+
+
+class NewKey(Body):
+    """What the key may do on its account; the label is for people."""
+
+    scopes: Annotated[list[Scope], Field(min_length=1, max_length=4)]
+    label: Annotated[str, StringConstraints(strict=True, max_length=128, pattern=_PLAIN)] = ""
+
+
+class Key(BaseModel):
+    """A new key. `secret` is told only now."""
+
+    id: str
+    object: Literal["kvmarket.key"] = "kvmarket.key"
+    account: str
+    scopes: list[Scope]
+    label: str
+    secret: str
+
+
+class KeyFacts(BaseModel):
+    """What is known of a key; its secret is not."""
+
+    id: str
+    object: Literal["kvmarket.key"] = "kvmarket.key"
+    account: str
+    scopes: list[Scope]
+    label: str
+    created_at: float
+    revoked_at: float | None
+
+
+class NewDeposit(Body):
+    """Money that came in; a repeated `transfer_id` books nothing again."""
+
+    amount_nano: Annotated[int, Field(strict=True, ge=1, le=INT64_MAX)]
+    transfer_id: Annotated[
+        str, StringConstraints(strict=True, pattern=r"^[A-Za-z0-9._:@-]{1,128}$")
+    ]
+
+
+class TransferModel(BaseModel):
+    """A transfer: immutable. A post, void, renew or expire names its pending transfer."""
+
+    id: str
+    object: Literal["kvmarket.transfer"] = "kvmarket.transfer"
+    kind: str
+    debit: str
+    credit: str
+    amount_nano: int
+    pending_id: str
+    code: str
+    user_data: str
+    created_at: float
+
+
+class StatementLine(BaseModel):
+    """One movement, positive for what came in, or a sale that moved nothing."""
+
+    at_s: float
+    kind: str
+    transfer_id: str
+    counterparty: str
+    amount_nano: int
+    balance_nano: int
+    reference: str
+    document_id: str
+    title: str
+    receipt_id: str
+    tokens_reused: int
+    sale_nano: int
+    log_index: int | None
+
+
+class StatementModel(BaseModel):
+    """An account over a period: closing = brought forward + the lines' amounts."""
+
+    object: Literal["kvmarket.statement"] = "kvmarket.statement"
+    account: str
+    account_kind: str
+    currency: str
+    from_s: float | None
+    to_s: float | None
+    brought_forward_nano: int
+    closing_nano: int
+    sales: int
+    tokens_sold: int
+    sold_nano: int
+    totals_nano: dict[str, int]
+    lines: list[StatementLine]
+
+
+class ReceiptModel(BaseModel):
+    """What one request reused, and what it was charged for it."""
+
+    id: str
+    object: Literal["kvmarket.receipt"] = "kvmarket.receipt"
+    request_id: str
+    account: str
+    document_id: str
+    title: str
+    publisher: str
+    tokens_matched: int
+    tokens_reused: int
+    tokens_loaded: int
+    tokens_from_paged_cache: int
+    tokens_failed: int
+    tokens_computed: int
+    tokens_output: int
+    input_nano_per_mtok: int
+    cache_read_nano_per_mtok: int
+    royalty_ppm: int
+    charge_nano: int
+    royalty_nano: int
+    recompute_nano: int
+    reservation_id: str
+    transfer_ids: list[str]
+    created_at_s: float
+    model: str
+    namespace: str
+
+
+class SignedReceiptModel(ReceiptModel):
+    """A receipt, and its signed form (a JWS; see `kvmarket receipt verify` and /jwks)."""
+
+    signed: dict[str, Any] | None
+
+
+class Consistency(BaseModel):
+    """That the log only grew; see RFC 9162. Hashes are base64."""
+
+    object: Literal["kvmarket.log.consistency"] = "kvmarket.log.consistency"
+    old_size: int
+    new_size: int
+    old_root: str
+    new_root: str
+    path: list[str]
+    old_checkpoint: str
+    new_checkpoint: str
+
+
+class Jwks(BaseModel):
+    """The market's public keys, the newest first (RFC 7517)."""
+
+    keys: list[dict[str, str]]

@@ -1,0 +1,198 @@
+"""/v1/kvmarket/receipts, /transfers, /log, /jwks: what was charged, and the proof of it."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from typing import Annotated, Any
+
+import msgspec
+from fastapi import APIRouter, Path, Query, Response
+from fastapi.concurrency import run_in_threadpool
+from fastapi.responses import PlainTextResponse
+
+from vllm_kvmarket.api.accounts import transfer_model
+from vllm_kvmarket.api.errors import MarketRoute, invalid, not_found
+from vllm_kvmarket.api.models import (
+    ACCOUNT_PATTERN,
+    Consistency,
+    Jwks,
+    Page,
+    ReceiptModel,
+    SignedReceiptModel,
+    TransferModel,
+)
+from vllm_kvmarket.api.paging import After, Limit, newest_first
+from vllm_kvmarket.api.service import ADMIN, CallerOf, ServiceOf
+from vllm_kvmarket.errors import KVMarketError, NotFoundError
+from vllm_kvmarket.ledger import Receipt
+from vllm_kvmarket.market import Market
+from vllm_kvmarket.proofs import ProofError, TransparencyLog, signed_receipt
+from vllm_kvmarket.signing import SigningKeys
+
+# An engine answers a moment before the ledger's commit.
+PATIENCE_S = 2.0
+POLL_S = 0.05
+
+AccountQuery = Annotated[
+    str | None, Query(pattern=ACCOUNT_PATTERN, description="for admins, who see all unless told")
+]
+Size = Annotated[int | None, Query(ge=0, lt=2**63)]
+TEXT = {"text/plain": {"schema": {"type": "string"}}}
+router = APIRouter(tags=["kvmarket receipts"], route_class=MarketRoute)
+logger = logging.getLogger(__name__)
+
+
+@router.get("/receipts", response_model=Page[ReceiptModel])
+async def receipts(
+    service: ServiceOf,
+    caller: CallerOf,
+    limit: Limit = 20,
+    after: After = None,
+    account: AccountQuery = None,
+) -> Page[ReceiptModel]:
+    """List receipts, the newest first. Needs any key; others than admins see their own."""
+    whose = _whose(caller, account)
+    ledger = service.market.ledger
+    page, cursor = await run_in_threadpool(
+        newest_first,
+        lambda count: ledger.receipts(account=whose, limit=count),
+        lambda receipt: receipt.id,
+        limit,
+        after,
+    )
+    found = [ReceiptModel(**msgspec.to_builtins(each)) for each in page]
+    return Page(data=found, has_more=cursor is not None, next_cursor=cursor)
+
+
+@router.get("/receipts/{receipt_id}", response_model=SignedReceiptModel)
+async def receipt(
+    receipt_id: Annotated[
+        str, Path(max_length=512, description="the receipt's id, or the request's")
+    ],
+    service: ServiceOf,
+    caller: CallerOf,
+) -> SignedReceiptModel:
+    """Look at a receipt, by its id or its request's, with its signed form. Needs any key."""
+    whose = _whose(caller, None)
+    deadline = time.monotonic() + PATIENCE_S
+    while True:
+        found = await run_in_threadpool(_find, service.market, receipt_id, whose)
+        if found is not None:
+            signed = await run_in_threadpool(_signed, service.market, found.id)
+            return SignedReceiptModel(**msgspec.to_builtins(found), signed=signed)
+        if time.monotonic() > deadline:
+            raise not_found("there is no such receipt of this account; nothing was charged")
+        await asyncio.sleep(POLL_S)
+
+
+@router.get("/transfers", response_model=Page[TransferModel])
+async def transfers(
+    service: ServiceOf,
+    caller: CallerOf,
+    limit: Limit = 20,
+    after: After = None,
+    account: AccountQuery = None,
+) -> Page[TransferModel]:
+    """List transfers, the newest first. Needs any key; others than admins see their own."""
+    whose = _whose(caller, account)
+    ledger = service.market.ledger
+    page, cursor = await run_in_threadpool(
+        newest_first,
+        lambda count: ledger.transfers(whose, count),
+        lambda transfer: transfer.id,
+        limit,
+        after,
+    )
+    found = [transfer_model(each) for each in page]
+    return Page(data=found, has_more=cursor is not None, next_cursor=cursor)
+
+
+@router.get(
+    "/log/checkpoint",
+    response_class=PlainTextResponse,
+    responses={200: {"description": "A signed note (c2sp.org/tlog-checkpoint)"}},
+)
+async def checkpoint(service: ServiceOf, caller: CallerOf) -> PlainTextResponse:
+    """The log of all transfers as it stands, signed."""
+    caller.need_reader()
+    log = TransparencyLog(service.market.ledger, service.market.home)
+    return PlainTextResponse((await run_in_threadpool(log.checkpoint)).note)
+
+
+@router.get("/log/proof", response_model=Consistency, responses={200: {"content": TEXT}})
+async def proof(
+    service: ServiceOf,
+    caller: CallerOf,
+    transfer: Annotated[str | None, Query(max_length=512)] = None,
+    old: Size = None,
+    new: Size = None,
+) -> Response:
+    """Prove that a `transfer` of the caller's account is in the log (text: c2sp.org/tlog-proof), or
+    that the log of `new` transfers, now unless told, begins with that of `old`.
+    """
+    log = TransparencyLog(service.market.ledger, service.market.home)
+    if (transfer is None) == (old is None) or (new is not None and old is None):
+        raise invalid("give `transfer`, or `old` and perhaps `new`")
+    if transfer is not None:
+        caller.need_key()
+        name = transfer
+        found = await run_in_threadpool(service.market.ledger.transfer, name)
+        if not (caller.owns(found.debit) or caller.owns(found.credit)):
+            raise not_found(f"there is no transfer {name!r}")
+        return PlainTextResponse((await run_in_threadpool(log.prove, name)).text())
+    caller.need_reader()
+    assert old is not None
+    size = await run_in_threadpool(log.update)
+    if not old <= (size if new is None else new) <= size:
+        raise invalid(f"old, new: the log has {size} transfers; give sizes that it had", "old")
+    proven = await run_in_threadpool(log.prove_consistency, old, new)
+    told = {"object": "kvmarket.log.consistency", **msgspec.to_builtins(proven)}
+    return Response(msgspec.json.encode(told), media_type="application/json")
+
+
+@router.get("/jwks", response_model=Jwks)
+async def jwks(service: ServiceOf, caller: CallerOf) -> Jwks:
+    """The public keys that receipts and the log are signed with."""
+    caller.need_reader()
+
+    def read() -> dict[str, Any]:
+        keys = SigningKeys(service.market.home)
+        keys.current()  # the first is made on first use
+        return keys.jwks()
+
+    return Jwks(**await run_in_threadpool(read))
+
+
+def _whose(caller: CallerOf, account: str | None) -> str | None:
+    """Whose affairs are shown; None: everybody's."""
+    own = caller.need_key()
+    if caller.is_admin:
+        return account
+    if account not in (None, own):
+        caller.need(ADMIN)
+    return own
+
+
+def _find(market: Market, wanted: str, account: str | None) -> Receipt | None:
+    """A receipt by its id, or the newest of a request: several may have had the same id."""
+    try:
+        found = market.ledger.receipt(wanted)
+    except NotFoundError:
+        # A completion's id in the answer has no number; vLLM's own id of its first prompt has.
+        for request_id in (wanted, f"{wanted}-0"):
+            of_request = market.ledger.receipts(account=account, request_id=request_id, limit=1)
+            if of_request:
+                return of_request[0]
+        return None
+    return found if account in (None, found.account) else None
+
+
+def _signed(market: Market, receipt_id: str) -> dict[str, Any] | None:
+    try:
+        return signed_receipt(market, receipt_id).x402()
+    except (ProofError, KVMarketError, OSError) as error:
+        # What was charged can be told without its proof.
+        logger.error("kvmarket: receipt %s could not be signed: %s", receipt_id, error)
+        return None

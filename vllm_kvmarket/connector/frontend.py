@@ -1,0 +1,146 @@
+"""The engine as the API server's routes see it: text to tokens, and the operator's requests."""
+
+from __future__ import annotations
+
+import copy
+import uuid
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from vllm import SamplingParams
+from vllm.sampling_params import RequestOutputKind
+
+from vllm_kvmarket import rendering
+from vllm_kvmarket.connector.namespaces import base_facts
+from vllm_kvmarket.connector.params import FIELD
+from vllm_kvmarket.errors import NotPublishableError, PublishFailedError
+from vllm_kvmarket.identity import namespace_digest
+
+# Behind every buyer's request, where vLLM was started with --scheduling-policy priority.
+PRIORITY = 1 << 20
+# What buyers may say after a whole message.
+_NEXT_MESSAGES = ("What is this?", "who", " a", "0", "\n\n- a")
+
+
+class Frontend:
+    """An AsyncLLM and the chat template that its server uses; reads the weights when they are new.
+
+    `document` and `prompt` are for one thread at a time: tokenizers are not made for more.
+    """
+
+    def __init__(self, engine_client: Any, renderer: Any, home: Path) -> None:
+        config = engine_client.vllm_config
+        self._engine = engine_client
+        self.context_tokens = int(config.model_config.max_model_len)
+        self.block_tokens = int(config.cache_config.block_size or 1)
+        self.vocabulary_tokens = int(config.model_config.get_vocab_size())
+        self.namespace = namespace_digest(base_facts(config, home))
+        # vLLM uses its own at the same time.
+        self._tokenizer = _Tokenizer(
+            copy.deepcopy(engine_client.get_tokenizer()),
+            getattr(renderer, "chat_template", None),
+            getattr(renderer, "default_chat_template_kwargs", None) or {},
+        )
+
+    def document(
+        self,
+        text: str | None,
+        messages: Sequence[dict[str, Any]] | None,
+        as_: Literal["text", "chat"],
+    ) -> list[int]:
+        """The tokens under which a document is published: a text, or the beginning of a chat.
+
+        Raises NotPublishableError.
+        """
+        if messages is None:
+            with _Refusing():
+                return rendering.render(self._tokenizer, text or "", as_)
+        if not any(message["content"].strip() for message in messages):
+            raise NotPublishableError("the messages are empty; there is nothing to publish")
+        *before, last = messages
+        if last["role"] == "user":
+            # A buyer may write on in the last message, or send another one.
+            conversations = [
+                [*before, {**last, "content": last["content"] + more}]
+                for more in ("\n\nWhat is this?", "\nwho", " Explain.", "0", "\n\n\n- a", "")
+            ]
+        else:
+            conversations = [
+                [*messages, {"role": "user", "content": content}] for content in _NEXT_MESSAGES
+            ]
+        with _Refusing():
+            rendered = [self._tokenizer.chat(conversation) for conversation in conversations]
+        return rendering.common_prefix(rendered)
+
+    def prompt(self, text: str | None, messages: Sequence[dict[str, Any]] | None) -> list[int]:
+        """The tokens of a completion's prompt, or of a chat. Raises NotPublishableError."""
+        with _Refusing():
+            if messages is None:
+                return list(self._tokenizer(text or "")["input_ids"])
+            return self._tokenizer.chat(messages)
+
+    async def operate(self, tokens: Sequence[int], wish: dict[str, Any]) -> dict[str, Any]:
+        """Run a prompt for one token with a wish of the operator; what the scheduler half answered.
+
+        Raises PublishFailedError, and what vLLM raises of an engine that died.
+        """
+        sampling = SamplingParams(
+            max_tokens=1,
+            temperature=0.0,
+            output_kind=RequestOutputKind.FINAL_ONLY,
+            extra_args={"kv_transfer_params": {FIELD: wish}},
+        )
+        answer: dict[str, Any] = {}
+        async for output in self._engine.generate(
+            {"prompt_token_ids": list(tokens)},
+            sampling,
+            f"kvmarket-{uuid.uuid4().hex}",
+            priority=PRIORITY,
+        ):
+            answer = output.kv_transfer_params or {}
+        if FIELD not in answer:
+            raise PublishFailedError("the engine's scheduler half did not answer; see its log")
+        return dict(answer[FIELD])
+
+
+class _Tokenizer:
+    """A tokenizer with the server's chat template, in the place of a vllm.LLM for rendering."""
+
+    def __init__(self, tokenizer: Any, template: str | None, settings: dict[str, Any]) -> None:
+        self._tokenizer = tokenizer
+        self._settings = dict(settings)
+        if template is not None:
+            self._settings["chat_template"] = template
+        self.chat_template = template or getattr(tokenizer, "chat_template", None)
+
+    def get_tokenizer(self) -> _Tokenizer:
+        """See vllm.LLM."""
+        return self
+
+    def __call__(self, text: str) -> Any:
+        return self._tokenizer(text)
+
+    def apply_chat_template(self, conversation: Any, **more: Any) -> Any:
+        """See transformers."""
+        return self._tokenizer.apply_chat_template(conversation, **{**self._settings, **more})
+
+    def chat(self, messages: Any) -> list[int]:
+        """The tokens of a chat up to where the model answers."""
+        if not self.chat_template:
+            raise NotPublishableError("this model has no chat template; send text instead")
+        return list(
+            self.apply_chat_template(list(messages), add_generation_prompt=True, return_dict=False)
+        )
+
+
+class _Refusing:
+    """Turns whatever a tokenizer or a chat template raises of a text into NotPublishableError."""
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        if isinstance(error, Exception) and not isinstance(error, NotPublishableError):
+            reason = str(error).partition("\n")[0][:200]
+            raise NotPublishableError(f"this cannot be rendered for the model: {reason}") from error

@@ -1,9 +1,10 @@
 """Which documents go first when the store needs room: pure arithmetic, no clock, no files.
 
-A document's value is what keeping it earns and saves: how often it was reused of late, times what
-one reuse spares the provider to compute and brings in. Documents are compared by their value per
-byte that would really be freed: a chunk that several documents share is freed with the last of
-them, so it counts for none as long as two hold it, and for the one that is left from then on.
+A document's value is what keeping it earns and saves: how often it is likely to be reused soon,
+times what one reuse spares the provider to compute and brings in. Documents are compared by the
+value that would be lost per byte that would really be freed: a chunk that several documents share
+is freed with the last of them, so it counts for none as long as two hold it, and for the one that
+is left from then on; and what is left of a document still spares its readers that much.
 """
 
 from __future__ import annotations
@@ -22,6 +23,9 @@ ChunkKey = bytes
 
 # A reuse counts half as much a day later, and less than a hundredth after a week.
 HALF_LIFE_S = 24 * 3600.0
+# How soon a document is reused again is guessed from how long it has not been: twice as long, half
+# as likely, whatever the time scale. Within this time after a use all are alike.
+RECENT_S = 60.0
 # Prefilling n tokens takes 24 x hidden size squared operations a token and layer for the weights,
 # and 4 x hidden size x n / 2 for attention: twice the work at 12 x hidden size tokens. Models of 1
 # to 10 billion parameters have hidden sizes of 2,048 to 4,096; this is for 2,730.
@@ -50,7 +54,7 @@ class Candidate:
     shared: tuple[tuple[ChunkKey, int], ...] = ()
 
 
-def recompute_tokens(tokens: int) -> float:
+def recompute_tokens(tokens: float) -> float:
     """Say what prefilling `tokens` costs, in tokens of a short prompt: attention grows squarely."""
     return tokens * (1 + tokens / QUADRATIC_TOKENS)
 
@@ -69,15 +73,36 @@ def reused(score: float, scored_at_s: float, share: float, at_s: float) -> tuple
     return decayed(score, latest - scored_at_s) + decayed(share, latest - at_s), latest
 
 
+def demand(score: float, idle_s: float) -> float:
+    """Say how much a document is asked for now: 1 for one that was published or reused just once.
+
+    Documents that were reused often are reused again more than proportionally (measured by
+    benchmarks/cdn_simulation.py: the square keeps more prefill time than the score itself).
+    """
+    return score * score / (1.0 + max(0.0, idle_s) / RECENT_S)
+
+
 def value_nano(candidate: Candidate, now_s: float, input_nano_per_mtok: int) -> float:
-    """Say what keeping a document is worth, in nano-units: what its recent reuse earned and saved.
+    """Say what keeping a document is worth, in nano-units: what its likely reuse earns and saves.
 
     Saved is the price of the computation, growing faster than the document; earned the average of
     its uses.
     """
     saved = recompute_tokens(candidate.tokens) * input_nano_per_mtok / MTOK
     earned = candidate.earned_nano / max(1, candidate.uses)
-    return decayed(candidate.score, now_s - candidate.last_used_s) * (saved + earned)
+    return demand(candidate.score, now_s - candidate.last_used_s) * (saved + earned)
+
+
+def lost_share(candidate: Candidate, freed: int) -> float:
+    """Say which share of a document's value is lost with `freed` of its bytes, its last ones.
+
+    What others hold stays, and goes on sparing the computation of the document's beginning.
+    """
+    size = candidate.bytes + sum(each for _, each in candidate.shared)
+    if freed >= size:
+        return 1.0
+    left = candidate.tokens * (1 - freed / size)
+    return 1.0 - recompute_tokens(left) / recompute_tokens(candidate.tokens)
 
 
 def order(
@@ -153,5 +178,5 @@ class _Line:
         classes = (candidate.pinned, candidate.paid_for, freed == 0)
         if self._policy == "lru":
             return *classes, candidate.last_used_s, 0.0, candidate.document_id
-        worth = self._values[number] / max(1, freed)
+        worth = self._values[number] * lost_share(candidate, freed) / max(1, freed)
         return *classes, worth, candidate.last_used_s, candidate.document_id

@@ -10,7 +10,7 @@ import contextlib
 import time
 import uuid
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
@@ -30,7 +30,7 @@ from vllm_kvmarket.errors import (
 )
 from vllm_kvmarket.ledger import Account, Ledger, Receipt, Transfer
 from vllm_kvmarket.operations import CONNECTOR, POLL_S, EngineOperations
-from vllm_kvmarket.purchase import Purchase, PurchaseState, WriteCharge
+from vllm_kvmarket.purchase import Purchase, WriteCharge
 from vllm_kvmarket.storage import store_of
 
 DATABASE_FILE = "market.sqlite"
@@ -186,16 +186,6 @@ class Market(EngineOperations):
             model=model,
             timeout_s=self.config.reservation_timeout_s,
         )
-
-    def renew(self, purchases: Iterable[Purchase]) -> None:
-        """Keep the reservations of requests that are still under way from expiring."""
-        held = [
-            purchase.reservation_id
-            for purchase in purchases
-            if purchase.state() is PurchaseState.RESERVED
-        ]
-        if held:
-            self.ledger.renew(held, self.config.reservation_timeout_s)
 
     def reserve_write(
         self, *, key: str, publisher: str, document_id: str, tokens: int

@@ -3,86 +3,53 @@
 from __future__ import annotations
 
 import contextlib
-import json
-import os
-import socket
-import subprocess
 import time
-from types import SimpleNamespace
 
 import httpx
 import pytest
-from conftest import NANO, ROOT, words
+from conftest import NANO, words
+from serving import serving
 
-from vllm_kvmarket import Market
-from vllm_kvmarket.api.keys import Keys
-from vllm_kvmarket.market import DATABASE_FILE
+from vllm_kvmarket.api.publishing import CLOSED
 from vllm_kvmarket.proofs import read_inclusion, verify, verify_with_proof
 from vllm_kvmarket.signing import PublicKey
 
-VLLM = ROOT / ".venv" / "bin" / "vllm"
 WRITE_NANO_PER_MTOK = 1_000_000_000
 TEXT = "The lighthouse keeper writes down every ship that passes the cape. "
 
 
 @pytest.fixture(scope="module")
 def server(tiny, tmp_path_factory):
-    """A server that publishes over HTTP, at a price; pat can pay for it, and poe cannot."""
-    home = tmp_path_factory.mktemp("routes")
-    keys = Keys.open(home / DATABASE_FILE)
-    secrets = {"boss": keys.create("boss", ["admin"])[0]}
-    with Market.open(home) as market:
-        for name, kind in (("pat", "publisher"), ("poe", "publisher"), ("bea", "buyer")):
-            market.create_account(name, kind)
-            secrets[name] = keys.create(name, [kind])[0]
-        market.deposit("pat", 10 * NANO, "pat")
-        market.deposit("bea", 10 * NANO, "bea")
-        with serving(tiny(1), home) as base:
-            yield SimpleNamespace(base=base, market=market, secrets=secrets)
-    keys.close()
+    """A server that publishes over HTTP, at a price."""
+    home = tmp_path_factory.mktemp("routes") / "home"
+    config = {"tariff": {"cache_write_nano_per_mtok": WRITE_NANO_PER_MTOK}}
+    with serving(tiny(1), home, config=config) as running:
+        yield running
 
 
-@contextlib.contextmanager
-def serving(model, home):
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    config = {"home": str(home), "tariff": {"cache_write_nano_per_mtok": WRITE_NANO_PER_MTOK}}
-    command = [VLLM, "serve", model, "--kv-connector", "kvmarket"]
-    command += ["--kvmarket-config", json.dumps(config)]
-    command += ["--host", "127.0.0.1", "--port", port, "--dtype", "float32", "--enforce-eager"]
-    command += ["--max-model-len", 4096, "--served-model-name", "tiny"]
-    command += ["--enable-prompt-tokens-details"]
-    log = home / "server.log"
-    with log.open("w") as out:
-        process = subprocess.Popen(
-            list(map(str, command)),
-            stdout=out,
-            stderr=subprocess.STDOUT,
-            env=os.environ | {"HF_HUB_OFFLINE": "1"},
-        )
-    base = f"http://127.0.0.1:{port}"
-    try:
-        deadline = time.monotonic() + 240
-        while True:
-            assert process.poll() is None and time.monotonic() < deadline, log.read_text()[-3000:]
-            with contextlib.suppress(httpx.HTTPError):
-                if httpx.get(f"{base}/health", timeout=2).status_code == 200:
-                    break
-            time.sleep(0.5)
-        yield base
-    finally:
-        process.terminate()
-        process.wait(timeout=60)
+@pytest.fixture(scope="module")
+def secrets(server):
+    """Keys by name: pat can pay for publishing, and poe cannot."""
+    made = {"boss": server.keys.create("boss", ["admin"])[0]}
+    for name, kind, funds in (
+        ("pat", "publisher", 10 * NANO),
+        ("poe", "publisher", 0),
+        ("bea", "buyer", 10 * NANO),
+    ):
+        server.market.create_account(name, kind)
+        if funds:
+            server.market.deposit(name, funds, f"first:{name}")
+        made[name] = server.keys.create(name, [kind])[0]
+    return made
 
 
 @pytest.fixture
-def of(server):
+def of(server, secrets):
     """Clients by the name of whose key they use; None for nobody's."""
     with contextlib.ExitStack() as stack:
 
         def client(name=None):
-            headers = {"authorization": f"Bearer {server.secrets[name]}"} if name else {}
+            headers = {"authorization": f"Bearer {secrets[name]}"} if name else {}
             return stack.enter_context(
                 httpx.Client(base_url=f"{server.base}/v1/kvmarket", headers=headers, timeout=60)
             )
@@ -105,30 +72,18 @@ def publish(client, **wish):
     pytest.fail(f"{accepted['id']} is still being published")
 
 
-def ask(server, prompt, buyer="bea"):
-    body = {"model": "tiny", "prompt": prompt, "max_tokens": 4, "temperature": 0}
-    body |= server.market.params(buyer)
-    answer = httpx.post(
-        f"{server.base}/v1/completions",
-        json=body,
-        headers={"authorization": f"Bearer {server.secrets[buyer]}"},
-        timeout=60,
-    )
-    assert answer.status_code == 200, answer.text
-    return answer.json()
-
-
-def test_a_document_is_published_quoted_bought_and_proven_over_http(server, of):
+def test_a_document_is_published_quoted_bought_and_proven_over_http(server, secrets, of):
     """The whole round, with no client ever touching the market's home."""
-    document = publish(of("pat"), text=TEXT * 40, title="cape", royalty_ppm=400_000)
+    text = (TEXT * 40).strip()
+    document = publish(of("pat"), text=text, title="cape", royalty_ppm=400_000)
     assert document["state"] == "live", document
     assert document["publisher"] == "pat" and document["prices"]["royalty_ppm"] == 400_000
-    question = TEXT * 40 + "\n\nWhich ships?"
+    question = f"{text}\n\nWhich ships?"
     quote = of("bea").post("/quotes", json={"prompt": question}).json()
     assert quote["document"] == document["id"] and quote["affordable"]
     assert quote["matched_tokens"] == document["tokens"]
     time.sleep(1)  # until the engine sells what it has published
-    answer = ask(server, question)
+    answer = server.complete(question, secrets["bea"])
     sold = answer["kv_transfer_params"]["kvmarket"]
     assert sold["reused_tokens"] == quote["matched_tokens"]
     assert answer["usage"]["prompt_tokens_details"]["cached_tokens"] == quote["matched_tokens"]
@@ -154,7 +109,7 @@ def test_a_document_is_published_quoted_bought_and_proven_over_http(server, of):
     ]
 
 
-def test_a_chat_document_is_matched_by_chats_that_begin_with_it(server, of):
+def test_a_chat_document_is_matched_by_chats_that_begin_with_it(server, secrets, of):
     """Published as text or as messages: what the server renders is what was published."""
     wishes = (
         ({"text": "Keep the lamp lit. " * 60, "as": "chat"}, "user"),
@@ -173,12 +128,7 @@ def test_a_chat_document_is_matched_by_chats_that_begin_with_it(server, of):
         assert quote["matched_tokens"] == document["tokens"]
         time.sleep(1)
         body = {"model": "tiny", "messages": messages, "max_tokens": 2}
-        answer = httpx.post(
-            f"{server.base}/v1/chat/completions",
-            json=body | server.market.params("bea"),
-            headers={"authorization": f"Bearer {server.secrets['bea']}"},
-            timeout=60,
-        ).json()
+        answer = server.post("/v1/chat/completions", body, secrets["bea"]).json()
         assert answer["kv_transfer_params"]["kvmarket"]["reused_tokens"] == document["tokens"]
         receipt = of("bea").get(f"/receipts/{answer['id']}")
         assert receipt.status_code == 200, receipt.text
@@ -229,7 +179,12 @@ def test_what_is_too_big_is_refused_at_once_and_clearly(of):
 
 
 def test_our_routes_are_in_the_server_s_openapi_with_their_errors(server):
-    """Every operation is described, and says in which shape it refuses."""
+    """Every operation is described, with the shape of its refusals; the first tells the rest."""
+    sold = httpx.get(f"{server.base}/v1/kvmarket", timeout=60).json()
+    assert (sold["model"], sold["block_tokens"], sold["chunk_tokens"]) == ("tiny", 128, 256)
+    assert {each.namespace.hex() for each in server.market.catalogue.listings()} == {
+        sold["namespace"]
+    }
     told = httpx.get(f"{server.base}/openapi.json", timeout=60).json()
     ours = {path: methods for path, methods in told["paths"].items() if "kvmarket" in path}
     assert len(ours) >= 18
@@ -237,3 +192,22 @@ def test_our_routes_are_in_the_server_s_openapi_with_their_errors(server):
         for method, operation in methods.items():
             assert {"4XX", "5XX"} <= set(operation["responses"]), (method, path)
             assert operation.get("description"), (method, path)
+
+
+def test_what_waits_when_the_server_stops_is_on_nobody_s_list(server, of):
+    """The queue's documents fail with that reason, the engine's as its process has ended."""
+    pat = of("pat")
+    names = []
+    for seed in (711, 712, 713):
+        posted = pat.post("/documents", json={"token_ids": words(seed, 3000)})
+        assert posted.status_code == 202, posted.text
+        names.append(posted.json()["id"])
+    server.process.terminate()
+    server.process.wait(timeout=60)
+    server.market.catalogue.fail_abandoned()
+    listings = [server.market.catalogue.get(name) for name in names]
+    assert all(listing.state in ("live", "failed") for listing in listings)
+    assert listings[2].reason == CLOSED
+    server.market.ledger.expire_pending()
+    assert server.market.ledger.check_integrity() == []
+    assert server.market.catalogue.check_integrity() == []

@@ -41,7 +41,9 @@ class WordEngine:
         return self.prompt(text, messages)
 
     def prompt(self, text, messages):
-        words = (text or "".join(f"<{each['role']}> {each['content']}" for each in messages)).split()
+        words = (
+            text or "".join(f"<{each['role']}> {each['content']}" for each in messages)
+        ).split()
         return [int.from_bytes(hashlib.sha256(word.encode()).digest()[:4]) >> 1 for word in words]
 
     async def operate(self, tokens, wish):

@@ -10,8 +10,11 @@ from hypothesis import strategies as st
 
 from vllm_kvmarket.eviction import (
     HALF_LIFE_S,
+    RECENT_S,
     Candidate,
     decayed,
+    demand,
+    lost_share,
     order,
     recompute_tokens,
     reused,
@@ -35,7 +38,7 @@ def test_the_least_value_per_byte_goes_first():
     """Few reuses, many bytes, long ago: each makes a document go before its like."""
     usual = candidate("a")
     worse = [
-        candidate("b", last_used_s=NOW_S - HALF_LIFE_S / 2),
+        candidate("b", last_used_s=NOW_S - RECENT_S / 10),
         candidate("c", bytes=1500),
         candidate("d", score=0.5),
     ]
@@ -154,7 +157,7 @@ def test_the_order_is_whole_greedy_and_the_same_however_they_are_arranged(facts,
         each, size = made[name], freed(name)
         if policy == "lru":
             return each.paid_for, size == 0, each.last_used_s, name
-        worth = value_nano(each, NOW_S, PRICE) / max(1, size)
+        worth = value_nano(each, NOW_S, PRICE) * lost_share(each, size) / max(1, size)
         return each.paid_for, size == 0, worth, each.last_used_s, name
 
     for gone in going:
@@ -162,6 +165,26 @@ def test_the_order_is_whole_greedy_and_the_same_however_they_are_arranged(facts,
         assert name == min((other for other in left if not left[other].pinned), key=rank)
         assert gone.bytes == freed(name)
         del left[name]
+
+
+def test_demand_fades_with_the_time_since_the_last_use_on_every_scale():
+    """Twice the idle time is half the demand, in minutes as in weeks; more reuses outlast it."""
+    assert demand(1.0, 0.0) == demand(1.0, -5.0) == 1.0
+    for idle_s in (3600.0, 7 * HALF_LIFE_S):
+        assert demand(2.0, 2 * idle_s) == pytest.approx(2 * demand(1.0, idle_s), rel=0.02)
+
+
+def test_what_stays_of_a_document_is_not_lost():
+    """A turn of a conversation is worth what its own tokens cost, not what the whole talk does."""
+    talk = candidate("a", tokens=20_000, bytes=1000, shared=((b"x", 19_000),))
+    assert lost_share(talk, 20_000) == lost_share(candidate("b"), 1000) == 1.0
+    assert 0.05 < lost_share(talk, 1000) < 0.1
+    assert lost_share(talk, 0) == 0.0
+    alone = candidate("b", tokens=1000, bytes=1000, score=2.0)
+    assert (
+        names(order([talk, alone, candidate("c", pinned=True, shared=talk.shared)], "value", NOW_S))
+        == "ab"
+    )
 
 
 def test_thousands_of_documents_are_ordered_in_a_moment():

@@ -8,6 +8,7 @@ from typing import Any
 
 from fastapi import FastAPI
 
+from vllm_kvmarket.api import gate
 from vllm_kvmarket.api.app import build_router, close_with_server, name_of, open_service
 from vllm_kvmarket.api.service import Service
 from vllm_kvmarket.config import load
@@ -20,8 +21,9 @@ class MarketEndpoints:
     required_tasks = ("generate",)
 
     def attach_router(self, app: FastAPI) -> None:
-        """Add the routes."""
+        """Add the routes, and the gate in front of all that generate."""
         app.include_router(build_router())
+        gate.install(app)
         close_with_server(app)
 
     async def init_state(self, engine_client: Any, state: Any, args: Any) -> None:

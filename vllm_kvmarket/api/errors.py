@@ -26,6 +26,7 @@ TYPES = {
     409: "conflict_error",
     429: "rate_limit_error",
 }
+RETRY = {"retry-after": "5"}
 JSON_TYPES = ("application/json", "+json")
 
 logger = logging.getLogger(__name__)
@@ -70,16 +71,14 @@ def answer_of(error: ApiError) -> JSONResponse:
     return JSONResponse({"error": told}, status_code=error.status, headers=error.headers)
 
 
-# The first that fits; what the server cannot do for the moment is 503, with nothing of its inside.
 _OURS: Sequence[tuple[type[errors.KVMarketError], int, str]] = (
     (errors.NotFoundError, 404, "not_found"),
     (errors.NotPublishableError, 400, "not_publishable"),
     (errors.LedgerError, 409, "refused_by_ledger"),
     (errors.CatalogueError, 409, "refused_by_catalogue"),
-    (errors.StoreFullError, 507, "store_full"),
-    (errors.StoreError, 503, "store_unavailable"),
-    (KeysUnavailableError, 503, "keys_unavailable"),
 )
+# These tell operators of files, hosts and databases.
+_OUTAGES = (errors.StoreError, errors.LedgerError, errors.CatalogueError, KeysUnavailableError)
 
 
 def translate(error: Exception) -> ApiError | None:
@@ -90,6 +89,11 @@ def translate(error: Exception) -> ApiError | None:
         return _of_validation(error)
     if isinstance(error, HTTPException):
         return ApiError(error.status_code, "refused", str(error.detail), headers=error.headers)
+    if isinstance(error, _OUTAGES) and _is_outage(error):
+        logger.error("kvmarket: %s", error)
+        return ApiError(
+            503, "market_unavailable", "the market cannot be used now; try again", headers=RETRY
+        )
     for kind, status, code in _OURS:
         if isinstance(error, kind):
             return ApiError(status, code, str(error))
@@ -97,6 +101,14 @@ def translate(error: Exception) -> ApiError | None:
         logger.error("kvmarket: %s", error)
         return ApiError(500, "internal_error", "the server could not do this; see its log")
     return None
+
+
+def _is_outage(error: errors.KVMarketError) -> bool:
+    """Whether something broke: a refusal by the rules has no other error behind it."""
+    refusals = (errors.LedgerError, errors.CatalogueError)
+    if not isinstance(error, refusals):
+        return True
+    return error.__cause__ is not None or "database" in str(error)
 
 
 def _of_validation(error: RequestValidationError) -> ApiError:

@@ -57,6 +57,7 @@ class Publications:
         self._engine = engine
         self._namespace = namespace
         self._waiting: dict[str, tuple[Wish, float | None]] = {}
+        self._beginning: dict[str, asyncio.Task[Listing]] = {}
         self._running: str | None = None
         self._worker: asyncio.Task[None] | None = None
 
@@ -71,15 +72,25 @@ class Publications:
 
         One that is live, or being published already, comes back as it is.
         """
-        if len(self._waiting) >= MOST_WAITING:
-            raise ApiError(
-                503,
-                "too_many_publishing",
-                f"{MOST_WAITING} documents are waiting to be published; come again later",
-                headers={"retry-after": "30"},
-            )
         if name in self._waiting or name == self._running:
             return await asyncio.to_thread(self._market.catalogue.get, name)
+        beginning = self._beginning.get(name)
+        if beginning is None:
+            if len(self._waiting) + len(self._beginning) >= MOST_WAITING:
+                raise ApiError(
+                    503,
+                    "too_many_publishing",
+                    f"{MOST_WAITING} documents are waiting to be published; come again later",
+                    headers={"retry-after": "30"},
+                )
+            beginning = asyncio.create_task(self._begin(name, wish))
+            self._beginning[name] = beginning
+            beginning.add_done_callback(lambda _: self._beginning.pop(name, None))
+        # A client that leaves now does not take the document back.
+        return await asyncio.shield(beginning)
+
+    async def _begin(self, name: str, wish: Wish) -> Listing:
+        """Note in the catalogue that a document is being published, and stand in line."""
         now_s = time.time()
         expires_at_s = None if wish.ttl_s is None else now_s + wish.ttl_s
         listing = Listing(
@@ -95,21 +106,16 @@ class Publications:
             expires_at_s=expires_at_s,
             paid_for=self._market.config.tariff.write_nano(len(wish.tokens)) > 0,
         )
-        # Before anything is waited for: a second request for the same document finds it here.
-        self._waiting[name] = wish, expires_at_s
-        try:
-            begun = await asyncio.wrap_future(self._market.begin_listing(listing, wish.tokens))
-        except BaseException:
-            self._waiting.pop(name, None)
-            raise
-        if begun.state != "publishing":
-            self._waiting.pop(name, None)
-        elif self._worker is None or self._worker.done():
-            self._worker = asyncio.create_task(self._work(), name="kvmarket-publishing")
+        begun = await asyncio.wrap_future(self._market.begin_listing(listing, wish.tokens))
+        if begun.state == "publishing":
+            self._waiting[name] = wish, expires_at_s
+            if self._worker is None or self._worker.done():
+                self._worker = asyncio.create_task(self._work(), name="kvmarket-publishing")
         return begun
 
     async def close(self) -> None:
         """Give up what is waiting or under way; the catalogue says so."""
+        await asyncio.gather(*self._beginning.values(), return_exceptions=True)
         left = [*self._waiting, *([self._running] if self._running else [])]
         self._waiting.clear()
         if self._worker is not None:

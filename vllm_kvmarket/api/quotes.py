@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 from fastapi import APIRouter
 from fastapi.concurrency import run_in_threadpool
 
@@ -10,7 +12,7 @@ from vllm_kvmarket.api.errors import ApiError, MarketRoute, not_found
 from vllm_kvmarket.api.models import Quote, QuoteWish
 from vllm_kvmarket.api.service import CallerOf, Service, ServiceOf
 from vllm_kvmarket.catalogue import Listing
-from vllm_kvmarket.errors import NotFoundError
+from vllm_kvmarket.errors import CatalogueError, NotFoundError
 from vllm_kvmarket.market import Market
 from vllm_kvmarket.tariff import amount_nano
 
@@ -67,6 +69,9 @@ def _quote(
     market: Market, namespace: bytes, tokens: list[int], most: int, account: str | None
 ) -> Quote:
     """`most` of the tokens can be reused: of a whole prompt, the last one is always computed."""
+    # A document that was shown as live a moment ago is quoted, too.
+    with contextlib.suppress(CatalogueError):
+        market.catalogue.refresh()
     match = market.match(namespace, tokens)
     listing: Listing | None = None if match is None else match.listing
     matched = 0 if match is None else min(match.token_count, most)

@@ -111,8 +111,8 @@ async def transfers(
 
 @router.get(
     "/log/checkpoint",
-    response_class=PlainTextResponse,
-    responses={200: {"description": "A signed note (c2sp.org/tlog-checkpoint)"}},
+    response_model=None,
+    responses={200: {"content": TEXT, "description": "A note (c2sp.org/tlog-checkpoint)"}},
 )
 async def checkpoint(service: ServiceOf, caller: CallerOf) -> PlainTextResponse:
     """The log of all transfers as it stands, signed."""

@@ -11,7 +11,7 @@ from fastapi.concurrency import run_in_threadpool
 from fastapi.security import APIKeyHeader, HTTPBearer
 
 from vllm_kvmarket.api.errors import ApiError
-from vllm_kvmarket.api.keys import Keys, Principal, Scope
+from vllm_kvmarket.api.keys import PREFIX, Keys, Principal, Scope
 from vllm_kvmarket.api.limits import READS, WRITES, Limiter
 from vllm_kvmarket.api.publishing import Publications
 from vllm_kvmarket.market import Market
@@ -134,7 +134,8 @@ async def caller_of(
 ) -> Caller:
     """Check the key and the rate. A wrong key is refused on public routes too."""
     given = request.headers.getlist("authorization") + request.headers.getlist("x-api-key")
-    secrets = {_secret(value) for value in given}
+    # Beside ours there may be one that vLLM's --api-key asks for.
+    secrets = {secret for value in given if (secret := _secret(value)).startswith(PREFIX)}
     if len(secrets) > 1:
         raise ApiError(400, "several_api_keys", "the request names several API keys; send one")
     principal = None

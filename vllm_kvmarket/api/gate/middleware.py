@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import re
 import secrets
@@ -12,19 +11,24 @@ from fastapi import FastAPI
 
 from vllm_kvmarket.api.gate import bodies, quoting, wishes
 from vllm_kvmarket.api.gate.bodies import Receive, Scope
+from vllm_kvmarket.api.gate.callers import (
+    CONNECTOR,
+    WITHOUT_KEY,
+    Caller,
+    caller_of,
+    need,
+    principal_of,
+)
 from vllm_kvmarket.api.gate.placing import Documents
-from vllm_kvmarket.api.gate.refusals import BEARER, Refusal, bad, no_key
+from vllm_kvmarket.api.gate.refusals import Refusal, bad, no_key
 from vllm_kvmarket.api.gate.rendering import prompts_of
 from vllm_kvmarket.api.gate.routes import Kind, kind_of
 from vllm_kvmarket.api.gate.streams import ReceiptSender, Send, ids_of
-from vllm_kvmarket.api.keys import PREFIX, Principal, Scope as KeyScope
-from vllm_kvmarket.connector import params
-from vllm_kvmarket.connector.params import RequestParams
-from vllm_kvmarket.credentials import account_subject
 from vllm_kvmarket.errors import KVMarketError
 
-CONNECTOR = "kvmarket"
 _REQUEST_ID = re.compile(r"[\x21-\x7e]{1,256}")
+
+_PASSED = "kvmarket.passed_the_gate"
 
 logger = logging.getLogger("vllm.kvmarket")
 
@@ -39,7 +43,7 @@ def install(app: FastAPI) -> None:
 
 
 class Gate:
-    """ASGI middleware. On a server without a market it lets everything through."""
+    """ASGI middleware. On a server whose engine is on no market it lets everything through."""
 
     def __init__(self, app: Any) -> None:
         self._app = app
@@ -47,26 +51,25 @@ class Gate:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Let a request through, changed, or answer it."""
-        if scope["type"] not in ("http", "websocket") or not _has_market(scope["app"].state):
+        gated = scope["type"] in ("http", "websocket") and not scope.get(_PASSED)
+        if not gated or not _has_market(scope["app"].state):
             await self._app(scope, receive, send)
             return
-        path = scope["path"]
         try:
             passed = await self._pass(scope, receive, send)
         except bodies.Gone:
             return
         except Refusal as refusal:
-            if scope["type"] == "websocket":
-                await send({"type": "websocket.close", "code": 1008, "reason": str(refusal)})
-            else:
-                await refusal.answer(path)(scope, receive, send)
+            await _refuse(refusal, scope, receive, send)
             return
         except KVMarketError as error:
             logger.error("kvmarket: %s", error)
-            refusal = Refusal(503, "market_unavailable", "the market cannot be used; try again")
-            await refusal.answer(path)(scope, receive, send)
+            closed = Refusal(503, "market_unavailable", "the market cannot be used; try again")
+            await _refuse(closed, scope, receive, send)
             return
-        await self._app(*passed)
+        scope, receive, send = passed
+        # Should the gate be there twice, the second one must not take this for what a client said.
+        await self._app({**scope, _PASSED: True}, receive, send)
 
     async def _pass(
         self, scope: Scope, receive: Receive, send: Send
@@ -78,136 +81,75 @@ class Gate:
         service = getattr(scope["app"].state, "kvmarket_service", None)
         if service is None:
             raise Refusal(503, "market_unavailable", "the market is not open; see the server's log")
-        principal = self._principal(service, scope)
+        principal = principal_of(service.keys, scope)
         if kind is Kind.ADMIN:
-            _need(principal, "admin")
-            return scope, receive, send
-        if principal is None and service.market.config.anonymous == "refuse":
-            # A signed parameter in the body names an account too.
-            if not kind.generates:
-                raise no_key("this server answers with a key only: Authorization: Bearer kvm_...")
+            need(principal, "admin")
+        elif principal is not None and kind.generates:
+            need(principal, "buyer")
+        elif principal is None and kind is Kind.WORK:
+            _let_in(Caller(), service)
         if not kind.generates:
             return scope, receive, send
-        if principal is not None:
-            _need(principal, "buyer")
-        return await self._generate(service, kind, principal, scope, receive, send)
-
-    def _principal(self, service: Any, scope: Scope) -> Principal | None:
-        """Whose key a request carries; a key that is not good is not nobody's. Raises Refusal."""
-        given = bodies.header_values(scope, "authorization")
-        given += bodies.header_values(scope, "x-api-key")
-        ours = {value for each in given if (value := _bare(each)).startswith(PREFIX)}
-        if not ours:
-            return None
-        if len(ours) > 1:
-            raise bad("the request names several API keys; send one", code="several_api_keys")
-        principal: Principal | None = service.keys.check(ours.pop())
-        if principal is None:
-            raise Refusal(
-                401,
-                "invalid_api_key",
-                "this API key is unknown or was revoked",
-                headers=dict(BEARER),
-            )
-        return principal
-
-    async def _generate(
-        self,
-        service: Any,
-        kind: Kind,
-        principal: Principal | None,
-        scope: Scope,
-        receive: Receive,
-        send: Send,
-    ) -> tuple[Scope, Receive, Send]:
-        market = service.market
         request_id = bodies.single_header(scope, "x-request-id") or secrets.token_hex(16)
         if not _REQUEST_ID.fullmatch(request_id):
             raise bad("X-Request-Id: expected up to 256 visible characters")
-        body = await bodies.read(scope, receive, market.config.max_body_bytes)
-        wish = wishes.read(body.pop(wishes.FIELD, None))
-        signed = None if principal else _signed(market, body)
-        bodies.scrub(body)
-        account = principal.account if principal else signed.account if signed else None
-        if account is None and signed is None:
-            if market.config.anonymous == "refuse":
-                raise no_key("this server answers with a key only: Authorization: Bearer kvm_...")
-            if wish.document is not None or wish.reuse == "require":
-                raise no_key("reuse is paid on an account; send Authorization: Bearer kvm_...")
+        body = await bodies.read(scope, receive, service.market.config.max_body_bytes)
+        caller = caller_of(principal, service.market.credentials, body)
+        _let_in(caller, service)
+        reuse = await self._prepare(service, _shape(kind, body), caller, body, scope["app"])
         if kind is Kind.RESPONSES:
-            _restrict_responses(body, request_id)
-        if kind is Kind.SALTED and (wish.document is not None or wish.reuse == "require"):
-            raise bad("this route computes every prompt in full", wishes.FIELD)
-        if wish.document is not None:
-            await self._documents_of(service, scope).place(kind, body, wish.document)
-        reuse = wish.reuse != "never"
-        refuse_unfunded = market.config.unfunded == "refuse"
-        if account is not None and reuse and (wish.needs_quote or refuse_unfunded):
-            reuse = await self._is_worth_it(service, kind, body, account, wish, scope)
-        if signed is not None:
-            body["kv_transfer_params"] = {CONNECTOR: signed.raw}
-        elif account is not None and reuse and kind is not Kind.SALTED:
-            token = market.credentials.token(account_subject(account))
-            body["kv_transfer_params"] = {CONNECTOR: {"account": account, "token": token}}
-        body["cache_salt"] = _salt(market, account, signed)
+            body["request_id"] = f"resp_{request_id}"
         passed = await bodies.replace(scope, receive, body, {"x-request-id": request_id})
-        if account is not None and reuse and body.get("stream"):
-            prompt = body.get("prompt")
-            several = isinstance(prompt, list) and prompt and not isinstance(prompt[0], int)
-            ids = ids_of(_shape(kind, body), request_id, len(prompt) if several else 1)  # type: ignore[arg-type]
-            return *passed, ReceiptSender(send, market, account, ids)
+        if reuse and caller.account is not None and body.get("stream"):
+            ids = ids_of(_shape(kind, body), request_id, _prompt_count(body))
+            send = ReceiptSender(send, service.market, caller.account, ids)
         return *passed, send
 
-    async def _is_worth_it(
-        self, service: Any, kind: Kind, body: dict[str, Any], account: str, wish: Any, scope: Scope
+    async def _prepare(
+        self, service: Any, kind: Kind, caller: Caller, body: dict[str, Any], app: Any
     ) -> bool:
-        """Whether to reuse, at today's price and funds. Raises Refusal."""
-        shape = _shape(kind, body)
-        if shape is Kind.SALTED:
-            return False
-        prompts = await prompts_of(scope["app"], shape, body)
+        """Write into a body what the server says of it, in the place of what its sender did;
+        mutates it. Whether what is on offer of it is to be reused. Raises Refusal.
+        """
         market = service.market
-        offered = await asyncio.to_thread(quoting.quote, market, service.tokens.namespace, prompts)
-        offered = await quoting.with_funds(market, offered, account)
-        return quoting.may_reuse(offered, wish, refuse_unfunded=market.config.unfunded == "refuse")
+        wish = wishes.read(body.pop(wishes.FIELD, None))
+        bodies.scrub(body)
+        wants = wish.document is not None or wish.reuse == "require"
+        if wants and caller.account is None:
+            raise no_key("reuse is paid on an account; send Authorization: Bearer kvm_...")
+        if wants and kind is Kind.SALTED:
+            raise bad("this route computes every prompt in full", wishes.FIELD)
+        if kind is Kind.RESPONSES:
+            _restrict_responses(body)
+        if wish.document is not None:
+            await self._documents_of(service, app).place(app, kind, body, wish.document)
+        reuse = wish.reuse != "never" and kind is not Kind.SALTED
+        quoted = wish.needs_quote or market.config.unfunded == "refuse"
+        if reuse and quoted and caller.account is not None:
+            prompts = await prompts_of(app, kind, body)
+            offered = quoting.quote(market, service.tokens.namespace, prompts)
+            offered = await quoting.with_funds(market, offered, caller.account)
+            reuse = quoting.may_reuse(
+                offered, wish, refuse_unfunded=market.config.unfunded == "refuse"
+            )
+        told = caller.connector_params(market.credentials, reuse=reuse)
+        if told is not None:
+            body["kv_transfer_params"] = {**body.get("kv_transfer_params", {}), **told}
+        body["cache_salt"] = caller.salt(market.credentials)
+        return reuse
 
-    def _documents_of(self, service: Any, scope: Scope) -> Documents:
-        if service.tokens is None:
-            raise Refusal(503, "market_unavailable", "this server has no engine")
+    def _documents_of(self, service: Any, app: Any) -> Documents:
         if self._documents is None:
-            tokenizer = scope["app"].state.online_renderer.renderer.get_tokenizer()
+            tokenizer = app.state.online_renderer.renderer.get_tokenizer()
             self._documents = Documents(service.market, service.tokens.namespace, tokenizer)
         return self._documents
 
 
-class _Signed:
-    """Parameters that were made with the home's secret: the operator's, or given out by it."""
-
-    def __init__(self, raw: dict[str, Any], read: RequestParams) -> None:
-        self.raw = raw
-        self.account = read.account
-
-
-def _signed(market: Any, body: dict[str, Any]) -> _Signed | None:
-    given = body.get("kv_transfer_params")
-    raw = given.get(CONNECTOR) if isinstance(given, dict) else None
-    if not isinstance(raw, dict) or not raw.get("token"):
-        return None
-    read = params.read({CONNECTOR: raw}, market.credentials, trusted=False)
-    if not isinstance(read, RequestParams):
-        return None
-    operates = read.publish is not None or read.preload or read.audit is not None
-    return _Signed(raw, read) if operates or read.account is not None else None
-
-
-def _salt(market: Any, account: str | None, signed: _Signed | None) -> str:
-    """What keeps a caller's prefixes from all others'; nobody can tell it from the account."""
-    if account is None and signed is None:
-        # Two callers without a key may be two people.
-        return secrets.token_hex(32)
-    subject = "operator" if account is None else f"account:{account}"
-    salt: str = market.credentials.token(f"salt:{subject}")
-    return salt
+async def _refuse(refusal: Refusal, scope: Scope, receive: Receive, send: Send) -> None:
+    if scope["type"] == "websocket":
+        await send({"type": "websocket.close", "code": 1008, "reason": refusal.code})
+    else:
+        await refusal.answer(scope["path"])(scope, receive, send)
 
 
 def _has_market(state: Any) -> bool:
@@ -219,16 +161,9 @@ def _has_market(state: Any) -> bool:
     return transfer is not None and transfer.kv_connector == CONNECTOR
 
 
-def _bare(value: str) -> str:
-    scheme, _, rest = value.strip().partition(" ")
-    return rest.strip() if scheme.lower() == "bearer" else value.strip()
-
-
-def _need(principal: Principal | None, scope: KeyScope) -> None:
-    if principal is None:
-        raise no_key(f"this needs an API key with the scope {scope}")
-    if not principal.may(scope):
-        raise Refusal(403, "scope_missing", f"this key may not do that; it needs the scope {scope}")
+def _let_in(caller: Caller, service: Any) -> None:
+    if caller.is_anonymous and service.market.config.anonymous == "refuse":
+        raise no_key(WITHOUT_KEY)
 
 
 def _shape(kind: Kind, body: dict[str, Any]) -> Kind:
@@ -240,9 +175,14 @@ def _shape(kind: Kind, body: dict[str, Any]) -> Kind:
     return Kind.COMPLETIONS if "prompt" in body else Kind.SALTED
 
 
-def _restrict_responses(body: dict[str, Any], request_id: str) -> None:
+def _prompt_count(body: dict[str, Any]) -> int:
+    prompt = body.get("prompt")
+    several = isinstance(prompt, list) and prompt and not isinstance(prompt[0], int)
+    return len(prompt) if several else 1  # type: ignore[arg-type]
+
+
+def _restrict_responses(body: dict[str, Any]) -> None:
     """Responses are not stored: whoever knew an id could read and continue them; mutates."""
     if body.get("previous_response_id") or body.get("background"):
         raise bad("stored responses are not supported here; send the conversation instead")
     body["store"] = False
-    body["request_id"] = f"resp_{request_id}"

@@ -1,8 +1,8 @@
 """A published document in front of a prompt that its buyer does not have.
 
-Where a route takes token ids, the document's come first. A chat is rendered by the server, so there
-the document's text is put in front of the first message: taken back from its tokens, and only when
-rendering it gives exactly these tokens again.
+The document's tokens come first, exactly, and what the buyer sent is tokenised behind them. Of a
+chat, vLLM renders the buyer's messages as if the document were in the first one; what comes behind
+the document in that is kept, and vLLM is given the tokens instead of messages to render.
 """
 
 from __future__ import annotations
@@ -15,17 +15,31 @@ from collections.abc import Sequence
 from typing import Any
 
 from vllm_kvmarket.api.gate.refusals import Refusal, bad
+from vllm_kvmarket.api.gate.rendering import PROMPT_TOKENS, prompts_of
 from vllm_kvmarket.api.gate.routes import Kind
+from vllm_kvmarket.catalogue import Listing
 from vllm_kvmarket.errors import NotFoundError
 from vllm_kvmarket.market import Market
 
 REMEMBERED = 64
-# What stands between a document and a question; the first that leaves the document's tokens whole.
-_SEPARATORS = ("\n\n", "\n", " ")
+# Where the document ends in a rendered chat; no tokenizer or template does anything to it.
 _MARK = "kvmarketmark"
-_QUESTIONS = ("What is this?", "who wrote it", "7 x 6", "- a list")
+# Between a document and what its buyer writes behind it, in the same message.
+_SEPARATOR = "\n\n"
+# Enough of a chat template's words between two messages to know them by.
+_OPENING_CHARACTERS = 8
 # By these an answer would hand out the prompt, and the document with it.
-_REVEALING = ("echo", "prompt_logprobs", "return_token_ids", "return_tokens_as_token_ids")
+_REVEALING = ("echo", "return_token_ids", "enable_response_messages", "prompt_logprob")
+# They would be rendered before the first message.
+_BEFORE = (
+    "system",
+    "instructions",
+    "tools",
+    "functions",
+    "documents",
+    "chat_template",
+    "previous_input_messages",
+)
 
 
 class Documents:
@@ -38,21 +52,15 @@ class Documents:
         self._tokenizer = copy.deepcopy(tokenizer)
         self._lock = threading.Lock()
         self._tokens: OrderedDict[str, list[int]] = OrderedDict()
-        self._texts: OrderedDict[str, str] = OrderedDict()
 
-    async def place(self, kind: Kind, body: dict[str, Any], document_id: str) -> None:
+    async def place(self, app: Any, kind: Kind, body: dict[str, Any], document_id: str) -> None:
         """Put a document in front of the body's prompt; mutates the body.
 
         Raises Refusal: 404 for what is not on offer, 400 for what cannot be placed.
         """
-        sampling = body.get("sampling_params")
-        for field in _REVEALING:
-            nested = sampling.get(field) if isinstance(sampling, dict) else None
-            if body.get(field) or nested:
-                raise bad(f"{field} cannot be had with a document: it would show its text", field)
-        if kind is Kind.INVOCATIONS:
-            kind = Kind.CHAT if "messages" in body else Kind.COMPLETIONS
-        tokens = await asyncio.to_thread(self._tokens_of, document_id)
+        _refuse_revealing(body)
+        _refuse_revealing(body.get("sampling_params"))
+        listing, tokens = await asyncio.to_thread(self._find, document_id)
         if kind is Kind.TOKENS:
             if body.get("features") or body.get("content_parts"):
                 raise bad("a document goes in front of plain token ids only", "features")
@@ -60,30 +68,46 @@ class Documents:
         elif kind is Kind.COMPLETIONS:
             await asyncio.to_thread(self._place_before_prompt, body, tokens)
         elif kind in (Kind.CHAT, Kind.MESSAGES, Kind.RESPONSES):
-            text = await asyncio.to_thread(self._text_of, document_id, tokens)
-            _place_in_conversation(kind, body, text)
+            if listing.rendered_as != "chat":
+                raise bad(
+                    f"{document_id} was published as text; use /v1/completions",
+                    "kvmarket",
+                    "document_not_placeable",
+                )
+            (rendered,) = await prompts_of(app, kind, _marked(kind, body))
+            ids = await asyncio.to_thread(self._behind, tokens, rendered)
+            body["kv_transfer_params"] = {PROMPT_TOKENS: ids}
         else:
             raise bad("a document cannot be put in front of this route's prompt", "kvmarket")
 
-    def _tokens_of(self, document_id: str) -> list[int]:
+    def _find(self, document_id: str) -> tuple[Listing, list[int]]:
+        """A document that is on offer, with its tokens. Raises Refusal."""
         with self._lock:
             tokens = self._tokens.get(document_id)
         if tokens is None:
             try:
                 tokens = self._market.catalogue.tokens_of(document_id)
-            except NotFoundError as error:
-                raise Refusal(404, "document_not_found", str(error), param="kvmarket") from None
-            self._remember(self._tokens, document_id, tokens)
+            except NotFoundError:
+                raise Refusal(
+                    404,
+                    "document_not_found",
+                    f"there is no document {document_id}",
+                    param="kvmarket",
+                ) from None
+            with self._lock:
+                self._tokens[document_id] = tokens
+                while len(self._tokens) > REMEMBERED:
+                    self._tokens.popitem(last=False)
         # Whether it is on offer is asked each time; this reads memory only.
         found = self._market.match(self._namespace, tokens)
-        if found is None or found.token_count < len(tokens):
+        if found is None or found.listing.document_id != document_id:
             raise Refusal(
                 404,
                 "document_not_on_offer",
                 f"{document_id} is not on offer here: not live, or published for another model",
                 param="kvmarket",
             )
-        return tokens
+        return found.listing, tokens
 
     def _place_before_prompt(self, body: dict[str, Any], tokens: list[int]) -> None:
         if body.get("prompt_embeds") or body.get("suffix"):
@@ -107,53 +131,30 @@ class Documents:
             ids: list[int] = self._tokenizer(prompt, add_special_tokens=False)["input_ids"]
         return ids
 
-    def _text_of(self, document_id: str, tokens: list[int]) -> str:
-        """What to write in front of the first message so that it begins with these tokens."""
+    def _behind(self, tokens: list[int], rendered: Sequence[int]) -> list[int]:
+        """A document's tokens and, behind them, what a rendered chat has behind the mark."""
         with self._lock:
-            text = self._texts.get(document_id)
-            if text is None:
-                text = self._read_back(tokens)
-        if text is None:
-            raise bad(
-                f"{document_id} was not published as a chat, or cannot be told from its tokens; "
-                "use /v1/completions, or send its text",
-                "kvmarket",
-                "document_not_placeable",
-            )
-        self._remember(self._texts, document_id, text)
+            head, mark, rest = self._text(rendered).partition(_MARK)
+            # A document may be a whole conversation, up to where the buyer's message begins.
+            opened = self._text(tokens[-2 * _OPENING_CHARACTERS :])
+        if not mark:
+            raise bad("this model's chat template leaves the first message out", "kvmarket")
+        whole = opened.endswith(head[-_OPENING_CHARACTERS:])
+        return [*tokens, *self._ids(rest if whole else _SEPARATOR + rest)]
+
+    def _text(self, ids: Sequence[int]) -> str:
+        text: str = self._tokenizer.decode(
+            list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False
+        )
         return text
 
-    def _read_back(self, tokens: list[int]) -> str | None:
-        if not getattr(self._tokenizer, "chat_template", None):
-            return None
-        head = self._chat(_MARK, tokenize=False).partition(_MARK)[0]
-        whole = self._tokenizer.decode(
-            tokens, skip_special_tokens=False, clean_up_tokenization_spaces=False
-        )
-        if not whole.startswith(head):
-            return None
-        # A published prefix may end inside of a character.
-        text = whole[len(head) :].rstrip("\ufffd")
-        for separator in _SEPARATORS:
-            asked = [self._chat(text + separator + question) for question in _QUESTIONS]
-            if all(list(ids[: len(tokens)]) == tokens for ids in asked):
-                return text + separator
-        return None
 
-    def _chat(self, content: str, *, tokenize: bool = True) -> Any:
-        return self._tokenizer.apply_chat_template(
-            [{"role": "user", "content": content}],
-            add_generation_prompt=True,
-            tokenize=tokenize,
-            return_dict=False,
-        )
-
-    def _remember(self, memory: OrderedDict[str, Any], document_id: str, value: Any) -> None:
-        with self._lock:
-            memory[document_id] = value
-            memory.move_to_end(document_id)
-            while len(memory) > REMEMBERED:
-                memory.popitem(last=False)
+def _refuse_revealing(fields: Any) -> None:
+    """Raises Refusal for a body, or sampling parameters, that would show the prompt."""
+    for field, value in fields.items() if isinstance(fields, dict) else ():
+        # Not by truth: prompt_logprobs may be 0, and shows the prompt.
+        if field.startswith(_REVEALING) and value is not None and value is not False:
+            raise bad(f"{field} cannot be had with a document: it would show its text", field)
 
 
 def _list(body: dict[str, Any], field: str) -> list[Any]:
@@ -163,9 +164,9 @@ def _list(body: dict[str, Any], field: str) -> list[Any]:
     return value
 
 
-def _place_in_conversation(kind: Kind, body: dict[str, Any], text: str) -> None:
-    """Put `text` in front of the first message, which must be the user's; mutates the body."""
-    for field in ("system", "instructions", "tools", "documents", "chat_template"):
+def _marked(kind: Kind, body: dict[str, Any]) -> dict[str, Any]:
+    """The body with the mark in front of its first message, which must be the user's. A copy."""
+    for field in _BEFORE:
         if body.get(field):
             raise bad(
                 f"{field} would come before the document, which was published without it; "
@@ -174,20 +175,21 @@ def _place_in_conversation(kind: Kind, body: dict[str, Any], text: str) -> None:
             )
     field = "input" if kind is Kind.RESPONSES else "messages"
     if kind is Kind.RESPONSES and isinstance(body.get("input"), str):
-        body["input"] = text + body["input"]
-        return
+        return {**body, "input": _MARK + body["input"]}
     messages = _list(body, field)
     first = messages[0] if messages else None
     if not isinstance(first, dict) or first.get("role") != "user":
         raise bad(f"{field}: the first message must be the user's, behind the document", field)
     content = first.get("content")
     if isinstance(content, str):
-        placed: Any = text + content
+        marked: Any = _MARK + content
     elif isinstance(content, list) and content and isinstance(content[0], dict):
         part = content[0]
-        if not isinstance(part.get("text"), str):
-            raise bad(f"{field}: the first part behind a document must be text", field)
-        placed = [{**part, "text": text + part["text"]}, *content[1:]]
+        if not isinstance(part.get("text"), str) or not all(
+            isinstance(each, dict) and isinstance(each.get("text"), str) for each in content
+        ):
+            raise bad(f"{field}: only text goes into the message behind a document", field)
+        marked = [{**part, "text": _MARK + part["text"]}, *content[1:]]
     else:
         raise bad(f"{field}: the first message has no text", field)
-    body[field] = [{**first, "content": placed}, *messages[1:]]
+    return {**body, field: [{**first, "content": marked}, *messages[1:]]}

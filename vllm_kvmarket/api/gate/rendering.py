@@ -1,12 +1,16 @@
-"""Which tokens a body becomes: asked of vLLM's own rendering, so that a quote is for what is computed."""
+"""Which tokens a body becomes, by vLLM's own rendering: a quote is for what is computed."""
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from typing import Any
 
 from vllm_kvmarket.api.gate.refusals import bad
 from vllm_kvmarket.api.gate.routes import Kind
+
+# In kv_transfer_params: what vLLM computes in the place of the messages beside it.
+PROMPT_TOKENS = "prompt_token_ids"
 
 # The server's method that renders, and the route whose body it takes.
 _RENDERS = {
@@ -21,6 +25,9 @@ async def prompts_of(app: Any, kind: Kind, body: dict[str, Any]) -> list[Sequenc
     """The token ids of every prompt in a body. Raises Refusal for what vLLM cannot render, or has
     no way to render without computing it.
     """
+    placed = (body.get("kv_transfer_params") or {}).get(PROMPT_TOKENS)
+    if placed is not None:
+        return [placed]
     if kind is Kind.TOKENS:
         return [_token_ids(body.get("token_ids"), "token_ids")]
     if kind is Kind.COMPLETIONS:
@@ -31,8 +38,11 @@ async def prompts_of(app: Any, kind: Kind, body: dict[str, Any]) -> list[Sequenc
             return [_token_ids(each, "prompt") for each in prompt]
     method, path = _RENDERS[kind]
     request = _request_type(app, path)
-    # pydantic changes what it is given in some places.
-    told = request.model_validate(dict(body))
+    try:
+        # vLLM's validators change what they are given in some places.
+        told = request.model_validate(copy.deepcopy(body))
+    except ValueError as error:
+        raise bad(str(error)) from None
     rendered = await getattr(app.state.serving_render, method)(told)
     each = rendered if isinstance(rendered, list) else [rendered]
     problem = getattr(each[0], "error", None)

@@ -1,0 +1,266 @@
+"""A market at the size of the internet, simulated: eviction, routing, copies, money, what breaks first.
+
+    python benchmarks/cdn_simulation.py [--trace FILE ...] [--reads 60000]
+
+Discrete events, seeded. Matching (PrefixTree), eviction, tariff and economics are the market's own
+code. Workloads are populations of agents made from the seed, and traces of Mooncake's format
+(timestamp, hash_ids) where --trace names some. For each: hit rate and prefill time spared by storage
+budget and policy:
+
+  chunk-lru  chunks, least recently used first: what an engine's own prefix cache does
+  lru        whole documents, least recently used first (eviction.order's "lru")
+  value      whole documents, by what they are worth (eviction.order's "value", the market's default)
+  belady     chunks, knowing the future: no store hits more chunks (chunks far into a document
+             cost more to compute, for which it does not look, so it is nearly the limit in time)
+
+Everything that is read is published when it is not there. Then, on the first population: a fleet of
+1 to 10,000 engines with random and prefix-aware routing, copies on several storage nodes, and what
+a million reads cost and bring. A scaling table sets each part's demand beside its measured capacity
+(docs/results). Reads are a sample: with more of them, the share of first reads, which nobody can hit,
+gets smaller. Writes docs/results/cdn_simulation.json and .png.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from machine import describe_machine
+from simulation.fleet import ROUTES, Engine, replicated, simulate
+from simulation.reads import Population, Workload, read_trace
+from simulation.replay import POLICIES, Outcome, money, replay
+from simulation.scaling import ENGINES, Demand, breaking_points, measured_parts, table
+
+from vllm_kvmarket.economics import PAPER_AGENTS, PAPER_KV_BYTES_PER_TOKEN
+from vllm_kvmarket.tariff import Tariff
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "docs" / "results" / "cdn_simulation.json"
+BUDGETS = (0.02, 0.05, 0.1, 0.2, 0.4)
+FLEET_BUDGET = 0.2
+PUBLISHED_A_SECOND = 10.0
+CATALOGUE_CHUNKS = 10_000_000
+
+
+def populations(reads: int, seed: int) -> list[Population]:
+    """Kinds of agents: a skewed crowd, a flat one, and one whose documents change all the time."""
+    documents = max(50, reads // 10)
+    return [
+        Population(name="agents", reads=reads, documents=documents, seed=seed),
+        Population(name="agents-flat", reads=reads, documents=documents, zipf=0.6, seed=seed),
+        Population(name="agents-churn", reads=reads, documents=documents, churn=0.5, seed=seed),
+    ]
+
+
+def compare_policies(workload: Workload, tariff: Tariff) -> dict[str, Any]:
+    """Replay a workload under every policy and budget."""
+    chunks = workload.distinct_chunks
+    rows = []
+    for share in BUDGETS:
+        budget = max(1, int(chunks * share))
+        outcomes = {policy: replay(workload, policy, budget, tariff) for policy in POLICIES}
+        rows.append(_compared(workload, share, outcomes, tariff))
+        show(workload.name, rows[-1])
+    return {
+        "reads": len(workload.reads),
+        "hours": round((workload.reads[-1].at_s - workload.reads[0].at_s) / 3600, 2),
+        "chunk_tokens": workload.chunk_tokens,
+        "distinct_chunks": chunks,
+        "distinct_gb": round(chunks * workload.chunk_tokens * PAPER_KV_BYTES_PER_TOKEN / 1e9, 1),
+        "rows": rows,
+    }
+
+
+def _compared(
+    workload: Workload, share: float, outcomes: dict[str, Outcome], tariff: Tariff
+) -> dict[str, Any]:
+    saved = {policy: outcome.saved_tokens for policy, outcome in outcomes.items()}
+    reads = len(workload.reads)
+    rate = Engine().prefill_tokens_per_s
+    per_million = {p: round(tokens / rate / reads * 1e6) for p, tokens in saved.items()}
+    return {
+        "budget_share": share,
+        "budget_chunks": outcomes["value"].budget,
+        "hit_rate": {policy: round(each.hit_rate, 4) for policy, each in outcomes.items()},
+        "saved_share": {policy: round(each.saved_share, 4) for policy, each in outcomes.items()},
+        "prefill_s_spared_per_million_reads": per_million,
+        "value_over_lru": round(saved["value"] / max(1.0, saved["lru"]), 3),
+        "value_over_chunk_lru": round(saved["value"] / max(1.0, saved["chunk-lru"]), 3),
+        "value_over_belady": round(saved["value"] / max(1.0, saved["belady"]), 3),
+        "per_million_reads": money(workload, outcomes["value"], tariff),
+    }
+
+
+def show(name: str, row: dict[str, Any]) -> None:
+    """One line of the table."""
+    saved = "  ".join(f"{policy} {share:.3f}" for policy, share in row["saved_share"].items())
+    print(
+        f"{name:20} budget {row['budget_share']:5.0%}  prefill spared: {saved}   "
+        f"value: {row['value_over_lru']} of lru, {row['value_over_belady']} of Belady's",
+        flush=True,
+    )
+
+
+def verdict(workloads: dict[str, Any]) -> dict[str, Any]:
+    """Hold the results against the aims."""
+    rows = [(name, row) for name, each in workloads.items() for row in each["rows"]]
+
+    def behind(key: str, limit: float) -> list[str]:
+        return [
+            f"{name} at {row['budget_share']:.0%}: {row[key]}"
+            for name, row in rows
+            if row[key] < limit
+        ]
+
+    return {
+        "cases": len(rows),
+        "behind_lru_of_documents": behind("value_over_lru", 1.0),
+        "behind_lru_of_chunks": behind("value_over_chunk_lru", 1.0),
+        "more_than_a_tenth_behind_belady": behind("value_over_belady", 0.9),
+    }
+
+
+def fleets(workload: Workload, tariff: Tariff) -> dict[str, Any]:
+    """Engines and routing; copies on storage nodes under one budget."""
+    budget = int(workload.distinct_chunks * FLEET_BUDGET)
+    outcome = replay(workload, "value", budget, tariff)
+    engine = Engine()
+    rows = [
+        simulate(workload, outcome, engines, route, engine)
+        for engines in ENGINES
+        for route in ROUTES
+    ]
+    for row in rows:
+        print(
+            f"{row['engines']:6,} engines, {row['route']:12} TTFT p50 {row['ttft_s_p50']} s "
+            f"p99 {row['ttft_s_p99']} s, {row['reused_from_paged_cache']:.0%} of reuse from the "
+            f"paged cache, {row['gb_per_s_from_store']} GB/s from the store",
+            flush=True,
+        )
+    copies = []
+    for count in (1, 2, 3):
+        smaller = outcome if count == 1 else replay(workload, "value", budget // count, tariff)
+        copies.append(replicated(workload, smaller, nodes=16, copies=count))
+        print(f"copies: {copies[-1]}", flush=True)
+    return {"budget_share": FLEET_BUDGET, "engines": rows, "copies": copies}
+
+
+def scale(workload: Workload, fleet: dict[str, Any], results: Path) -> dict[str, Any]:
+    """What breaks first, for each way of routing."""
+    parts = measured_parts(results)
+    tokens = sum(len(read.path) for read in workload.reads) * workload.chunk_tokens
+    found: dict[str, Any] = {}
+    for route in ROUTES:
+        # Large enough to be steady, small enough that each engine sees some hundred reads.
+        row = next(r for r in fleet["engines"] if (r["engines"], r["route"]) == (10, route))
+        demand = Demand(
+            reads_per_s=row["reads_per_s"] / row["engines"],
+            store_bytes_a_read=row["bytes_from_store_a_read"],
+            tokens_a_read=tokens / len(workload.reads),
+            published_documents_per_s=PUBLISHED_A_SECOND / ENGINES[-1],
+            catalogue_chunks=CATALOGUE_CHUNKS,
+        )
+        found[route] = {
+            "one_engine": {
+                "reads_per_s": round(demand.reads_per_s, 2),
+                "gb_per_s_from_store": round(
+                    demand.reads_per_s * demand.store_bytes_a_read / 1e9, 3
+                ),
+                "days_for_80_million_reads": round(PAPER_AGENTS / demand.reads_per_s / 86_400, 1),
+            },
+            "breaks": breaking_points(parts, demand),
+            "table": table(parts, demand),
+        }
+        print(f"what breaks first, {route} routing:")
+        for point in found[route]["breaks"]:
+            print(
+                f"  {point['part']:22} {point['capacity']:>16,} {point['unit']:11} "
+                f"beyond {point['breaks_beyond_engines']} engines; then: {point['then']}"
+            )
+    return found
+
+
+def draw(result: dict[str, Any], path: Path) -> None:
+    """A panel for each workload: prefill time spared over the budget, by policy."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot as plt
+
+    workloads = result["workloads"]
+    figure, panels = plt.subplots(
+        1, len(workloads), figsize=(3.6 * len(workloads), 3.4), sharey=True, squeeze=False
+    )
+    for panel, (name, each) in zip(panels[0], workloads.items(), strict=True):
+        shares = [100 * row["budget_share"] for row in each["rows"]]
+        for policy in POLICIES:
+            spared = [100 * row["saved_share"][policy] for row in each["rows"]]
+            panel.plot(shares, spared, marker="o", markersize=3, label=policy)
+        panel.set_title(name, fontsize=9)
+        panel.set_xlabel("storage, % of all that is read")
+        panel.grid(alpha=0.3)
+    panels[0][0].set_ylabel("prefill time spared, %")
+    panels[0][0].legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    """Everything that the result holds."""
+    tariff = Tariff()
+    workloads = [population.generate() for population in populations(args.reads, args.seed)]
+    first = workloads[0]
+    workloads += [read_trace(path, args.trace_reads) for path in args.trace]
+    compared = {workload.name: compare_policies(workload, tariff) for workload in workloads}
+    held = verdict(compared)
+    print(json.dumps(held, indent=1), flush=True)
+    fleet = fleets(first, tariff)
+    return {
+        "workloads": compared,
+        "verdict": held,
+        "fleet": fleet,
+        "scaling": scale(first, fleet, args.output.parent),
+    }
+
+
+def main() -> None:
+    """Simulate, print, write."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--trace", type=Path, action="append", default=[], metavar="FILE")
+    parser.add_argument("--trace-reads", type=int, help="only so many of each trace")
+    parser.add_argument("--reads", type=int, default=60_000, help="of each population")
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--note", default="", help="what to know of this run, kept in the result")
+    parser.add_argument("--output", type=Path, default=RESULTS)
+    args = parser.parse_args()
+    started = time.perf_counter()
+    traces = "".join(f" --trace {path.name}" for path in args.trace)
+    result: dict[str, Any] = {
+        "command": f"python benchmarks/cdn_simulation.py{traces} --reads {args.reads} "
+        f"--seed {args.seed}",
+        "note": args.note,
+        "machine": describe_machine(),
+        "python": platform.python_version(),
+        "assumed_engine": {name: getattr(Engine(), name) for name in Engine.__dataclass_fields__},
+    }
+    try:
+        result |= run(args)
+    except (OSError, ValueError) as error:
+        sys.exit(f"{error}; give --trace a JSON lines file with timestamp and hash_ids")
+    result["seconds"] = round(time.perf_counter() - started, 1)
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    args.output.write_text(json.dumps(result, indent=1) + "\n")
+    draw(result, args.output.with_suffix(".png"))
+    print(f"wrote {args.output}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,179 @@
+"""What breaks first as engines are added: what each part must do, beside what it was measured to do.
+
+Capacities are this project's own measurements where docs/results has them, on the machine that they
+name; those that are assumed say so.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+ENGINES = (1, 10, 100, 1_000, 10_000)
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """A part that all engines share, or that each has: what it can do, and what to run then."""
+
+    name: str
+    unit: str
+    capacity: float
+    source: str
+    then: str
+    shared: bool = True
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Demand:
+    """What one engine asks for, and the market as a whole."""
+
+    reads_per_s: float
+    store_bytes_a_read: float
+    tokens_a_read: float
+    published_documents_per_s: float
+    catalogue_chunks: int
+
+
+def measured_parts(results: Path) -> list[Part]:
+    """Read the capacities from docs/results, with stated assumptions for what is not there."""
+    ledger = _json(results / "ledger.json")
+    catalogue = _json(results / "catalogue.json")
+    reuse = _json(results / "prefill_vs_reuse.json")
+    match_us, source = 200.0, "the aim; not measured"
+    bytes_a_chunk, bytes_source = 1_300.0, "an estimate; not measured"
+    adopt_ms, adopt_source = 5.0, "an estimate; not measured"
+    if catalogue:
+        match_us, source = catalogue["tokens"]["match_us"]["4k"]["cpu_p99"], "catalogue.json"
+        bytes_a_chunk, bytes_source = catalogue["tokens"]["bytes_per_chunk"], "catalogue.json"
+        adopt_ms, adopt_source = catalogue["opening"]["adopt_ms"]["p50"], "catalogue.json"
+    load, load_source = 5e9, "assumed"
+    if reuse:
+        load, load_source = reuse["load"]["bytes_per_s"], "prefill_vs_reuse.json, warm page cache"
+    return [
+        Part(
+            "catalogue: matching",
+            "matches/s",
+            1e6 / match_us,
+            source,
+            "nothing: every engine matches in its own memory",
+            shared=False,
+        ),
+        Part(
+            "catalogue: memory",
+            "chunks",
+            64e9 / bytes_a_chunk,
+            f"64 GB a process at {bytes_source}",
+            "the match in a database (see catalogue.json), or a catalogue for each namespace",
+            shared=False,
+        ),
+        Part(
+            "catalogue: listing",
+            "documents/s",
+            1e3 / adopt_ms,
+            adopt_source,
+            "a market for each region, which share listings through a bucket",
+        ),
+        _ledger(
+            ledger, "sqlite", "SQLite", "the ledger on PostgreSQL, when several machines share"
+        ),
+        _ledger(ledger, "postgres", "PostgreSQL", "a ledger for each region or group of accounts"),
+        Part(
+            "disk of one machine",
+            "bytes/s",
+            load,
+            load_source,
+            "host tiers, prefix-aware routing, and a disk cache in every machine",
+        ),
+        Part(
+            "object store",
+            "bytes/s",
+            12.5e9,
+            "assumed: 100 Gbit/s of one bucket",
+            "several buckets by chunk key, codec zstd-exponent, replicas beside the engines",
+        ),
+        Part(
+            "network of an engine",
+            "bytes/s",
+            12.5e9,
+            "assumed: 100 Gbit/s a machine",
+            "prefix-aware routing, more host memory, codec zstd-exponent",
+            shared=False,
+        ),
+    ]
+
+
+def _ledger(results: dict[str, Any], key: str, name: str, then: str) -> Part:
+    capacity, source = 3_000.0, "an estimate; not measured"
+    if key in results:
+        pairs = [run for run in results[key]["pairs"] if not run["bare"]]
+        capacity = max(run["pairs_per_s"] for run in pairs)
+        source = "ledger.json, durable pairs on 2 cores"
+    return Part(f"ledger on {name}", "pairs/s", float(capacity), source, then)
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        return dict(json.loads(path.read_text()))
+    except FileNotFoundError:
+        return {}
+
+
+def needs(part: Part, engines: int, demand: Demand) -> float:
+    """What a part must do for so many engines."""
+    count = engines if part.shared else 1
+    each = {
+        "matches/s": demand.reads_per_s,
+        "pairs/s": demand.reads_per_s,
+        "bytes/s": demand.reads_per_s * demand.store_bytes_a_read,
+        "documents/s": demand.published_documents_per_s,
+    }
+    if part.unit == "chunks":
+        return float(demand.catalogue_chunks)
+    return each[part.unit] * count
+
+
+def table(parts: list[Part], demand: Demand) -> list[dict[str, Any]]:
+    """For each number of engines: how far each part is used, and which is over first."""
+    rows = []
+    for engines in ENGINES:
+        used = {part.name: needs(part, engines, demand) / part.capacity for part in parts}
+        over = sorted((name for name in used if used[name] > 1), key=lambda name: -used[name])
+        rows.append(
+            {
+                "engines": engines,
+                "reads_per_s": round(engines * demand.reads_per_s, 1),
+                "used": {name: round(share, 5) for name, share in used.items()},
+                "over": over,
+                "run_then": {part.name: part.then for part in parts if part.name in over},
+            }
+        )
+    return rows
+
+
+def breaking_points(parts: list[Part], demand: Demand) -> list[dict[str, Any]]:
+    """Say from how many engines on each shared part is over, the first first."""
+    points = []
+    for part in parts:
+        one = needs(part, 1, demand) / part.capacity
+        engines = (1 / one if part.shared else (0 if one > 1 else None)) if one else None
+        points.append(
+            {
+                "part": part.name,
+                "capacity": round(part.capacity),
+                "unit": part.unit,
+                "source": part.source,
+                "used_by_one_engine": round(one, 6),
+                "breaks_beyond_engines": None if engines is None else int(engines),
+                "then": part.then,
+            }
+        )
+    return sorted(
+        points,
+        key=lambda point: (
+            point["breaks_beyond_engines"] is None,
+            point["breaks_beyond_engines"] or 0,
+        ),
+    )

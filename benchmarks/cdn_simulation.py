@@ -1,32 +1,36 @@
-"""A market at the size of the internet, simulated: eviction, routing, copies, money, what breaks first.
+"""A market at the size of the internet, simulated: eviction, routing, copies, money, limits.
 
-    python benchmarks/cdn_simulation.py [--trace FILE ...] [--reads 60000]
+    python benchmarks/cdn_simulation.py [--trace FILE ...] [--reads 30000]
 
 Discrete events, seeded. Matching (PrefixTree), eviction, tariff and economics are the market's own
 code. Workloads are populations of agents made from the seed, and traces of Mooncake's format
-(timestamp, hash_ids) where --trace names some. For each: hit rate and prefill time spared by storage
-budget and policy:
+(timestamp, hash_ids) where --trace names some. For each: hit rate and prefill time spared by
+storage budget and policy:
 
   chunk-lru  chunks, least recently used first: what an engine's own prefix cache does
   lru        whole documents, least recently used first (eviction.order's "lru")
-  value      whole documents, by what they are worth (eviction.order's "value", the market's default)
+  value      whole documents, by what they are worth (eviction.order's "value", the default)
   belady     chunks, knowing the future: no store hits more chunks (chunks far into a document
              cost more to compute, for which it does not look, so it is nearly the limit in time)
 
-Everything that is read is published when it is not there. Then, on the first population: a fleet of
-1 to 10,000 engines with random and prefix-aware routing, copies on several storage nodes, and what
-a million reads cost and bring. A scaling table sets each part's demand beside its measured capacity
-(docs/results). Reads are a sample: with more of them, the share of first reads, which nobody can hit,
-gets smaller. Writes docs/results/cdn_simulation.json and .png.
+Everything that is read is published when it is not there. Beside it: what a million reads cost and
+bring, copies on several storage nodes (first population), and a fleet of 1 to 10,000 engines with
+random and prefix-aware routing (a crowd whose documents are all stored). A scaling table sets each
+part's demand beside its measured capacity (docs/results). Reads are a sample: with more of them,
+the share of first reads, which nobody can hit, gets smaller, and a large fleet's paged caches get
+warmer. Writes docs/results/cdn_simulation.json and .png.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import platform
 import sys
 import time
+from concurrent.futures import Executor, ProcessPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -41,8 +45,8 @@ from vllm_kvmarket.tariff import Tariff
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "docs" / "results" / "cdn_simulation.json"
-BUDGETS = (0.02, 0.05, 0.1, 0.2, 0.4)
-FLEET_BUDGET = 0.2
+BUDGETS = (0.02, 0.05, 0.15, 0.4)
+COPIES_BUDGET = 0.2
 PUBLISHED_A_SECOND = 10.0
 CATALOGUE_CHUNKS = 10_000_000
 
@@ -57,14 +61,16 @@ def populations(reads: int, seed: int) -> list[Population]:
     ]
 
 
-def compare_policies(workload: Workload, tariff: Tariff) -> dict[str, Any]:
-    """Replay a workload under every policy and budget."""
+def compare_policies(workload: Workload, tariff: Tariff, pool: Executor) -> dict[str, Any]:
+    """Replay a workload under every policy and budget, in several processes."""
     chunks = workload.distinct_chunks
+    cases = [(policy, max(1, int(chunks * share))) for share in BUDGETS for policy in POLICIES]
+    each = partial(replay, workload, tariff=tariff)
+    outcomes = pool.map(each, *zip(*cases, strict=True))
     rows = []
     for share in BUDGETS:
-        budget = max(1, int(chunks * share))
-        outcomes = {policy: replay(workload, policy, budget, tariff) for policy in POLICIES}
-        rows.append(_compared(workload, share, outcomes, tariff))
+        of_share = {policy: next(outcomes) for policy in POLICIES}
+        rows.append(_compared(workload, share, of_share, tariff))
         show(workload.name, rows[-1])
     return {
         "reads": len(workload.reads),
@@ -125,48 +131,57 @@ def verdict(workloads: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def fleets(workload: Workload, tariff: Tariff) -> dict[str, Any]:
-    """Engines and routing; copies on storage nodes under one budget."""
-    budget = int(workload.distinct_chunks * FLEET_BUDGET)
-    outcome = replay(workload, "value", budget, tariff)
-    engine = Engine()
-    rows = [
-        simulate(workload, outcome, engines, route, engine)
-        for engines in ENGINES
-        for route in ROUTES
-    ]
-    for row in rows:
-        print(
-            f"{row['engines']:6,} engines, {row['route']:12} TTFT p50 {row['ttft_s_p50']} s "
-            f"p99 {row['ttft_s_p99']} s, {row['reused_from_paged_cache']:.0%} of reuse from the "
-            f"paged cache, {row['gb_per_s_from_store']} GB/s from the store",
-            flush=True,
-        )
-    copies = []
-    for count in (1, 2, 3):
-        smaller = outcome if count == 1 else replay(workload, "value", budget // count, tariff)
-        copies.append(replicated(workload, smaller, nodes=16, copies=count))
-        print(f"copies: {copies[-1]}", flush=True)
-    return {"budget_share": FLEET_BUDGET, "engines": rows, "copies": copies}
+def fleets(reads: int, seed: int, tariff: Tariff) -> tuple[Workload, list[dict[str, Any]]]:
+    """Engines and routing, for a population whose documents are all stored."""
+    crowd = Population(name="crowd", reads=reads, documents=max(50, reads // 20), seed=seed)
+    workload = crowd.generate()
+    outcome = replay(workload, "value", workload.distinct_chunks, tariff)
+    rows = []
+    for engines in ENGINES:
+        for route in ROUTES:
+            row = simulate(workload, outcome, engines, route, engine=Engine())
+            rows.append(row)
+            print(
+                f"{engines:6,} engines, {route:12} TTFT p50 {row['ttft_s_p50']} s "
+                f"p99 {row['ttft_s_p99']} s, {row['reused_from_paged_cache']:.0%} of reuse from "
+                f"the paged cache, {row['gb_per_s_from_store']} GB/s from the store",
+                flush=True,
+            )
+    return workload, rows
 
 
-def scale(workload: Workload, fleet: dict[str, Any], results: Path) -> dict[str, Any]:
+def copied(workload: Workload, tariff: Tariff) -> list[dict[str, Any]]:
+    """Copies on storage nodes, under one budget for all of them."""
+    rows = []
+    for copies in (1, 2, 3):
+        budget = int(workload.distinct_chunks * COPIES_BUDGET) // copies
+        outcome = replay(workload, "value", budget, tariff)
+        rows.append(replicated(workload, outcome, nodes=16, copies=copies))
+        print(f"copies: {rows[-1]}", flush=True)
+    return rows
+
+
+def scale(workload: Workload, fleet: list[dict[str, Any]], results: Path) -> dict[str, Any]:
     """What breaks first, for each way of routing."""
     parts = measured_parts(results)
     tokens = sum(len(read.path) for read in workload.reads) * workload.chunk_tokens
     found: dict[str, Any] = {}
     for route in ROUTES:
-        # Large enough to be steady, small enough that each engine sees some hundred reads.
-        row = next(r for r in fleet["engines"] if (r["engines"], r["route"]) == (10, route))
-        demand = Demand(
-            reads_per_s=row["reads_per_s"] / row["engines"],
-            store_bytes_a_read=row["bytes_from_store_a_read"],
-            tokens_a_read=tokens / len(workload.reads),
-            published_documents_per_s=PUBLISHED_A_SECOND / ENGINES[-1],
-            catalogue_chunks=CATALOGUE_CHUNKS,
-        )
+        demands = {
+            row["engines"]: Demand(
+                reads_per_s=row["reads_per_s"] / row["engines"],
+                store_bytes_a_read=row["bytes_from_store_a_read"],
+                tokens_a_read=tokens / len(workload.reads),
+                published_documents_per_s=PUBLISHED_A_SECOND / ENGINES[-1],
+                catalogue_chunks=CATALOGUE_CHUNKS,
+            )
+            for row in fleet
+            if row["route"] == route
+        }
+        # What one engine of ten asks for, whose paged caches are warm.
+        demand = demands[10]
         found[route] = {
-            "one_engine": {
+            "one_engine_of_ten": {
                 "reads_per_s": round(demand.reads_per_s, 2),
                 "gb_per_s_from_store": round(
                     demand.reads_per_s * demand.store_bytes_a_read / 1e9, 3
@@ -174,7 +189,7 @@ def scale(workload: Workload, fleet: dict[str, Any], results: Path) -> dict[str,
                 "days_for_80_million_reads": round(PAPER_AGENTS / demand.reads_per_s / 86_400, 1),
             },
             "breaks": breaking_points(parts, demand),
-            "table": table(parts, demand),
+            "table": table(parts, demands),
         }
         print(f"what breaks first, {route} routing:")
         for point in found[route]["breaks"]:
@@ -217,15 +232,24 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     workloads = [population.generate() for population in populations(args.reads, args.seed)]
     first = workloads[0]
     workloads += [read_trace(path, args.trace_reads) for path in args.trace]
-    compared = {workload.name: compare_policies(workload, tariff) for workload in workloads}
+    with ProcessPoolExecutor(args.jobs) as pool:
+        compared = {each.name: compare_policies(each, tariff, pool) for each in workloads}
     held = verdict(compared)
     print(json.dumps(held, indent=1), flush=True)
-    fleet = fleets(first, tariff)
     return {
         "workloads": compared,
         "verdict": held,
-        "fleet": fleet,
-        "scaling": scale(first, fleet, args.output.parent),
+        **at_scale(first, args, tariff),
+    }
+
+
+def at_scale(first: Workload, args: argparse.Namespace, tariff: Tariff) -> dict[str, Any]:
+    """The parts of the result that are about engines, storage nodes, and what breaks."""
+    crowd, fleet = fleets(args.fleet_reads, args.seed, tariff)
+    return {
+        "fleet": {"reads": args.fleet_reads, "engines": fleet},
+        "copies": {"budget_share": COPIES_BUDGET, "rows": copied(first, tariff)},
+        "scaling": scale(crowd, fleet, RESULTS.parent),
     }
 
 
@@ -236,7 +260,9 @@ def main() -> None:
     )
     parser.add_argument("--trace", type=Path, action="append", default=[], metavar="FILE")
     parser.add_argument("--trace-reads", type=int, help="only so many of each trace")
-    parser.add_argument("--reads", type=int, default=60_000, help="of each population")
+    parser.add_argument("--reads", type=int, default=30_000, help="of each population")
+    parser.add_argument("--fleet-reads", type=int, default=100_000, help="of the fleet's crowd")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--note", default="", help="what to know of this run, kept in the result")
     parser.add_argument("--output", type=Path, default=RESULTS)

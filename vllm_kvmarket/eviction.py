@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import heapq
+import math
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -24,8 +25,11 @@ ChunkKey = bytes
 # A reuse counts half as much a day later, and less than a hundredth after a week.
 HALF_LIFE_S = 24 * 3600.0
 # How soon a document is reused again is guessed from how long it has not been: twice as long, half
-# as likely, whatever the time scale. Within this time after a use all are alike.
-RECENT_S = 60.0
+# as likely, on every time scale. Within this time after a use all are alike.
+RECENT_S = 200.0
+# What is reused all the time and then is not for so many times its usual interval is over: a new
+# version has taken its place. Both numbers were chosen with benchmarks/cdn_simulation.py.
+OVER_AFTER = 1 / 3
 # Prefilling n tokens takes 24 x hidden size squared operations a token and layer for the weights,
 # and 4 x hidden size x n / 2 for attention: twice the work at 12 x hidden size tokens. Models of 1
 # to 10 billion parameters have hidden sizes of 2,048 to 4,096; this is for 2,730.
@@ -74,12 +78,14 @@ def reused(score: float, scored_at_s: float, share: float, at_s: float) -> tuple
 
 
 def demand(score: float, idle_s: float) -> float:
-    """Say how much a document is asked for now: 1 for one that was published or reused just once.
+    """Say how much a document is asked for now: 1 for one that was just reused for the first time.
 
-    Documents that were reused often are reused again more than proportionally (measured by
-    benchmarks/cdn_simulation.py: the square keeps more prefill time than the score itself).
+    Falls with the time since its last use, and the more steeply the more often it was used before.
     """
-    return score * score / (1.0 + max(0.0, idle_s) / RECENT_S)
+    idle_s = max(0.0, idle_s)
+    # Evenly reused, a document's score is that of its reuses within HALF_LIFE_S / ln 2.
+    missed = score * idle_s * math.log(2) / HALF_LIFE_S
+    return score / ((1.0 + idle_s / RECENT_S) * (1.0 + missed / OVER_AFTER))
 
 
 def value_nano(candidate: Candidate, now_s: float, input_nano_per_mtok: int) -> float:

@@ -1,4 +1,4 @@
-"""What breaks first as engines are added: what each part must do, beside what it was measured to do.
+"""What breaks first as engines are added: each part's demand beside its measured capacity.
 
 Capacities are this project's own measurements where docs/results has them, on the machine that they
 name; those that are assumed say so.
@@ -7,6 +7,7 @@ name; those that are assumed say so.
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -77,7 +78,7 @@ def measured_parts(results: Path) -> list[Part]:
             "a market for each region, which share listings through a bucket",
         ),
         _ledger(
-            ledger, "sqlite", "SQLite", "the ledger on PostgreSQL, when several machines share"
+            ledger, "sqlite", "SQLite", "a ledger for each region; PostgreSQL on a larger machine"
         ),
         _ledger(ledger, "postgres", "PostgreSQL", "a ledger for each region or group of accounts"),
         Part(
@@ -135,10 +136,10 @@ def needs(part: Part, engines: int, demand: Demand) -> float:
     return each[part.unit] * count
 
 
-def table(parts: list[Part], demand: Demand) -> list[dict[str, Any]]:
-    """For each number of engines: how far each part is used, and which is over first."""
+def table(parts: list[Part], demands: Mapping[int, Demand]) -> list[dict[str, Any]]:
+    """For each number of engines, at its own demand: how far parts are used, which are over."""
     rows = []
-    for engines in ENGINES:
+    for engines, demand in demands.items():
         used = {part.name: needs(part, engines, demand) / part.capacity for part in parts}
         over = sorted((name for name in used if used[name] > 1), key=lambda name: -used[name])
         rows.append(

@@ -24,7 +24,7 @@ NEVER = 2**62
 SHIFT = 2**31  # chunks are numbered from below 0 on, tokens are not
 # An order serves until so much of the budget has gone by it; making one for each victim would take
 # the simulation hours. What was used meanwhile is passed over.
-ORDER_SERVES = 0.01
+ORDER_SERVES = 0.05
 
 
 class Store(Protocol):

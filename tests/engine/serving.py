@@ -26,9 +26,10 @@ from vllm_kvmarket.market import DATABASE_FILE
 
 VLLM = ROOT / ".venv" / "bin" / "vllm"
 MODEL = "tiny"
-# Documents that tests publish: the second one as chat.
+# Documents that tests publish; the second one as chat: a few tokens more than three blocks, so that
+# what an account finds again of its own questions is not a block more.
 DOCUMENT = words(7000, 600)
-TEXT = ("Ships leave the harbour at dawn. " * 50).strip()
+TEXT = ("Ships leave the harbour at dawn. " * 52).strip()
 PRICE_NANO = 500  # a reused token, on the default tariff
 
 

@@ -167,11 +167,18 @@ def test_the_order_is_whole_greedy_and_the_same_however_they_are_arranged(facts,
         del left[name]
 
 
-def test_demand_fades_with_the_time_since_the_last_use_on_every_scale():
-    """Twice the idle time is half the demand, in minutes as in weeks; more reuses outlast it."""
+def test_demand_fades_with_the_time_since_the_last_use():
+    """Twice the idle time is half the demand, from minutes to hours; more reuses outlast it."""
     assert demand(1.0, 0.0) == demand(1.0, -5.0) == 1.0
-    for idle_s in (3600.0, 7 * HALF_LIFE_S):
-        assert demand(2.0, 2 * idle_s) == pytest.approx(2 * demand(1.0, idle_s), rel=0.02)
+    assert demand(1.0, RECENT_S) == pytest.approx(0.5, rel=0.01)
+    assert demand(1.0, 3600.0) == pytest.approx(2 * demand(1.0, 7200.0), rel=0.1)
+    assert demand(4.0, 3600.0) > 3 * demand(1.0, 3600.0)
+
+
+def test_what_was_popular_and_is_not_used_any_more_is_over():
+    """Days later a thousand reuses weigh hardly more than one: its new version is what is read."""
+    assert demand(1000.0, 60.0) > 300 * demand(1.0, 60.0)
+    assert demand(1000.0, 2 * HALF_LIFE_S) < 1.3 * demand(1.0, 2 * HALF_LIFE_S)
 
 
 def test_what_stays_of_a_document_is_not_lost():
@@ -180,7 +187,7 @@ def test_what_stays_of_a_document_is_not_lost():
     assert lost_share(talk, 20_000) == lost_share(candidate("b"), 1000) == 1.0
     assert 0.05 < lost_share(talk, 1000) < 0.1
     assert lost_share(talk, 0) == 0.0
-    alone = candidate("b", tokens=1000, bytes=1000, score=2.0)
+    alone = candidate("b", tokens=1000, bytes=1000, score=3.0)
     assert (
         names(order([talk, alone, candidate("c", pinned=True, shared=talk.shared)], "value", NOW_S))
         == "ab"

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -104,3 +106,13 @@ def test_every_counter_is_known_to_prometheus(metrics):
         metrics.observe(stats.to_dict(), 0)
         labels = {"engine": "0"} | ({label: "x"} if label else {})
         assert REGISTRY.get_sample_value(f"{PREFIX}{name}_total", labels) == 1
+
+
+def test_the_dashboard_shows_every_metric_and_no_other(metrics):
+    """Grafana's panels ask for the names that are registered, and leave none out."""
+    path = Path(__file__).parents[2] / "docs" / "grafana" / "kvmarket.json"
+    asked = set(re.findall(PREFIX + r"\w+", path.read_text()))
+    counters = {f"{PREFIX}{name}_total" for name in COUNTERS}
+    assert asked == counters | {f"{PREFIX}load_seconds_bucket", f"{PREFIX}host_cache_bytes"}
+    registered = REGISTRY._names_to_collectors
+    assert asked <= set(registered)

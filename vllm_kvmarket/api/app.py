@@ -125,14 +125,15 @@ def close_with_server(app: FastAPI) -> None:
 
     @asynccontextmanager
     async def until_closed(served: Any) -> AsyncIterator[Any]:
-        try:
-            async with lifespan(served) as state:
-                yield state
-        finally:
+        async with lifespan(served) as state:
+            # Kept here, and closed inside: vLLM deletes the app's state at the end of its own.
             service = getattr(app.state, "kvmarket_service", None)
-            app.state.kvmarket_service = None
-            if service is not None:
-                await close_service(service)
+            try:
+                yield state
+            finally:
+                app.state.kvmarket_service = None
+                if service is not None:
+                    await close_service(service)
 
     app.router.lifespan_context = until_closed
 

@@ -203,6 +203,18 @@ class Offers(View):
             tables.set_field(db, document_id, "expires_at_s", expires_at_s)
             return self._read(db, document_id)
 
+    def set_price(self, document_id: str, cache_read_nano_per_mtok: int | None) -> Listing:
+        """Set what reusing a million of a document's tokens costs, None for what the tariff says;
+        mutates the database.
+
+        Reservations made before keep the price that they were made at. Raises NotFoundError, and
+        CatalogueError for a document that is neither on offer nor on its way.
+        """
+        with self._changing() as db:
+            self._check_needed(db, document_id)
+            tables.set_field(db, document_id, "cache_read_nano_per_mtok", cache_read_nano_per_mtok)
+            return self._read(db, document_id)
+
     def set_pinned(self, document_id: str, pinned: bool) -> Listing:
         """Pin a document, or unpin it; mutates the database.
 

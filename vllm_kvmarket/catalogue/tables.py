@@ -167,7 +167,7 @@ def set_state(db: apsw.Connection, document_id: str, state: ListingState, reason
 def set_field(
     db: apsw.Connection,
     document_id: str,
-    column: Literal["expires_at_s", "pinned"],
+    column: Literal["expires_at_s", "pinned", "cache_read_nano_per_mtok"],
     value: float | None,
 ) -> None:
     """Set one of a listing's fields; a change only where the value is another."""

@@ -20,7 +20,7 @@ import pytest
 from conftest import NANO, ROOT, words
 
 from vllm_kvmarket import Market
-from vllm_kvmarket.api.keys import Keys
+from vllm_kvmarket.apikeys import Keys
 from vllm_kvmarket.credentials import OPERATOR
 from vllm_kvmarket.market import DATABASE_FILE
 

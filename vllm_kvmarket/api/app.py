@@ -14,10 +14,10 @@ from fastapi import APIRouter, FastAPI
 
 from vllm_kvmarket.api import accounts, documents, quotes, receipts
 from vllm_kvmarket.api.errors import MarketRoute
-from vllm_kvmarket.api.keys import Keys
 from vllm_kvmarket.api.models import ErrorBody
 from vllm_kvmarket.api.publishing import Publications
 from vllm_kvmarket.api.service import Service, ServiceOf
+from vllm_kvmarket.apikeys import Keys
 from vllm_kvmarket.config import MarketConfig
 from vllm_kvmarket.market import DATABASE_FILE, Market
 

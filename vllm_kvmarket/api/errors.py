@@ -14,7 +14,7 @@ from fastapi.responses import JSONResponse
 from fastapi.routing import APIRoute
 
 from vllm_kvmarket import errors
-from vllm_kvmarket.api.keys import KeysUnavailableError
+from vllm_kvmarket.apikeys import KeysUnavailableError
 
 # Longer bodies are parsed beside the event loop.
 QUICK_BODY_BYTES = 1 << 16

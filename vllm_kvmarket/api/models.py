@@ -8,7 +8,7 @@ from typing import Annotated, Any, Generic, Literal, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
 
-from vllm_kvmarket.api.keys import Scope
+from vllm_kvmarket.apikeys import Scope
 from vllm_kvmarket.tariff import INT64_MAX, PPM
 
 MAX_TITLE = 512

@@ -11,9 +11,9 @@ from fastapi.concurrency import run_in_threadpool
 from fastapi.security import APIKeyHeader, HTTPBearer
 
 from vllm_kvmarket.api.errors import ApiError
-from vllm_kvmarket.api.keys import PREFIX, Keys, Principal, Scope
 from vllm_kvmarket.api.limits import READS, WRITES, Limiter
 from vllm_kvmarket.api.publishing import Publications
+from vllm_kvmarket.apikeys import PREFIX, Keys, Principal, Scope
 from vllm_kvmarket.market import Market
 
 ADMIN: Scope = "admin"

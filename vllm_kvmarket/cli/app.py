@@ -10,6 +10,7 @@ from typing import NoReturn
 
 from vllm_kvmarket.cli import (
     accounts,
+    apikeys,
     audit,
     books,
     bundles,
@@ -51,6 +52,7 @@ COMMANDS: tuple[Command, ...] = (
     *audit.COMMANDS,
     *bundles.COMMANDS,
     *accounts.COMMANDS,
+    *apikeys.COMMANDS,
     *books.COMMANDS,
     *proofs.COMMANDS,
     *statements.COMMANDS,
@@ -61,7 +63,12 @@ COMMANDS: tuple[Command, ...] = (
     *environment.COMMANDS,
     DEMO,
 )
-GROUPS = {"account": "open accounts and bring money in", **bundles.GROUPS, **proofs.GROUPS}
+GROUPS = {
+    "account": "open accounts and bring money in",
+    **bundles.GROUPS,
+    **proofs.GROUPS,
+    **apikeys.GROUPS,
+}
 
 
 class _Parser(argparse.ArgumentParser):

@@ -8,8 +8,8 @@ from typing import Any
 
 from vllm_kvmarket.api.gate.bodies import Scope, header_values
 from vllm_kvmarket.api.gate.refusals import BEARER, Refusal, bad, no_key
-from vllm_kvmarket.api.keys import PREFIX, Principal
-from vllm_kvmarket.api.keys import Scope as KeyScope
+from vllm_kvmarket.apikeys import PREFIX, Principal
+from vllm_kvmarket.apikeys import Scope as KeyScope
 from vllm_kvmarket.connector import params
 from vllm_kvmarket.connector.params import RequestParams
 from vllm_kvmarket.credentials import Credentials, account_subject

@@ -46,7 +46,7 @@ def pages(market: Market) -> APIRouter:
     style = (here / "static" / "market.css").read_bytes()
     templates = jinja2.Environment(
         loader=jinja2.PackageLoader(__package__ or __name__),
-        autoescape=False,
+        autoescape=True,
         undefined=jinja2.StrictUndefined,
     )
 

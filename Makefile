@@ -10,7 +10,7 @@ CONVERTED := $(LOCAL_MODEL)/config.json
 # A model of the user's own is none of ours to prepare.
 MODEL_READY := $(if $(filter $(LOCAL_MODEL),$(MODEL)),$(CONVERTED))
 
-.PHONY: demo test test-unit test-servers test-engine lint bench env clean
+.PHONY: demo test test-unit test-servers test-engine lint bench bench-market env clean
 .DELETE_ON_ERROR:
 
 demo: $(READY) $(MODEL_READY)
@@ -39,6 +39,14 @@ lint: $(READY)
 
 bench: $(READY) $(MODEL_READY)
 	$(BIN)/python benchmarks/prefill_vs_reuse.py --model $(MODEL)
+	$(BIN)/python benchmarks/store.py --model $(MODEL)
+	$(BIN)/python benchmarks/ledger.py
+
+# The catalogue at a million documents (as many as a third of the free memory holds), and a simulated
+# market that takes each part's capacity from the results of the others.
+bench-market: $(READY)
+	$(BIN)/python benchmarks/catalogue.py
+	$(BIN)/python benchmarks/cdn_simulation.py
 
 env: $(READY)
 	$(BIN)/kvmarket env

@@ -23,7 +23,7 @@ from vllm_kvmarket import Market
 from vllm_kvmarket.errors import StoreError
 from vllm_kvmarket.keeping import collect_garbage
 
-ROUNDS = int(os.environ.get("KVMARKET_KILL_ROUNDS", "3"))
+ROUNDS = int(os.environ.get("KVMARKET_KILL_ROUNDS", "2"))
 SEED = int(os.environ.get("KVMARKET_KILL_SEED", "1"))
 FIXED = 7000  # the document that every round publishes again
 

@@ -18,6 +18,20 @@ CHUNKS = 3
 QUESTION = words(995, 10)
 
 
+@pytest.fixture(scope="module")
+def llm(tiny, market: Market):
+    """An engine of this file's own: vLLM forgets the metrics of one when another starts."""
+    with running(
+        tiny(1),
+        market,
+        max_num_batched_tokens=512,
+        num_gpu_blocks_override=44,
+        max_num_seqs=8,
+        disable_log_stats=False,
+    ) as engine:
+        yield engine
+
+
 def counted(llm, name: str, **labels: str) -> float:
     """A counter of the connector, as Prometheus would see it."""
     found = [

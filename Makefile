@@ -10,7 +10,7 @@ CONVERTED := $(LOCAL_MODEL)/config.json
 # A model of the user's own is none of ours to prepare.
 MODEL_READY := $(if $(filter $(LOCAL_MODEL),$(MODEL)),$(CONVERTED))
 
-.PHONY: demo test test-unit test-servers test-engine lint bench bench-market env clean
+.PHONY: demo test test-unit test-servers test-long test-engine lint bench bench-market env clean
 .DELETE_ON_ERROR:
 
 demo: $(READY) $(MODEL_READY)
@@ -19,7 +19,7 @@ demo: $(READY) $(MODEL_READY)
 test: $(READY) $(CONVERTED)
 	$(BIN)/python -m pytest -n auto tests/unit
 	$(BIN)/python -m pytest tests/servers
-	$(BIN)/python -m pytest tests/engine
+	$(BIN)/python -m pytest -m "not long" tests/engine
 
 test-unit: $(READY)
 	$(BIN)/python -m pytest -n auto tests/unit
@@ -27,6 +27,10 @@ test-unit: $(READY)
 # Real servers: S3 (SeaweedFS, from a package) and PostgreSQL where it is installed.
 test-servers: $(READY)
 	$(BIN)/python -m pytest tests/servers
+
+# What `make test` leaves out: kill -9 rounds, two engines at once, other layouts and ranks.
+test-long: $(READY) $(CONVERTED)
+	$(BIN)/python -m pytest -m long tests/engine
 
 test-engine: $(READY) $(CONVERTED)
 	$(BIN)/python -m pytest tests/engine

@@ -109,6 +109,7 @@ def check(home: Path) -> int:
         return len(live)
 
 
+@pytest.mark.long
 @pytest.mark.timeout(120 * ROUNDS + 300)
 def test_an_engine_that_is_killed_at_any_moment_loses_and_spoils_nothing(tiny, tmp_path):
     """Seeded rounds of kill -9: listings whole, ledger balanced, no rubbish, next publish works."""

@@ -91,6 +91,7 @@ def assert_reused(llm, market, document):
 
 
 @pytest.mark.parametrize("block", [64])
+@pytest.mark.long
 def test_chunks_of_larger_and_of_smaller_blocks_are_reused(tiny, market, small, block):
     """Published in blocks of 128 and of 32, reused in blocks between them; 256 by hand."""
     with running(tiny(1), market, block_size=block) as llm:
@@ -98,6 +99,7 @@ def test_chunks_of_larger_and_of_smaller_blocks_are_reused(tiny, market, small, 
         assert_reused(llm, market, SMALL)
 
 
+@pytest.mark.long
 def test_chunks_of_two_ranks_are_reused_by_one(tiny, market, two_ranks):
     """Two ranks have reused what one published (in `two_ranks`); now the other way round."""
     key = two_ranks.chunk_keys[0]
@@ -106,6 +108,7 @@ def test_chunks_of_two_ranks_are_reused_by_one(tiny, market, two_ranks):
         assert_reused(llm, market, RANKS)
 
 
+@pytest.mark.long
 def test_what_is_usable_converted_is_not_stored_again(tiny, market, two_ranks, large):
     """Publishing LARGE again where it has other ranks' and other blocks' chunks writes nothing."""
     for key in large.chunk_keys:
@@ -120,6 +123,7 @@ def test_what_is_usable_converted_is_not_stored_again(tiny, market, two_ranks, l
     assert market.store.shares(two_ranks.chunk_keys[0]) == [(0, 2), (1, 2)]
 
 
+@pytest.mark.long
 def test_a_layout_that_cannot_be_converted_is_a_miss_with_its_reason(
     tiny, market, small, two_ranks, capfd
 ):

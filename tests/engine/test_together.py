@@ -14,6 +14,7 @@ from vllm_kvmarket.keeping import collect_garbage
 from vllm_kvmarket.measure import ask, empty_prefix_cache
 
 QUESTION = words(994, 9)
+pytestmark = pytest.mark.long
 
 
 @pytest.fixture(scope="module")

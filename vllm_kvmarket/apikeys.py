@@ -19,6 +19,7 @@ import apsw
 from blake3 import blake3
 
 from vllm_kvmarket import database
+from vllm_kvmarket.credentials import ACCOUNT_PATTERN
 from vllm_kvmarket.errors import ConfigError, KVMarketError, NotFoundError
 
 Scope = Literal["admin", "publisher", "buyer", "read-only"]
@@ -28,7 +29,7 @@ ROOM = "keys"
 # Revocations are seen within a second by every process.
 REFRESH_S = 0.5
 
-_ACCOUNT = re.compile(r"[A-Za-z0-9._:@-]{1,128}")
+_ACCOUNT = re.compile(ACCOUNT_PATTERN)
 _SECRET = re.compile(r"kvm_[A-Za-z0-9_-]{43}")
 _CONTEXT = b"kvmarket api key 1\0"
 

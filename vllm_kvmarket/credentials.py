@@ -17,6 +17,8 @@ from vllm_kvmarket.errors import ConfigError
 SECRET_FILE = "operator.key"  # noqa: S105  # its name, not the secret
 SECRET_BYTES = 32
 OPERATOR = "operator"
+# An account's name, whole; wherever one is read.
+ACCOUNT_PATTERN = r"[A-Za-z0-9._:@-]{1,128}"
 
 
 def account_subject(account: str) -> str:

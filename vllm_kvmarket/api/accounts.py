@@ -10,7 +10,7 @@ from fastapi.concurrency import run_in_threadpool
 
 from vllm_kvmarket.api.errors import MarketRoute, invalid, not_found
 from vllm_kvmarket.api.models import (
-    ACCOUNT_PATTERN,
+    WHOLE_ACCOUNT,
     AccountModel,
     Key,
     KeyFacts,
@@ -32,7 +32,7 @@ from vllm_kvmarket.statements import as_csv, statement
 ME = "me"
 CSV = {"text/csv": {"schema": {"type": "string"}}}
 
-AccountPath = Annotated[str, Path(pattern=ACCOUNT_PATTERN)]
+AccountPath = Annotated[str, Path(pattern=WHOLE_ACCOUNT)]
 Moment = Annotated[float | None, Query(ge=0, le=1e11, allow_inf_nan=False)]
 Form = Literal["json", "csv"]
 router = APIRouter(prefix="/accounts", tags=["kvmarket accounts"], route_class=MarketRoute)

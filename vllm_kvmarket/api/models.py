@@ -9,17 +9,18 @@ from typing import Annotated, Any, Generic, Literal, Self, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
 
 from vllm_kvmarket.apikeys import Scope
+from vllm_kvmarket.credentials import ACCOUNT_PATTERN
 from vllm_kvmarket.tariff import INT64_MAX, PPM
 
 MAX_TITLE = 512
 MAX_TTL_S = 10 * 366 * 86_400
-ACCOUNT_PATTERN = r"^[A-Za-z0-9._:@-]{1,128}$"
+WHOLE_ACCOUNT = f"^{ACCOUNT_PATTERN}$"
 DOCUMENT_PATTERN = r"^kvd_[0-9A-Za-z_-]{1,128}$"
 # No line breaks or other control characters: titles stand in tables and logs.
 _PLAIN = r"^[^\x00-\x1f\x7f]*$"
 
 Title = Annotated[str, StringConstraints(strict=True, max_length=MAX_TITLE, pattern=_PLAIN)]
-AccountId = Annotated[str, StringConstraints(strict=True, pattern=ACCOUNT_PATTERN)]
+AccountId = Annotated[str, StringConstraints(strict=True, pattern=WHOLE_ACCOUNT)]
 DocumentId = Annotated[str, StringConstraints(strict=True, pattern=DOCUMENT_PATTERN)]
 Text = Annotated[str, StringConstraints(strict=True)]
 TokenId = Annotated[int, Field(strict=True, ge=0, lt=2**32)]

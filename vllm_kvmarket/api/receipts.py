@@ -15,7 +15,7 @@ from fastapi.responses import PlainTextResponse
 from vllm_kvmarket.api.accounts import transfer_model
 from vllm_kvmarket.api.errors import MarketRoute, invalid, not_found
 from vllm_kvmarket.api.models import (
-    ACCOUNT_PATTERN,
+    WHOLE_ACCOUNT,
     Consistency,
     Jwks,
     Page,
@@ -36,7 +36,7 @@ PATIENCE_S = 2.0
 POLL_S = 0.05
 
 AccountQuery = Annotated[
-    str | None, Query(pattern=ACCOUNT_PATTERN, description="for admins, who see all unless told")
+    str | None, Query(pattern=WHOLE_ACCOUNT, description="for admins, who see all unless told")
 ]
 Size = Annotated[int | None, Query(ge=0, lt=2**63)]
 TEXT = {"text/plain": {"schema": {"type": "string"}}}

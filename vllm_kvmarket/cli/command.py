@@ -11,6 +11,7 @@ import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
 
 _COUNT = re.compile(r"([0-9]{1,15})([kKMG]?)")
 _SUFFIXES = {"": 1, "k": 1_000, "K": 1_000, "M": 1_000_000, "G": 1_000_000_000}
+_SPAN = re.compile(r"([0-9]{1,9})([smhdw])")
+_UNITS = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days", "w": "weeks"}
 
 
 class UsageError(Exception):
@@ -97,3 +100,13 @@ def count(text: str) -> int:
             f"expected a number above 0 like 3774 or 80M, not {text!r}"
         )
     return number
+
+
+def span_s(text: str) -> float:
+    """Read an option's span of time, in seconds: 90s, 15m, 12h, 7d, 4w."""
+    match = _SPAN.fullmatch(text)
+    if match is None:
+        raise argparse.ArgumentTypeError(
+            f"expected a span like 90s, 15m, 12h, 7d or 4w, not {text!r}"
+        )
+    return timedelta(**{_UNITS[match.group(2)]: int(match.group(1))}).total_seconds()

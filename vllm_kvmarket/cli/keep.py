@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import re
 import time
-from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
-from vllm_kvmarket.cli.command import Command, count, open_market
+from vllm_kvmarket.cli.command import Command, count, open_market, span_s
 from vllm_kvmarket.cli.fsck import counted
 from vllm_kvmarket.cli.output import clean, emit, moment, size
 from vllm_kvmarket.errors import NotPublishableError
@@ -19,20 +17,6 @@ if TYPE_CHECKING:
     from vllm_kvmarket.catalogue import Listing
     from vllm_kvmarket.keeping import GcReport, RepairReport
     from vllm_kvmarket.market import Market
-
-_SPAN = re.compile(r"([0-9]{1,9})([smhdw])")
-_UNITS = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days", "w": "weeks"}
-
-
-def span_s(text: str) -> float:
-    """Read an option's span of time, in seconds: 90s, 15m, 12h, 7d, 4w."""
-    match = _SPAN.fullmatch(text)
-    if match is None:
-        raise argparse.ArgumentTypeError(
-            f"expected a span like 90s, 15m, 12h, 7d or 4w, not {text!r}"
-        )
-    return timedelta(**{_UNITS[match.group(2)]: int(match.group(1))}).total_seconds()
-
 
 # gc
 

@@ -17,8 +17,8 @@ from vllm_kvmarket.cli.command import (
     count,
     open_market,
     share,
+    span_s,
 )
-from vllm_kvmarket.cli.keep import span_s
 from vllm_kvmarket.cli.output import clean, emit, progress
 from vllm_kvmarket.errors import NotPublishableError, PublishFailedError
 

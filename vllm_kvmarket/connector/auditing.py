@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from vllm_kvmarket.catalogue import Audit
 from vllm_kvmarket.connector.messages import AuditPlan
@@ -65,19 +65,12 @@ def audit_plan(state: RequestState, block_ids: list[int]) -> AuditPlan:
 def audit_record(auditing: Auditing, engine: str) -> Audit:
     """What the catalogue keeps of an audit that has ended on every rank."""
     report = auditing.report
-    result: Literal["exact", "close", "different", "unread"] = "exact"
-    if report.different:
-        result = "different"
-    elif report.unread:
-        result = "unread"
-    elif report.close:
-        result = "close"
     return Audit(
         document_id=auditing.document_id,
         at_s=time.time(),
         engine=engine,
-        chunks=report.exact + report.close + report.different,
-        result=result,
+        chunks=len(report.chunks) - report.unread,
+        result=report.result,
         worst_difference=report.worst_difference,
         detail="; ".join(report.details),
     )

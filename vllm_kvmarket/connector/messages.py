@@ -163,6 +163,12 @@ class AuditReport:
         return sum(1 for chunk in self.chunks.values() if chunk.result == result)
 
     @property
+    def result(self) -> AuditResult:
+        """The worst that was found of any chunk."""
+        found = (chunk.result for chunk in self.chunks.values())
+        return max(found, key=_AUDIT_ORDER.index, default="exact")
+
+    @property
     def exact(self) -> int:
         """Chunks that are equal bit for bit."""
         return self._count("exact")

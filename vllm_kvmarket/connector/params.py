@@ -10,12 +10,12 @@ from typing import Annotated, Any, Literal
 
 import msgspec
 
-from vllm_kvmarket.credentials import OPERATOR, Credentials, account_subject
+from vllm_kvmarket.credentials import ACCOUNT_PATTERN, OPERATOR, Credentials, account_subject
 
 FIELD = "kvmarket"
 
 
-AccountId = Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9._:@-]{1,128}$")]
+AccountId = Annotated[str, msgspec.Meta(pattern=f"^{ACCOUNT_PATTERN}$")]
 Token = Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{0,64}$")]
 
 

@@ -8,11 +8,13 @@ from typing import Literal
 
 import msgspec
 
+from vllm_kvmarket.credentials import ACCOUNT_PATTERN
+
 INT64_MAX = 2**63 - 1
 # Room for the keys that name a request, and below what PostgreSQL can keep in an index.
 MAX_ID_LENGTH = 512
 MAX_PENDING_ID_LENGTH = 448  # renewals and the expiry append to it
-ACCOUNT_ID = re.compile(r"[A-Za-z0-9._:@-]{1,128}")
+ACCOUNT_ID = re.compile(ACCOUNT_PATTERN)
 CURRENCY = re.compile(r"[A-Z][A-Z0-9]{2,11}")
 DEFAULT_CURRENCY = "USD"
 

@@ -10,13 +10,13 @@ CONVERTED := $(LOCAL_MODEL)/config.json
 # A model of the user's own is none of ours to prepare.
 MODEL_READY := $(if $(filter $(LOCAL_MODEL),$(MODEL)),$(CONVERTED))
 
-.PHONY: demo test test-unit test-servers test-long test-engine lint bench bench-market env clean
+.PHONY: demo test test-unit test-servers test-long test-engine test-machine lint bench bench-market soak env clean
 .DELETE_ON_ERROR:
 
 demo: $(READY) $(MODEL_READY)
 	$(BIN)/kvmarket demo --model $(MODEL)
 
-test: $(READY) $(CONVERTED)
+test: $(READY) $(CONVERTED) test-machine
 	$(BIN)/python -m pytest -n auto tests/unit
 	$(BIN)/python -m pytest tests/servers
 	$(BIN)/python -m pytest -m "not long" tests/engine
@@ -25,15 +25,19 @@ test-unit: $(READY)
 	$(BIN)/python -m pytest -n auto tests/unit
 
 # Real servers: S3 (SeaweedFS, from a package) and PostgreSQL where it is installed.
-test-servers: $(READY)
+test-servers: $(READY) test-machine
 	$(BIN)/python -m pytest tests/servers
 
 # What `make test` leaves out: kill -9 rounds, two engines at once, other layouts and ranks.
-test-long: $(READY) $(CONVERTED)
+test-long: $(READY) $(CONVERTED) test-machine
 	$(BIN)/python -m pytest -m long tests/engine
 
-test-engine: $(READY) $(CONVERTED)
+test-engine: $(READY) $(CONVERTED) test-machine
 	$(BIN)/python -m pytest tests/engine
+
+# Chromium and PostgreSQL, where they are missing and may be installed.
+test-machine:
+	tools/test_machine.sh
 
 lint: $(READY)
 	$(BIN)/ruff check .
@@ -51,6 +55,11 @@ bench: $(READY) $(MODEL_READY)
 bench-market: $(READY)
 	$(BIN)/python benchmarks/catalogue.py
 	$(BIN)/python benchmarks/cdn_simulation.py
+
+# Half an hour of everything at once on a real server: make soak MINUTES=5 SEED=1
+MINUTES ?= 30
+soak: $(READY) $(CONVERTED)
+	$(BIN)/python benchmarks/soak.py --minutes $(MINUTES) $(if $(SEED),--seed $(SEED))
 
 env: $(READY)
 	$(BIN)/kvmarket env

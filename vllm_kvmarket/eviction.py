@@ -24,12 +24,16 @@ ChunkKey = bytes
 
 # A reuse counts half as much a day later, and less than a hundredth after a week.
 HALF_LIFE_S = 24 * 3600.0
-# How soon a document is reused again is guessed from how long it has not been: twice as long, half
-# as likely, on every time scale. Within this time after a use all are alike.
-RECENT_S = 200.0
-# What is reused all the time and then is not for so many times its usual interval is over: a new
-# version has taken its place. Both numbers were chosen with benchmarks/cdn_simulation.py.
-OVER_AFTER = 1 / 3
+# A document of this score was used again, if in part only.
+REUSED_SCORE = 1.5
+SHORTEST_PACE_S = 1e-3
+# What is not known yet of a document is put for it: so many reuses within so many times the pace
+# (see pace_s); and at each use, one that was its last is as likely as OVER_USES to STILL_USES.
+# All four were chosen on the workloads of benchmarks/tune_eviction.py, which are not reported.
+PRIOR_USES = 0.3
+PRIOR_PACES = 1.5
+OVER_USES = 0.5
+STILL_USES = 1.0
 # Prefilling n tokens takes 24 x hidden size squared operations a token and layer for the weights,
 # and 4 x hidden size x n / 2 for attention: twice the work at 12 x hidden size tokens. Models of 1
 # to 10 billion parameters have hidden sizes of 2,048 to 4,096; this is for 2,730.
@@ -43,7 +47,8 @@ class Candidate:
     `bytes` are those that no other document holds; `shared` are the keys and bytes of chunks that
     other candidates hold too (chunks that something else needs are in neither). `score` is how many
     times the whole of it was reused, publishing included, each halved every HALF_LIFE_S up to
-    `last_used_s`. `uses` and `earned_nano` count from its first use on.
+    `last_used_s`. `uses` and `earned_nano` count from its first use on, which was at `first_used_s`
+    (publishing included, also an earlier one of a document that went meanwhile); None: at the last.
     """
 
     document_id: str
@@ -51,6 +56,7 @@ class Candidate:
     tokens: int
     score: float
     last_used_s: float
+    first_used_s: float | None = None
     earned_nano: int = 0
     uses: int = 0
     pinned: bool = False
@@ -77,18 +83,49 @@ def reused(score: float, scored_at_s: float, share: float, at_s: float) -> tuple
     return decayed(score, latest - scored_at_s) + decayed(share, latest - at_s), latest
 
 
-def demand(score: float, idle_s: float) -> float:
-    """Say how much a document is asked for now: 1 for one that was just reused for the first time.
+def pace_s(candidates: Iterable[Candidate], now_s: float) -> float:
+    """Say on which scale of time these documents are used: the usual time between two uses of one.
 
-    Falls with the time since its last use, and the more steeply the more often it was used before.
+    The median of those that were used again; where there are none, the mean time since the last
+    use. It is what makes the same policy serve a market of an hour and one of a year.
+    """
+    known = list(candidates)
+    between_s = sorted(
+        (each.last_used_s - each.first_used_s) / max(1.0, each.score - 1.0)
+        for each in known
+        if each.first_used_s is not None and each.score > REUSED_SCORE
+    )
+    if between_s:
+        usual_s = between_s[len(between_s) // 2]
+    else:
+        idle_s = [max(0.0, now_s - each.last_used_s) for each in known]
+        usual_s = sum(idle_s) / max(1, len(idle_s))
+    return max(SHORTEST_PACE_S, usual_s)
+
+
+def demand(score: float, age_s: float, idle_s: float, pace_s: float) -> float:
+    """Say how often a document is likely to be reused from now on: reuses in a time of `pace_s`.
+
+    `score` is as of `idle_s` ago, its last use; its first was `age_s` ago. Its rate is estimated
+    from its reuses and the time that they took, as a gamma-Poisson model does; times the odds that
+    its last use was not its last one at all, which fall the faster the more often it was used
+    (Fader, Hardie & Lee's BG/NBD model, 2005, of customers who leave unseen).
     """
     idle_s = max(0.0, idle_s)
-    # Evenly reused, a document's score is that of its reuses within HALF_LIFE_S / ln 2.
-    missed = score * idle_s * math.log(2) / HALF_LIFE_S
-    return score / ((1.0 + idle_s / RECENT_S) * (1.0 + missed / OVER_AFTER))
+    age_s = max(idle_s, age_s)
+    prior_s = PRIOR_PACES * pace_s
+    # The first use says nothing of how often a document is used again.
+    reuses = max(0.0, decayed(score, idle_s) - decayed(1.0, age_s))
+    watched_s = HALF_LIFE_S / math.log(2) * (1.0 - decayed(1.0, age_s))
+    rate = (PRIOR_USES + reuses) / (prior_s + watched_s)
+    silence = math.log((prior_s + age_s) / (prior_s + age_s - idle_s))
+    over = OVER_USES / (STILL_USES + reuses) * math.exp(min(700.0, (1.0 + reuses) * silence))
+    return rate * pace_s / (1.0 + over)
 
 
-def value_nano(candidate: Candidate, now_s: float, input_nano_per_mtok: int) -> float:
+def value_nano(
+    candidate: Candidate, now_s: float, input_nano_per_mtok: int, pace_s: float
+) -> float:
     """Say what keeping a document is worth, in nano-units: what its likely reuse earns and saves.
 
     Saved is the price of the computation, growing faster than the document; earned the average of
@@ -96,7 +133,9 @@ def value_nano(candidate: Candidate, now_s: float, input_nano_per_mtok: int) -> 
     """
     saved = recompute_tokens(candidate.tokens) * input_nano_per_mtok / MTOK
     earned = candidate.earned_nano / max(1, candidate.uses)
-    return demand(candidate.score, now_s - candidate.last_used_s) * (saved + earned)
+    first_s = candidate.last_used_s if candidate.first_used_s is None else candidate.first_used_s
+    age_s, idle_s = now_s - first_s, now_s - candidate.last_used_s
+    return demand(candidate.score, age_s, idle_s, pace_s) * (saved + earned)
 
 
 def lost_share(candidate: Candidate, freed: int) -> float:
@@ -138,7 +177,8 @@ class _Line:
         self._candidates = candidates
         self._freed = [candidate.bytes for candidate in candidates]
         self._policy = policy
-        self._values = [value_nano(candidate, now_s, price) for candidate in candidates]
+        pace = pace_s(candidates, now_s)
+        self._values = [value_nano(candidate, now_s, price, pace) for candidate in candidates]
         self._holders: dict[ChunkKey, set[int]] = defaultdict(set)
         for number, candidate in enumerate(candidates):
             for key, _ in candidate.shared:

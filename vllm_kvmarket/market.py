@@ -32,6 +32,7 @@ from vllm_kvmarket.ledger import Account, Ledger, Receipt, Transfer
 from vllm_kvmarket.operations import CONNECTOR, POLL_S, EngineOperations
 from vllm_kvmarket.purchase import Purchase, WriteCharge
 from vllm_kvmarket.storage import store_of
+from vllm_kvmarket.tariff import Terms
 
 DATABASE_FILE = "market.sqlite"
 
@@ -167,22 +168,28 @@ class Market(EngineOperations):
     def match(self, namespace: bytes, token_ids: Sequence[int]) -> Match | None:
         """The longest published prefix that is long enough to be sold; memory only."""
         found = self.catalogue.match(namespace, token_ids)
-        if found is None or found.token_count < self.config.min_reuse_tokens:
-            return None
-        return found
+        return found if found is not None and self.is_sold(found) else None
+
+    def is_sold(self, match: Match) -> bool:
+        """Whether a match is long enough to be sold."""
+        return match.token_count >= self.config.min_reuse_tokens
+
+    def terms_of(self, match: Match) -> Terms:
+        """The prices at which a match is sold."""
+        listing = match.listing
+        return self.config.tariff.terms(listing.cache_read_nano_per_mtok, listing.royalty_ppm)
 
     def reserve(
         self, *, key: str, request_id: str, account: str, match: Match, model: str
     ) -> Purchase:
         """Start to reserve the most that reusing `match` can cost; see Purchase."""
-        listing = match.listing
         return Purchase(
             self.ledger,
             key=key,
             request_id=request_id,
             account=account,
             match=match,
-            terms=self.config.tariff.terms(listing.cache_read_nano_per_mtok, listing.royalty_ppm),
+            terms=self.terms_of(match),
             model=model,
             timeout_s=self.config.reservation_timeout_s,
         )

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from vllm_kvmarket.catalogue import Match
+from vllm_kvmarket.errors import LedgerError
 from vllm_kvmarket.ledger import (
     PROVIDER,
     Ledger,
@@ -22,6 +23,7 @@ from vllm_kvmarket.ledger import (
     Outcome,
     Receipt,
     Result,
+    UnavailableError,
     pending,
     plain,
     post,
@@ -31,6 +33,11 @@ from vllm_kvmarket.tariff import Terms
 
 logger = logging.getLogger(__name__)
 
+# Of these, LedgerError itself is a batch that the ledger did not take: too many wait.
+_REASON_OF_ERROR: dict[type[BaseException], str] = {
+    LedgerError: "ledger_busy",
+    UnavailableError: "ledger_unavailable",
+}
 # What has been earned is booked whenever the database is back, as long as this process lives.
 NEVER_GIVE_UP_S = math.inf
 
@@ -85,7 +92,11 @@ class Purchase:
         self.match = match
         self.terms = terms
         self.receipt: Receipt | None = None
+        # What the ledger answers to the settlement; see is_booked.
+        self.settled: Future[list[Result]] | None = None
+        # Why it was refused: for people, and one of the reasons that are counted.
         self.refusal = ""
+        self.refusal_reason = ""
         self._model = model
         self._state = PurchaseState.RESERVING
         self._reservation: Future[list[Result]] = ledger.submit(
@@ -121,21 +132,23 @@ class Purchase:
     def _take_reservation(self) -> None:
         error = self._reservation.exception()
         if error is not None:
-            self._refuse(f"the ledger could not reserve: {error}")
+            reason = _REASON_OF_ERROR.get(type(error), "ledger_refused")
+            self._refuse(reason, f"the ledger could not reserve: {error}")
             return
         result = self._reservation.result()[0]
         if result.outcome.good:
             self._state = PurchaseState.RESERVED
         elif result.outcome is Outcome.EXCEEDS_CREDITS:
-            self._refuse(f"account {self.account!r} has not enough funds")
+            self._refuse("no_funds", f"account {self.account!r} has not enough funds")
         elif result.outcome is Outcome.UNKNOWN_ACCOUNT:
-            self._refuse(f"there is no account {self.account!r}")
+            self._refuse("unknown_account", f"there is no account {self.account!r}")
         else:
-            self._refuse(f"the ledger refused: {_said(result)}")
+            self._refuse("ledger_refused", f"the ledger refused: {_said(result)}")
 
-    def _refuse(self, reason: str) -> None:
+    def _refuse(self, reason: str, told: str) -> None:
         self._state = PurchaseState.REFUSED
-        self.refusal = reason
+        self.refusal_reason = reason
+        self.refusal = told
 
     def settle(self, usage: Usage) -> Receipt:
         """Post the charge for what was reused, pay the royalty, store the receipt; once.
@@ -147,10 +160,10 @@ class Purchase:
             assert self.state() is PurchaseState.RESERVED, self._state
             self.receipt, operations = self._settlement(usage)
             self._state = PurchaseState.SETTLED
-            settled = self._ledger.submit(
+            self.settled = self._ledger.submit(
                 operations, receipt=self.receipt, patience_s=NEVER_GIVE_UP_S
             )
-            settled.add_done_callback(
+            self.settled.add_done_callback(
                 partial(_log_refusal, f"receipt {self.receipt.id}", self.account)
             )
         return self.receipt
@@ -214,6 +227,18 @@ class Purchase:
             self._state = PurchaseState.VOIDED
 
 
+def is_booked(settled: Future[list[Result]]) -> bool | None:
+    """What became of a settlement that the ledger has answered: booked, not booked, or, None, had
+    been booked before.
+    """
+    if settled.exception() is not None:
+        return False
+    outcomes = [result.outcome for result in settled.result()]
+    if not max(outcomes).good:
+        return False
+    return True if Outcome.OK in outcomes else None
+
+
 def _said(result: Result) -> str:
     return f"{result.outcome.name.lower().replace('_', ' ')} {result.detail}".rstrip()
 
@@ -244,9 +269,9 @@ class WriteCharge:
         amount_nano: int,
         timeout_s: int,
     ) -> None:
+        self.amount_nano = amount_nano
         self._ledger = ledger
         self._key = key
-        self._amount_nano = amount_nano
         self._publisher = publisher
         self._document_id = document_id
         self._reservation = ledger.submit(
@@ -279,7 +304,7 @@ class WriteCharge:
         if result.outcome not in (Outcome.EXCEEDS_CREDITS, Outcome.UNKNOWN_ACCOUNT):
             return f"the ledger refused: {_said(result)}"
         return (
-            f"publisher {self._publisher!r} cannot pay {self._amount_nano} nano-units "
+            f"publisher {self._publisher!r} cannot pay {self.amount_nano} nano-units "
             "for storing it; make a deposit, then publish again"
         )
 
@@ -287,14 +312,14 @@ class WriteCharge:
         """Whether the ledger has answered; never waits."""
         return self._reservation.done()
 
-    def settle(self) -> None:
-        """Post the charge: the document is listed."""
+    def settle(self) -> Future[list[Result]]:
+        """Post the charge: the document is listed. What the ledger answers; see is_booked."""
         settled = self._ledger.submit(
             [
                 post(
                     id=f"{self._key}:settle",
                     pending_id=self.reservation_id,
-                    amount_nano=self._amount_nano,
+                    amount_nano=self.amount_nano,
                 )
             ],
             patience_s=NEVER_GIVE_UP_S,
@@ -302,6 +327,7 @@ class WriteCharge:
         settled.add_done_callback(
             partial(_log_refusal, f"storing {self._document_id}", self._publisher)
         )
+        return settled
 
     def void(self) -> None:
         """Release the reservation: nothing was listed."""

@@ -30,11 +30,15 @@ class Read:
 
 @dataclass(frozen=True, slots=True)
 class Workload:
-    """Reads in the order of their time; a chunk has `chunk_tokens` tokens."""
+    """Reads in the order of their time; a chunk has `chunk_tokens` tokens.
+
+    What is reported is counted from the read of number `counted_from` on.
+    """
 
     name: str
     chunk_tokens: int
     reads: list[Read]
+    counted_from: int = 0
 
     @property
     def distinct_chunks(self) -> int:
@@ -86,14 +90,7 @@ class Population:
     def generate(self) -> Workload:
         """Make the reads; the same seed makes the same."""
         random = np.random.default_rng(self.seed)
-        times = self._times(random)
-        weights = np.arange(1, self.documents + 1) ** -self.zipf
-        ranks = np.searchsorted(np.cumsum(weights / weights.sum()), random.random(self.reads))
-        ranks = np.minimum(ranks, self.documents - 1)
-        # A rank's documents follow one another; its first change is anywhere in its first period.
-        period_s = DAY_S / self.churn if self.churn else math.inf
-        offsets = random.random(self.documents)
-        versions = np.floor(times / period_s + offsets[ranks]).astype(int)
+        times, ranks, versions = self.draw(random)
         made: dict[tuple[int, int], tuple[tuple[int, ...], int | None]] = {}
         number = 0
         reads = []
@@ -106,6 +103,23 @@ class Population:
                 made[rank, version] = path, dear
             reads.append(Read(at_s, *made[rank, version]))
         return Workload(self.name, CHUNK_TOKENS, reads)
+
+    def weights(self) -> np.ndarray:
+        """Return each rank's share of the reads."""
+        weights: np.ndarray = np.arange(1, self.documents + 1) ** -self.zipf
+        return np.asarray(weights / weights.sum())
+
+    def draw(self, random: np.random.Generator) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Draw the reads' times, ranks, and which of its rank's documents each is of.
+
+        A rank's documents follow one another; its first change is anywhere in its first period.
+        """
+        times = self._times(random)
+        ranks = np.searchsorted(np.cumsum(self.weights()), random.random(self.reads))
+        ranks = np.minimum(ranks, self.documents - 1)
+        period_s = DAY_S / self.churn if self.churn else math.inf
+        offsets = random.random(self.documents)
+        return times, ranks, np.floor(times / period_s + offsets[ranks]).astype(int)
 
     def _times(self, random: np.random.Generator) -> np.ndarray:
         """Draw times whose rate swings with the hour, by the inverse of its integral."""

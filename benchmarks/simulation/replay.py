@@ -8,42 +8,52 @@ from typing import Any
 
 import numpy as np
 
+from simulation.policies import Published, published
 from simulation.reads import Workload
 from simulation.stores import Belady, ChunkLru, DocumentStore, Store
 from vllm_kvmarket.economics import GB, PAPER_KV_BYTES_PER_TOKEN, PAPER_PREFILL_TO_REUSE, Economics
 from vllm_kvmarket.eviction import recompute_tokens
 from vllm_kvmarket.tariff import NANO, Tariff
 
-POLICIES = ("chunk-lru", "lru", "value", "belady")
+PUBLISHED: tuple[Published, ...] = ("s3-fifo", "w-tinylfu", "gdsf")
+POLICIES = ("chunk-lru", *PUBLISHED, "lru", "value", "belady")
 STORAGE_NANO_PER_GB_MONTH = 80_000_000  # a public cloud's block storage, list price
 MONTH_S = 30 * 24 * 3600.0
 
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What a store had of each read, in chunks; `budget` is in chunks too."""
+    """What a store had of each read, in chunks; `budget` is in chunks too.
+
+    Shares and sums are those of the reads from number `counted_from` on.
+    """
 
     policy: str
     budget: int
     chunk_tokens: int
     matched: np.ndarray
     asked: np.ndarray
+    counted_from: int = 0
 
     @property
     def hit_rate(self) -> float:
         """The share of chunks that were there."""
-        return float(self.matched.sum() / max(1, self.asked.sum()))
+        matched, asked = self.matched[self.counted_from :], self.asked[self.counted_from :]
+        return float(matched.sum() / max(1, asked.sum()))
 
     @property
     def saved_tokens(self) -> float:
         """What was not computed, in tokens of a short prompt: see eviction.recompute_tokens."""
-        return float(sum(map(recompute_tokens, (self.matched * self.chunk_tokens).tolist())))
+        return self._work(self.matched)
 
     @property
     def saved_share(self) -> float:
         """The share of all prefill time that was spared."""
-        whole = sum(map(recompute_tokens, (self.asked * self.chunk_tokens).tolist()))
-        return self.saved_tokens / max(1.0, whole)
+        return self.saved_tokens / max(1.0, self._work(self.asked))
+
+    def _work(self, chunks: np.ndarray) -> float:
+        tokens = (chunks[self.counted_from :] * self.chunk_tokens).tolist()
+        return float(sum(map(recompute_tokens, tokens)))
 
 
 def store_of(policy: str, workload: Workload, budget: int, tariff: Tariff) -> Store:
@@ -52,6 +62,9 @@ def store_of(policy: str, workload: Workload, budget: int, tariff: Tariff) -> St
         return Belady(workload, budget)
     if policy == "chunk-lru":
         return ChunkLru(budget)
+    for name in PUBLISHED:
+        if policy == name:
+            return published(name, budget, workload.chunk_tokens)
     assert policy in ("lru", "value")
     return DocumentStore(policy, budget, workload.chunk_tokens, tariff)
 
@@ -61,7 +74,14 @@ def replay(workload: Workload, policy: str, budget: int, tariff: Tariff | None =
     store = store_of(policy, workload, budget, tariff or Tariff())
     matched = [store.read(number, read) for number, read in enumerate(workload.reads)]
     asked = [len(read.path) for read in workload.reads]
-    return Outcome(policy, budget, workload.chunk_tokens, np.array(matched), np.array(asked))
+    return Outcome(
+        policy,
+        budget,
+        workload.chunk_tokens,
+        np.array(matched),
+        np.array(asked),
+        workload.counted_from,
+    )
 
 
 def money(workload: Workload, outcome: Outcome, tariff: Tariff) -> dict[str, Any]:

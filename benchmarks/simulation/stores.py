@@ -43,6 +43,7 @@ class Held:
     path: tuple[int, ...]
     score: float
     last_used_s: float
+    first_used_s: float
     uses: int = 0
     earned_nano: int = 0
 
@@ -62,6 +63,8 @@ class DocumentStore:
         self._tariff = tariff
         self._tree = PrefixTree(1)
         self._held: dict[str, Held] = {}
+        # The catalogue keeps the listings of documents that went, and what it knows of their use.
+        self._gone: dict[tuple[int, ...], Held] = {}
         self._holders: Counter[int] = Counter()
         self._line: Iterator[eviction.Candidate] = iter(())
         self._ordered_at_s = 0.0
@@ -106,7 +109,15 @@ class DocumentStore:
             chunk_keys=(b"",) * len(read.path),
         )
         self._tree.put(listing, int(name), [pack_tokens([chunk + SHIFT]) for chunk in read.path])
-        self._held[name] = Held(name, read.path, 1.0, read.at_s)
+        held = self._gone.pop(read.path, None)
+        if held is None:
+            held = Held(name, read.path, 1.0, read.at_s, read.at_s)
+        else:
+            held.name = name
+            held.score, held.last_used_s = eviction.reused(
+                held.score, held.last_used_s, 1.0, read.at_s
+            )
+        self._held[name] = held
         self._holders.update(read.path)
 
     def _make_room(self, missing: int, protected: str | None, now_s: float) -> bool:
@@ -130,7 +141,7 @@ class DocumentStore:
 
     def _remove(self, held: Held) -> int:
         """Let a document go; returns how many chunks that freed."""
-        del self._held[held.name]
+        self._gone[held.path] = self._held.pop(held.name)
         self._tree.remove(held.name)
         freed = 0
         for chunk in held.path:
@@ -166,6 +177,7 @@ class DocumentStore:
             tokens=len(held.path) * self._chunk_tokens,
             score=held.score,
             last_used_s=held.last_used_s,
+            first_used_s=held.first_used_s,
             earned_nano=held.earned_nano,
             uses=held.uses,
             shared=tuple((b"%d" % first, size) for first, size in parts.values()),

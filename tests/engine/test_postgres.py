@@ -16,17 +16,14 @@ from vllm_kvmarket.measure import ask, empty_prefix_cache
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "servers"))
 
-from postgres import PostgreSQL, binaries
+from postgres import PostgreSQL, needed_binaries
 
 DOCUMENT = words(6300, 600)
 
 
 @pytest.fixture(scope="module")
 def server():
-    programs = binaries()
-    if programs is None:
-        pytest.skip("no PostgreSQL here: apt-get install postgresql")
-    running_server = PostgreSQL(programs)
+    running_server = PostgreSQL(needed_binaries())
     try:
         running_server.start()
         yield running_server

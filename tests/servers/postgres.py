@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 
 import psycopg
+from missing import skip_without
 
 VERSIONS = Path("/usr/lib/postgresql")
 START_S = 30.0
@@ -23,6 +24,16 @@ def binaries() -> Path | None:
     installed = sorted(VERSIONS.glob("*/bin/postgres"), key=lambda path: int(path.parts[-3]))
     found = str(installed[-1]) if installed else shutil.which("postgres")
     return Path(found).parent if found else None
+
+
+def needed_binaries() -> Path:
+    """The programs; where there are none, or nobody who may run them, the test is skipped."""
+    programs = binaries()
+    if programs is None:
+        skip_without("no PostgreSQL server on this machine: apt-get install postgresql")
+    if os.getuid() == 0 and not any(user.pw_name == "postgres" for user in pwd.getpwall()):
+        skip_without("PostgreSQL does not run as root, and there is no user `postgres`")
+    return programs
 
 
 class PostgreSQL:

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import math
-import os
 import signal
 import socket
-import subprocess
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -23,19 +21,11 @@ from vllm_kvmarket import LedgerError
 from vllm_kvmarket.ledger import Ledger, Outcome, plain, post
 
 psycopg = pytest.importorskip("psycopg", reason="pip install vllm-kvmarket[postgres]")
-from postgres import PostgreSQL, binaries  # noqa: E402  # needs psycopg
+from postgres import PostgreSQL, needed_binaries  # noqa: E402  # needs psycopg
 
 
 def running():
-    programs = binaries()
-    if programs is None:
-        pytest.skip("no PostgreSQL server on this machine: apt-get install postgresql")
-    if os.getuid() == 0:
-        try:
-            subprocess.run(["id", "postgres"], check=True, capture_output=True)
-        except subprocess.CalledProcessError:
-            pytest.skip("PostgreSQL does not run as root, and there is no user `postgres`")
-    server = PostgreSQL(programs)
+    server = PostgreSQL(needed_binaries())
     try:
         server.start()
         yield server

@@ -1,8 +1,5 @@
 """Log, audit, statement and payout over a ledger in PostgreSQL: the same as over SQLite."""
 
-import os
-import pwd
-
 import pytest
 from ledger_books import NANO, fresh_number, funded_ledger, hold
 
@@ -19,17 +16,12 @@ from vllm_kvmarket.proofs import (
 from vllm_kvmarket.statements import payout, statement
 
 psycopg = pytest.importorskip("psycopg", reason="pip install vllm-kvmarket[postgres]")
-from postgres import PostgreSQL, binaries  # noqa: E402  # needs psycopg
+from postgres import PostgreSQL, needed_binaries  # noqa: E402  # needs psycopg
 
 
 @pytest.fixture(scope="module")
 def server():
-    programs = binaries()
-    if programs is None:
-        pytest.skip("no PostgreSQL server on this machine: apt-get install postgresql")
-    if os.getuid() == 0 and not any(user.pw_name == "postgres" for user in pwd.getpwall()):
-        pytest.skip("PostgreSQL does not run as root, and there is no user `postgres`")
-    server = PostgreSQL(programs)
+    server = PostgreSQL(needed_binaries())
     try:
         server.start()
         yield server

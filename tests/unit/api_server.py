@@ -12,6 +12,7 @@ from fastapi.testclient import TestClient
 
 from vllm_kvmarket import Market
 from vllm_kvmarket.api.app import build_router, close_with_server, open_service
+from vllm_kvmarket.api.pages import build_pages
 from vllm_kvmarket.catalogue import Listing
 from vllm_kvmarket.config import load
 from vllm_kvmarket.errors import NotPublishableError
@@ -78,6 +79,7 @@ def running(home, *, engine=True, **settings):
     service = open_service(config, front, "words")
     app = FastAPI()
     app.include_router(build_router())
+    app.include_router(build_pages())
     close_with_server(app)
     app.state.kvmarket_service = service
     market = service.market

@@ -97,6 +97,17 @@ def test_publishing_again_counts_as_a_use(catalogue):
     assert usage.score == pytest.approx(2 / 2 + 1)
 
 
+def test_what_went_comes_back_with_its_history(catalogue):
+    """Also one that was never used since it was published: it is asked for a second time."""
+    name = publish(catalogue, DOCUMENT, created_at_s=NOW_S).document_id
+    assert catalogue.evict(name, "room")
+    again_s = NOW_S + HALF_LIFE_S
+    publish(catalogue, DOCUMENT, created_at_s=again_s)
+    (candidate,) = catalogue.candidates()
+    assert (candidate.first_used_s, candidate.last_used_s) == (NOW_S, again_s)
+    assert candidate.score == pytest.approx(1 / 2 + 1)
+
+
 # Candidates
 
 

@@ -5,17 +5,17 @@ from __future__ import annotations
 import random
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vllm_kvmarket.eviction import (
     HALF_LIFE_S,
-    RECENT_S,
     Candidate,
     decayed,
     demand,
     lost_share,
     order,
+    pace_s,
     recompute_tokens,
     reused,
     value_nano,
@@ -34,15 +34,21 @@ def names(candidates) -> str:
     return "".join(candidate.document_id for candidate in candidates)
 
 
-def test_the_least_value_per_byte_goes_first():
-    """Few reuses, many bytes, long ago: each makes a document go before its like."""
-    usual = candidate("a")
-    worse = [
-        candidate("b", last_used_s=NOW_S - RECENT_S / 10),
-        candidate("c", bytes=1500),
-        candidate("d", score=0.5),
-    ]
-    assert names(order([usual, *worse], "value", NOW_S)) == "dcba"
+@pytest.mark.parametrize(
+    "worse",
+    [
+        {"last_used_s": NOW_S - 20.0},
+        {"bytes": 1500},
+        {"score": 2.0},
+        {"first_used_s": NOW_S - 200.0},
+    ],
+    ids=["used longer ago", "more bytes", "fewer reuses", "reuses over a longer time"],
+)
+def test_the_least_value_per_byte_goes_first(worse):
+    """Each makes a document go before its like."""
+    usual = {"score": 3.0, "first_used_s": NOW_S - 100.0}
+    one, other = candidate("a", **usual), candidate("b", **(usual | worse))
+    assert names(order([one, other], "value", NOW_S)) == "ba"
 
 
 def test_length_is_worth_more_than_its_bytes():
@@ -56,7 +62,9 @@ def test_what_a_reuse_earns_counts():
     """Like documents are told apart by what they bring in."""
     cheap, dear = candidate("b"), candidate("a", uses=4, earned_nano=40_000_000)
     assert names(order([dear, cheap], "value", NOW_S)) == "ba"
-    assert value_nano(dear, NOW_S, PRICE) - value_nano(cheap, NOW_S, PRICE) == 10_000_000
+    often = demand(1.0, 0.0, 0.0, 60.0)
+    more = value_nano(dear, NOW_S, PRICE, 60.0) - value_nano(cheap, NOW_S, PRICE, 60.0)
+    assert more == pytest.approx(often * 10_000_000)
 
 
 def test_lru_goes_by_the_last_use_alone():
@@ -131,6 +139,7 @@ CANDIDATES = st.lists(
 )
 
 
+@settings(deadline=None)
 @given(CANDIDATES, st.sampled_from(["value", "lru"]), st.randoms(use_true_random=False))
 def test_the_order_is_whole_greedy_and_the_same_however_they_are_arranged(facts, policy, shuffled):
     """Against a naive model: each victim is the cheapest of those left, and frees what it says."""
@@ -147,6 +156,7 @@ def test_the_order_is_whole_greedy_and_the_same_however_they_are_arranged(facts,
         name for name, each in made.items() if not each.pinned
     }
     left = dict(made)
+    pace = pace_s(made.values(), NOW_S)
 
     def freed(name: str) -> int:
         others = {key for other, each in left.items() if other != name for key, _ in each.shared}
@@ -157,7 +167,7 @@ def test_the_order_is_whole_greedy_and_the_same_however_they_are_arranged(facts,
         each, size = made[name], freed(name)
         if policy == "lru":
             return each.paid_for, size == 0, each.last_used_s, name
-        worth = value_nano(each, NOW_S, PRICE) * lost_share(each, size) / max(1, size)
+        worth = value_nano(each, NOW_S, PRICE, pace) * lost_share(each, size) / max(1, size)
         return each.paid_for, size == 0, worth, each.last_used_s, name
 
     for gone in going:
@@ -168,17 +178,66 @@ def test_the_order_is_whole_greedy_and_the_same_however_they_are_arranged(facts,
 
 
 def test_demand_fades_with_the_time_since_the_last_use():
-    """Twice the idle time is half the demand, from minutes to hours; more reuses outlast it."""
-    assert demand(1.0, 0.0) == demand(1.0, -5.0) == 1.0
-    assert demand(1.0, RECENT_S) == pytest.approx(0.5, rel=0.01)
-    assert demand(1.0, 3600.0) == pytest.approx(2 * demand(1.0, 7200.0), rel=0.1)
-    assert demand(4.0, 3600.0) > 3 * demand(1.0, 3600.0)
+    """From minutes to days; of two with as many reuses, that of the shorter time is asked for."""
+    assert demand(1.0, 0.0, 0.0, 60.0) == demand(1.0, -5.0, -5.0, 60.0)
+    faded = [demand(1.0, idle_s, idle_s, 60.0) for idle_s in (0.0, 60.0, 3600.0, HALF_LIFE_S)]
+    assert faded == sorted(faded, reverse=True)
+    assert faded[0] > 10 * faded[2] > 100 * faded[3]
+    assert demand(5.0, 600.0, 60.0, 60.0) > 3 * demand(5.0, 6000.0, 60.0, 60.0)
+    assert demand(5.0, 600.0, 60.0, 60.0) > 3 * demand(1.0, 600.0, 600.0, 60.0)
+
+
+def test_one_that_came_by_is_worth_less_than_one_that_is_read_again():
+    """A document that was published this moment does not push out one with many reuses."""
+    assert demand(20.0, 3600.0, 180.0, 60.0) > demand(1.0, 0.0, 0.0, 60.0)
 
 
 def test_what_was_popular_and_is_not_used_any_more_is_over():
-    """Days later a thousand reuses weigh hardly more than one: its new version is what is read."""
-    assert demand(1000.0, 60.0) > 300 * demand(1.0, 60.0)
-    assert demand(1000.0, 2 * HALF_LIFE_S) < 1.3 * demand(1.0, 2 * HALF_LIFE_S)
+    """The more often it was used, the sooner its silence tells: its new version is what is read."""
+    assert demand(1000.0, 3600.0, 1.0, 60.0) > 100 * demand(2.0, 3600.0, 1.0, 60.0)
+    assert demand(1000.0, 3600.0, 600.0, 60.0) < demand(2.0, 3600.0, 600.0, 60.0)
+    assert demand(1000.0, 2 * HALF_LIFE_S, HALF_LIFE_S, 60.0) < demand(
+        1.0, 2 * HALF_LIFE_S, 2 * HALF_LIFE_S, 60.0
+    )
+    assert demand(1e6, 1e9, 1e9 - 1.0, 60.0) >= 0.0
+
+
+@given(st.floats(1.0, 1e6), st.floats(0.0, 1e9), st.floats(0.0, 1.0), st.floats(1e-3, 1e8))
+def test_demand_is_a_number_for_every_history(score, age_s, share, pace):
+    """Never negative, never more than all the reuses that there were, of which no time is known."""
+    found = demand(score, age_s, share * age_s, pace)
+    assert 0.0 <= found <= (1.0 + score) / 0.5
+
+
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 50.0])
+def test_the_order_does_not_depend_on_the_scale_of_time(scale):
+    """What goes first in a market of minutes goes first in one of hours; days are told by score."""
+    chosen = random.Random(3)
+    facts = [(chosen.uniform(1, 9), chosen.uniform(0, 400), chosen.random()) for _ in range(60)]
+
+    def ordered(by: float) -> str:
+        return names(
+            order(
+                (
+                    candidate(
+                        f"{number:02} ",
+                        score=score,
+                        first_used_s=NOW_S - age_s * by,
+                        last_used_s=NOW_S - share * age_s * by,
+                    )
+                    for number, (score, age_s, share) in enumerate(facts)
+                ),
+                "value",
+                NOW_S,
+            )
+        )
+
+    assert pace_s([candidate("a", last_used_s=NOW_S - 7.0)], NOW_S) == 7.0
+    same = [
+        one == other
+        for one, other in zip(ordered(scale).split(), ordered(1.0).split(), strict=True)
+    ]
+    assert sum(same) >= 40
 
 
 def test_what_stays_of_a_document_is_not_lost():

@@ -155,7 +155,10 @@ def test_what_is_wanted_of_reuse_is_read_from_one_field(client, alice):
     for wish, told in (({"reuse": "never"}, False), ({"reuse": "prefer"}, True), ({}, True)):
         got = reached(ask(client, alice, [1], **wish))
         assert "kvmarket" not in got
-        assert ("kv_transfer_params" in got) is told
+        if told:
+            assert got["kv_transfer_params"]["kvmarket"]["account"] == "alice"
+        else:
+            assert got["kv_transfer_params"] == {"kvmarket": {"declined": "never"}}
 
 
 def test_a_document_is_put_in_front_of_tokens(client, alice, market):
@@ -189,8 +192,9 @@ def test_reuse_has_a_limit(client, alice, market):
     name = store_and_list(market, prompt[:-1]).document_id
     price = 300 * 500
     for most, told in ((price, True), (price - 1, False)):
-        got = reached(ask(client, alice, prompt, max_price_nano=most))
-        assert ("kv_transfer_params" in got) is told
+        got = reached(ask(client, alice, prompt, max_price_nano=most))["kv_transfer_params"]
+        assert (got == {"kvmarket": {"declined": "max_price"}}) is not told
+        assert ("account" in got["kvmarket"]) is told
     reached(ask(client, alice, prompt, reuse="require", max_price_nano=price))
     told = ask(client, alice, prompt, reuse="require", max_price_nano=price - 1)
     assert told.status_code == 402

@@ -8,8 +8,9 @@ from typing import Any
 
 from fastapi import FastAPI
 
-from vllm_kvmarket.api import gate
+from vllm_kvmarket.api import gate, scrapes
 from vllm_kvmarket.api.app import build_router, close_with_server, name_of, open_service
+from vllm_kvmarket.api.pages import build_pages
 from vllm_kvmarket.api.service import Service
 from vllm_kvmarket.config import load
 
@@ -23,7 +24,9 @@ class MarketEndpoints:
     def attach_router(self, app: FastAPI) -> None:
         """Add the routes, and the gate in front of all that generate."""
         app.include_router(build_router())
+        app.include_router(build_pages())
         gate.install(app)
+        scrapes.install(app)
         close_with_server(app)
 
     async def init_state(self, engine_client: Any, state: Any, args: Any) -> None:

@@ -75,6 +75,14 @@ class Message(Body):
 Messages = Annotated[list[Message], Field(min_length=1, max_length=1000)]
 
 
+def _one_of(*fields: str) -> ConfigDict:
+    """What _check_one checks, for the OpenAPI description: exactly one field that is not null."""
+    each: list[Any] = [
+        {"required": [field], "properties": {field: {"not": {"type": "null"}}}} for field in fields
+    ]
+    return ConfigDict(extra="forbid", json_schema_extra={"oneOf": each})
+
+
 def _check_one(given: dict[str, Any], what: str) -> None:
     if sum(value is not None for value in given.values()) != 1:
         raise ValueError(f"{what}: give one of {', '.join(given)}")
@@ -86,6 +94,8 @@ class NewDocument(Body):
     `text` is rendered `as` plain text or as the first message of a chat; messages are a chat's
     beginning. `publisher` is for admins; others publish on their own account.
     """
+
+    model_config = _one_of("text", "messages", "token_ids")
 
     title: Title = ""
     text: Text | None = None
@@ -111,6 +121,8 @@ class DocumentChange(Body):
 
     Requests that are under way are charged what held when they came.
     """
+
+    model_config = ConfigDict(extra="forbid", json_schema_extra={"minProperties": 1})
 
     cache_read_nano_per_mtok: Nano | None = None
     ttl_s: Ttl | None = None
@@ -191,6 +203,8 @@ class Deleted(BaseModel):
 
 class QuoteWish(Body):
     """What is to be asked: one of `prompt`, `messages`, `token_ids` and `document`."""
+
+    model_config = _one_of("prompt", "messages", "token_ids", "document")
 
     prompt: Text | None = None
     messages: Messages | None = None
@@ -373,22 +387,3 @@ class SignedReceiptModel(ReceiptModel):
     """A receipt, and its signed form (a JWS; see `kvmarket receipt verify` and /jwks)."""
 
     signed: dict[str, Any] | None
-
-
-class Consistency(BaseModel):
-    """That the log only grew; see RFC 9162. Hashes are base64."""
-
-    object: Literal["kvmarket.log.consistency"] = "kvmarket.log.consistency"
-    old_size: int
-    new_size: int
-    old_root: str
-    new_root: str
-    path: list[str]
-    old_checkpoint: str
-    new_checkpoint: str
-
-
-class Jwks(BaseModel):
-    """The market's public keys, the newest first (RFC 7517)."""
-
-    keys: list[dict[str, str]]

@@ -24,6 +24,7 @@ async def quote(wish: QuoteWish, service: ServiceOf, caller: CallerOf) -> Quote:
     """Say what a prompt matches, and what it costs with and without reuse.
 
     A document's id stands for a prompt that begins with it. Output is not priced here.
+    Prompts are the model's: what its adapters reuse is not quoted.
     """
     caller.need_reader()
     if wish.document is not None:

@@ -5,19 +5,18 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import msgspec
 from fastapi import APIRouter, Path, Query, Response
 from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import PlainTextResponse
+from pydantic import BaseModel
 
 from vllm_kvmarket.api.accounts import transfer_model
 from vllm_kvmarket.api.errors import MarketRoute, invalid, not_found
 from vllm_kvmarket.api.models import (
     WHOLE_ACCOUNT,
-    Consistency,
-    Jwks,
     Page,
     ReceiptModel,
     SignedReceiptModel,
@@ -42,6 +41,25 @@ Size = Annotated[int | None, Query(ge=0, lt=2**63)]
 TEXT = {"text/plain": {"schema": {"type": "string"}}}
 router = APIRouter(tags=["kvmarket receipts"], route_class=MarketRoute)
 logger = logging.getLogger(__name__)
+
+
+class Consistency(BaseModel):
+    """That the log only grew; see RFC 9162. Hashes are base64."""
+
+    object: Literal["kvmarket.log.consistency"] = "kvmarket.log.consistency"
+    old_size: int
+    new_size: int
+    old_root: str
+    new_root: str
+    path: list[str]
+    old_checkpoint: str
+    new_checkpoint: str
+
+
+class Jwks(BaseModel):
+    """The market's public keys, the newest first (RFC 7517)."""
+
+    keys: list[dict[str, str]]
 
 
 @router.get("/receipts", response_model=Page[ReceiptModel])

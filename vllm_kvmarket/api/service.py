@@ -12,7 +12,9 @@ from fastapi.security import APIKeyHeader, HTTPBearer
 
 from vllm_kvmarket.api.errors import ApiError
 from vllm_kvmarket.api.limits import READS, WRITES, Limiter
+from vllm_kvmarket.api.observations import Observations
 from vllm_kvmarket.api.publishing import Publications
+from vllm_kvmarket.api.sessions import Sessions
 from vllm_kvmarket.apikeys import PREFIX, Keys, Principal, Scope
 from vllm_kvmarket.market import Market
 
@@ -53,6 +55,8 @@ class Service:
     render: Callable[..., Awaitable[Any]] = run_in_threadpool
     reads: Limiter = field(default_factory=lambda: Limiter(READS))
     writes: Limiter = field(default_factory=lambda: Limiter(WRITES))
+    sessions: Sessions = field(default_factory=Sessions)
+    observations: Observations = field(default_factory=Observations)
 
 
 def service_of(request: Request) -> Service:

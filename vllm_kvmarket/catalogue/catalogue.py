@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable, Sequence
 from itertools import islice
 
@@ -49,6 +50,28 @@ class Catalogue(Offers):
                 for field in (listing.title, listing.publisher, listing.document_id)
             )
         ]
+
+    def page(
+        self,
+        limit: int,
+        offset: int = 0,
+        *,
+        search: str = "",
+        publisher: str | None = None,
+        on_offer: bool = True,
+    ) -> tuple[list[Listing], int]:
+        """Return some of the listings that `search` keeps, newest first, and how many there are.
+
+        Those on offer now, unless told; only what is returned is read whole. See `listings`.
+        """
+        wanted = search.casefold()
+        with self._db.snapshot() as db:
+            names = [
+                fields[0]
+                for fields in tables.read_names(db, publisher, time.time() if on_offer else None)
+                if any(wanted in field.casefold() for field in fields)
+            ]
+            return [self._read(db, name) for name in names[offset : offset + limit]], len(names)
 
     def tokens_of(self, document_id: str) -> list[int]:
         """Return a document's token ids. Raises NotFoundError."""

@@ -189,6 +189,7 @@ class Offers(View):
             listing = self._read(db, document_id)
             if listing.state not in ON_OFFER or listing.pinned:
                 return False
+            upkeep.remember_uses(db, document_id)
             tables.set_state(db, document_id, "evicted", reason)
             return True
 

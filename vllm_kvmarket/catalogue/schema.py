@@ -111,4 +111,6 @@ MIGRATIONS = (
     ) STRICT;
     CREATE INDEX audit_document ON audit (document_id);
     """,
+    # Of uses that were noted before this version, the first is not known: their listing's time is.
+    "ALTER TABLE listing_use ADD COLUMN first_used_s REAL",
 )

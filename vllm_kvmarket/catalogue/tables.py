@@ -72,6 +72,20 @@ def read_listings(
     return [Listing(**_fields(row), chunk_keys=_chunk_keys(db, row[0])) for row in found]
 
 
+def read_names(
+    db: apsw.Connection, publisher: str | None, offered_at_s: float | None
+) -> list[tuple[str, str, str]]:
+    """Return id, title and publisher of listings, newest first: one publisher's, or those on offer
+    at a time.
+    """
+    statement = (
+        "SELECT document_id, title, publisher FROM listing "
+        "WHERE (?1 IS NULL OR publisher = ?1) AND (?2 IS NULL OR (state IN ('live', 'damaged') "
+        "AND (expires_at_s IS NULL OR expires_at_s > ?2))) ORDER BY created_at_s DESC, document_id"
+    )
+    return rows(db, statement, (publisher, offered_at_s))
+
+
 def read_changes(db: apsw.Connection, since: int, now_s: float) -> list[Change]:
     """Return what became, until now, of every listing that changed after that revision."""
     statement = f"SELECT {_COLUMNS}, listed FROM listing WHERE revision > ?"  # noqa: S608  # column names are ours

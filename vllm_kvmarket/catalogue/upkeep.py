@@ -39,14 +39,14 @@ def note_uses(db: apsw.Connection, uses: Iterable[Use]) -> None:
         found = rows(
             db,
             "SELECT token_count, created_at_s, uses, tokens_reused, earned_nano, score, "
-            "last_used_s FROM listing LEFT JOIN listing_use USING (document_id) "
+            "last_used_s, first_used_s FROM listing LEFT JOIN listing_use USING (document_id) "
             "WHERE document_id = ?",
             (document_id,),
         )
         if not found:
             continue
         token_count, created_at_s, *known = found[0]
-        count, tokens, earned_nano, score, at_s = _usage(created_at_s, known)
+        count, tokens, earned_nano, score, at_s, first_s = _usage(created_at_s, known)
         whole = recompute_tokens(token_count)
         for use in fresh:
             count, tokens, earned_nano = (
@@ -56,40 +56,58 @@ def note_uses(db: apsw.Connection, uses: Iterable[Use]) -> None:
             )
             share = min(1.0, recompute_tokens(use.tokens) / whole)
             score, at_s = reused(score, at_s, share, use.at_s)
-        db.execute(
-            "INSERT OR REPLACE INTO listing_use VALUES (?, ?, ?, ?, ?, ?)",
-            (document_id, count, tokens, earned_nano, score, at_s),
-        )
+        _write(db, document_id, (count, tokens, earned_nano, score, at_s, first_s))
+
+
+def remember_uses(db: apsw.Connection, document_id: str) -> None:
+    """Keep what is known of a document that goes, for the day when it is published again."""
+    statement = (
+        "SELECT created_at_s, uses, tokens_reused, earned_nano, score, last_used_s, first_used_s "
+        "FROM listing LEFT JOIN listing_use USING (document_id) WHERE document_id = ?"
+    )
+    for created_at_s, *known in rows(db, statement, (document_id,)):
+        _write(db, document_id, _usage(created_at_s, known))
+
+
+def _write(
+    db: apsw.Connection, document_id: str, usage: tuple[int, int, int, float, float, float]
+) -> None:
+    db.execute(
+        "INSERT OR REPLACE INTO listing_use (document_id, uses, tokens_reused, earned_nano, "
+        "score, last_used_s, first_used_s) VALUES (?, ?, ?, ?, ?, ?, ?)",
+        (document_id, *usage),
+    )
 
 
 def _usage(
     created_at_s: float, known: list[int | float | None]
-) -> tuple[int, int, int, float, float]:
+) -> tuple[int, int, int, float, float, float]:
     """Complete a row of listing_use: publishing counts as a reuse of the whole document.
 
     Or what was published last would be the first to go.
     """
-    uses, tokens, earned_nano, score, last_used_s = known
+    uses, tokens, earned_nano, score, last_used_s, first_used_s = known
     if last_used_s is None:
-        return 0, 0, 0, 1.0, created_at_s
+        return 0, 0, 0, 1.0, created_at_s, created_at_s
     score, at_s = float(score or 0.0), last_used_s
     if created_at_s > at_s:
         score, at_s = reused(score, at_s, 1.0, created_at_s)
-    return int(uses or 0), int(tokens or 0), int(earned_nano or 0), score, at_s
+    first_s = min(at_s, created_at_s if first_used_s is None else first_used_s)
+    return int(uses or 0), int(tokens or 0), int(earned_nano or 0), score, at_s, first_s
 
 
 def usage_of(db: apsw.Connection, document_id: str) -> Usage | None:
     """Return what is known of a document's uses, None for no document."""
     found = rows(
         db,
-        "SELECT created_at_s, uses, tokens_reused, earned_nano, score, last_used_s "
+        "SELECT created_at_s, uses, tokens_reused, earned_nano, score, last_used_s, first_used_s "
         "FROM listing LEFT JOIN listing_use USING (document_id) WHERE document_id = ?",
         (document_id,),
     )
     if not found:
         return None
     created_at_s, *known = found[0]
-    return Usage(*_usage(created_at_s, known))
+    return Usage(*_usage(created_at_s, known)[:-1])
 
 
 def candidates(db: apsw.Connection) -> list[Candidate]:
@@ -117,13 +135,13 @@ def candidates(db: apsw.Connection) -> list[Candidate]:
     found = rows(
         db,
         "SELECT document_id, namespace, token_count, pinned, paid_for, created_at_s, uses, "
-        "tokens_reused, earned_nano, score, last_used_s "
+        "tokens_reused, earned_nano, score, last_used_s, first_used_s "
         "FROM listing LEFT JOIN listing_use USING (document_id) "
         "WHERE state IN ('live', 'damaged') ORDER BY document_id",
     )
     made = []
     for document_id, namespace, token_count, pinned, paid_for, created_at_s, *known in found:
-        uses, _, earned_nano, score, last_used_s = _usage(created_at_s, known)
+        uses, _, earned_nano, score, last_used_s, first_used_s = _usage(created_at_s, known)
         rate = rates.get(namespace, 0.0)
         chunks = [(key, tokens) for key, tokens in held[document_id] if key not in fixed]
         made.append(
@@ -133,6 +151,7 @@ def candidates(db: apsw.Connection) -> list[Candidate]:
                 tokens=token_count,
                 score=score,
                 last_used_s=last_used_s,
+                first_used_s=first_used_s,
                 earned_nano=earned_nano,
                 uses=uses,
                 pinned=bool(pinned),

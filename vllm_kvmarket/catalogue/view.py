@@ -104,6 +104,11 @@ class View:
         """How many chunks can be matched."""
         return self._tree.chunk_count
 
+    @property
+    def document_count(self) -> int:
+        """How many documents can be matched, at least in part."""
+        return len(self._tree.entries)
+
     # Keeping up with the database and the clock
 
     def refresh(self) -> bool:

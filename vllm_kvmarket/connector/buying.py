@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from blake3 import blake3
 
 from vllm_kvmarket.catalogue import Match, Use
+from vllm_kvmarket.connector.meter import Meter
 from vllm_kvmarket.connector.requests import client_request_id, ledger_key, purchase_group
 from vllm_kvmarket.identity import pack_tokens
 from vllm_kvmarket.market import Market
@@ -94,8 +95,10 @@ class Purchases:
         engine_id: str,
         model: str,
         clock: Callable[[], float] = time.monotonic,
+        meter: Meter | None = None,
     ) -> None:
         self._market = market
+        self._meter = meter or Meter(market)
         self._engine_id = engine_id
         self._model = model
         self._clock = clock
@@ -178,6 +181,8 @@ class Purchases:
         if shared.is_payable():
             assert shared.usage is not None
             receipt = purchase.settle(shared.usage)
+            assert purchase.settled is not None
+            self._meter.sold(receipt, purchase.settled)
             self._market.note_use(
                 Use(receipt.document_id, receipt.tokens_reused, receipt.charge_nano, time.time())
             )

@@ -148,6 +148,12 @@ class KVMarketConnector(KVConnectorBase_V1):
         """See SchedulerHalf.finished."""
         return self.scheduler.finished(request, block_ids)
 
+    def has_pending_push_work(self) -> bool:
+        """Whether an engine that has nothing to do shall make a step: it takes the scheduler half's
+        figures along. vLLM asks only then, whenever something wakes the engine.
+        """
+        return self._scheduler is not None and self._scheduler.meter.has_news
+
     # The workers' calls
 
     def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
@@ -189,8 +195,10 @@ class KVMarketConnector(KVConnectorBase_V1):
         return self.worker.report()
 
     def get_kv_connector_stats(self) -> KVConnectorStats | None:
-        """See WorkerHalf.stats."""
-        return self._worker.stats() if self._worker is not None else None
+        """What this half counted since it was last asked: WorkerHalf.stats, or Meter.take."""
+        if self._scheduler is not None:
+            return self._scheduler.meter.take()
+        return self.worker.stats()
 
     @classmethod
     def build_kv_connector_stats(
@@ -216,6 +224,7 @@ class KVMarketConnector(KVConnectorBase_V1):
         """Let pinned documents' blocks go: `reset_prefix_cache(reset_connector=True)` asks this."""
         if self._scheduler is not None:
             self._scheduler.pins.unpin_unless(lambda _: False)
+            self._scheduler.meter.pinned(self._scheduler.pins.block_count)
         return True
 
     def shutdown(self) -> None:

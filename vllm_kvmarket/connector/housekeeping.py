@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 from vllm.logger import init_logger
 
+from vllm_kvmarket.connector.meter import Meter
 from vllm_kvmarket.market import Market
 from vllm_kvmarket.sharing import Directory
 
@@ -16,9 +17,11 @@ logger = init_logger("vllm.kvmarket.housekeeping")
 
 
 class Housekeeping:
-    """Expires overdue reservations, writes down what was used, follows a shared bucket."""
+    """Expires overdue reservations, writes down what was used, follows a shared bucket, and takes
+    the figures that wait for disk or database.
+    """
 
-    def __init__(self, market: Market, interval_s: float = INTERVAL_S) -> None:
+    def __init__(self, market: Market, meter: Meter, interval_s: float = INTERVAL_S) -> None:
         self._market = market
         self._interval_s = interval_s
         directory = Directory(market.store, market.catalogue, market.ledger)
@@ -26,6 +29,7 @@ class Housekeeping:
             "expiring reservations": market.ledger.expire_pending,
             "noting uses": market.flush_uses,
             "following the object store": directory.sync,
+            "taking figures": meter.look,
         }
         self._problems: dict[str, str] = {}
         self._closing = threading.Event()

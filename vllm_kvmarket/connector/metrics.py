@@ -1,12 +1,13 @@
-"""What the workers count, on its way to vLLM's log line and to Prometheus.
+"""What both halves count, on its way to vLLM's log line and to Prometheus.
 
-vLLM collects a connector's stats once an engine step, adds up the ranks', and hands their `data` to
-the process that serves /metrics.
+vLLM collects a connector's stats once an engine step: the ranks' are added up, and the scheduler
+half's to them. Their `data` goes to the process that serves /metrics.
 """
 
 from __future__ import annotations
 
 import threading
+from collections.abc import Mapping
 from typing import Any
 
 from vllm.distributed.kv_transfer.kv_connector.v1.metrics import (
@@ -14,31 +15,19 @@ from vllm.distributed.kv_transfer.kv_connector.v1.metrics import (
     KVConnectorStats,
 )
 
-_COUNTS, _SECONDS, _HOST_BYTES = "counts", "load_seconds", "host_bytes"
+from vllm_kvmarket.connector.figures import FIGURES, PREFIX, named
 
-# Counter: what it counts, and what its label says; without one, one number. The names begin like
-# vLLM's own, which forgets them together when a second engine starts in one process.
-COUNTERS: dict[str, tuple[str, str]] = {
-    "chunks_loaded": ("Chunks loaded into the paged cache.", "tier"),
-    "loaded_bytes": ("Bytes loaded into the paged cache.", "tier"),
-    "chunks_converted": ("Chunks loaded from another layout.", ""),
-    "load_failures": ("Chunks that could not be loaded and were computed.", "reason"),
-    "chunks_quarantined": ("Damaged chunks taken out of the store.", ""),
-    "prefetches": ("Chunks that were to be read ahead.", "result"),
-    "chunks_saved": ("Chunks stored.", ""),
-    "saved_bytes": ("Bytes stored.", ""),
-    "save_failures": ("Publishing requests that could not be stored whole.", "reason"),
-    "chunks_audited": ("Chunks compared with recomputed ones.", "result"),
-}
-LOAD_SECONDS_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
-PREFIX = "vllm:kvmarket_"
+_COUNTS, _DURATIONS, _GAUGES = "counts", "durations", "gauges"
+_HOST_BYTES = "host_cache_bytes"
+# An engine without a step does not deliver: what is noted must not grow for ever.
+MAX_DURATIONS = 10_000
 
 
 class MarketStats(KVConnectorStats):
     """Counts since the stats were last taken; `data` is plain JSON.
 
-    `data["counts"]` maps `counter` or `counter/label value` to a number, `data["load_seconds"]`
-    lists one duration a request and rank, `data["host_bytes"]` is the host tier's size as of now.
+    `data["counts"]` and `data["gauges"]` map `name` or `name/label value` of a figure to a number,
+    `data["durations"]` maps a histogram's name to seconds, one each an observation.
     """
 
     data: dict[str, Any]
@@ -50,47 +39,53 @@ class MarketStats(KVConnectorStats):
 
     def reset(self) -> None:
         """Begin anew; mutates."""
-        self.data = {_COUNTS: {}, _SECONDS: []}
+        self.data = {_COUNTS: {}, _DURATIONS: {}, _GAUGES: {}}
 
-    def count(self, counter: str, label: str = "", amount: int = 1) -> None:
-        """Add to a counter of COUNTERS; mutates. Not synchronised."""
-        name = f"{counter}/{label}" if label else counter
-        self.data[_COUNTS][name] = self.data[_COUNTS].get(name, 0) + amount
+    def count(self, counter: str, label: str = "", amount: float = 1) -> None:
+        """Add to a counter; mutates. Not synchronised."""
+        self.add({f"{counter}/{label}" if label else counter: amount})
 
-    def took(self, seconds: float) -> None:
-        """Note how long a request's load took; mutates. Not synchronised."""
-        self.data[_SECONDS].append(seconds)
+    def add(self, amounts: Mapping[str, float]) -> None:
+        """Add to counters, named as in `data["counts"]`; mutates. Not synchronised."""
+        counts = self.data[_COUNTS]
+        for name, amount in amounts.items():
+            counts[name] = counts.get(name, 0) + amount
 
-    def host_bytes(self, bytes_used: int) -> None:
-        """Note how much the host tier holds now; mutates."""
-        self.data[_HOST_BYTES] = bytes_used
+    def took(self, histogram: str, seconds: float) -> None:
+        """Note a duration; mutates. Not synchronised."""
+        noted = self.data[_DURATIONS].setdefault(histogram, [])
+        if len(noted) < MAX_DURATIONS:
+            noted.append(seconds)
+
+    def stands_at(self, gauge: str, value: float) -> None:
+        """Note what `gauge`, with `/label value` where it has a label, is now; mutates."""
+        self.data[_GAUGES][gauge] = value
 
     def aggregate(self, other: KVConnectorStats) -> MarketStats:
-        """Add another rank's or a later step's; mutates and returns self.
+        """Add another rank's, the other half's or a later step's; mutates and returns self.
 
-        Of several host tiers the largest stands: each rank has its own limit.
+        Of several host tiers the largest stands: each rank has its own limit. Of any other gauge
+        the later one does.
         """
-        counts = self.data[_COUNTS]
-        for name, amount in other.data[_COUNTS].items():
-            counts[name] = counts.get(name, 0) + amount
-        self.data[_SECONDS] += other.data[_SECONDS]
-        if _HOST_BYTES in other.data:
-            self.data[_HOST_BYTES] = max(self.data.get(_HOST_BYTES, 0), other.data[_HOST_BYTES])
+        self.add(other.data[_COUNTS])
+        durations, gauges = self.data[_DURATIONS], self.data[_GAUGES]
+        for name, seconds in other.data[_DURATIONS].items():
+            durations[name] = durations.get(name, []) + seconds
+        for name, value in other.data[_GAUGES].items():
+            gauges[name] = max(gauges.get(name, 0), value) if name == _HOST_BYTES else value
         return self
 
     def reduce(self) -> dict[str, int | float]:
-        """The log line's figures: every count, and the loads' mean duration."""
+        """The log line's figures: every count, durations' number and mean, and gauges."""
         figures: dict[str, int | float] = dict(sorted(self.data[_COUNTS].items()))
-        if seconds := self.data[_SECONDS]:
-            figures["loads"] = len(seconds)
-            figures["mean_load_ms"] = round(1000 * sum(seconds) / len(seconds), 2)
-        if _HOST_BYTES in self.data:
-            figures["host_bytes"] = self.data[_HOST_BYTES]
-        return figures
+        for name, seconds in sorted(self.data[_DURATIONS].items()):
+            figures[f"{name}_count"] = len(seconds)
+            figures[f"{name}_mean"] = round(sum(seconds) / len(seconds), 5)
+        return figures | dict(sorted(self.data[_GAUGES].items()))
 
     def is_empty(self) -> bool:
-        """Whether nothing was counted."""
-        return not (self.data[_COUNTS] or self.data[_SECONDS])
+        """Whether there is nothing to tell."""
+        return not any(self.data.values())
 
 
 class Tally:
@@ -99,28 +94,52 @@ class Tally:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._stats = MarketStats()
+        self._stand: dict[str, float] = {}
+        # Read without the lock, once an engine step: that must cost nothing when there is nothing.
+        self.has_news = False
 
-    def count(self, counter: str, label: str = "", amount: int = 1) -> None:
-        """Add to a counter of COUNTERS; mutates."""
+    def count(self, counter: str, label: str = "", amount: float = 1) -> None:
+        """Add to a counter; mutates."""
         with self._lock:
             self._stats.count(counter, label, amount)
+            self.has_news = True
 
-    def took(self, seconds: float) -> None:
-        """Note how long a request's load took; mutates."""
+    def add(self, amounts: Mapping[str, float]) -> None:
+        """Add to several counters, named `counter` or `counter/label value`; mutates."""
         with self._lock:
-            self._stats.took(seconds)
+            self._stats.add(amounts)
+            self.has_news = True
+
+    def took(self, histogram: str, seconds: float) -> None:
+        """Note a duration; mutates."""
+        with self._lock:
+            self._stats.took(histogram, seconds)
+            self.has_news = True
+
+    def stand_at(self, gauges: Mapping[str, float]) -> None:
+        """Note what gauges are now; what has not changed is no news. Mutates."""
+        with self._lock:
+            for name, value in gauges.items():
+                if self._stand.get(name) != value:
+                    self._stand[name] = value
+                    self._stats.stands_at(name, value)
+                    self.has_news = True
 
     def take(self) -> MarketStats | None:
         """What was counted since the last call, None when nothing was."""
+        if not self.has_news:
+            return None
         with self._lock:
-            if self._stats.is_empty():
-                return None
             stats, self._stats = self._stats, MarketStats()
+            self.has_news = False
             return stats
 
 
 class MarketPromMetrics(KVConnectorPromMetrics):
-    """Registers the counters with Prometheus and feeds them what the workers counted."""
+    """Registers every figure with Prometheus and feeds it what both halves counted.
+
+    Series that can be named beforehand begin with 0, so that what happens once is a rate, too.
+    """
 
     def __init__(
         self,
@@ -130,35 +149,45 @@ class MarketPromMetrics(KVConnectorPromMetrics):
         per_engine_labelvalues: dict[int, list[object]],
     ) -> None:
         super().__init__(vllm_config, metric_types, labelnames, per_engine_labelvalues)
-        self._counters = {
-            name: self._counter_cls(
-                name=f"{PREFIX}{name}",
-                documentation=f"kvmarket: {meaning}",
-                labelnames=[*labelnames, label] if label else labelnames,
-            )
-            for name, (meaning, label) in COUNTERS.items()
+        kinds = {
+            "counter": self._counter_cls,
+            "gauge": self._gauge_cls,
+            "histogram": self._histogram_cls,
         }
-        self._load_seconds = self._histogram_cls(
-            name=f"{PREFIX}load_seconds",
-            documentation="kvmarket: how long a request waited for its chunks.",
-            buckets=LOAD_SECONDS_BUCKETS,
-            labelnames=labelnames,
-        )
-        self._host_bytes = self._gauge_cls(
-            name=f"{PREFIX}host_cache_bytes",
-            documentation="kvmarket: host memory that holds hot chunks, of the rank with most.",
-            multiprocess_mode="mostrecent",
-            labelnames=labelnames,
-        )
+        self._metrics: dict[str, Any] = {}
+        for name, figure in FIGURES.items():
+            more: dict[str, Any] = {}
+            if figure.kind == "gauge":
+                more["multiprocess_mode"] = "mostrecent"
+            elif figure.kind == "histogram":
+                more["buckets"] = figure.buckets
+            self._metrics[name] = kinds[figure.kind](
+                name=f"{PREFIX}{name}",
+                documentation=f"kvmarket: {figure.meaning} In {figure.unit}.",
+                labelnames=[*labelnames, figure.label] if figure.label else labelnames,
+                **more,
+            )
+        self._counters = {name: self._metrics[name] for name in named("counter")}
+        self._gauges = {name: self._metrics[name] for name in named("gauge")}
+        for labels in per_engine_labelvalues.values():
+            for name, figure in FIGURES.items():
+                for value in figure.values or ("",):
+                    self._series(self._metrics, f"{name}/{value}" if value else name, labels)
 
     def observe(self, transfer_stats_data: dict[str, Any], engine_idx: int = 0) -> None:
         """Add one step's `MarketStats.data`."""
         labels = self.per_engine_labelvalues[engine_idx]
         for name, amount in transfer_stats_data[_COUNTS].items():
-            counter, _, label = name.partition("/")
-            values = [*labels, label] if label else labels
-            self._counters[counter].labels(*values).inc(amount)
-        for seconds in transfer_stats_data[_SECONDS]:
-            self._load_seconds.labels(*labels).observe(seconds)
-        if _HOST_BYTES in transfer_stats_data:
-            self._host_bytes.labels(*labels).set(transfer_stats_data[_HOST_BYTES])
+            self._series(self._counters, name, labels).inc(amount)
+        for name, value in transfer_stats_data[_GAUGES].items():
+            self._series(self._gauges, name, labels).set(value)
+        for name, durations in transfer_stats_data[_DURATIONS].items():
+            histogram = self._series(self._metrics, name, labels)
+            for seconds in durations:
+                histogram.observe(seconds)
+
+    @staticmethod
+    def _series(metrics: dict[str, Any], name: str, labels: list[object]) -> Any:
+        """The series of `name` or `name/label value` of one engine."""
+        figure, _, label = name.partition("/")
+        return metrics[figure].labels(*labels, label) if label else metrics[figure].labels(*labels)

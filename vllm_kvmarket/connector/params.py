@@ -16,6 +16,8 @@ FIELD = "kvmarket"
 
 
 AccountId = Annotated[str, msgspec.Meta(pattern=f"^{ACCOUNT_PATTERN}$")]
+# Why who sent a request does not want reuse.
+Reason = Literal["never", "max_price"]
 Token = Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{0,64}$")]
 
 
@@ -45,16 +47,29 @@ class RequestParams(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     publish: PublishParams | None = None
     preload: bool = False
     audit: AuditParams | None = None
+    declined: Reason | None = None
     token: Token = ""
+    # The most that its reuse may be reserved at: the price may have changed since it was quoted.
+    max_price_nano: Annotated[int, msgspec.Meta(ge=0)] | None = None
+
+    @property
+    def is_operators(self) -> bool:
+        """Whether this is the operator's work, and no purchase."""
+        return self.publish is not None or self.preload or self.audit is not None
 
 
 class Declined(msgspec.Struct, frozen=True):
-    """Why a request's wish is not heard."""
+    """Why a request's wish is not heard: for people, and one of figures.DECLINED."""
 
+    told: str
     reason: str
 
 
 NOTHING = RequestParams()
+NOT_WANTED: dict[Reason, str] = {
+    "never": "the request wants no reuse",
+    "max_price": "reuse costs more than the request's max_price_nano",
+}
 
 
 def read(
@@ -67,16 +82,19 @@ def read(
     try:
         params = msgspec.convert(raw, RequestParams)
     except msgspec.ValidationError as error:
-        return Declined(f"kv_transfer_params.{FIELD} is malformed: {error}")
-    operator = params.publish is not None or params.preload or params.audit is not None
+        return Declined(f"kv_transfer_params.{FIELD} is malformed: {error}", "malformed")
+    if params.declined is not None:
+        return Declined(NOT_WANTED[params.declined], params.declined)
     if trusted:
         return params
-    if operator and not credentials.allows(OPERATOR, params.token):
-        return Declined("publishing, preloading and auditing need the operator's token")
+    if params.is_operators and not credentials.allows(OPERATOR, params.token):
+        return Declined(
+            "publishing, preloading and auditing need the operator's token", "invalid_token"
+        )
     if (
-        not operator
+        not params.is_operators
         and params.account is not None
         and not credentials.allows(account_subject(params.account), params.token)
     ):
-        return Declined(f"no valid token for account {params.account!r}")
+        return Declined(f"no valid token for account {params.account!r}", "invalid_token")
     return params

@@ -92,6 +92,8 @@ class RequestState:
     publishing: Publishing | None = None
     auditing: Auditing | None = None
     declined: str = ""
+    # The operator's work is not counted with what others ask.
+    is_operators: bool = False
     # The most tokens of the match that can still be had; shrinks when a chunk fails to load.
     limit: int = 0
     # vLLM's prefix-cache hit as of the last time the scheduler asked, in whole blocks.

@@ -21,6 +21,7 @@ from vllm_kvmarket.connector.auditing import audit_plan, audit_record, start_aud
 from vllm_kvmarket.connector.buying import Charge, Purchases
 from vllm_kvmarket.connector.housekeeping import Housekeeping
 from vllm_kvmarket.connector.messages import ChunkPrefetch, Instructions, WorkerReport
+from vllm_kvmarket.connector.meter import Meter
 from vllm_kvmarket.connector.namespaces import Namespaces
 from vllm_kvmarket.connector.pinning import PinnedBlocks
 from vllm_kvmarket.connector.publishing import EngineFacts, begun, save_plan, start_publishing
@@ -49,15 +50,17 @@ class SchedulerHalf:
     def __init__(self, vllm_config: VllmConfig, config: MarketConfig, engine: EngineFacts) -> None:
         self._market = Market.open(config=config)
         self._market.catalogue.watch(config.refresh_interval_s)
-        # What an engine that died had reserved must not lock its buyers' funds for good.
-        self._market.ledger.expire_pending()
         self._market.store.sweep_temporary()
         self._market.catalogue.fail_abandoned()
-        self._housekeeping = Housekeeping(self._market)
+        self.meter = Meter(self._market)
+        # Its first round expires what an engine that died had reserved.
+        self._housekeeping = Housekeeping(self._market, self.meter)
         self._housekeeping.start()
         self._namespaces = Namespaces(vllm_config, self._market.home)
         self._config = config
-        self._purchases = Purchases(self._market, engine.id, str(vllm_config.model_config.model))
+        self._purchases = Purchases(
+            self._market, engine.id, str(vllm_config.model_config.model), meter=self.meter
+        )
         self._engine = engine
         self._block_tokens = engine.block_tokens
         self.pins = PinnedBlocks(
@@ -89,7 +92,11 @@ class SchedulerHalf:
         tokens = request.prompt_token_ids
         match: Match | None = None
         if namespace is not None and tokens is not None and not request.mm_features:
-            match = self._market.match(namespace, tokens)
+            match = self._market.catalogue.match(namespace, tokens)
+            if match is not None and not self._market.is_sold(match):
+                if isinstance(wish, wishes.RequestParams) and wish.account is not None:
+                    self.meter.declined("below_minimum")
+                match = None
         if match is None and wish is wishes.NOTHING:
             return
         state = RequestState(
@@ -101,8 +108,10 @@ class SchedulerHalf:
         )
         self._states[request.request_id] = state
         if isinstance(wish, wishes.Declined):
-            self._recompute(state, request, wish.reason)
-        elif wish.publish is not None:
+            self._recompute(state, request, wish.told, wish.reason)
+            return
+        state.is_operators = wish.is_operators
+        if wish.publish is not None:
             start_publishing(
                 self._market,
                 state,
@@ -121,24 +130,31 @@ class SchedulerHalf:
                 chunk_tokens=self._config.chunk_tokens,
             )
         elif not wish.preload:
-            self._buy(state, request, wish.account)
+            self._buy(state, request, wish)
         if match is not None and state.decision is not Decision.RECOMPUTE:
             self._waiting[request.request_id] = False
 
-    def _buy(self, state: RequestState, request: Request, account: str | None) -> None:
+    def _buy(self, state: RequestState, request: Request, wish: wishes.RequestParams) -> None:
         if state.match is None:
             return
-        if account is None:
+        if wish.account is None:
             if self._config.without_account == "recompute":
-                self._recompute(state, request, "the request names no account")
+                self._recompute(state, request, "the request names no account", "no_account")
             return
-        state.purchase = self._purchases.join(request, account, state.match)
+        if wish.max_price_nano is not None:
+            most = min(state.match.token_count, request.num_prompt_tokens - 1)
+            if self._market.terms_of(state.match).charge_nano(most) > wish.max_price_nano:
+                self._recompute(state, request, wishes.NOT_WANTED["max_price"], "max_price")
+                return
+        state.purchase = self._purchases.join(request, wish.account, state.match)
         state.match = state.purchase.match
         state.limit = state.match.token_count
         state.decision = Decision.PENDING
 
-    def _recompute(self, state: RequestState, request: Request, reason: str) -> None:
-        state.declined = reason
+    def _recompute(self, state: RequestState, request: Request, told: str, reason: str) -> None:
+        state.declined = told
+        if state.match is not None and state.decision is not Decision.RECOMPUTE:
+            self.meter.declined(reason)
         state.decision = Decision.RECOMPUTE
         if state.match is not None:
             # What was published must not be had for nothing from vLLM's own prefix cache either.
@@ -199,12 +215,14 @@ class SchedulerHalf:
         for request in self._bypass:
             state = self._states.get(request.request_id)
             if state is not None and state.purchase is not None:
-                self._recompute(state, request, state.purchase.refusal)
+                purchase = state.purchase
+                self._recompute(state, request, purchase.refusal, purchase.refusal_reason)
         self._bypass.clear()
         self._prefetch()
         self._renew()
         if self.pins.block_count:
             self.pins.unpin_unless(self._market.catalogue.is_pinned)
+            self.meter.pinned(self.pins.block_count)
         instructions, self._next = self._next, Instructions()
         return instructions
 
@@ -282,6 +300,8 @@ class SchedulerHalf:
             answered = _is_answered(request)
             usage = state.usage(request.num_output_tokens) if answered else None
             charge = self._purchases.leave(request.request_id, usage)
+        if not state.is_operators:
+            self.meter.used(state, request.num_output_tokens)
         answer = {wishes.FIELD: self._answer(state, request, charge)}
         if state.auditing is not None and request.status in ANSWERED:
             self._next.audits.append(audit_plan(state, block_ids))
@@ -303,6 +323,7 @@ class SchedulerHalf:
             else:
                 whole = listing.token_count // self._block_tokens
                 answer["pinned_tokens"] = whole * self._block_tokens
+                self.meter.pinned(self.pins.block_count)
 
     def _answer(
         self, state: RequestState, request: Request, charge: Charge | None = None
@@ -349,7 +370,8 @@ class SchedulerHalf:
             if failure or not publishing.report.stored_bytes:
                 publishing.charge.void()
             else:
-                publishing.charge.settle()
+                charge = publishing.charge
+                self.meter.stored(charge.amount_nano, charge.settle())
         done.add_done_callback(_log_failure)
 
 

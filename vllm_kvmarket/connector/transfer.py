@@ -160,7 +160,7 @@ class Transfers:
         """What was counted since the last call; None when nothing was."""
         stats = self._tally.take()
         if stats is not None:
-            stats.host_bytes(self._host.usage().bytes_used)
+            stats.stands_at("host_cache_bytes", self._host.usage().bytes_used)
         return stats
 
     def close(self) -> None:
@@ -178,7 +178,7 @@ class Transfers:
         failure: Exception | None = None
         tier = ""
         try:
-            tier = self._chunks.load(load.plan.namespace, chunk, fetch=False, claim=lambda: None)
+            tier = self._load_chunk(load, chunk, fetch=False, claim=lambda: None)
         except NotOnThisMachineError:
             with self._changed:
                 if not load.awaited:
@@ -206,7 +206,7 @@ class Transfers:
         tier = ""
         try:
             if self._is_awaited(load, chunk):
-                tier = self._chunks.load(load.plan.namespace, chunk, fetch=True, claim=claim)
+                tier = self._load_chunk(load, chunk, fetch=True, claim=claim)
         except Exception as error:  # noqa: BLE001  # the engine must go on, and recompute
             failure = error
         with self._changed:
@@ -215,6 +215,14 @@ class Transfers:
                     return
                 self._no_longer_awaited(load, {chunk})
             self._end_chunk(load, chunk, tier, failure)
+
+    def _load_chunk(
+        self, load: _Load, chunk: ChunkLoad, *, fetch: bool, claim: Callable[[], None]
+    ) -> str:
+        started_s = time.perf_counter()
+        tier = self._chunks.load(load.plan.namespace, chunk, fetch=fetch, claim=claim)
+        self._tally.count("chunk_load_seconds", tier, time.perf_counter() - started_s)
+        return tier
 
     def _is_awaited(self, load: _Load, chunk: ChunkLoad) -> bool:
         with self._changed:
@@ -259,7 +267,7 @@ class Transfers:
             self._tally.count("load_failures", reason)
         if load.left == 0:
             report.seconds = time.perf_counter() - load.started_s
-            self._tally.took(report.seconds)
+            self._tally.took("load_seconds", report.seconds)
             self._finished.received.add(load.plan.request_id)
             self._finished.bad_blocks |= load.bad_blocks
             self._finished.report.loads[load.plan.request_id] = report
@@ -287,6 +295,7 @@ class Transfers:
         # In the document's order, one after another: what is there after a crash is a prefix.
         report = save.report
         while save.left and not report.failure:
+            started_s = time.perf_counter()
             try:
                 stored = self._chunks.save(save.plan.namespace, save.left.popleft())
             except Exception as error:  # noqa: BLE001  # the engine must go on
@@ -298,6 +307,8 @@ class Transfers:
                 if stored:
                     self._tally.count("chunks_saved")
                     self._tally.count("saved_bytes", amount=stored)
+                    seconds = time.perf_counter() - started_s
+                    self._tally.count("chunk_save_seconds", amount=seconds)
                 if save.left and self._queue_again(self._run_save, save):
                     return
         with self._changed:

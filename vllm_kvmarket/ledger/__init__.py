@@ -16,6 +16,7 @@ from vllm_kvmarket.ledger.operations import (
     void,
 )
 from vllm_kvmarket.ledger.receipts import Receipt
+from vllm_kvmarket.ledger.storage import UnavailableError
 
 __all__ = [
     "ACCOUNT_ID",
@@ -28,6 +29,7 @@ __all__ = [
     "Receipt",
     "Result",
     "Transfer",
+    "UnavailableError",
     "expire",
     "pending",
     "plain",

@@ -122,19 +122,26 @@ class Ledger:
         future: Future[list[Result]] = Future()
         # What is enqueued will be written: a running future cannot be cancelled.
         future.set_running_or_notify_cancel()
-        refusal = self._foreign() or self._writer.enqueue(
-            Batch(
-                tuple(operations),
-                linked,
-                receipt,
-                future,
-                self._clock(),
-                time.monotonic() + patience_s,
-            )
+        batch = Batch(
+            tuple(operations),
+            linked,
+            receipt,
+            future,
+            self._clock(),
+            time.monotonic() + patience_s,
         )
-        if refusal:
+        if refusal := self._foreign() or self._writer.enqueue(batch):
             future.set_exception(LedgerError(refusal))
         return future
+
+    @property
+    def queue_depth(self) -> int:
+        """How many batches wait to be written; never waits."""
+        return self._writer.queue_depth
+
+    def on_commit(self, told: Callable[[float], object]) -> None:
+        """Have `told` called with the seconds that each commit took, on the writer's thread."""
+        self._writer.on_commit = told
 
     def transact(self, *operations: Operation) -> None:
         """Submit a linked batch and wait for it. Raises LedgerError when it is refused."""
@@ -170,6 +177,8 @@ class Ledger:
         expired = 0
         while True:
             overdue = self._reader().overdue(self._clock(), EXPIRE_AT_ONCE)
+            if not overdue:
+                return expired
             batch = [expire(id=f"{held}:expire", pending_id=held) for held in overdue]
             results = self.submit(batch, linked=False).result()
             released = sum(result.outcome is Outcome.OK for result in results)

@@ -35,6 +35,8 @@ class Writer:
         monotonic: Callable[[], float] = time.monotonic,
         start: bool = True,
     ) -> None:
+        # Told how long each commit took, in seconds, on the writer's thread; must be quick.
+        self.on_commit: Callable[[float], object] | None = None
         self._storage = storage
         self._monotonic = monotonic
         self._queue: queue.SimpleQueue[Batch | None] = queue.SimpleQueue()
@@ -58,6 +60,11 @@ class Writer:
                 return f"the ledger is {MAX_QUEUED} batches behind; see whether its database works"
             self._queue.put(batch)
         return ""
+
+    @property
+    def queue_depth(self) -> int:
+        """How many batches wait, also those that are tried again; never waits."""
+        return self._queue.qsize() + len(self._kept)
 
     def close(self) -> None:
         """Write what is queued and answer for it; while the database is away, for 10 s at most."""
@@ -83,7 +90,10 @@ class Writer:
         group = self._take()
         if not group:
             return 0.0
+        started_s = time.perf_counter()
         answers = self._commit(group)
+        if self.on_commit and any(isinstance(answer, list) for answer in answers):
+            self.on_commit(time.perf_counter() - started_s)
         self._kept = []
         for batch, answer in zip(group, answers, strict=True):
             if isinstance(answer, UnavailableError) and self._patient(batch):

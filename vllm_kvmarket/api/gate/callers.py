@@ -11,7 +11,7 @@ from vllm_kvmarket.api.gate.refusals import BEARER, Refusal, bad, no_key
 from vllm_kvmarket.apikeys import PREFIX, Principal
 from vllm_kvmarket.apikeys import Scope as KeyScope
 from vllm_kvmarket.connector import params
-from vllm_kvmarket.connector.params import RequestParams
+from vllm_kvmarket.connector.params import Reason, RequestParams
 from vllm_kvmarket.credentials import Credentials, account_subject
 
 CONNECTOR = "kvmarket"
@@ -41,14 +41,29 @@ class Caller:
         subject = "operator" if self.account is None else f"account:{self.account}"
         return credentials.token(f"salt:{subject}")
 
-    def connector_params(self, credentials: Credentials, *, reuse: bool) -> dict[str, Any] | None:
-        """What the connector is told, None for nothing: then everything is computed."""
+    def connector_params(
+        self,
+        credentials: Credentials,
+        *,
+        reuse: bool,
+        declined: Reason | None = None,
+        max_price_nano: int | None = None,
+    ) -> dict[str, Any] | None:
+        """What the connector is told, None for nothing: then everything is computed.
+
+        `declined` says why there is no reuse where the sender does not want it.
+        """
         if self.operation is not None:
             return {CONNECTOR: self.operation}
+        if declined is not None:
+            return {CONNECTOR: {"declined": declined}}
         if self.account is None or not reuse:
             return None
         token = credentials.token(account_subject(self.account))
-        return {CONNECTOR: {"account": self.account, "token": token}}
+        told: dict[str, Any] = {"account": self.account, "token": token}
+        if max_price_nano is not None:
+            told["max_price_nano"] = max_price_nano
+        return {CONNECTOR: told}
 
 
 def principal_of(keys: Any, scope: Scope) -> Principal | None:

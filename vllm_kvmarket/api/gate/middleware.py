@@ -100,6 +100,9 @@ class Gate:
         if kind is Kind.RESPONSES:
             body["request_id"] = f"resp_{request_id}"
         passed = await bodies.replace(scope, receive, body, {"x-request-id": request_id})
+        observations = getattr(service, "observations", None)
+        if observations is not None and _prompt_count(body) == 1:
+            send = observations.watch(send)
         if reuse and caller.account is not None and body.get("stream"):
             ids = ids_of(_shape(kind, body), request_id, _prompt_count(body))
             send = ReceiptSender(send, service.market, caller.account, ids)
@@ -121,18 +124,27 @@ class Gate:
             raise bad("this route computes every prompt in full", wishes.FIELD)
         if kind is Kind.RESPONSES:
             _restrict_responses(body)
+        adapter = quoting.adapter_of(app, body)
+        if wants and adapter is not None:
+            raise quoting.no_quote_for(adapter)
         if wish.document is not None:
             await self._documents_of(service, app).place(app, kind, body, wish.document)
         reuse = wish.reuse != "never" and kind is not Kind.SALTED
         quoted = wish.needs_quote or market.config.unfunded == "refuse"
-        if reuse and quoted and caller.account is not None:
+        if reuse and quoted and adapter is None and caller.account is not None:
             prompts = await prompts_of(app, kind, body)
             offered = quoting.quote(market, service.tokens.namespace, prompts)
             offered = await quoting.with_funds(market, offered, caller.account)
             reuse = quoting.may_reuse(
                 offered, wish, refuse_unfunded=market.config.unfunded == "refuse"
             )
-        told = caller.connector_params(market.credentials, reuse=reuse)
+        declined = None if reuse or kind is Kind.SALTED else wish.reason
+        told = caller.connector_params(
+            market.credentials,
+            reuse=reuse,
+            declined=declined,
+            max_price_nano=wish.max_price_nano,
+        )
         if told is not None:
             body["kv_transfer_params"] = {**body.get("kv_transfer_params", {}), **told}
         body["cache_salt"] = caller.salt(market.credentials)

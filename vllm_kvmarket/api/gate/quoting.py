@@ -4,11 +4,29 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
+from typing import Any
 
-from vllm_kvmarket.api.gate.refusals import Quote, Refusal
+from vllm_kvmarket.api.gate.refusals import Quote, Refusal, bad
 from vllm_kvmarket.api.gate.wishes import Wish
 from vllm_kvmarket.errors import NotFoundError
 from vllm_kvmarket.market import Market
+
+
+def adapter_of(app: Any, body: dict[str, Any]) -> str | None:
+    """The adapter (LoRA) that a body's model names, None for the model itself."""
+    loaded = getattr(getattr(app.state, "openai_serving_models", None), "lora_requests", None)
+    model = body.get("model")
+    return model if isinstance(model, str) and model in (loaded or {}) else None
+
+
+def no_quote_for(adapter: str) -> Refusal:
+    """Only the engine knows an adapter's namespace: what it would reuse is not known here."""
+    return bad(
+        f"{adapter!r} is an adapter: documents and quotes are of the model itself; "
+        'ask that, or leave "document" and "require" away',
+        "model",
+        "adapter_not_quoted",
+    )
 
 
 def quote(market: Market, namespace: bytes, prompts: Sequence[Sequence[int]]) -> Quote:

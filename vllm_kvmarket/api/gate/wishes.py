@@ -7,18 +7,25 @@ from typing import Annotated, Any, Literal
 import msgspec
 
 from vllm_kvmarket.api.gate.refusals import bad
+from vllm_kvmarket.connector.params import Reason
 
 FIELD = "kvmarket"
 
 
 class Wish(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """`document` goes in front of the prompt. `reuse`: computed where it cannot be reused; refused
-    then; or always computed. `max_price_nano` is the most that this request's reuse may cost.
+    then; or always computed. `max_price_nano` is the most that this request's reuse may cost,
+    also when the engine reserves it.
     """
 
     document: Annotated[str, msgspec.Meta(min_length=1, max_length=128)] | None = None
     reuse: Literal["prefer", "require", "never"] = "prefer"
     max_price_nano: Annotated[int, msgspec.Meta(ge=0)] | None = None
+
+    @property
+    def reason(self) -> Reason:
+        """Why there is no reuse, when this wish is why."""
+        return "never" if self.reuse == "never" else "max_price"
 
     @property
     def needs_quote(self) -> bool:

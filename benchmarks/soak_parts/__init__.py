@@ -1,0 +1,1 @@
+"""The soak's parts: server, documents, clients, faults, sampling, and the checks afterwards."""

@@ -1,0 +1,37 @@
+"""What is quoted, what is not, and what the engine is told of a quote's limit."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+from catalogue_documents import store_and_list, tokens
+from test_gate import alice, app, client, keys, market, reached  # noqa: F401  # fixtures
+
+
+def ask(client, headers, model, **wish):  # noqa: F811
+    body = {"model": model, "prompt": [*tokens(300), 1], "kvmarket": wish}
+    return client.post("/v1/completions", json=body, headers=headers)
+
+
+def test_the_engine_is_told_the_most_that_it_may_reserve(client, alice, market):  # noqa: F811
+    """A price may have changed since the gate looked; without a limit there is none."""
+    store_and_list(market, tokens(300))
+    most = 300 * 500
+    for wish in ({"reuse": "require"}, {}):
+        told = reached(ask(client, alice, "m", max_price_nano=most, **wish))
+        assert told["kv_transfer_params"]["kvmarket"]["max_price_nano"] == most
+    told = reached(ask(client, alice, "m"))
+    assert "max_price_nano" not in told["kv_transfer_params"]["kvmarket"]
+
+
+@pytest.mark.parametrize("wish", [{"reuse": "require"}, {"document": "kvd_any"}])
+def test_nothing_is_promised_of_an_adapter(app, client, alice, market, wish):  # noqa: F811
+    """Its KV is another than the model's: what is on offer of that is no offer for it."""
+    app.state.openai_serving_models = SimpleNamespace(lora_requests={"legal": object()})
+    store_and_list(market, tokens(300))
+    told = ask(client, alice, "legal", **wish)
+    assert (told.status_code, told.json()["error"]["code"]) == (400, "adapter_not_quoted")
+    # Its limit is the engine's to keep, which knows what it matches.
+    got = reached(ask(client, alice, "legal", max_price_nano=1))
+    assert got["kv_transfer_params"]["kvmarket"]["max_price_nano"] == 1

@@ -1,0 +1,204 @@
+"""/kvmarket/money: an account's balance, holds, transfers, royalties and receipts."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Query, Response
+from fastapi.concurrency import run_in_threadpool
+
+from vllm_kvmarket.api.errors import ApiError, not_found
+from vllm_kvmarket.api.models import WHOLE_ACCOUNT
+from vllm_kvmarket.api.pages.page import HEADERS, PageRoute, Visitor, VisitorOf
+from vllm_kvmarket.api.paging import After, newest_first
+from vllm_kvmarket.errors import KVMarketError, NotFoundError
+from vllm_kvmarket.ledger import Account, Ledger, Receipt, Transfer
+from vllm_kvmarket.market import Market
+from vllm_kvmarket.proofs import (
+    ProofError,
+    TransparencyLog,
+    signed_receipt,
+    verify,
+    verify_with_proof,
+)
+from vllm_kvmarket.signing import SigningKeys
+
+PAGE_ROWS = 20
+# Holds and royalties are looked for among so many of an account's newest transfers.
+MOST_TRANSFERS = 1000
+MOST_ACCOUNTS = 1000
+
+AccountQuery = Annotated[str | None, Query(pattern=WHOLE_ACCOUNT)]
+IdQuery = Annotated[str, Query(min_length=1, max_length=512)]
+router = APIRouter(prefix="/money", route_class=PageRoute)
+
+
+@dataclass(frozen=True, slots=True)
+class _Hold:
+    transfer: Transfer
+    due_at_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class _Royalties:
+    document_id: str
+    sales: int
+    amount_nano: int
+
+
+@dataclass(frozen=True, slots=True)
+class Proof:
+    """What a check of a receipt found; `problem` is in words, empty when all holds."""
+
+    jws: str
+    kid: str
+    log_index: int | None
+    log_size: int | None
+    problem: str
+
+
+@router.get("")
+async def money(
+    visitor: VisitorOf,
+    account: AccountQuery = None,
+    transfers_after: After = None,
+    receipts_after: After = None,
+) -> Response:
+    """One's own account; admins may choose one."""
+    whose = _whose(visitor, account)
+    facts = await run_in_threadpool(
+        _facts, visitor.service.market.ledger, whose, transfers_after, receipts_after
+    )
+    everyone: list[str] = []
+    if visitor.caller.is_admin:
+        found = await run_in_threadpool(visitor.service.market.ledger.accounts)
+        everyone = [each.id for each in found[:MOST_ACCOUNTS]]
+    chosen = None if whose == visitor.caller.account else whose
+    return visitor.page("money.html", everyone=everyone, chosen=chosen, whose=whose, **facts)
+
+
+@router.get("/receipt")
+async def receipt(visitor: VisitorOf, id: IdQuery) -> Response:
+    """A receipt, and whether its signature and its place in the log hold."""
+    market = visitor.service.market
+    found = await run_in_threadpool(_own_receipt, visitor, id)
+    proof = await run_in_threadpool(prove, market, found)
+    return visitor.page(
+        "receipt.html", receipt=found, proof=proof, file=f"{_file_name(found.id)}.jws"
+    )
+
+
+@router.get("/receipt.jws")
+async def jws(visitor: VisitorOf, id: IdQuery) -> Response:
+    """A receipt's signed form, as a file."""
+    found = await run_in_threadpool(_own_receipt, visitor, id)
+    proof = await run_in_threadpool(prove, visitor.service.market, found)
+    if not proof.jws:
+        raise ApiError(503, "not_signed", f"this receipt cannot be signed now: {proof.problem}")
+    name = f'attachment; filename="{_file_name(found.id)}.jws"'
+    headers = {**HEADERS, "Content-Disposition": name}
+    return Response(proof.jws + "\n", media_type="application/jose", headers=headers)
+
+
+def _whose(visitor: Visitor, account: str | None) -> str:
+    """Whose money is shown. Raises ApiError: others' is for admins."""
+    own = visitor.caller.need_key()
+    if account in (None, own):
+        return own
+    if not visitor.caller.is_admin:
+        raise not_found("there is no such account of yours")
+    return account or own
+
+
+def _facts(
+    ledger: Ledger, whose: str, transfers_after: str | None, receipts_after: str | None
+) -> dict[str, Any]:
+    try:
+        account = ledger.account(whose)
+    except NotFoundError:
+        # A key may be made before its account is opened.
+        account = Account(whose, "buyer")
+    transfers, more_transfers = newest_first(
+        lambda count: ledger.transfers(whose, count),
+        lambda each: each.id,
+        PAGE_ROWS,
+        transfers_after,
+    )
+    receipts, more_receipts = newest_first(
+        lambda count: ledger.receipts(account=whose, limit=count),
+        lambda each: each.id,
+        PAGE_ROWS,
+        receipts_after,
+    )
+    newest = ledger.transfers(whose, MOST_TRANSFERS)
+    return {
+        "money": account,
+        "holds": _holds(ledger, account, newest),
+        "royalties": _royalties(whose, newest),
+        "transfers": transfers,
+        "transfers_cursor": more_transfers,
+        "transfers_after": transfers_after,
+        "receipts": receipts,
+        "receipts_cursor": more_receipts,
+        "receipts_after": receipts_after,
+    }
+
+
+def _holds(ledger: Ledger, account: Account, newest: list[Transfer]) -> list[_Hold]:
+    """The reservations that stand."""
+    if not account.debits_pending and not account.credits_pending:
+        return []
+    found = []
+    for each in newest:
+        due_at_s = ledger.due_at_s(each.id) if each.kind == "pending" else None
+        if due_at_s is not None:
+            found.append(_Hold(each, due_at_s))
+    return found
+
+
+def _royalties(whose: str, newest: list[Transfer]) -> list[_Royalties]:
+    """What each of the account's documents earned it, the most first."""
+    earned: dict[str, list[int]] = defaultdict(list)
+    for each in newest:
+        if each.code == "royalty" and each.credit == whose:
+            earned[each.user_data].append(each.amount_nano)
+    made = [_Royalties(name, len(nano), sum(nano)) for name, nano in earned.items()]
+    return sorted(made, key=lambda each: (-each.amount_nano, each.document_id))
+
+
+def _own_receipt(visitor: Visitor, receipt_id: str) -> Receipt:
+    """Raises ApiError: another account's is missing like one that never was."""
+    own = visitor.caller.need_key()
+    missing = not_found("there is no such receipt of this account")
+    try:
+        found = visitor.service.market.ledger.receipt(receipt_id)
+    except NotFoundError:
+        raise missing from None
+    if found.account != own and not visitor.caller.is_admin:
+        raise missing
+    return found
+
+
+def prove(market: Market, receipt: Receipt) -> Proof:
+    """Sign a receipt, then check it as its owner would: by the public keys, and by the log."""
+    kid, text, index, size = "", "", None, None
+    try:
+        keys = SigningKeys(market.home).public_keys()
+        signed = signed_receipt(market, receipt.id)
+        text = signed.jws
+        keys = keys or SigningKeys(market.home).public_keys()
+        checked = verify(text, keys)
+        kid = checked.kid
+        if receipt.transfer_ids:
+            found = TransparencyLog(market.ledger, market.home).prove(receipt.transfer_ids[0])
+            verify_with_proof(checked, found, keys)
+            index, size = found.index, found.checkpoint.size
+    except (ProofError, KVMarketError, OSError) as error:
+        return Proof(text, kid, index, size, str(error) or type(error).__name__)
+    return Proof(text, kid, index, size, "")
+
+
+def _file_name(receipt_id: str) -> str:
+    return "".join(each if each.isalnum() and each.isascii() else "-" for each in receipt_id)[:80]

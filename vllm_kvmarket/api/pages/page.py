@@ -1,0 +1,295 @@
+"""What every page has: who looks at it, its frame and headers, its forms, its refusals."""
+
+from __future__ import annotations
+
+import re
+import secrets
+from collections.abc import Callable, Coroutine, Mapping
+from dataclasses import dataclass
+from importlib import resources
+from typing import Annotated, Any
+from urllib.parse import parse_qsl, quote
+
+import jinja2
+from fastapi import Depends, Request, Response
+from fastapi.concurrency import run_in_threadpool
+from fastapi.responses import HTMLResponse, PlainTextResponse, RedirectResponse
+from fastapi.routing import APIRoute
+
+from vllm_kvmarket.api.errors import ApiError, translate
+from vllm_kvmarket.api.pages import words
+from vllm_kvmarket.api.service import Caller, Service, ServiceOf, service_of
+from vllm_kvmarket.api.sessions import LIFETIME_S, Session, same
+
+BASE = "/kvmarket"
+SESSION_COOKIE = "kvmarket_session"
+FORM_COOKIE = "kvmarket_form"
+CSRF_FIELD = "csrf"
+MOST_FIELDS = 20
+FORM_TYPE = "application/x-www-form-urlencoded"
+# A browser says where a form was: anything but this server's own pages is refused.
+_OWN_SITES = ("same-origin", "none")
+_COOKIE = re.compile(r"[A-Za-z0-9_-]{16,128}")
+# Where a sign-in may lead to: this server's pages, and nothing else.
+_PAGE = re.compile(r"/kvmarket(?:/[A-Za-z0-9_.-]+){0,4}")
+
+HEADERS = {
+    "Content-Security-Policy": "default-src 'none'; style-src 'self'; img-src 'self'; "
+    "form-action 'self'; base-uri 'none'; frame-ancestors 'none'",
+    "X-Content-Type-Options": "nosniff",
+    "X-Frame-Options": "DENY",
+    "Referrer-Policy": "same-origin",
+    "Cross-Origin-Opener-Policy": "same-origin",
+    "Cross-Origin-Resource-Policy": "same-origin",
+    "Cache-Control": "no-store",
+}
+
+_templates = jinja2.Environment(
+    loader=jinja2.PackageLoader(__package__ or __name__),
+    autoescape=True,
+    undefined=jinja2.StrictUndefined,
+    trim_blocks=True,
+    lstrip_blocks=True,
+)
+_templates.filters.update(
+    count=words.count,
+    money=words.money,
+    exactly=words.exactly,
+    bytes=words.bytes_of,
+    when=words.when,
+    iso=words.iso,
+    day=words.day,
+    seconds=words.seconds,
+    share=words.share,
+)
+_STATIC = {
+    name: ((resources.files(__package__) / "static" / name).read_bytes(), kind)
+    for name, kind in (("market.css", "text/css"), ("icon.svg", "image/svg+xml"))
+}
+
+
+def asset(name: str) -> Response:
+    """A packaged file. Raises ApiError."""
+    if name not in _STATIC:
+        raise ApiError(404, "not_found", "there is no such file")
+    content, kind = _STATIC[name]
+    headers = {"Cache-Control": "max-age=3600", "X-Content-Type-Options": "nosniff"}
+    return Response(content, media_type=kind, headers=headers)
+
+
+@dataclass(slots=True)
+class Visitor:
+    """Who looks at a page, and what its forms must bring. `cookie` is a session's, or a form's."""
+
+    request: Request
+    service: Service
+    caller: Caller
+    session: Session | None
+    cookie: str
+
+    @property
+    def base(self) -> str:
+        """What links begin with: a proxy may serve the pages elsewhere."""
+        return f"{self.request.scope.get('root_path', '').rstrip('/')}{BASE}"
+
+    @property
+    def csrf(self) -> str:
+        """The token of this visitor's forms."""
+        if self.session is not None:
+            return self.session.csrf
+        return self.service.market.credentials.token(f"form:{self.cookie}")
+
+    def need_reader(self) -> None:
+        """Refuse whoever is not signed in, where the configuration does. Raises ApiError."""
+        self.caller.need_reader()
+
+    def page(
+        self,
+        template: str,
+        *,
+        status: int = 200,
+        headers: Mapping[str, str] | None = None,
+        **facts: Any,
+    ) -> HTMLResponse:
+        """A page; `facts` are the template's."""
+        told = {
+            "base": self.base,
+            "here": self.request.url.path,
+            "account": self.caller.account,
+            "is_admin": self.caller.is_admin,
+            "may_publish": self.caller.has("publisher", "admin"),
+            "csrf": self.csrf,
+            "csrf_field": CSRF_FIELD,
+            **facts,
+        }
+        body = _templates.get_template(template).render(told)
+        answer = HTMLResponse(body, status, {**HEADERS, **(headers or {})})
+        if self.session is None and f'name="{CSRF_FIELD}"' in body:
+            self._set(answer, FORM_COOKIE, self.cookie)
+        return answer
+
+    def go(self, path: str) -> Response:
+        """Send the browser to one of our own pages; `path` follows /kvmarket."""
+        return RedirectResponse(f"{self.base}{path}", 303, HEADERS)
+
+    def sign_in(self, answer: Response, value: str) -> None:
+        """Give the browser its session; mutates the answer."""
+        self._set(answer, SESSION_COOKIE, value, int(LIFETIME_S))
+        answer.delete_cookie(FORM_COOKIE, path=self.base)
+
+    def sign_out(self, answer: Response) -> None:
+        """Take the session from server and browser; mutates both."""
+        if self.session is not None:
+            self.service.sessions.close(self.cookie)
+        answer.delete_cookie(SESSION_COOKIE, path=self.base)
+
+    def _set(self, answer: Response, name: str, value: str, age_s: int | None = None) -> None:
+        answer.set_cookie(
+            name,
+            value,
+            max_age=age_s,
+            path=self.base,
+            httponly=True,
+            samesite="strict",
+            secure=self.request.url.scheme == "https",
+        )
+
+    async def form(self, limit: int = 1 << 16) -> dict[str, str]:
+        """The fields of a form that this visitor was given. Raises ApiError: too long, not a form,
+        or somebody else's.
+        """
+        site = self.request.headers.get("sec-fetch-site", "same-origin")
+        if site not in _OWN_SITES:
+            raise _foreign()
+        kind = self.request.headers.get("content-type", "").partition(";")[0].strip().lower()
+        if kind != FORM_TYPE:
+            raise ApiError(415, "not_a_form", "send the page's own form")
+        body = await _body(self.request, limit)
+        try:
+            fields = await run_in_threadpool(_fields, body)
+        except ValueError:
+            raise ApiError(400, "not_a_form", "this is not what the page's form sends") from None
+        if not same(fields.pop(CSRF_FIELD, ""), self.csrf):
+            raise _foreign()
+        return fields
+
+
+def _foreign() -> ApiError:
+    return ApiError(
+        403, "form_expired", "this form is not from your session; load the page and try again"
+    )
+
+
+async def _body(request: Request, limit: int) -> bytes:
+    too_long = ApiError(413, "body_too_long", f"this is longer than {limit} bytes")
+    said = request.headers.get("content-length", "")
+    if said.isdigit() and int(said[:20]) > limit:
+        raise too_long
+    body = bytearray()
+    async for part in request.stream():
+        body += part
+        if len(body) > limit:
+            raise too_long
+    return bytes(body)
+
+
+def _fields(body: bytes) -> dict[str, str]:
+    """Raises ValueError."""
+    pairs = parse_qsl(
+        body.decode("ascii"),
+        keep_blank_values=True,
+        encoding="utf-8",
+        errors="strict",
+        max_num_fields=MOST_FIELDS,
+    )
+    fields = dict(pairs)
+    if len(fields) != len(pairs):
+        raise ValueError("a field is there twice")
+    return fields
+
+
+async def visitor_of(request: Request, service: ServiceOf) -> Visitor:
+    """Look at the session, and at the rate. Raises ApiError."""
+    session, caller, cookie = None, Caller(None, _anonymous_may_read(service)), ""
+    given = request.cookies.get(SESSION_COOKIE, "")
+    if _COOKIE.fullmatch(given):
+        found = await run_in_threadpool(service.sessions.find, given, service.keys)
+        if found is not None:
+            session, cookie = found[0], given
+            caller = Caller(found[1], True)
+    if session is None:
+        given = request.cookies.get(FORM_COOKIE, "")
+        cookie = given if _COOKIE.fullmatch(given) else secrets.token_urlsafe(24)
+    address = request.client.host if request.client else ""
+    limiter = service.reads if request.method in ("GET", "HEAD") else service.writes
+    wait_s = limiter.wait_s(f"account:{caller.account}" if caller.account else address)
+    if wait_s:
+        raise too_many(wait_s)
+    visitor = request.state.visitor = Visitor(request, service, caller, session, cookie)
+    return visitor
+
+
+VisitorOf = Annotated[Visitor, Depends(visitor_of)]
+
+
+def too_many(wait_s: int) -> ApiError:
+    """Too many requests."""
+    return ApiError(
+        429,
+        "rate_limit_exceeded",
+        f"too many requests; come again in {wait_s} s",
+        headers={"retry-after": str(wait_s)},
+    )
+
+
+def own_page(path: str) -> str:
+    """Where to go after signing in: `path` if it is one of ours, else the money page."""
+    return path.removeprefix(BASE) if _PAGE.fullmatch(path) and ".." not in path else "/money"
+
+
+def _anonymous_may_read(service: Service) -> bool:
+    return service.market.config.anonymous == "allow"
+
+
+class PageRoute(APIRoute):
+    """A route that tells its errors as pages, and sends who is not signed in to sign in."""
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        """The handler, wrapped."""
+        handle = super().get_route_handler()
+
+        async def shown(request: Request) -> Response:
+            try:
+                return await handle(request)
+            except Exception as error:
+                told = translate(error)
+                if told is None:
+                    raise
+                return _told(told, request)
+
+        return shown
+
+
+def _told(error: ApiError, request: Request) -> Response:
+    base = f"{request.scope.get('root_path', '').rstrip('/')}{BASE}"
+    message = error.message
+    if error.code == "missing_api_key":
+        message = "your session is over; sign in, then go back and send it again"
+    if error.code == "missing_api_key" and request.method == "GET":
+        place = quote(request.url.path.removeprefix(base.removesuffix(BASE)), safe="/")
+        return RedirectResponse(f"{base}/signin?next={place}", 303, HEADERS)
+    headers = {key: value for key, value in error.headers.items() if key != "www-authenticate"}
+    visitor = getattr(request.state, "visitor", None)
+    if visitor is None:
+        try:
+            visitor = Visitor(request, service_of(request), Caller(None, True), None, "")
+        except ApiError:
+            return PlainTextResponse(error.message, error.status, {**HEADERS, **headers})
+    heading = "Not found" if error.status == 404 else "This did not work"
+    return visitor.page(
+        "refused.html",
+        status=error.status,
+        headers=headers,
+        heading=heading,
+        message=message,
+    )

@@ -1,0 +1,101 @@
+"""/kvmarket: the catalogue, a document's page, and what they need."""
+
+from __future__ import annotations
+
+import time
+from typing import Annotated
+
+from fastapi import APIRouter, Query, Response
+from fastapi.concurrency import run_in_threadpool
+from fastapi.responses import JSONResponse
+
+from vllm_kvmarket.api.documents import describe, is_on_offer
+from vllm_kvmarket.api.errors import not_found
+from vllm_kvmarket.api.models import Document
+from vllm_kvmarket.api.pages.figures import break_even, reuse_over_time
+from vllm_kvmarket.api.pages.page import HEADERS, PageRoute, VisitorOf, asset
+from vllm_kvmarket.errors import NotFoundError
+from vllm_kvmarket.ledger import Receipt
+from vllm_kvmarket.market import Market
+from vllm_kvmarket.signing import SigningKeys
+
+PAGE_ROWS = 50
+# A document's chart is drawn from so many of its newest receipts.
+MOST_RECEIPTS = 2000
+
+router = APIRouter(route_class=PageRoute)
+
+
+async def catalogue(
+    visitor: VisitorOf,
+    search: Annotated[str, Query(max_length=200)] = "",
+    page: Annotated[int, Query(ge=1, le=1_000_000)] = 1,
+) -> Response:
+    """What is on offer, the newest first."""
+    visitor.need_reader()
+    market = visitor.service.market
+
+    def read() -> tuple[list[Document], int]:
+        found, total = market.catalogue.page(PAGE_ROWS, (page - 1) * PAGE_ROWS, search=search)
+        return [describe(market, each) for each in found], total
+
+    rows, total = await run_in_threadpool(read)
+    return visitor.page(
+        "catalogue.html",
+        search=search,
+        rows=rows,
+        total=total,
+        number=page,
+        pages=-(-total // PAGE_ROWS),
+        model=visitor.service.info["model"],
+        currency=rows[0].prices.currency if rows else "",
+    )
+
+
+@router.get("/documents/{document_id}")
+async def document(document_id: str, visitor: VisitorOf) -> Response:
+    """One document: what it costs, what was made of it, how to use it."""
+    visitor.need_reader()
+    shown, receipts = await run_in_threadpool(_document, visitor.service.market, document_id)
+    url = visitor.request.url
+    return visitor.page(
+        "document.html",
+        document=shown,
+        saved_share=1 - shown.charge_nano / shown.recompute_nano if shown.recompute_nano else None,
+        figures=[break_even(shown), reuse_over_time(receipts, time.time())],
+        is_own=visitor.caller.owns(shown.publisher),
+        server=f"{url.scheme}://{url.netloc}{visitor.request.scope.get('root_path', '')}",
+        model=visitor.service.info["model"],
+    )
+
+
+def _document(market: Market, document_id: str) -> tuple[Document, list[Receipt]]:
+    """Raises ApiError: what is not on offer is not told from what never was."""
+    missing = not_found("there is no such document on offer")
+    try:
+        listing = market.catalogue.get(document_id)
+    except NotFoundError:
+        raise missing from None
+    if not is_on_offer(listing):
+        raise missing
+    receipts = market.ledger.receipts(document_id=document_id, limit=MOST_RECEIPTS)
+    return describe(market, listing), receipts
+
+
+@router.get("/keys.jwks")
+async def keys(visitor: VisitorOf) -> Response:
+    """The public keys that receipts are verified with."""
+    visitor.need_reader()
+
+    def read() -> dict[str, list[dict[str, str]]]:
+        own = SigningKeys(visitor.service.market.home)
+        own.current()  # the first is made on first use
+        return own.jwks()
+
+    return JSONResponse(await run_in_threadpool(read), headers=HEADERS)
+
+
+@router.get("/static/{name}")
+async def static(name: str) -> Response:
+    """A packaged file."""
+    return asset(name)

@@ -1,0 +1,127 @@
+"""What the scheduler half counts: requests, money, the ledger, and what is on offer."""
+
+from __future__ import annotations
+
+from concurrent.futures import Future
+from functools import partial
+from typing import Literal
+
+from vllm_kvmarket.connector.metrics import MarketStats, Tally
+from vllm_kvmarket.connector.requests import RequestState
+from vllm_kvmarket.ledger import PROVIDER, Receipt, Result
+from vllm_kvmarket.market import Market
+from vllm_kvmarket.purchase import is_booked
+
+_QUEUE = "ledger_queue_batches"
+
+
+class Meter:
+    """Counts for one engine; thread-safe. Nothing but `look` waits for disk or database."""
+
+    def __init__(self, market: Market) -> None:
+        self._market = market
+        self._tally = Tally()
+        market.ledger.on_commit(partial(self._tally.took, "ledger_commit_seconds"))
+
+    # Requests
+
+    def declined(self, reason: str) -> None:
+        """A request matched and may not reuse it; `reason` is one of figures.DECLINED."""
+        self._tally.count("declined_requests", reason)
+
+    def used(self, state: RequestState, output_tokens: int) -> None:
+        """A request that matched has ended. What has no token of output may not be computed yet."""
+        usage = state.usage(output_tokens)
+        if not usage.matched:
+            return
+        amounts = {"matched_tokens": usage.matched}
+        if usage.reused:
+            amounts |= {"reused_tokens": usage.reused, "loaded_tokens": usage.loaded}
+        missed = usage.matched - usage.reused
+        if missed and output_tokens:
+            if state.declined:
+                amounts["recomputed_tokens/declined"] = missed
+            else:
+                amounts["recomputed_tokens/failed"] = usage.failed
+                amounts["recomputed_tokens/other"] = missed - usage.failed
+        self._tally.add(amounts)
+
+    # Money: only what the ledger says it has booked
+
+    def sold(self, receipt: Receipt, settled: Future[list[Result]]) -> None:
+        """Count a purchase when it is booked."""
+        settled.add_done_callback(partial(self._answered, "reuse", receipt.charge_nano, receipt))
+
+    def stored(self, amount_nano: int, settled: Future[list[Result]]) -> None:
+        """Count what a publisher pays for storing a document, when it is booked."""
+        settled.add_done_callback(partial(self._answered, "publish", amount_nano, None))
+
+    def _answered(
+        self,
+        what: Literal["reuse", "publish"],
+        amount_nano: int,
+        receipt: Receipt | None,
+        settled: Future[list[Result]],
+    ) -> None:
+        booked = is_booked(settled)
+        if booked is False:
+            self._tally.count("charges_refused")
+        elif booked:
+            amounts = {f"charged_nano/{what}": amount_nano}
+            if receipt is not None:
+                amounts |= {"receipts": 1, "royalties_nano": receipt.royalty_nano}
+            self._tally.add(amounts)
+
+    # What is there
+
+    def look(self) -> None:
+        """Take the gauges that wait for disk or database: for a thread of its own.
+
+        Raises LedgerError and StoreError, with what could be taken noted.
+        """
+        catalogue, ledger = self._market.catalogue, self._market.ledger
+        self._tally.stand_at(
+            {
+                "documents": catalogue.document_count,
+                "chunks": catalogue.chunk_count,
+                _QUEUE: ledger.queue_depth,
+            }
+        )
+        try:
+            self._look_at_store()
+        finally:
+            provider = ledger.account(PROVIDER)
+            self._tally.stand_at(
+                {
+                    "provider_balance_nano": provider.balance_nano,
+                    "reserved_nano": provider.credits_pending,
+                }
+            )
+
+    def _look_at_store(self) -> None:
+        disk = self._market.store.disk
+        quarantined = sum(entry.bytes for entry in disk.quarantined())
+        self._tally.stand_at(
+            {
+                "stored_bytes/chunks": max(0, disk.bytes_held() - quarantined),
+                "stored_bytes/quarantine": quarantined,
+            }
+        )
+
+    def pinned(self, blocks: int) -> None:
+        """How many blocks pinned documents hold now."""
+        self._tally.stand_at({"pinned_blocks": blocks})
+
+    # On its way to vLLM
+
+    @property
+    def has_news(self) -> bool:
+        """Whether `take` has something to tell."""
+        return self._tally.has_news
+
+    def take(self) -> MarketStats | None:
+        """What was counted since the last call; None, at once, when nothing was."""
+        if not self._tally.has_news:
+            return None
+        self._tally.stand_at({_QUEUE: self._market.ledger.queue_depth})
+        return self._tally.take()

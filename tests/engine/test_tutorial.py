@@ -76,6 +76,8 @@ class Shell:
         self._bash.stdin.close()
         self._bash.send_signal(signal.SIGKILL)
         self._bash.wait()
+        assert self._bash.stdout is not None
+        self._bash.stdout.close()
         for process in family:
             if process.is_running():
                 process.kill()

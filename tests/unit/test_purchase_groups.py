@@ -255,7 +255,9 @@ STEPS = st.lists(
 )
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=25)
+@settings(
+    suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=25, deadline=None
+)
 @given(steps=STEPS)
 def test_whatever_the_order_each_id_pays_once_for_what_it_did_not_compute(market, steps):
     """Against a model: a client's id pays for the answer that reused least while it was under way,

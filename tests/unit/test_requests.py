@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from vllm.v1.metrics.stats import PrefillStats
 
 from vllm_kvmarket.catalogue import Listing, Match, MatchedChunk
 from vllm_kvmarket.connector.messages import LoadReport
@@ -161,7 +162,10 @@ def test_only_what_lies_in_front_of_a_failure_counts(local, failed, expected):
     """The rest is computed, not charged, and not asked for again."""
     state = asking(240)
     admit(state, local)
+    state.prefill = PrefillStats()
+    state.prefill.set(400, local, 240 - local)
     state.load_ended(LoadReport(failures={KEYS[chunk]: "bad" for chunk in failed}), CHUNK)
+    assert state.prefill.num_cached_tokens == expected[0], "the answer's usage says what was reused"
     usage = state.usage(0)
     counted = (usage.reused, usage.loaded, usage.from_paged_cache, usage.failed, state.limit)
     assert counted == expected

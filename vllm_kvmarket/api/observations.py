@@ -21,8 +21,8 @@ TAIL_BYTES = 1 << 16
 # What answers say of their prompts, in OpenAI's words, Anthropic's and ours. In generated text the
 # quotes have backslashes before them.
 _FIGURES = re.compile(
-    rb'(?<!\\)"(prompt_tokens|input_tokens|cached_tokens|cache_read_input_tokens|tokens_reused'
-    rb'|tokens_computed)":\s*(\d{1,12})'
+    rb'(?<!\\)"(prompt_tokens|input_tokens|cached_tokens|cache_read_input_tokens'
+    rb'|reused_tokens|computed_tokens|tokens_reused|tokens_computed)":\s*(\d{1,12})'
 )
 
 
@@ -100,12 +100,14 @@ class _Watcher:
 
     def _seen(self, first_s: float) -> Observation:
         told = self._figures
-        reused = told.get(b"tokens_reused", 0)
+        # An answer's own object says it one way, a receipt behind a stream the other.
+        reused = told.get(b"reused_tokens", told.get(b"tokens_reused", 0))
+        computed = told.get(b"computed_tokens", told.get(b"tokens_computed"))
         prompt = told.get(b"prompt_tokens")
         read = told.get(b"cache_read_input_tokens")
         cached = read or told.get(b"cached_tokens", 0)
-        if b"tokens_computed" in told:
-            prompt = reused + told[b"tokens_computed"]
+        if computed is not None:
+            prompt = reused + computed
         elif prompt is None and b"input_tokens" in told:
             # Anthropic's leaves out what was read from a cache.
             prompt = told[b"input_tokens"] + (read or 0)

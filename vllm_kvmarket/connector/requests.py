@@ -6,6 +6,7 @@ import enum
 import re
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from typing import Protocol
 
 from blake3 import blake3
 
@@ -19,6 +20,19 @@ from vllm_kvmarket.connector.messages import (
     SaveReport,
 )
 from vllm_kvmarket.purchase import Purchase, Usage, WriteCharge
+
+
+class PrefillStats(Protocol):
+    """What is used of vLLM's (vllm/v1/metrics/stats.py)."""
+
+    def set(
+        self,
+        num_prompt_tokens: int,
+        num_local_cached_tokens: int,
+        num_external_cached_tokens: int,
+    ) -> None:
+        """Count anew; mutates."""
+
 
 _CHILD = re.compile(r"\d+_(.+)")
 _RANDOM_SUFFIX = re.compile(r"-[0-9a-f]{8}$")
@@ -105,6 +119,8 @@ class RequestState:
     reused: int = 0
     loaded: int = 0
     cached: int = 0
+    # vLLM's own count of what it need not compute, until it has told it: for the answer's usage.
+    prefill: PrefillStats | None = None
 
     def external_tokens(self, local: int, most: int) -> int:
         """How many tokens behind `local` to load, for a prompt of which `most` may be reused."""
@@ -155,6 +171,9 @@ class RequestState:
             self.failed += end - good
             self.external = good - self.local
             self.limit = min(self.limit, first * chunk_tokens)
+            if self.prefill is not None:
+                # vLLM counted when the load was planned.
+                self.prefill.set(self.prompt_tokens, self.local, self.external)
         self._count()
 
     def _count(self) -> None:

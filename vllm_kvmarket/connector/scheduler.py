@@ -200,6 +200,8 @@ class SchedulerHalf:
         self._waiting.pop(request.request_id, None)
         if not state.admitted(external):
             return
+        # A preempted request has told its count already.
+        state.prefill = request.prefill_stats if request.num_preemptions == 0 else None
         (block_ids,) = blocks.get_block_ids()
         self._next.loads.append(
             state.load_plan(

@@ -10,7 +10,7 @@ CONVERTED := $(LOCAL_MODEL)/config.json
 # A model of the user's own is none of ours to prepare.
 MODEL_READY := $(if $(filter $(LOCAL_MODEL),$(MODEL)),$(CONVERTED))
 
-.PHONY: demo test test-unit test-servers test-long test-engine test-machine lint bench bench-market soak env clean
+.PHONY: demo test test-unit test-servers test-long test-engine test-machine lint bench bench-paper bench-peers bench-market soak env clean
 .DELETE_ON_ERROR:
 
 demo: $(READY) $(MODEL_READY)
@@ -49,6 +49,14 @@ bench: $(READY) $(MODEL_READY)
 	$(BIN)/python benchmarks/prefill_vs_reuse.py --model $(MODEL)
 	$(BIN)/python benchmarks/store.py --model $(MODEL)
 	$(BIN)/python benchmarks/ledger.py
+
+# The paper's claims, one after the other.
+bench-paper: $(READY) $(MODEL_READY)
+	$(BIN)/python benchmarks/paper.py --model $(MODEL)
+
+# Beside the peers, which it installs into folders of their own under .cache.
+bench-peers: $(READY) $(MODEL_READY)
+	$(BIN)/python benchmarks/peers.py --model $(MODEL)
 
 # The catalogue at a million documents (as many as a third of the free memory holds), and a simulated
 # market that takes each part's capacity from the results of the others.

@@ -30,7 +30,7 @@ SHORTEST_PACE_S = 1e-3
 # What is not known yet of a document is put for it: so many reuses within so many times the pace
 # (see pace_s); and at each use, one that was its last is as likely as OVER_USES to STILL_USES.
 # All four were chosen on the workloads of benchmarks/tune_eviction.py, which are not reported.
-PRIOR_USES = 1.0
+PRIOR_USES = 0.5
 PRIOR_PACES = 1.5
 OVER_USES = 0.5
 STILL_USES = 1.0

@@ -142,9 +142,14 @@ def test_a_receipt_is_downloaded_and_verifies_offline(server, browser, keys, sal
     assert check(f"{head}.{body[:-8]}AAAAAAAA.{signature}").returncode != 0
 
 
-def test_the_provider_s_view_is_the_ledger_s(server, browser, keys, sales):
+def test_the_provider_s_view_is_the_ledger_s(server, browser, keys, offer, sales):
     """Hit rate, revenue, royalties, savings and top documents; for the admin alone."""
     provider = server.market.ledger.account(PROVIDER)
+    # Uses are written together, every few seconds.
+    deadline = time.monotonic() + 60
+    while server.market.catalogue.usage_of(offer.id).uses < len(sales):
+        assert time.monotonic() < deadline, "the engine has not noted its uses"
+        time.sleep(0.2)
     with visiting(browser, server.base) as boss:
         boss.sign_in(keys["boss"])
         boss.page.get_by_role("link", name="Provider", exact=True).click()

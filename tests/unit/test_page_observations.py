@@ -36,6 +36,7 @@ def answered(*bodies, status=200, kind=b"application/json", wait_s=0.0):
         for number, body in enumerate(bodies):
             more = number + 1 < len(bodies)
             await watched({"type": "http.response.body", "body": body, "more_body": more})
+        watched.finish()
 
     asyncio.run(answer())
     assert b"".join(each.get("body", b"") for each in passed) == b"".join(bodies)

@@ -60,12 +60,14 @@ class Observations:
         with self._lock:
             return list(self._newest)
 
-    def watch(self, send: Send) -> Send:
+    def watch(self, send: Send) -> Watcher:
         """An ASGI send that passes everything on as it comes, and remembers what it saw."""
-        return _Watcher(send, self)
+        return Watcher(send, self)
 
 
-class _Watcher:
+class Watcher:
+    """See Observations.watch; whoever made it calls `finish` in the end."""
+
     def __init__(self, send: Send, observations: Observations) -> None:
         self._send = send
         self._observations = observations
@@ -89,8 +91,12 @@ class _Watcher:
         await self._send(message)
         if body and self._status == 200:
             self._look(body)
-        ends = message["type"] == "http.response.body" and not message.get("more_body", False)
-        if ends and self._status == 200 and self._first_s is not None:
+
+    def finish(self) -> None:
+        """Remember the request if it was answered, also one whose client left the moment it had its
+        answer, as OpenAI's do at a stream's [DONE].
+        """
+        if self._status == 200 and self._first_s is not None:
             self._observations.add(self._seen(self._first_s))
 
     def _look(self, body: bytes) -> None:

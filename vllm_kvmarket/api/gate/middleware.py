@@ -29,6 +29,7 @@ from vllm_kvmarket.errors import KVMarketError
 _REQUEST_ID = re.compile(r"[\x21-\x7e]{1,256}")
 
 _PASSED = "kvmarket.passed_the_gate"
+_WATCHER = "kvmarket.watcher"
 
 logger = logging.getLogger("vllm.kvmarket")
 
@@ -69,7 +70,11 @@ class Gate:
             return
         scope, receive, send = passed
         # Should the gate be there twice, the second one must not take this for what a client said.
-        await self._app({**scope, _PASSED: True}, receive, send)
+        try:
+            await self._app({**scope, _PASSED: True}, receive, send)
+        finally:
+            if _WATCHER in scope:
+                scope[_WATCHER].finish()
 
     async def _pass(
         self, scope: Scope, receive: Receive, send: Send
@@ -103,6 +108,7 @@ class Gate:
         observations = getattr(service, "observations", None)
         if observations is not None and _prompt_count(body) == 1:
             send = observations.watch(send)
+            passed[0][_WATCHER] = send
         if reuse and caller.account is not None and body.get("stream"):
             ids = ids_of(_shape(kind, body), request_id, _prompt_count(body))
             send = ReceiptSender(send, service.market, caller.account, ids)

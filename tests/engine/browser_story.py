@@ -67,7 +67,12 @@ def buy(server: Server, account: str, key: str, document_id: str) -> list[Receip
                 messages=messages,  # type: ignore[arg-type]
                 max_tokens=4,
                 extra_body=wanted,
-                stream=number == 0,
+                # openai leaves a stream at [DONE], mostly before our event; usage tells too.
+                **(
+                    {"stream": True, "stream_options": {"include_usage": True}}
+                    if not number
+                    else {}
+                ),
             )
             if number == 0:
                 assert list(answer)

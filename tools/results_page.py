@@ -203,6 +203,12 @@ def peers(found: Result) -> str:
 `/ APC` is over vLLM's own prefix-cache hit in the same process.
 """
     text += picture("peers.png", "reuse by system, and what each does with damaged data")
+    names = ", ".join(s["label"] for s in found["systems"].values() if s.get("rows"))
+    text += (
+    text += (
+        f"\nMeasured so far: {names}. In each round our second load in the same process took longer\n"
+        "than its first (the JSON has every sample); why has not been found yet.\n"
+    )
     lengths = sorted({n for s in found["systems"].values() for n in s.get("rows", {})}, key=int)
     for length in lengths:
         rows = report.timing_rows(found, length)

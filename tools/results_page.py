@@ -205,7 +205,6 @@ def peers(found: Result) -> str:
     text += picture("peers.png", "reuse by system, and what each does with damaged data")
     names = ", ".join(s["label"] for s in found["systems"].values() if s.get("rows"))
     text += (
-    text += (
         f"\nMeasured so far: {names}. In each round our second load in the same process took longer\n"
         "than its first (the JSON has every sample); why has not been found yet.\n"
     )

@@ -132,11 +132,12 @@ def soak(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
         if args.oracle == "server":
             judge = oracle.ServerOracle(server.base)
             report["exactness"] = oracle.compare(judge, story, args.seed, args.compare)
+        # Before it stops: vLLM's front end may call an engine that ends a moment earlier dead.
+        scan_log(server, story)
         if not stop(server.process):
             story.fail("the server did not end by itself")
         report["money"] = money.audit(server, story)
         report["accounts"] = account_facts(server.market)
-        scan_log(server, story)
     if args.oracle == "engine":
         engine = oracle.EngineOracle(plan)
         try:

@@ -186,6 +186,15 @@ def test_a_later_failure_takes_nothing_back():
     assert (usage.reused, usage.failed, state.limit) == (192, 240 - 192, 64)
 
 
+def test_what_a_request_computed_after_a_failure_is_not_sold_to_it():
+    """Preempted, it finds its own blocks in vLLM's prefix cache."""
+    state = asking(240)
+    admit(state, 0)
+    state.load_ended(LoadReport(failures={KEYS[1]: "bad"}), CHUNK)
+    assert not admit(state, 240)
+    assert state.usage(0).reused == 64
+
+
 def test_a_preempted_request_pays_for_its_best_admission():
     """Loading again is not reusing twice, and a worse second time takes nothing back."""
     state = asking(100)

@@ -119,6 +119,8 @@ class RequestState:
     reused: int = 0
     loaded: int = 0
     cached: int = 0
+    # After a failed load: what a preempted request finds of the rest, it has computed itself.
+    countable: int | None = None
     # vLLM's own count of what it need not compute, until it has told it: for the answer's usage.
     prefill: PrefillStats | None = None
 
@@ -175,11 +177,15 @@ class RequestState:
                 # vLLM counted when the load was planned.
                 self.prefill.set(self.prompt_tokens, self.local, self.external)
         self._count()
+        if report.failures:
+            self.countable = self.reused
 
     def _count(self) -> None:
         assert self.match is not None
         cached = min(self.local, self.match.token_count)
         total = cached + self.external
+        if self.countable is not None and total > self.countable:
+            return
         if total > self.reused:
             self.reused, self.loaded, self.cached = total, self.external, cached
 

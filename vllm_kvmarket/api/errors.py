@@ -158,14 +158,7 @@ async def _read(request: Request) -> None:
         f"the body is longer than {limit} bytes",
         headers={"connection": "close"},
     )
-    said = request.headers.get("content-length", "")
-    if said.isdigit() and int(said[:20]) > limit:
-        raise too_long
-    body = bytearray()
-    async for part in request.stream():
-        body += part
-        if len(body) > limit:
-            raise too_long
+    body = await bounded_body(request, limit, too_long)
     try:
         if len(body) > QUICK_BODY_BYTES:
             parsed = await run_in_threadpool(msgspec.json.decode, body)
@@ -178,3 +171,16 @@ async def _read(request: Request) -> None:
     # Where Starlette keeps them once they were read.
     request._body = bytes(body)
     request._json = parsed
+
+
+async def bounded_body(request: Request, limit: int, too_long: ApiError) -> bytearray:
+    """Read a body of up to `limit` bytes. Raises `too_long`, at once where its length is said."""
+    said = request.headers.get("content-length", "")
+    if said.isdigit() and int(said[:20]) > limit:
+        raise too_long
+    body = bytearray()
+    async for part in request.stream():
+        body += part
+        if len(body) > limit:
+            raise too_long
+    return body

@@ -16,7 +16,7 @@ from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import HTMLResponse, PlainTextResponse, RedirectResponse
 from fastapi.routing import APIRoute
 
-from vllm_kvmarket.api.errors import ApiError, translate
+from vllm_kvmarket.api.errors import ApiError, bounded_body, translate
 from vllm_kvmarket.api.pages import words
 from vllm_kvmarket.api.service import Caller, Service, ServiceOf, service_of
 from vllm_kvmarket.api.sessions import LIFETIME_S, Session, same
@@ -182,15 +182,7 @@ def _foreign() -> ApiError:
 
 async def _body(request: Request, limit: int) -> bytes:
     too_long = ApiError(413, "body_too_long", f"this is longer than {limit} bytes")
-    said = request.headers.get("content-length", "")
-    if said.isdigit() and int(said[:20]) > limit:
-        raise too_long
-    body = bytearray()
-    async for part in request.stream():
-        body += part
-        if len(body) > limit:
-            raise too_long
-    return bytes(body)
+    return bytes(await bounded_body(request, limit, too_long))
 
 
 def _fields(body: bytes) -> dict[str, str]:

@@ -80,9 +80,12 @@ class Filling:
     `with` that ends without `keep` gives the room back.
     """
 
-    def __init__(self, tier: HostTier, key: bytes, *, prefetched: bool) -> None:
+    def __init__(
+        self, tier: HostTier, key: bytes, filling: set[bytes], *, prefetched: bool
+    ) -> None:
         self._tier = tier
         self._key = key
+        self._filling = filling
         self._prefetched = prefetched
         self._entry: _Entry | None = None
         self._kept = False
@@ -106,7 +109,7 @@ class Filling:
         if self._prefetched:
             self._entry.kept_until_s = time.monotonic() + PREFETCH_KEPT_S
         self._kept = True
-        self._tier._keep(self._key, self._entry)
+        self._tier._keep(self._key, self._entry, self._filling)
 
     def __enter__(self) -> Self:
         return self
@@ -118,7 +121,7 @@ class Filling:
         trace: TracebackType | None,
     ) -> None:
         if not self._kept:
-            self._tier._abandon(self._key, self._entry)
+            self._tier._abandon(self._key, self._entry, self._filling)
         elif self._entry is not None:
             self._tier._release(self._entry)
 
@@ -137,6 +140,7 @@ class HostTier:
         self._changed = threading.Condition()
         self._entries: OrderedDict[bytes, _Entry] = OrderedDict()  # least recently used first
         self._filling: set[bytes] = set()
+        self._filling_idly: set[bytes] = set()
         self._spare: list[Bytes] = []
         self._remembered: OrderedDict[bytes, None] = OrderedDict()
         self._allocated = 0  # counted before it is allocated, until it is freed
@@ -165,14 +169,14 @@ class HostTier:
             return hot
 
     def has(self, key: bytes) -> bool:
-        """Whether the chunk is here, or on its way."""
+        """Whether the chunk is here, or on its way and worth waiting for."""
         with self._changed:
             return key in self._entries or key in self._filling
 
     def hold(self, key: bytes, wait_s: float = 0.0) -> HeldPages | None:
         """The chunk's pages, to be used in a `with`; None when they are not here.
 
-        Waits for a chunk that is on its way, at most `wait_s`.
+        Waits for a chunk that is on its way, at most `wait_s`, unless it comes idly.
         """
         if not self.is_on:
             return None
@@ -189,19 +193,21 @@ class HostTier:
             entry.users += 1
             return HeldPages(self, entry)
 
-    def begin(self, key: bytes, *, prefetched: bool = False) -> Filling | None:
+    def begin(self, key: bytes, *, prefetched: bool = False, idly: bool = False) -> Filling | None:
         """Announce that the caller brings this chunk; None when it is here, or someone else does.
 
         A prefetched chunk is not given up for other prefetches until it was held once, or
-        PREFETCH_KEPT_S have passed.
+        PREFETCH_KEPT_S have passed. For one that is brought `idly`, by a thread that gives way to
+        all others, nobody waits.
         """
         if not self.is_on:
             return None
         with self._changed:
-            if key in self._entries or key in self._filling:
+            if key in self._entries or key in self._filling or key in self._filling_idly:
                 return None
-            self._filling.add(key)
-            return Filling(self, key, prefetched=prefetched)
+            filling = self._filling_idly if idly else self._filling
+            filling.add(key)
+            return Filling(self, key, filling, prefetched=prefetched)
 
     def drop(self, key: bytes) -> None:
         """Forget a chunk, if it is here. Who holds it can go on; its memory counts until then."""
@@ -268,15 +274,15 @@ class HostTier:
             self._idle -= freed
         return victims
 
-    def _keep(self, key: bytes, entry: _Entry) -> None:
+    def _keep(self, key: bytes, entry: _Entry, filling: set[bytes]) -> None:
         with self._changed:
-            self._filling.discard(key)
+            filling.discard(key)
             self._entries[key] = entry
             self._changed.notify_all()
 
-    def _abandon(self, key: bytes, entry: _Entry | None) -> None:
+    def _abandon(self, key: bytes, entry: _Entry | None, filling: set[bytes]) -> None:
         with self._changed:
-            self._filling.discard(key)
+            filling.discard(key)
             if entry is not None:
                 self._spare.append(entry.buffer)
                 self._idle += entry.buffer.nbytes

@@ -1,17 +1,17 @@
 """How far the catalogue reaches: memory a token, match latency, opening, and matches in a database.
 
-    python benchmarks/catalogue.py [--documents 1000000] [--postgres URL]
+    python benchmarks/catalogue.py [--documents 1000000] [--memory-share 0.8] [--postgres URL]
 
 Documents of random tokens, ten chunks each; a tenth begins with one of a thousand shared stems.
-The tree is the market's own. What would not fit into a third of the free memory is made smaller:
-the result says how many documents were asked for and how many there were, and figures a token are
-measured at that size. All the nodes that were asked for are then made with chunks of a few tokens
-("nodes"), which shows the search at full width.
+The tree is the market's own. What would not fit into a share of the free memory (a third; 16 GB
+hold a million documents) is made smaller: the result says how many documents were asked for and how
+many there were, and figures a token are measured at that size. All the nodes that were asked for
+are then made with chunks of a few tokens ("nodes"), which shows the search at full width.
 
 "in a database": the same match by two statements, for catalogues that no memory holds. One asks
 which of the request's chunk keys are there, the other for the neighbours of what comes behind the
-last. Measured on SQLite, and on PostgreSQL where its programs or a URL are there; nothing in the
-market does this yet. Writes docs/results/catalogue.json.
+last. Measured on SQLite, and on PostgreSQL where its programs or a URL are there, waited for and
+asked asynchronously; nothing in the market does this yet. Writes docs/results/catalogue.json.
 """
 
 from __future__ import annotations
@@ -107,15 +107,17 @@ def available_bytes() -> int:
     raise SystemExit("/proc/meminfo does not say how much memory is free")
 
 
-def fitting(count: int, chunk_tokens: int) -> int:
-    """How many documents fit into a third of the memory that is free; at most `count`."""
+def fitting(count: int, chunk_tokens: int, share: float) -> int:
+    """How many documents fit into a share of the memory that is free; at most `count`."""
     each = CHUNKS_A_DOCUMENT * (chunk_tokens * TOKEN_BYTES + NODE_BYTES)
-    return min(count, available_bytes() // 3 // each)
+    return min(count, int(available_bytes() * share) // each)
 
 
-def measure_tree(asked: int, chunk_tokens: int, repeats: int, seed: int) -> dict[str, Any]:
+def measure_tree(
+    asked: int, chunk_tokens: int, repeats: int, seed: int, share: float
+) -> dict[str, Any]:
     """Build a tree and ask it; `chunk_tokens` scale the 4k and 32k requests too."""
-    count = fitting(asked, chunk_tokens)
+    count = fitting(asked, chunk_tokens, share)
     before = resident_bytes()
     tree = PrefixTree(chunk_tokens)
     long = _long_document(chunk_tokens, seed + 1)
@@ -300,6 +302,9 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("--documents", type=int, default=1_000_000)
+    parser.add_argument(
+        "--memory-share", type=float, default=1 / 3, help="most of the free memory to fill"
+    )
     parser.add_argument("--opened", type=int, default=2_000, help="documents in a database")
     parser.add_argument("--node-tokens", type=int, default=4, help="tokens of a small chunk")
     parser.add_argument("--repeats", type=int, default=5_000)
@@ -325,7 +330,12 @@ def main() -> None:
         # In a new process each: memory that one has freed must not look like none for the other.
         with ProcessPoolExecutor(1, get_context("spawn")) as pool:
             result[kind] = pool.submit(
-                measure_tree, args.documents, chunk_tokens, args.repeats, args.seed
+                measure_tree,
+                args.documents,
+                chunk_tokens,
+                args.repeats,
+                args.seed,
+                args.memory_share,
             ).result()
         show(kind, result[kind])
     args.output.parent.mkdir(parents=True, exist_ok=True)

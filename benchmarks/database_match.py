@@ -3,12 +3,19 @@
 Whole chunks are found by their keys, which chain: those that are there are the first ones of the
 request. What comes behind the last one is matched into its children: the two neighbours in the
 order of the packed tokens, as in the tree.
+
+A scheduler must not wait for a database. "asked_asynchronously" is what it would see: threads with
+a connection each ask, as many matches are under way as the scheduler has requests, and what is
+counted is the scheduler's own time besides how long a match takes.
 """
 
 from __future__ import annotations
 
+import contextlib
+import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +30,12 @@ NAMESPACE = bytes(range(32))
 VOCABULARY = 150_000
 CHUNKS_A_DOCUMENT = 16
 INSERTED_AT_ONCE = 1_000
+THREADS = 8
+IN_FLIGHT = (1, 8, 64)
+ASKED = 2_000
 Row = tuple[bytes, bytes, bytes]
 Query = Callable[[str, Sequence[Any]], list[tuple[Any, ...]]]
+Connect = Callable[[], tuple["DatabaseMatch", Callable[[], None]]]
 
 TABLE = (
     "CREATE TABLE chunk (key {blob} PRIMARY KEY, parent {blob} NOT NULL, tokens {blob} NOT NULL)"
@@ -71,6 +82,30 @@ class DatabaseMatch:
         return {bytes(row[0]) for row in rows}
 
 
+class AsynchronousMatch:
+    """Asks in threads of its own, each with a connection that `connect` makes."""
+
+    def __init__(self, connect: Connect, threads: int) -> None:
+        self._connect = connect
+        self._own = threading.local()
+        self._closing: list[Callable[[], None]] = []
+        self._pool = ThreadPoolExecutor(threads, "match", initializer=self._open)
+
+    def _open(self) -> None:
+        self._own.database, close = self._connect()
+        self._closing.append(close)
+
+    def match(self, token_ids: Sequence[int]) -> Future[int]:
+        """Begin to count the leading tokens that are published."""
+        return self._pool.submit(lambda: self._own.database.match(token_ids))
+
+    def close(self) -> None:
+        """End the threads, then their connections."""
+        self._pool.shutdown(wait=True)
+        for close in self._closing:
+            close()
+
+
 def rows_of(tokens: list[int]) -> list[Row]:
     """A document's rows: key, parent, packed tokens."""
     keys = chunk_keys(NAMESPACE, tokens)
@@ -104,7 +139,16 @@ def _sqlite(path: Path, count: int, seed: int) -> dict[str, Any]:
         def query(statement: str, bindings: Sequence[Any]) -> list[tuple[Any, ...]]:
             return db.execute(statement, bindings).fetchall()
 
-        return _fill_and_ask(insert, DatabaseMatch(query, "?", arrays=False), count, seed)
+        def connect() -> tuple[DatabaseMatch, Callable[[], None]]:
+            own = apsw.Connection(str(path), flags=apsw.SQLITE_OPEN_READONLY)
+
+            def ask(statement: str, bindings: Sequence[Any]) -> list[tuple[Any, ...]]:
+                return own.execute(statement, bindings).fetchall()
+
+            return DatabaseMatch(ask, "?", arrays=False), own.close
+
+        matching = DatabaseMatch(query, "?", arrays=False)
+        return _fill_and_ask(insert, matching, connect, count, seed)
     finally:
         db.close()
 
@@ -129,11 +173,24 @@ def _postgres(place: str, count: int, seed: int) -> dict[str, Any]:
         def query(statement: str, bindings: Sequence[Any]) -> list[tuple[Any, ...]]:
             return db.execute(statement, bindings, prepare=True, binary=True).fetchall()
 
-        return _fill_and_ask(insert, DatabaseMatch(query, "%s", arrays=True), count, seed)
+        def connect() -> tuple[DatabaseMatch, Callable[[], None]]:
+            own = psycopg.connect(place, autocommit=True)
+
+            def ask(statement: str, bindings: Sequence[Any]) -> list[tuple[Any, ...]]:
+                return own.execute(statement, bindings, prepare=True, binary=True).fetchall()
+
+            return DatabaseMatch(ask, "%s", arrays=True), own.close
+
+        matching = DatabaseMatch(query, "%s", arrays=True)
+        return _fill_and_ask(insert, matching, connect, count, seed)
 
 
 def _fill_and_ask(
-    insert: Callable[[list[Row]], None], database: DatabaseMatch, count: int, seed: int
+    insert: Callable[[list[Row]], None],
+    database: DatabaseMatch,
+    connect: Connect,
+    count: int,
+    seed: int,
 ) -> dict[str, Any]:
     random = np.random.default_rng(seed)
     kept: list[list[int]] = []
@@ -165,4 +222,54 @@ def _fill_and_ask(
             took.append(time.perf_counter() - started)
             assert matched == published, (name, matched, published)
         figures[name] = percentiles(took, 1e-6)
+    size = CHUNKS_A_DOCUMENT * CHUNK_TOKENS
+    asked = [(tokens[:inside] + question)[:size] for tokens in kept]
+    figures["asked_asynchronously"] = {
+        str(in_flight): ask_asynchronously(connect, asked, inside, in_flight)
+        for in_flight in IN_FLIGHT
+    }
     return figures
+
+
+def ask_asynchronously(
+    connect: Connect, asked: Sequence[Sequence[int]], expected: int, in_flight: int
+) -> dict[str, Any]:
+    """Keep so many matches under way from one thread, as a scheduler would.
+
+    `caller_us` is that thread's CPU time a match: handing it over, and taking the answer.
+    """
+    took: list[float] = []
+    caller_s = 0.0
+    with _opened(connect) as matching:
+        wait([matching.match(asked[0]) for _ in range(4 * THREADS)])
+        under_way: dict[Future[int], float] = {}
+        begun = 0
+        started = time.perf_counter()
+        while begun < ASKED or under_way:
+            cpu_started = time.thread_time()
+            while begun < ASKED and len(under_way) < in_flight:
+                under_way[matching.match(asked[begun % len(asked)])] = time.perf_counter()
+                begun += 1
+            caller_s += time.thread_time() - cpu_started
+            done, _ = wait(under_way, return_when=FIRST_COMPLETED)
+            now = time.perf_counter()
+            cpu_started = time.thread_time()
+            for answer in done:
+                assert answer.result() == expected
+                took.append(now - under_way.pop(answer))
+            caller_s += time.thread_time() - cpu_started
+        seconds = time.perf_counter() - started
+    return {
+        "matches_per_s": round(ASKED / seconds),
+        "latency_us": percentiles(took, 1e-6),
+        "caller_us": round(caller_s / ASKED * 1e6, 1),
+    }
+
+
+@contextlib.contextmanager
+def _opened(connect: Connect) -> Iterator[AsynchronousMatch]:
+    matching = AsynchronousMatch(connect, THREADS)
+    try:
+        yield matching
+    finally:
+        matching.close()

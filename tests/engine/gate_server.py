@@ -9,7 +9,7 @@ from serving import DOCUMENT, TEXT, serving
 from vllm_kvmarket import rendering
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def server(tiny, tmp_path_factory):
     home = tmp_path_factory.mktemp("gate") / "home"
     arguments = ["--enable-scale-out", "--generation-config", "vllm"]
@@ -17,35 +17,35 @@ def server(tiny, tmp_path_factory):
         yield running
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def alice(server):
     return server.key("alice")
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def bob(server):
     return server.key("bob")
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def poor(server):
     return server.key("poor", funds_nano=0)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def document(server):
     """A document of tokens, published as text."""
     return server.publish(DOCUMENT, "tokens")
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def tokenizer(tiny):
     from transformers import AutoTokenizer
 
     return AutoTokenizer.from_pretrained(tiny(1))
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def chat(server, tokenizer):
     """A text, published as chat: its id and its tokens."""
 
@@ -57,7 +57,7 @@ def chat(server, tokenizer):
     return server.publish(tokens, "harbour", "chat"), tokens
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def documents(document, chat):
     """Both."""
     return document, chat

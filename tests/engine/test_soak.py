@@ -35,7 +35,6 @@ def report(smollm, tmp_path_factory):
     return found
 
 
-@pytest.mark.long
 def test_nothing_went_wrong(report):
     """No wrong token, lost or doubled charge, growth, bad book, or anything that broke."""
     assert report["problems"] == []
@@ -43,7 +42,6 @@ def test_nothing_went_wrong(report):
     assert report["exit code"] == 0
 
 
-@pytest.mark.long
 def test_everything_took_place(report):
     """Published, bought, left, preempted, evicted, damaged: without them it proves little."""
     evidence = report["evidence"]
@@ -58,7 +56,6 @@ def test_everything_took_place(report):
     assert report["counts"]["refused: 402"] + report["counts"].get("refused: 404", 0) > 0
 
 
-@pytest.mark.long
 def test_answers_were_compared_and_the_money_adds_up(report):
     """Many answers with reuse against full prefill; charges = income + royalties - publishing."""
     exactness, money = report["exactness"], report["money"]
@@ -73,7 +70,6 @@ def test_answers_were_compared_and_the_money_adds_up(report):
     assert money["checkpoints_consistent"] > 0
 
 
-@pytest.mark.long
 def test_the_disk_stayed_below_its_quota_at_every_sample(report):
     """And was used for the most part, so that the quota mattered."""
     assert report["counts"]["disk samples"] >= 30

@@ -24,12 +24,11 @@ from simulation.replay import replay
 from vllm_kvmarket import eviction
 
 SEEDS = (101, 102, 103)
-NAMES = ("PRIOR_USES", "PRIOR_PACES", "OVER_USES", "STILL_USES")
+NAMES = ("PRIOR_USES", "PRIOR_PACES", "GONE_A_PACE")
 GRID: dict[str, Sequence[float]] = {
-    "PRIOR_USES": (0.2, 0.3, 0.5),
-    "PRIOR_PACES": (0.5, 1.5, 3.0),
-    "OVER_USES": (0.5, 2.0),
-    "STILL_USES": (1.0,),
+    "PRIOR_USES": (0.3, 0.5, 1.0),
+    "PRIOR_PACES": (0.7, 1.5, 3.0),
+    "GONE_A_PACE": (0.1, 0.2, 0.3, 0.4),
 }
 Case = tuple[int, float]
 Choice = tuple[float, ...]

@@ -28,12 +28,11 @@ HALF_LIFE_S = 24 * 3600.0
 REUSED_SCORE = 1.5
 SHORTEST_PACE_S = 1e-3
 # What is not known yet of a document is put for it: so many reuses within so many times the pace
-# (see pace_s); and at each use, one that was its last is as likely as OVER_USES to STILL_USES.
-# All four were chosen on the workloads of benchmarks/tune_eviction.py, which are not reported.
+# (see pace_s), and that within a pace so many of a document's readers have gone for good.
+# All three were chosen on the workloads of benchmarks/tune_eviction.py, which are not reported.
 PRIOR_USES = 0.5
 PRIOR_PACES = 1.5
-OVER_USES = 0.5
-STILL_USES = 1.0
+GONE_A_PACE = 0.1
 # Prefilling n tokens takes 24 x hidden size squared operations a token and layer for the weights,
 # and 4 x hidden size x n / 2 for attention: twice the work at 12 x hidden size tokens. Models of 1
 # to 10 billion parameters have hidden sizes of 2,048 to 4,096; this is for 2,730.
@@ -108,8 +107,8 @@ def demand(score: float, age_s: float, idle_s: float, pace_s: float) -> float:
 
     `score` is as of `idle_s` ago, its last use; its first was `age_s` ago. Its rate is estimated
     from its reuses and the time that they took, as a gamma-Poisson model does; times the odds that
-    its last use was not its last one at all, which fall the faster the more often it was used
-    (Fader, Hardie & Lee's BG/NBD model, 2005, of customers who leave unseen).
+    its readers have not left since its last use, which fall the faster the more often it was used
+    (Schmittlein, Morrison & Colombo's Pareto/NBD model, 1987, of customers who leave unseen).
     """
     idle_s = max(0.0, idle_s)
     age_s = max(idle_s, age_s)
@@ -118,9 +117,10 @@ def demand(score: float, age_s: float, idle_s: float, pace_s: float) -> float:
     reuses = max(0.0, decayed(score, idle_s) - decayed(1.0, age_s))
     watched_s = HALF_LIFE_S / math.log(2) * (1.0 - decayed(1.0, age_s))
     rate = (PRIOR_USES + reuses) / (prior_s + watched_s)
-    silence = math.log((prior_s + age_s) / (prior_s + age_s - idle_s))
-    over = OVER_USES / (STILL_USES + reuses) * math.exp(min(700.0, (1.0 + reuses) * silence))
-    return rate * pace_s / (1.0 + over)
+    leaving = GONE_A_PACE / pace_s
+    either = rate + leaving
+    gone = leaving / either * math.expm1(min(700.0, either * idle_s))
+    return rate * pace_s / (1.0 + gone)
 
 
 def value_nano(

@@ -189,16 +189,14 @@ def test_demand_fades_with_the_time_since_the_last_use():
 
 def test_one_that_came_by_is_worth_less_than_one_that_is_read_again():
     """A document that was published this moment does not push out one with many reuses."""
-    assert demand(20.0, 3600.0, 180.0, 60.0) > demand(1.0, 0.0, 0.0, 60.0)
+    assert demand(60.0, 3600.0, 60.0, 60.0) > demand(1.0, 0.0, 0.0, 60.0)
 
 
 def test_what_was_popular_and_is_not_used_any_more_is_over():
     """The more often it was used, the sooner its silence tells: its new version is what is read."""
     assert demand(1000.0, 3600.0, 1.0, 60.0) > 100 * demand(2.0, 3600.0, 1.0, 60.0)
     assert demand(1000.0, 3600.0, 600.0, 60.0) < demand(2.0, 3600.0, 600.0, 60.0)
-    assert demand(1000.0, 2 * HALF_LIFE_S, HALF_LIFE_S, 60.0) < demand(
-        1.0, 2 * HALF_LIFE_S, 2 * HALF_LIFE_S, 60.0
-    )
+    assert demand(1000.0, 7200.0, 3600.0, 60.0) < demand(1.0, 3600.0, 3600.0, 60.0)
     assert demand(1e6, 1e9, 1e9 - 1.0, 60.0) >= 0.0
 
 

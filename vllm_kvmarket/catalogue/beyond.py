@@ -20,6 +20,7 @@ from vllm_kvmarket.catalogue.connections import Connections
 from vllm_kvmarket.catalogue.listing import Match, MatchedChunk
 from vllm_kvmarket.catalogue.tables import read_listings, rows
 from vllm_kvmarket.catalogue.tree import common_tokens, pack_valid
+from vllm_kvmarket.errors import CatalogueError
 from vllm_kvmarket.identity import ROOT, TOKEN_BYTES, chunk_key, document_id
 
 THREADS = 2
@@ -79,6 +80,7 @@ def match(
     a bounded number of continuations, not by the catalogue's size: where more than a thousand begin
     with the same part of a chunk, the payee is the first listed among the thousand that were first
     listed behind the chunk before, else among the first thousand in the order of their tokens.
+    Raises CatalogueError for rows that contradict each other.
     """
     packed = pack_valid(token_ids)
     width = chunk_tokens * TOKEN_BYTES
@@ -103,7 +105,9 @@ def match(
         "now_s": now_s,
     }
     payee = rows(db, _PAYEE, asked)[0][0]
-    (listing,) = read_listings(db, "listed = ?", (payee,))
+    payees = read_listings(db, "listed = ?", (payee,))
+    if not payees:
+        raise CatalogueError(f"chunk {keys[-1].hex()} is nobody's; run `kvmarket fsck`")
     chunks = tuple(
         MatchedChunk(
             key=key,
@@ -114,7 +118,7 @@ def match(
         )
         for index, (key, own) in enumerate(zip(keys, tokens, strict=True))
     )
-    return Match(listing, total, chunks)
+    return Match(payees[0], total, chunks)
 
 
 def whole_chunks(count: int) -> str:

@@ -254,3 +254,22 @@ def test_the_samples_of_one_request_share_one_charge(new_half, market):
     for request in samples:
         assert admitted(half, request) == (CACHED, 600 - CACHED)
     assert len(half._purchases.held()) == 1
+
+
+def test_a_pinned_document_is_held_once_memory_knows_that_it_is_pinned(
+    new_half, market, monkeypatch
+):
+    """Or the next step would let go of what the database was the first to say."""
+    half = new_half(0, refresh_interval_s=60)
+    held = []
+    monkeypatch.setattr(half.pins, "pin", lambda name, *_: held.append(name) or "")
+    name = market.match(NAMESPACE, PROMPT).listing.document_id
+    market.catalogue.set_pinned(name, pinned=True)
+    for number, expected in enumerate(([], [name])):
+        request = request_of(PROMPT, market.params("alice"), number)
+        half.on_new_request(request)
+        admitted(half, request)
+        half._states[request.request_id].reused = 600
+        end(half, request)
+        assert held == expected
+        half._market.catalogue.refresh()

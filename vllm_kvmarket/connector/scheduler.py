@@ -348,6 +348,9 @@ class SchedulerHalf:
         if state.match is None or not state.match.listing.pinned:
             return
         listing = state.match.listing
+        # A match in the database may know of it before memory does, which would let it go at once.
+        if not self._market.catalogue.is_pinned(listing.document_id):
+            return
         # The last token of a prompt is computed, also of one that is just the document.
         if state.reused >= listing.token_count - 1:
             reason = self.pins.pin(listing.document_id, listing.token_count, block_ids)

@@ -11,7 +11,9 @@ are then made with chunks of a few tokens ("nodes"), which shows the search at f
 "in a database": the same match by two statements, for catalogues that no memory holds. One asks
 which of the request's chunk keys are there, the other for the neighbours of what comes behind the
 last. Measured on SQLite, and on PostgreSQL where its programs or a URL are there, waited for and
-asked asynchronously; nothing in the market does this yet. Writes docs/results/catalogue.json.
+asked asynchronously. The market does this, in its own SQLite tables, where documents are beyond
+`catalogue_chunks_in_memory` (vllm_kvmarket/catalogue/beyond.py); what is measured here is the bare
+match, alike for both databases. Writes docs/results/catalogue.json.
 """
 
 from __future__ import annotations

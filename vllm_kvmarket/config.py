@@ -162,6 +162,13 @@ class MarketConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
             gt=0, le=60, description="how often an engine looks for other processes' listings"
         ),
     ] = 0.25
+    catalogue_chunks_in_memory: Annotated[
+        Annotated[int, msgspec.Meta(ge=0)] | None,
+        msgspec.Meta(
+            description="most chunks (1.5 KB each) that a process keeps in memory to match "
+            "requests; documents beyond are matched in the database; null: all"
+        ),
+    ] = None
 
     def __post_init__(self) -> None:
         if self.chunk_tokens & (self.chunk_tokens - 1):

@@ -48,7 +48,11 @@ class Market(EngineOperations):
         self.home = Path(config.home).expanduser()
         self.credentials = Credentials.of_home(self.home)
         self.ledger = Ledger.open(config.ledger_url or self.home / DATABASE_FILE)
-        self.catalogue = Catalogue.open(self.home / DATABASE_FILE, chunk_tokens=config.chunk_tokens)
+        self.catalogue = Catalogue.open(
+            self.home / DATABASE_FILE,
+            chunk_tokens=config.chunk_tokens,
+            chunks_in_memory=config.catalogue_chunks_in_memory,
+        )
         self.store = store_of(msgspec.structs.replace(config, home=str(self.home)))
         # Catalogue writes wait for the disk; one thread keeps them off the scheduler and in order.
         self._clerk = ThreadPoolExecutor(1, thread_name_prefix="kvmarket-clerk")
@@ -163,12 +167,15 @@ class Market(EngineOperations):
                     raise
             time.sleep(POLL_S)
 
-    # For the scheduler half: nothing here waits for disk or database
-
     def match(self, namespace: bytes, token_ids: Sequence[int]) -> Match | None:
-        """The longest published prefix that is long enough to be sold; memory only."""
-        found = self.catalogue.match(namespace, token_ids)
+        """The longest published prefix that is long enough to be sold.
+
+        Memory only, unless documents are beyond it: then it may wait for the database.
+        """
+        found = self.catalogue.match_anywhere(namespace, token_ids)
         return found if found is not None and self.is_sold(found) else None
+
+    # For the scheduler half: nothing here waits for disk or database
 
     def is_sold(self, match: Match) -> bool:
         """Whether a match is long enough to be sold."""

@@ -376,12 +376,13 @@ def test_a_database_of_the_first_version_keeps_every_row(path):
     being = next(iter(expected))
     old.execute("INSERT INTO publishing (document_id, owner) VALUES (?, 'someone')", (being,))
     old.close()
-    for _ in range(2):
-        with Catalogue.open(path) as catalogue:
+    for chunks_in_memory in (None, 0, None):
+        with Catalogue.open(path, chunks_in_memory=chunks_in_memory) as catalogue:
             assert {found.document_id: found for found in catalogue.listings()} == expected
             assert catalogue.check_integrity() == []
-            assert matched(catalogue, tokens(600, seed=2)) == 600
-            assert matched(catalogue, tokens(600, seed=5)) == 256
+            for seed, count in ((2, 600), (5, 256)):
+                found = catalogue.match_anywhere(NAMESPACE, tokens(600, seed=seed))
+                assert found.token_count == count
             with catalogue._db.reading() as db:
                 assert db.execute("SELECT document_id, owner FROM publishing").fetchall() == [
                     (being, "someone")

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import threading
 from types import SimpleNamespace
 
 import pytest
 from catalogue_documents import store_and_list, tokens
 from test_gate import alice, app, client, keys, market, reached  # noqa: F401  # fixtures
+
+from vllm_kvmarket.market import Market
 
 
 def ask(client, headers, model, **wish):  # noqa: F811
@@ -35,3 +38,23 @@ def test_nothing_is_promised_of_an_adapter(app, client, alice, market, wish):  #
     # Its limit is the engine's to keep, which knows what it matches.
     got = reached(ask(client, alice, "legal", max_price_nano=1))
     assert got["kv_transfer_params"]["kvmarket"]["max_price_nano"] == 1
+
+
+def test_what_is_beyond_memory_is_quoted_too(client, alice, market):  # noqa: F811
+    """Not on the event loop: that would wait for the database."""
+    name = store_and_list(market, tokens(300)).document_id
+    settings = {"home": str(market.home), "catalogue_chunks_in_memory": 0}
+    with Market.open(config=settings) as beyond:
+        market.catalogue, whole = beyond.catalogue, market.catalogue
+        threads = []
+        match = beyond.catalogue.match_later
+        beyond.catalogue.match_later = lambda *asked: (
+            threads.append(threading.current_thread()) or match(*asked)
+        )
+        try:
+            assert ask(client, alice, "m", reuse="require").status_code == 200
+            assert ask(client, alice, "m", document=name).status_code == 200
+        finally:
+            market.catalogue = whole
+    assert threads
+    assert all(thread.name.startswith("asyncio_") for thread in threads)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from itertools import pairwise
+from math import inf
 
 import apsw
 
@@ -13,16 +14,23 @@ from vllm_kvmarket.catalogue.tree import Node, PrefixTree
 from vllm_kvmarket.identity import TOKEN_BYTES, chunk_keys, document_id, unpack_tokens
 
 
-def problems(db: apsw.Connection, tree: PrefixTree, now_s: float) -> list[str]:
-    """Return what is wrong, a line each; the tree must be as new as the database, and as of now."""
+def problems(
+    db: apsw.Connection, tree: PrefixTree, now_s: float, *, whole: bool = True
+) -> list[str]:
+    """Return what is wrong, a line each; the tree must be as new as the database, and as of now.
+
+    Unless it is to be `whole`, the database itself must have what documents may be missing in it.
+    """
     found: list[str] = []
     on_offer: set[str] = set()
     for listing in tables.read_listings(db):
         chunks = tables.chunks_of(db, listing.document_id)
         found += [
             f"{listing.document_id}: {problem}"
-            for problem in _listing_problems(listing, chunks, tree, now_s)
+            for problem in _listing_problems(listing, chunks, tree, now_s, whole=whole)
         ]
+        if not whole:
+            found += _offer_problems(db, listing, chunks)
         if tables.matchable(listing, chunks, now_s):
             on_offer.add(listing.document_id)
     found += [
@@ -32,7 +40,12 @@ def problems(db: apsw.Connection, tree: PrefixTree, now_s: float) -> list[str]:
 
 
 def _listing_problems(
-    listing: Listing, chunks: list[tables.StoredChunk], tree: PrefixTree, now_s: float
+    listing: Listing,
+    chunks: list[tables.StoredChunk],
+    tree: PrefixTree,
+    now_s: float,
+    *,
+    whole: bool,
 ) -> Iterator[str]:
     tokens = unpack_tokens(b"".join(chunk.tokens for chunk in chunks))
     if len(tokens) != listing.token_count:
@@ -49,8 +62,25 @@ def _listing_problems(
         yield "damaged, with every chunk whole"
     entry = tree.entries.get(listing.document_id)
     in_tree = tuple(node.tokens for node in entry.path[1:]) if entry else ()
-    if in_tree != tables.matchable(listing, chunks, now_s):
+    if (whole or entry) and in_tree != tables.matchable(listing, chunks, now_s):
         yield f"{listing.state}, but what can be matched of it is something else"
+
+
+def _offer_problems(
+    db: apsw.Connection, listing: Listing, chunks: list[tables.StoredChunk]
+) -> Iterator[str]:
+    """Compare what is matched in the database with what should be; time to live does not matter."""
+    held = tables.rows(
+        db,
+        "SELECT followed.key FROM followed JOIN listing USING (document_id) "
+        "JOIN offered ON offered.key = followed.key AND offered.listed = listing.listed "
+        "JOIN continuation USING (parent, tokens) "
+        "WHERE document_id = ? AND continuation.key = followed.key ORDER BY position",
+        (listing.document_id,),
+    )
+    count = len(tables.matchable(listing, chunks, -inf))
+    if [key for (key,) in held] != list(listing.chunk_keys[:count]):
+        yield f"{listing.document_id}: what the database matches of it is something else"
 
 
 def tree_problems(tree: PrefixTree) -> Iterator[str]:

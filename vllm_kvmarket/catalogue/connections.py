@@ -12,6 +12,9 @@ import apsw
 from vllm_kvmarket import database
 from vllm_kvmarket.errors import CatalogueError
 
+# A request waits for what such a connection reads.
+READER_TIMEOUT_MS = 1_000
+
 
 class BusyError(CatalogueError):
     """Someone else is writing, and waiting was not wanted."""
@@ -32,6 +35,27 @@ class Connections:
             database.migrate(self._writer, room, migrations)
             self._reader = database.connect(path)
         self._file = self._file_identity()
+
+    def migrate(self, room: str, migrations: Sequence[str]) -> None:
+        """Bring the tables of one more room to the newest version; mutates the database."""
+        with self._write_lock, self._reported():
+            database.migrate(self._writer, room, migrations)
+
+    def open_reader(self) -> apsw.Connection:
+        """Open one more connection, which cannot write; whoever asked for it closes it."""
+        with self._reported():
+            self._check_file()
+            opened = apsw.Connection(str(self._path), flags=apsw.SQLITE_OPEN_READONLY)
+            opened.set_busy_timeout(READER_TIMEOUT_MS)
+            return opened
+
+    @contextmanager
+    def snapshot_of(self, reader: apsw.Connection) -> Iterator[apsw.Connection]:
+        """Read through a connection of `open_reader` as of one moment; waits for no one else."""
+        with self._reported():
+            self._check_file()
+            with reader:
+                yield reader
 
     def close(self) -> None:
         """Release the database, once what is under way is done."""

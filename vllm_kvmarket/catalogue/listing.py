@@ -115,3 +115,9 @@ class Match(msgspec.Struct, frozen=True):
     listing: Listing
     token_count: int
     chunks: tuple[MatchedChunk, ...]
+
+    def is_final(self, prompt_tokens: int) -> bool:
+        """Say whether no other document could give a prompt of so many tokens a better match: it is
+        the listing, from end to end.
+        """
+        return self.token_count == prompt_tokens == self.listing.token_count

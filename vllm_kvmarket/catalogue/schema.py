@@ -114,3 +114,71 @@ MIGRATIONS = (
     # Of uses that were noted before this version, the first is not known: their listing's time is.
     "ALTER TABLE listing_use ADD COLUMN first_used_s REAL",
 )
+
+# Made only where documents may be beyond the prefix tree: a chunk takes about five kilobytes here.
+BEYOND_ROOM = "catalogue_beyond"
+
+# `offered` has a chunk once for each listing on offer that it can be matched for, under that one's
+# place in line, and the namespace as the chunk that all of its listings begin with. `continuation`
+# has what can be matched behind a chunk, in the order of the packed tokens.
+# Triggers keep both in step, whichever process writes. A migration above that makes `listing` anew
+# drops them with it: it must be followed by one that makes them again, here.
+BEYOND_MIGRATIONS = (
+    """
+    CREATE TABLE offered (
+        key BLOB NOT NULL,
+        listed INTEGER NOT NULL,
+        PRIMARY KEY (key, listed)
+    ) STRICT, WITHOUT ROWID;
+    CREATE TABLE continuation (
+        parent BLOB NOT NULL,
+        tokens BLOB NOT NULL,
+        key BLOB NOT NULL,
+        PRIMARY KEY (parent, tokens)
+    ) STRICT, WITHOUT ROWID;
+    CREATE VIEW followed AS
+        SELECT own.document_id, own.position, own.key, tokens,
+            coalesce(before.key, listing.namespace) AS parent
+        FROM listing_chunk AS own JOIN listing USING (document_id)
+        JOIN chunk ON chunk.key = own.key LEFT JOIN listing_chunk AS before
+            ON before.document_id = own.document_id AND before.position = own.position - 1;
+    CREATE TRIGGER listing_offered
+    AFTER UPDATE OF state, listed ON listing
+    WHEN OLD.listed IS NOT NEW.listed OR OLD.state <> NEW.state OR NEW.state = 'damaged'
+    BEGIN
+        DELETE FROM offered WHERE listed = OLD.listed AND key IN (
+            SELECT key FROM listing_chunk WHERE document_id = NEW.document_id
+            UNION ALL SELECT NEW.namespace
+        );
+        INSERT INTO offered SELECT NEW.namespace, NEW.listed WHERE NEW.state IN ('live', 'damaged');
+        INSERT INTO offered SELECT key, NEW.listed FROM listing_chunk
+        WHERE document_id = NEW.document_id AND NEW.state IN ('live', 'damaged')
+        AND position < coalesce(
+            (SELECT min(position) FROM listing_chunk JOIN chunk USING (key)
+             WHERE document_id = NEW.document_id AND damaged),
+            position + 1
+        );
+        DELETE FROM continuation WHERE (parent, tokens) IN (
+            SELECT parent, tokens FROM followed WHERE document_id = NEW.document_id
+            AND NOT EXISTS (SELECT 1 FROM offered WHERE offered.key = followed.key)
+        );
+        INSERT INTO continuation SELECT parent, tokens, key FROM followed
+        WHERE document_id = NEW.document_id
+        AND EXISTS (SELECT 1 FROM offered WHERE offered.key = followed.key)
+        ON CONFLICT DO NOTHING;
+    END;
+    INSERT INTO offered
+        SELECT namespace, listed FROM listing WHERE state IN ('live', 'damaged');
+    INSERT INTO offered
+        SELECT key, listed FROM listing AS held JOIN listing_chunk USING (document_id)
+        WHERE state IN ('live', 'damaged') AND position < coalesce(
+            (SELECT min(position) FROM listing_chunk JOIN chunk USING (key)
+             WHERE document_id = held.document_id AND damaged),
+            position + 1
+        );
+    INSERT INTO continuation
+        SELECT parent, tokens, key FROM followed
+        WHERE EXISTS (SELECT 1 FROM offered WHERE offered.key = followed.key)
+        ON CONFLICT DO NOTHING;
+    """,
+)

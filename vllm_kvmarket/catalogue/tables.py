@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
@@ -34,7 +34,9 @@ class Change:
 
 
 def rows(
-    db: apsw.Connection, statement: str, bindings: Sequence[apsw.SQLiteValue] = ()
+    db: apsw.Connection,
+    statement: str,
+    bindings: Sequence[apsw.SQLiteValue] | Mapping[str, apsw.SQLiteValue] = (),
 ) -> list[tuple[Any, ...]]:
     """Run one statement and return all its rows."""
     return db.execute(statement, bindings).fetchall()
@@ -90,6 +92,30 @@ def read_changes(db: apsw.Connection, since: int, now_s: float) -> list[Change]:
     """Return what became, until now, of every listing that changed after that revision."""
     statement = f"SELECT {_COLUMNS}, listed FROM listing WHERE revision > ?"  # noqa: S608  # column names are ours
     return [_change(db, row, now_s) for row in rows(db, statement, (since,))]
+
+
+def read_change(db: apsw.Connection, document_id: str, now_s: float) -> Change:
+    """Return what became, until now, of one listing."""
+    statement = f"SELECT {_COLUMNS}, listed FROM listing WHERE document_id = ?"  # noqa: S608  # column names are ours
+    return _change(db, rows(db, statement, (document_id,))[0], now_s)
+
+
+def changed(
+    db: apsw.Connection, since: int, now_s: float
+) -> Iterator[tuple[str, int, bool, bool, float | None]]:
+    """Yield what changed after that revision: id, tokens, whether it is on offer, whether pinned,
+    and its end.
+
+    What is not on offer comes first, then those with the highest use score, then in line. Nothing
+    that grows with a document is read.
+    """
+    yield from db.execute(
+        "SELECT document_id, token_count, state IN ('live', 'damaged') "
+        "AND (expires_at_s IS NULL OR expires_at_s > ?2) AS offered, pinned, expires_at_s "
+        "FROM listing LEFT JOIN listing_use USING (document_id) WHERE revision > ?1 "
+        "ORDER BY offered, coalesce(score, 0) DESC, listed",
+        (since, now_s),
+    )
 
 
 def _fields(row: Sequence[Any]) -> dict[str, Any]:

@@ -34,7 +34,7 @@ def common_tokens(a: bytes, b: bytes) -> int:
     return (size - (difference.bit_length() + 7) // 8) // TOKEN_BYTES
 
 
-def _pack_valid(token_ids: Sequence[int]) -> bytes:
+def pack_valid(token_ids: Sequence[int]) -> bytes:
     """Pack tokens up to the first that no document can contain: a request must not fail for it."""
     try:
         return pack_tokens(token_ids)
@@ -226,7 +226,7 @@ class PrefixTree:
         total = 0
         # Packed chunk by chunk: a request that matches nothing costs one chunk, however long.
         while node is not None and node.children is not None:
-            tokens = _pack_valid(token_ids[total : total + self.chunk_tokens])
+            tokens = pack_valid(token_ids[total : total + self.chunk_tokens])
             node, shared = node.children.closest(tokens)
             if node is not None:
                 nodes.append(node)

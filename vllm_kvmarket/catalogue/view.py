@@ -6,6 +6,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
@@ -14,12 +15,13 @@ from typing import Self
 import apsw
 
 from vllm_kvmarket.catalogue import audit, schema, tables, upkeep
+from vllm_kvmarket.catalogue.beyond import Beyond
 from vllm_kvmarket.catalogue.connections import BusyError, Connections
 from vllm_kvmarket.catalogue.expiry import Expiries
 from vllm_kvmarket.catalogue.listing import ON_OFFER, Listing, Match
 from vllm_kvmarket.catalogue.owners import Owner
 from vllm_kvmarket.catalogue.tree import PrefixTree
-from vllm_kvmarket.errors import ConfigError, NotFoundError
+from vllm_kvmarket.errors import CatalogueError, ConfigError, NotFoundError
 from vllm_kvmarket.identity import CHUNK_TOKENS
 
 OWNERS_FOLDER = "publishing"
@@ -31,7 +33,7 @@ logger = logging.getLogger(__name__)
 class View:
     """The prefix tree over what is on offer, as of the last refresh; see Catalogue."""
 
-    def __init__(self, path: Path, chunk_tokens: int) -> None:
+    def __init__(self, path: Path, chunk_tokens: int, chunks_in_memory: int | None = None) -> None:
         self.last_error: Exception | None = None
         self._tree = PrefixTree(chunk_tokens)
         # Held while the tree is changed: by what was committed, or by the clock. Taken after the
@@ -42,6 +44,10 @@ class View:
         self._data_version: int | None = None
         # Whether the database may not know yet of a listing that has ended.
         self._overdue = False
+        self._chunks_in_memory = chunks_in_memory
+        self._beyond: Beyond | None = None
+        self._is_beyond = False
+        self._pinned_beyond: frozenset[str] = frozenset()
         self._closing = threading.Event()
         self._watcher: threading.Thread | None = None
         self._owner = Owner(path.parent / OWNERS_FOLDER)
@@ -54,22 +60,30 @@ class View:
                 f"chunk_tokens is {chunk_tokens}, but the market in {path.parent} was made with "
                 f"{chosen}: set it to {chosen}, or use another home"
             )
+        if chunks_in_memory is not None:
+            self._beyond = Beyond(self._db, chunk_tokens)
         self.refresh()
 
     @classmethod
-    def open(cls, path: Path, chunk_tokens: int = CHUNK_TOKENS) -> Self:
+    def open(
+        cls, path: Path, chunk_tokens: int = CHUNK_TOKENS, chunks_in_memory: int | None = None
+    ) -> Self:
         """Open the catalogue in the market's database, making its tables where there are none.
 
-        Raises ConfigError when it was made with another chunk size, CatalogueError when the
-        database cannot be used.
+        At most `chunks_in_memory` chunks go into the prefix tree, None for all; documents that do
+        not fit are matched in the database, which gets more tables for it, for good. Raises
+        ConfigError when it was made with another chunk size, CatalogueError when the database
+        cannot be used.
         """
-        return cls(path, chunk_tokens)
+        return cls(path, chunk_tokens, chunks_in_memory)
 
     def close(self) -> None:
         """Stop watching and release the database; what this process was publishing is given up."""
         self._closing.set()
         if self._watcher is not None:
             self._watcher.join()
+        if self._beyond is not None:
+            self._beyond.close()
         self._db.close()
         self._owner.close()
 
@@ -94,19 +108,54 @@ class View:
         """
         return self._tree.match(namespace, token_ids)
 
+    @property
+    def is_beyond_memory(self) -> bool:
+        """Whether `match` may miss a document on offer, as the prefix tree had no room for it.
+
+        Stays so until the catalogue is opened again.
+        """
+        return self._is_beyond
+
+    def match_later(self, namespace: bytes, token_ids: Sequence[int]) -> Future[Match | None]:
+        """Start to match in the tree and in the database; never waits.
+
+        The future gives the longer of the two matches, and raises CatalogueError when the database
+        cannot be used. Where no document is beyond memory it is done already.
+        """
+        if self._beyond is None or not self._is_beyond:
+            done: Future[Match | None] = Future()
+            done.set_result(self.match(namespace, token_ids))
+            return done
+        return self._beyond.match_later(namespace, token_ids, self.match)
+
+    def match_anywhere(self, namespace: bytes, token_ids: Sequence[int]) -> Match | None:
+        """Find what `match_later` does; waits for the database when it must.
+
+        Without the database it is what `match` says.
+        """
+        found = self.match(namespace, token_ids)
+        if not self._is_beyond or (found is not None and found.is_final(len(token_ids))):
+            return found
+        try:
+            return self.match_later(namespace, token_ids).result()
+        except CatalogueError:
+            return found
+
     def is_pinned(self, document_id: str) -> bool:
         """Say whether a document can be matched and is pinned; memory only, as `match`."""
         listing = self._tree.listing(document_id)
-        return listing is not None and listing.pinned
+        if listing is None:
+            return document_id in self._pinned_beyond
+        return listing.pinned
 
     @property
     def chunk_count(self) -> int:
-        """How many chunks can be matched."""
+        """How many chunks can be matched in memory."""
         return self._tree.chunk_count
 
     @property
     def document_count(self) -> int:
-        """How many documents can be matched, at least in part."""
+        """How many documents can be matched in memory, at least in part."""
         return len(self._tree.entries)
 
     # Keeping up with the database and the clock
@@ -133,21 +182,48 @@ class View:
         newest = tables.revision(db)
         if newest == self._revision:
             return False
-        changes = tables.read_changes(db, self._revision, now_s)
-        # In the order of their tokens, thousands of new chunks go to the end of their lists each.
-        changes.sort(key=lambda change: (change.listing.namespace, change.chunks))
-        with self._tree_lock:
-            for change in changes:
-                listing = change.listing
-                if change.chunks and change.place is not None:
-                    self._tree.put(listing, change.place, change.chunks)
-                    self._expiries.note(listing.document_id, listing.expires_at_s)
-                else:
-                    self._tree.remove(listing.document_id)
-                    self._expiries.note(listing.document_id, None)
-                    self._overdue |= listing.state in ON_OFFER and listing.is_over(now_s)
+        if self._chunks_in_memory is None:
+            changes = tables.read_changes(db, self._revision, now_s)
+            # In the order of their tokens, thousands of new chunks go to the end of their lists.
+            changes.sort(key=lambda change: (change.listing.namespace, change.chunks))
+            with self._tree_lock:
+                for change in changes:
+                    self._apply(change, now_s)
+        else:
+            with self._tree_lock:
+                self._take_over_what_fits(db, now_s, self._chunks_in_memory)
         self._revision = newest
         return True
+
+    def _apply(self, change: tables.Change, now_s: float) -> None:
+        listing = change.listing
+        if change.chunks and change.place is not None:
+            self._tree.put(listing, change.place, change.chunks)
+            self._expiries.note(listing.document_id, listing.expires_at_s)
+        else:
+            self._tree.remove(listing.document_id)
+            self._expiries.note(listing.document_id, None)
+            self._overdue |= listing.state in ON_OFFER and listing.is_over(now_s)
+
+    def _take_over_what_fits(self, db: apsw.Connection, now_s: float, most: int) -> None:
+        """Put the most used documents into the tree; the tokens of the others are not read."""
+        pinned = set(self._pinned_beyond)
+        for name, token_count, offered, is_pinned, expires_at_s in tables.changed(
+            db, self._revision, now_s
+        ):
+            entry = self._tree.entries.get(name)
+            kept = self._tree.chunk_count - (len(entry.path) - 1 if entry else 0)
+            fits = kept - (-token_count // self._tree.chunk_tokens) <= most
+            pinned.discard(name)
+            if fits or not offered:
+                self._apply(tables.read_change(db, name, now_s), now_s)
+                continue
+            self._is_beyond = True
+            self._tree.remove(name)
+            self._expiries.note(name, expires_at_s)
+            if is_pinned:
+                pinned.add(name)
+        self._pinned_beyond = frozenset(pinned)
 
     def _drop_ended(self, now_s: float) -> bool:
         """Stop matching what has ended by now, whatever the database says; mutates the tree."""
@@ -155,6 +231,7 @@ class View:
             ended = self._expiries.take_due(now_s)
             for document_id in ended:
                 self._tree.remove(document_id)
+            self._pinned_beyond = self._pinned_beyond.difference(ended)
         self._overdue |= bool(ended)
         return bool(ended)
 
@@ -238,4 +315,4 @@ class View:
             now_s = time.time()
             self._drop_ended(now_s)
             self._take_over(db, now_s)
-            return audit.problems(db, self._tree, now_s)
+            return audit.problems(db, self._tree, now_s, whole=self._chunks_in_memory is None)

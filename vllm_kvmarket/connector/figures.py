@@ -101,9 +101,10 @@ FIGURES: dict[str, Figure] = {
         buckets=COMMIT_BUCKETS,
     ),
     # What is on offer, and what it takes
-    "documents": _gauge("documents", "Documents that can be matched, at least in part."),
+    "documents": _gauge("documents", "Documents that can be matched in memory, at least in part."),
     "chunks": _gauge(
-        "chunks", "Chunks that can be matched; one that several documents share counts once."
+        "chunks",
+        "Chunks that can be matched in memory; one that several documents share counts once.",
     ),
     "stored_bytes": _gauge(
         "bytes",

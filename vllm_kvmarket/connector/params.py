@@ -65,6 +65,7 @@ class Declined(msgspec.Struct, frozen=True):
     reason: str
 
 
+Wish = RequestParams | Declined
 NOTHING = RequestParams()
 NOT_WANTED: dict[Reason, str] = {
     "never": "the request wants no reuse",
@@ -74,7 +75,7 @@ NOT_WANTED: dict[Reason, str] = {
 
 def read(
     kv_transfer_params: dict[str, Any] | None, credentials: Credentials, trusted: bool
-) -> RequestParams | Declined:
+) -> Wish:
     """The request's wish, or why it is declined. Under `trusted` no token is needed."""
     raw = (kv_transfer_params or {}).get(FIELD)
     if raw is None:

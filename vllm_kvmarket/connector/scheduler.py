@@ -1,7 +1,7 @@
 """The scheduler half: match, reserve, hand out load and save plans, settle.
 
-It lives in the engine core and never waits: the catalogue's match is in memory, the ledger and the
-catalogue's writes are futures that it polls.
+It lives in the engine core and never waits: the catalogue's match is in memory; the ledger, the
+catalogue's writes and what it matches in the database are futures that it polls.
 """
 
 from __future__ import annotations
@@ -11,15 +11,15 @@ from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any
 
 from vllm.logger import init_logger
-from vllm.sampling_params import RequestOutputKind
-from vllm.v1.request import RequestStatus
 
 from vllm_kvmarket.catalogue import Match
 from vllm_kvmarket.config import MarketConfig
 from vllm_kvmarket.connector import params as wishes
+from vllm_kvmarket.connector.answers import ANSWERED, answer_of, is_answered
 from vllm_kvmarket.connector.auditing import audit_plan, audit_record, start_auditing
-from vllm_kvmarket.connector.buying import Charge, Purchases
+from vllm_kvmarket.connector.buying import Purchases
 from vllm_kvmarket.connector.housekeeping import Housekeeping
+from vllm_kvmarket.connector.lookups import Lookup, Lookups
 from vllm_kvmarket.connector.messages import ChunkPrefetch, Instructions, WorkerReport
 from vllm_kvmarket.connector.meter import Meter
 from vllm_kvmarket.connector.namespaces import Namespaces
@@ -36,12 +36,6 @@ if TYPE_CHECKING:
     from vllm.v1.request import Request
 
 logger = init_logger("vllm.kvmarket.scheduler")
-
-ANSWERED = (
-    RequestStatus.FINISHED_STOPPED,
-    RequestStatus.FINISHED_LENGTH_CAPPED,
-    RequestStatus.FINISHED_REPETITION,
-)
 
 
 class SchedulerHalf:
@@ -71,6 +65,8 @@ class SchedulerHalf:
         self._states: dict[str, RequestState] = {}
         self._saving: dict[str, RequestState] = {}
         self._bypass: list[Request] = []
+        self._lookups = Lookups(self._market.catalogue)
+        self._uncached: list[Request] = []
         self._next = Instructions()
 
     def close(self) -> None:
@@ -93,10 +89,18 @@ class SchedulerHalf:
         match: Match | None = None
         if namespace is not None and tokens is not None and not request.mm_features:
             match = self._market.catalogue.match(namespace, tokens)
-            if match is not None and not self._market.is_sold(match):
-                if isinstance(wish, wishes.RequestParams) and wish.account is not None:
-                    self.meter.declined("below_minimum")
-                match = None
+            if self._lookups.begin(request, wish, namespace, match):
+                return
+        self._admit(request, wish, namespace, match)
+
+    def _admit(
+        self, request: Request, wish: wishes.Wish, namespace: bytes | None, match: Match | None
+    ) -> None:
+        """Start what the request asks for, now that it is known what it matches; mutates both."""
+        if match is not None and not self._market.is_sold(match):
+            if isinstance(wish, wishes.RequestParams) and wish.account is not None:
+                self.meter.declined("below_minimum")
+            match = None
         if match is None and wish is wishes.NOTHING:
             return
         state = RequestState(
@@ -160,10 +164,33 @@ class SchedulerHalf:
             # What was published must not be had for nothing from vLLM's own prefix cache either.
             request.skip_reading_prefix_cache = True
 
+    def _looked_up(self, request: Request, lookup: Lookup) -> bool:
+        """Go on with a request once the database has answered; False: ask again. Mutates."""
+        if not lookup.future.done():
+            return False
+        self._lookups.end(request.request_id)
+        match, could_be_asked = lookup.match()
+        self._admit(request, lookup.wish, lookup.namespace, match)
+        if not could_be_asked and not lookup.is_operators:
+            if (state := self._states.get(request.request_id)) is not None:
+                self._recompute(state, request, "what is on offer could not be looked up", "")
+            # It may have been published, and must not be had for nothing either.
+            request.skip_reading_prefix_cache = True
+        if request.skip_reading_prefix_cache:
+            # vLLM has looked its prefix cache up already, and would take what it found: it learns
+            # of it before it asks again.
+            request.skip_reading_prefix_cache = False
+            self._uncached.append(request)
+            return False
+        return True
+
     # Scheduling
 
     def num_external_tokens(self, request: Request, local: int) -> tuple[int | None, bool]:
         """Tokens to load behind the `local` ones, and whether asynchronously; None: ask again."""
+        lookup = self._lookups.of(request.request_id)
+        if lookup is not None and not self._looked_up(request, lookup):
+            return None, False
         state = self._states.get(request.request_id)
         if state is None:
             return 0, False
@@ -220,6 +247,9 @@ class SchedulerHalf:
                 purchase = state.purchase
                 self._recompute(state, request, purchase.refusal, purchase.refusal_reason)
         self._bypass.clear()
+        for request in self._uncached:
+            request.skip_reading_prefix_cache = True
+        self._uncached.clear()
         self._prefetch()
         self._renew()
         if self.pins.block_count:
@@ -292,6 +322,7 @@ class SchedulerHalf:
         """Close the request: settle or void, or start to save. Whether its blocks are still
         needed.
         """
+        self._lookups.end(request.request_id)
         state = self._states.pop(request.request_id, None)
         if state is None:
             return False, None
@@ -299,12 +330,12 @@ class SchedulerHalf:
             return self._finish_publishing(state, request, block_ids)
         charge = None
         if state.purchase is not None:
-            answered = _is_answered(request)
+            answered = is_answered(request)
             usage = state.usage(request.num_output_tokens) if answered else None
             charge = self._purchases.leave(request.request_id, usage)
         if not state.is_operators:
             self.meter.used(state, request.num_output_tokens)
-        answer = {wishes.FIELD: self._answer(state, request, charge)}
+        answer = {wishes.FIELD: answer_of(state, request, charge)}
         if state.auditing is not None and request.status in ANSWERED:
             self._next.audits.append(audit_plan(state, block_ids))
             self._saving[request.request_id] = state
@@ -317,6 +348,9 @@ class SchedulerHalf:
         if state.match is None or not state.match.listing.pinned:
             return
         listing = state.match.listing
+        # A match in the database may know of it before memory does, which would let it go at once.
+        if not self._market.catalogue.is_pinned(listing.document_id):
+            return
         # The last token of a prompt is computed, also of one that is just the document.
         if state.reused >= listing.token_count - 1:
             reason = self.pins.pin(listing.document_id, listing.token_count, block_ids)
@@ -327,29 +361,12 @@ class SchedulerHalf:
                 answer["pinned_tokens"] = whole * self._block_tokens
                 self.meter.pinned(self.pins.block_count)
 
-    def _answer(
-        self, state: RequestState, request: Request, charge: Charge | None = None
-    ) -> dict[str, Any]:
-        usage = state.usage(request.num_output_tokens)
-        answer: dict[str, Any] = {
-            "document_id": state.match.listing.document_id if state.match else None,
-            "matched_tokens": usage.matched,
-            "reused_tokens": usage.reused,
-            "loaded_tokens": usage.loaded,
-            "computed_tokens": usage.computed,
-            "charge_nano": charge.charge_nano if charge else 0,
-            "receipt_id": charge.receipt_id if charge else None,
-        }
-        if state.declined:
-            answer["declined"] = state.declined
-        return answer
-
     def _finish_publishing(
         self, state: RequestState, request: Request, block_ids: list[int]
     ) -> tuple[bool, dict[str, Any] | None]:
         publishing = state.publishing
         assert publishing is not None
-        answer = {wishes.FIELD: self._answer(state, request)}
+        answer = {wishes.FIELD: answer_of(state, request)}
         answer[wishes.FIELD]["document_id"] = publishing.document_id
         if request.status not in ANSWERED or state.declined:
             self._end_publishing(state, state.declined or "the publishing request was aborted")
@@ -375,21 +392,6 @@ class SchedulerHalf:
                 charge = publishing.charge
                 self.meter.stored(charge.amount_nano, charge.settle())
         done.add_done_callback(_log_failure)
-
-
-def _is_answered(request: Request) -> bool:
-    """Whether an answer, or the beginning of one, has reached who asked."""
-    if request.status in ANSWERED:
-        return True
-    if request.status is not RequestStatus.FINISHED_ABORTED or not request.num_output_tokens:
-        return False
-    params = request.sampling_params
-    # Of an answer that is not streamed nothing has gone out when its client leaves. Yet vLLM also
-    # aborts a request whose answer is whole: one that came to a stop string, which only the
-    # front end sees.
-    return params is not None and (
-        params.output_kind is not RequestOutputKind.FINAL_ONLY or bool(params.stop)
-    )
 
 
 def _log_failure(future: Future[None]) -> None:

@@ -139,7 +139,7 @@ class Gate:
         quoted = wish.needs_quote or market.config.unfunded == "refuse"
         if reuse and quoted and adapter is None and caller.account is not None:
             prompts = await prompts_of(app, kind, body)
-            offered = quoting.quote(market, service.tokens.namespace, prompts)
+            offered = await quoting.quote_soon(market, service.tokens.namespace, prompts)
             offered = await quoting.with_funds(market, offered, caller.account)
             reuse = quoting.may_reuse(
                 offered, wish, refuse_unfunded=market.config.unfunded == "refuse"

@@ -98,7 +98,7 @@ class Documents:
                 self._tokens[document_id] = tokens
                 while len(self._tokens) > REMEMBERED:
                     self._tokens.popitem(last=False)
-        # Whether it is on offer is asked each time; this reads memory only.
+        # Whether it is on offer is asked each time; this reads memory, mostly.
         found = self._market.match(self._namespace, tokens)
         if found is None or found.listing.document_id != document_id:
             raise Refusal(

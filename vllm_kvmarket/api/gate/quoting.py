@@ -30,7 +30,7 @@ def no_quote_for(adapter: str) -> Refusal:
 
 
 def quote(market: Market, namespace: bytes, prompts: Sequence[Sequence[int]]) -> Quote:
-    """The price of reusing what is on offer of these prompts; memory only."""
+    """The price of reusing what is on offer of these prompts; it may wait, as Market.match does."""
     matched = charge = without = 0
     document_id = None
     for tokens in prompts:
@@ -52,6 +52,13 @@ def quote(market: Market, namespace: bytes, prompts: Sequence[Sequence[int]]) ->
         charge_nano=charge,
         without_reuse_nano=without,
     )
+
+
+async def quote_soon(market: Market, namespace: bytes, prompts: Sequence[Sequence[int]]) -> Quote:
+    """The same, without holding up the event loop where the database may have to be waited for."""
+    if market.catalogue.is_beyond_memory:
+        return await asyncio.to_thread(quote, market, namespace, prompts)
+    return quote(market, namespace, prompts)
 
 
 async def with_funds(market: Market, offered: Quote, account: str | None) -> Quote:

@@ -92,10 +92,10 @@ def _prefill_reuse(figure: Any, result: Result) -> None:
         right.plot(lengths, values, "o-", color=color, label=label)
     ratios = [point["prefill_s"] / point["reuse_s"] for point in paper]
     right.plot(paper_lengths, ratios, "*--", color=GREY, ms=10, lw=1, label="the paper's")
-    for length, ratio in zip(paper_lengths, ratios, strict=True):
-        right.annotate(
-            f"{ratio:.1f}x", (length, ratio), (-6, 8), textcoords="offset points", ha="right"
-        )
+    for length, ratio, place, side in zip(
+        paper_lengths, ratios, ((6, 8), (-8, -2)), ("left", "right"), strict=True
+    ):
+        right.annotate(f"{ratio:.1f}x", (length, ratio), place, textcoords="offset points", ha=side)
     right.set(title="Prefill over reuse", ylabel="times", ylim=(0, None))
     right.legend(loc="upper left")
     for axes in (left, right):

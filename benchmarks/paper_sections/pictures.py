@@ -93,7 +93,7 @@ def _prefill_reuse(figure: Any, result: Result) -> None:
     ratios = [point["prefill_s"] / point["reuse_s"] for point in paper]
     right.plot(paper_lengths, ratios, "*--", color=GREY, ms=10, lw=1, label="the paper's")
     for length, ratio, place, side in zip(
-        paper_lengths, ratios, ((6, 8), (-8, -2)), ("left", "right"), strict=True
+        paper_lengths, ratios, ((8, 6), (8, -16)), ("left", "right"), strict=True
     ):
         right.annotate(f"{ratio:.1f}x", (length, ratio), place, textcoords="offset points", ha=side)
     right.set(title="Prefill over reuse", ylabel="times", ylim=(0, None))

@@ -188,7 +188,8 @@ def _databases(found: Result) -> str:
     head = ("database", "chunks", "4k us p50 / p99", "4k, inside a chunk", "32k")
     head += ("asynchronously: matches/s at 1, 8, 64", "the caller's CPU us a match")
     return f"""
-The same match in a database, for catalogues that no memory holds:
+The same match in a database, for what is beyond `catalogue_chunks_in_memory` (the market asks SQLite; PostgreSQL is
+measured beside it):
 
 {table(head, rows)}
 """

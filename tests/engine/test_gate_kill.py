@@ -7,12 +7,14 @@ import signal
 
 import httpx
 import psutil
+import pytest
 from conftest import words
 from serving import DOCUMENT, MODEL, PRICE_NANO, serving, sold
 
 QUESTION = words(7400, 12)
 
 
+@pytest.mark.long
 def test_a_server_killed_in_mid_request_charges_once(tiny, tmp_path):
     """Killed as hard as can be while it streams; the client asks again, and pays for that."""
     home = tmp_path / "home"

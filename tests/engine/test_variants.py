@@ -30,6 +30,7 @@ def published(tiny, home):
         yield market, expected
 
 
+@pytest.mark.long
 def test_an_engine_without_prefix_caching_loads_all_of_it_every_time(tiny, published):
     """vLLM's prefix cache off, in a fresh process: the store alone serves, again and again."""
     market, expected = published

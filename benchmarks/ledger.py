@@ -238,7 +238,7 @@ def postgres_places(url: str | None) -> Iterator[Any]:
     try:
         import psycopg
 
-        sys.path.insert(0, str(ROOT / "tests" / "servers"))
+        sys.path[:0] = [str(ROOT / "tests" / "servers"), str(ROOT / "tests")]
         from postgres import PostgreSQL, binaries
     except ImportError:
         yield None

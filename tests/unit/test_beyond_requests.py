@@ -8,71 +8,32 @@ from types import SimpleNamespace
 
 import pytest
 from catalogue_documents import NAMESPACE, store_and_list, tokens
+from scheduler_half import CACHED, DOCUMENT, half_of, opened_market, request_of
 from vllm.v1.request import RequestStatus
 
-from vllm_kvmarket.config import load
-from vllm_kvmarket.connector import scheduler
-from vllm_kvmarket.connector.publishing import EngineFacts
 from vllm_kvmarket.errors import CatalogueError
-from vllm_kvmarket.market import Market
-from vllm_kvmarket.tariff import NANO
 
-DOCUMENT = tokens(600)
 PROMPT = [*DOCUMENT, 7, 8]
-BLOCK_TOKENS = 128
-# What vLLM finds in its own prefix cache.
-CACHED = 600 // BLOCK_TOKENS * BLOCK_TOKENS
 
 
 @pytest.fixture
 def market(tmp_path):
-    with Market.open(tmp_path) as opened:
-        opened.create_account("pat", "publisher")
-        opened.create_account("alice")
-        opened.create_account("poor")
-        opened.deposit("alice", NANO, "d1")
-        store_and_list(opened, DOCUMENT, publisher="pat")
+    with opened_market(tmp_path) as opened:
         yield opened
 
 
 @pytest.fixture
 def new_half(market, monkeypatch):
     """Make a scheduler half with so many chunks in memory."""
-    known = SimpleNamespace(of=lambda _: NAMESPACE)
-    monkeypatch.setattr(scheduler, "Namespaces", lambda *_: known)
-    engine = SimpleNamespace(model_config=SimpleNamespace(model="m", max_model_len=4096))
     made = []
 
     def new(chunks: int | None, **settings):
-        home = {"home": str(market.home), "catalogue_chunks_in_memory": chunks}
-        half = scheduler.SchedulerHalf(
-            engine, load(home | settings), EngineFacts("e", BLOCK_TOKENS, 1 << 16, 3)
-        )
-        made.append(half)
-        return half
+        made.append(half_of(market, monkeypatch, catalogue_chunks_in_memory=chunks, **settings))
+        return made[-1]
 
     yield new
     for half in made:
         half.close()
-
-
-def request_of(prompt, params, number=1):
-    return SimpleNamespace(
-        request_id=f"r-{number}",
-        kv_transfer_params=params.get("kv_transfer_params"),
-        lora_request=None,
-        prompt_token_ids=prompt,
-        mm_features=[],
-        num_prompt_tokens=len(prompt),
-        num_tokens=len(prompt),
-        num_output_tokens=5,
-        num_preemptions=0,
-        prefill_stats=None,
-        arrival_time=1.0,
-        skip_reading_prefix_cache=False,
-        sampling_params=None,
-        status=RequestStatus.FINISHED_STOPPED,
-    )
 
 
 def asked(half, request) -> tuple[int, int] | None:
@@ -110,7 +71,7 @@ def test_a_document_beyond_memory_is_sold_as_any_other(new_half, market, chunks)
     store_and_list(market, tokens(600, 1), publisher="pat")
     half = new_half(chunks)
     for number, prompt in enumerate((PROMPT, [*tokens(600, 1), 7, 8])):
-        request = request_of(prompt, market.params("alice"), number)
+        request = request_of(prompt, market.params("alice"), f"r-{number}")
         half.on_new_request(request)
         assert admitted(half, request) == (CACHED, 600 - CACHED)
         # Here vLLM has no room to load, and goes on with what it has cached.
@@ -137,7 +98,7 @@ def test_what_nobody_published_goes_on_with_vllms_own_cache(new_half, market):
     """And leaves nothing behind."""
     half = new_half(0)
     for number, params in enumerate(({}, market.params("alice"))):
-        request = request_of(tokens(600, 5), params, number)
+        request = request_of(tokens(600, 5), params, f"r-{number}")
         half.on_new_request(request)
         assert admitted(half, request) == (CACHED, 0)
         end(half, request)
@@ -195,7 +156,7 @@ def test_a_lookup_that_fails_is_a_request_that_is_computed(new_half, market, mon
     failed.set_exception(error)
     monkeypatch.setattr(half._market.catalogue, "match_later", lambda *_: failed)
     for number, params in enumerate(({}, market.params("alice"))):
-        request = request_of(PROMPT, params, number)
+        request = request_of(PROMPT, params, f"r-{number}")
         half.on_new_request(request)
         assert admitted(half, request) == (0, 0)
         _, answer = end(half, request)
@@ -250,6 +211,7 @@ def test_the_samples_of_one_request_share_one_charge(new_half, market):
     samples = [request_of(PROMPT, market.params("alice")) for _ in range(3)]
     for number, request in enumerate(samples):
         request.request_id = f"{number}_cmpl"
+        request.arrival_time = samples[0].arrival_time
         half.on_new_request(request)
     for request in samples:
         assert admitted(half, request) == (CACHED, 600 - CACHED)
@@ -266,7 +228,7 @@ def test_a_pinned_document_is_held_once_memory_knows_that_it_is_pinned(
     name = market.match(NAMESPACE, PROMPT).listing.document_id
     market.catalogue.set_pinned(name, pinned=True)
     for number, expected in enumerate(([], [name])):
-        request = request_of(PROMPT, market.params("alice"), number)
+        request = request_of(PROMPT, market.params("alice"), f"r-{number}")
         half.on_new_request(request)
         admitted(half, request)
         half._states[request.request_id].reused = 600

@@ -6,43 +6,23 @@ import time
 from types import SimpleNamespace
 
 import pytest
-from catalogue_documents import NAMESPACE, store_and_list, tokens
+from catalogue_documents import tokens
+from scheduler_half import CACHED, DOCUMENT, half_of, opened_market, request_of
 from vllm.v1.request import RequestStatus
 
-from vllm_kvmarket.config import load
-from vllm_kvmarket.connector import scheduler
 from vllm_kvmarket.connector.metrics import MarketStats
-from vllm_kvmarket.connector.publishing import EngineFacts
-from vllm_kvmarket.market import Market
-from vllm_kvmarket.tariff import NANO
-
-DOCUMENT = tokens(600)
-BLOCK_TOKENS = 128
-WHOLE = 600 // BLOCK_TOKENS * BLOCK_TOKENS
 
 
 @pytest.fixture
 def market(tmp_path):
-    with Market.open(tmp_path) as opened:
-        opened.create_account("pat", "publisher")
-        opened.create_account("alice")
-        opened.create_account("poor")
-        opened.deposit("alice", NANO, "d1")
-        store_and_list(opened, DOCUMENT, publisher="pat")
+    with opened_market(tmp_path) as opened:
         yield opened
 
 
 @pytest.fixture
 def half(market, monkeypatch):
-    """A scheduler half whose model's namespace is the documents'."""
-    known = SimpleNamespace(of=lambda _: NAMESPACE)
-    monkeypatch.setattr(scheduler, "Namespaces", lambda *_: known)
-    engine = SimpleNamespace(model_config=SimpleNamespace(model="m", max_model_len=4096))
-    made = scheduler.SchedulerHalf(
-        engine,
-        load({"home": str(market.home), "trust_requests": False}),
-        EngineFacts("e", BLOCK_TOKENS, 1 << 16, 3),
-    )
+    """A scheduler half that believes tokens only."""
+    made = half_of(market, monkeypatch, trust_requests=False)
     yield made
     made.close()
 
@@ -70,24 +50,11 @@ class Figures:
 
 def serve(half, prompt, params, status=RequestStatus.FINISHED_STOPPED, output=5):
     """One request from its arrival to its end, with the document's whole blocks in vLLM's cache."""
-    request = SimpleNamespace(
-        request_id=f"r-{time.monotonic_ns()}",
-        kv_transfer_params=params.get("kv_transfer_params"),
-        lora_request=None,
-        prompt_token_ids=prompt,
-        mm_features=[],
-        num_prompt_tokens=len(prompt),
-        num_tokens=len(prompt),
-        num_output_tokens=output,
-        arrival_time=time.time(),
-        skip_reading_prefix_cache=False,
-        sampling_params=None,
-        status=status,
-    )
+    request = request_of(prompt, params, f"r-{time.monotonic_ns()}", status, output)
     half.on_new_request(request)
     deadline = time.monotonic() + 10
     while True:
-        local = 0 if request.skip_reading_prefix_cache else WHOLE
+        local = 0 if request.skip_reading_prefix_cache else CACHED
         external, _ = half.num_external_tokens(request, local)
         if external is not None:
             break
@@ -104,13 +71,13 @@ def test_a_bought_request_is_counted_and_its_money_when_it_is_booked(half, marke
     """Here vLLM found four whole blocks; what was not loaded was computed."""
     figures = Figures(half)
     answer = serve(half, [*DOCUMENT, 7, 8], market.params("alice"))["kvmarket"]
-    assert (answer["reused_tokens"], answer["charge_nano"]) == (WHOLE, WHOLE * 500)
+    assert (answer["reused_tokens"], answer["charge_nano"]) == (CACHED, CACHED * 500)
     told = figures.wait_for("receipts")
     assert told["matched_tokens"] == 600
-    assert told["reused_tokens"] == WHOLE
+    assert told["reused_tokens"] == CACHED
     assert told["loaded_tokens"] == 0
-    assert told["recomputed_tokens/other"] == 600 - WHOLE
-    assert told["charged_nano/reuse"] == WHOLE * 500
+    assert told["recomputed_tokens/other"] == 600 - CACHED
+    assert told["charged_nano/reuse"] == CACHED * 500
     receipt = market.receipt(answer["receipt_id"])
     assert told["royalties_nano"] == receipt.royalty_nano
     assert told["ledger_commit_seconds_count"] >= 2
@@ -200,5 +167,5 @@ def test_the_operators_work_is_not_among_requests(half, market):
     figures = Figures(half)
     token = market.credentials.token("operator")
     answer = serve(half, [*DOCUMENT, 7], wish(preload=True, token=token))["kvmarket"]
-    assert answer["reused_tokens"] == WHOLE
+    assert answer["reused_tokens"] == CACHED
     assert "matched_tokens" not in figures.now()

@@ -136,9 +136,6 @@ def _sqlite(path: Path, count: int, seed: int) -> dict[str, Any]:
             with db:
                 db.executemany("INSERT INTO chunk VALUES (?, ?, ?)", rows)
 
-        def query(statement: str, bindings: Sequence[Any]) -> list[tuple[Any, ...]]:
-            return db.execute(statement, bindings).fetchall()
-
         def connect() -> tuple[DatabaseMatch, Callable[[], None]]:
             own = apsw.Connection(str(path), flags=apsw.SQLITE_OPEN_READONLY)
 
@@ -147,8 +144,7 @@ def _sqlite(path: Path, count: int, seed: int) -> dict[str, Any]:
 
             return DatabaseMatch(ask, "?", arrays=False), own.close
 
-        matching = DatabaseMatch(query, "?", arrays=False)
-        return _fill_and_ask(insert, matching, connect, count, seed)
+        return _fill_and_ask(insert, connect, count, seed)
     finally:
         db.close()
 
@@ -170,9 +166,6 @@ def _postgres(place: str, count: int, seed: int) -> dict[str, Any]:
                 for row in rows:
                     copy.write_row(row)
 
-        def query(statement: str, bindings: Sequence[Any]) -> list[tuple[Any, ...]]:
-            return db.execute(statement, bindings, prepare=True, binary=True).fetchall()
-
         def connect() -> tuple[DatabaseMatch, Callable[[], None]]:
             own = psycopg.connect(place, autocommit=True)
 
@@ -181,16 +174,11 @@ def _postgres(place: str, count: int, seed: int) -> dict[str, Any]:
 
             return DatabaseMatch(ask, "%s", arrays=True), own.close
 
-        matching = DatabaseMatch(query, "%s", arrays=True)
-        return _fill_and_ask(insert, matching, connect, count, seed)
+        return _fill_and_ask(insert, connect, count, seed)
 
 
 def _fill_and_ask(
-    insert: Callable[[list[Row]], None],
-    database: DatabaseMatch,
-    connect: Connect,
-    count: int,
-    seed: int,
+    insert: Callable[[list[Row]], None], connect: Connect, count: int, seed: int
 ) -> dict[str, Any]:
     random = np.random.default_rng(seed)
     kept: list[list[int]] = []
@@ -207,6 +195,7 @@ def _fill_and_ask(
             kept.append(tokens)
     seconds = time.perf_counter() - started
     figures: dict[str, Any] = {"chunks": count * CHUNKS_A_DOCUMENT, "fill_s": round(seconds, 1)}
+    database, close = connect()
     question = [VOCABULARY + 1] * (128 * CHUNK_TOKENS)
     inside = 5 * CHUNK_TOKENS + 100
     for name, published, length in (
@@ -222,6 +211,7 @@ def _fill_and_ask(
             took.append(time.perf_counter() - started)
             assert matched == published, (name, matched, published)
         figures[name] = percentiles(took, 1e-6)
+    close()
     size = CHUNKS_A_DOCUMENT * CHUNK_TOKENS
     asked = [(tokens[:inside] + question)[:size] for tokens in kept]
     figures["asked_asynchronously"] = {

@@ -23,7 +23,7 @@ from vllm_kvmarket.errors import (
     StoreError,
 )
 from vllm_kvmarket.store import aligned_empty, conversion
-from vllm_kvmarket.store.host import HostTier, layers_of
+from vllm_kvmarket.store.host import Filling, HostTier, layers_of
 from vllm_kvmarket.store.tiers import OpenChunk, Tiers
 
 HOST, DISK, OBJECTS = "host", "disk", "objects"  # the tiers, as metrics name them
@@ -149,10 +149,8 @@ class Chunks:
         filling = self._host.begin(chunk.key)
         if filling is not None:
             with filling:
-                buffer = filling.room(source.page_count * self._page_bytes)
+                buffer = self._bring(source, filling)
                 if buffer is not None:
-                    self._read(source, buffer)
-                    filling.keep()
                     claim()
                     self._fill(buffer, chunk)
                     return
@@ -172,10 +170,7 @@ class Chunks:
             return
         try:
             with filling, self._source(self._local, namespace, key) as source:
-                buffer = filling.room(source.page_count * self._page_bytes)
-                if buffer is not None:
-                    self._read(source, buffer)
-                    filling.keep()
+                self._bring(source, filling)
         except ChunkDamagedError as error:
             self._quarantine(key, error)
             raise
@@ -201,6 +196,14 @@ class Chunks:
         """Read a whole chunk into host memory."""
         layers = layers_of(buffer, self._cache.layout, source.page_count)
         source.copy(0, source.page_count, [[layer] for layer in layers])
+
+    def _bring(self, source: _Straight | _Converted, filling: Filling) -> Bytes | None:
+        """Read a whole chunk into the host tier, where it stays; None: there is no room for it."""
+        buffer = filling.room(source.page_count * self._page_bytes)
+        if buffer is not None:
+            self._read(source, buffer)
+            filling.keep()
+        return buffer
 
     def _copy_in_place(self, source: _Straight | _Converted, chunk: ChunkLoad) -> None:
         """Read pages from a file into the paged cache, without host memory where that can be."""
@@ -268,12 +271,7 @@ class Chunks:
                 if filling is None:
                     return "present"
                 with filling, self._source(self._store, namespace, key) as source:
-                    buffer = filling.room(source.page_count * self._page_bytes)
-                    if buffer is None:
-                        return "no_room"
-                    self._read(source, buffer)
-                    filling.keep()
-                    return "done"
+                    return "no_room" if self._bring(source, filling) is None else "done"
             if not self.has_object_tier or self._store.disk.has(
                 key, self._cache.layout.rank, self._cache.layout.world_size
             ):

@@ -2,22 +2,30 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
 
 # More than this waits for its turn in vain: the requests are scheduled before it comes.
 MAX_QUEUED_CHUNKS = 512
+# Of the processors' time, when others want all of it: the kernel gives the least that it can.
+_LEAST_PRIORITY = 19
 
 
 class Prefetcher:
     """A short queue of chunks to read ahead, first come first served; thread-safe.
 
-    `read(namespace, key)` does the work and raises nothing.
+    `read(namespace, key)` does the work and raises nothing. Threads that are told to give way run
+    when the processors have nothing else to do.
     """
 
-    def __init__(self, read: Callable[[bytes, bytes], None], threads: int) -> None:
+    def __init__(
+        self, read: Callable[[bytes, bytes], None], threads: int, *, gives_way: bool = False
+    ) -> None:
         self._read = read
+        self._gives_way = gives_way
         self._changed = threading.Condition()
         self._queue: OrderedDict[bytes, bytes] = OrderedDict()  # key -> namespace
         self._loads = 0
@@ -70,6 +78,10 @@ class Prefetcher:
             thread.join()
 
     def _work(self) -> None:
+        if self._gives_way:
+            # A thread's own priority, on Linux. Without it the thread competes with the others.
+            with contextlib.suppress(OSError):
+                os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _LEAST_PRIORITY)
         while True:
             with self._changed:
                 self._changed.wait_for(lambda: self._closed or (self._queue and not self._loads))

@@ -10,9 +10,7 @@ into the engine.
 
 from __future__ import annotations
 
-import contextlib
 import math
-import os
 import threading
 import time
 from collections import deque
@@ -50,17 +48,6 @@ from vllm_kvmarket.errors import (
 )
 from vllm_kvmarket.store.host import HostTier
 from vllm_kvmarket.store.tiers import Tiers
-
-# Of the threads' time, when others want all of it: the kernel gives the least that it can.
-_LEAST_PRIORITY = 19
-# More hot chunks than this wait in vain for their turn: they come back.
-_MAX_KEEPING = 512
-
-
-def _give_way() -> None:
-    # Linux only: a thread's own priority. Without it the thread competes with the others.
-    with contextlib.suppress(OSError):
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _LEAST_PRIORITY)
 
 
 class _TooLateError(StoreError):
@@ -128,8 +115,8 @@ class Transfers:
         has_objects = self._chunks.has_object_tier
         self._slow = self._remote if has_objects else self._pool
         self._prefetcher = Prefetcher(self._read_ahead, threads if has_objects else 1)
-        self._keeper = ThreadPoolExecutor(1, "kvmarket-keep", initializer=_give_way)
-        self._keeping = 0
+        # It hears of no loads, and does not wait for their end: it gives way to them.
+        self._keeper = Prefetcher(self._keep_hot, 1, gives_way=True)
         self._page_bytes = sum(layer.page_bytes for layer in cache.layout.layers)
         self._changed = threading.Condition()
         self._under_way = 0
@@ -184,7 +171,7 @@ class Transfers:
         self._prefetcher.close()
         # Loads move from one pool to the other: in this order none finds its pool closed.
         self._pool.shutdown(wait=True)
-        self._keeper.shutdown(wait=True, cancel_futures=True)
+        self._keeper.close()
         with self._changed:
             self._give_up(math.inf)
         self._remote.shutdown(wait=True)
@@ -240,27 +227,14 @@ class Transfers:
         tier, is_hot = self._chunks.load(load.plan.namespace, chunk, fetch=fetch, claim=claim)
         self._tally.count("chunk_load_seconds", tier, time.perf_counter() - started_s)
         if is_hot:
-            self._keep(load.plan.namespace, chunk.key)
+            self._keeper.add(load.plan.namespace, [chunk.key])
         return tier
 
-    def _keep(self, namespace: bytes, key: bytes) -> None:
-        with self._changed:
-            if self._keeping >= _MAX_KEEPING:
-                return
-            self._keeping += 1
-        try:
-            self._keeper.submit(self._run_keep, namespace, key)
-        except RuntimeError:
-            return  # the threads are to end
-
-    def _run_keep(self, namespace: bytes, key: bytes) -> None:
+    def _keep_hot(self, namespace: bytes, key: bytes) -> None:
         try:
             self._chunks.keep(namespace, key)
         except Exception:  # noqa: BLE001  # the next load meets the same error, and reports it
             self._tally.count("prefetches", "failed")
-        finally:
-            with self._changed:
-                self._keeping -= 1
 
     def _is_awaited(self, load: _Load, chunk: ChunkLoad) -> bool:
         with self._changed:

@@ -80,12 +80,9 @@ class Filling:
     `with` that ends without `keep` gives the room back.
     """
 
-    def __init__(
-        self, tier: HostTier, key: bytes, filling: set[bytes], *, prefetched: bool
-    ) -> None:
+    def __init__(self, tier: HostTier, key: bytes, *, prefetched: bool) -> None:
         self._tier = tier
         self._key = key
-        self._filling = filling
         self._prefetched = prefetched
         self._entry: _Entry | None = None
         self._kept = False
@@ -109,7 +106,7 @@ class Filling:
         if self._prefetched:
             self._entry.kept_until_s = time.monotonic() + PREFETCH_KEPT_S
         self._kept = True
-        self._tier._keep(self._key, self._entry, self._filling)
+        self._tier._keep(self._key, self._entry)
 
     def __enter__(self) -> Self:
         return self
@@ -121,7 +118,7 @@ class Filling:
         trace: TracebackType | None,
     ) -> None:
         if not self._kept:
-            self._tier._abandon(self._key, self._entry, self._filling)
+            self._tier._abandon(self._key, self._entry)
         elif self._entry is not None:
             self._tier._release(self._entry)
 
@@ -139,8 +136,7 @@ class HostTier:
         self._allocate = allocate
         self._changed = threading.Condition()
         self._entries: OrderedDict[bytes, _Entry] = OrderedDict()  # least recently used first
-        self._filling: set[bytes] = set()
-        self._filling_idly: set[bytes] = set()
+        self._filling: dict[bytes, bool] = {}  # whether it is worth waiting for
         self._spare: list[Bytes] = []
         self._remembered: OrderedDict[bytes, None] = OrderedDict()
         self._allocated = 0  # counted before it is allocated, until it is freed
@@ -171,7 +167,7 @@ class HostTier:
     def has(self, key: bytes) -> bool:
         """Whether the chunk is here, or on its way and worth waiting for."""
         with self._changed:
-            return key in self._entries or key in self._filling
+            return key in self._entries or self._filling.get(key, False)
 
     def hold(self, key: bytes, wait_s: float = 0.0) -> HeldPages | None:
         """The chunk's pages, to be used in a `with`; None when they are not here.
@@ -181,8 +177,8 @@ class HostTier:
         if not self.is_on:
             return None
         with self._changed:
-            if wait_s > 0 and key in self._filling:
-                self._changed.wait_for(lambda: key not in self._filling, wait_s)
+            if wait_s > 0 and self._filling.get(key, False):
+                self._changed.wait_for(lambda: not self._filling.get(key, False), wait_s)
             entry = self._entries.get(key)
             if entry is None:
                 return None
@@ -203,11 +199,10 @@ class HostTier:
         if not self.is_on:
             return None
         with self._changed:
-            if key in self._entries or key in self._filling or key in self._filling_idly:
+            if key in self._entries or key in self._filling:
                 return None
-            filling = self._filling_idly if idly else self._filling
-            filling.add(key)
-            return Filling(self, key, filling, prefetched=prefetched)
+            self._filling[key] = not idly
+            return Filling(self, key, prefetched=prefetched)
 
     def drop(self, key: bytes) -> None:
         """Forget a chunk, if it is here. Who holds it can go on; its memory counts until then."""
@@ -274,15 +269,15 @@ class HostTier:
             self._idle -= freed
         return victims
 
-    def _keep(self, key: bytes, entry: _Entry, filling: set[bytes]) -> None:
+    def _keep(self, key: bytes, entry: _Entry) -> None:
         with self._changed:
-            filling.discard(key)
+            self._filling.pop(key, None)
             self._entries[key] = entry
             self._changed.notify_all()
 
-    def _abandon(self, key: bytes, entry: _Entry | None, filling: set[bytes]) -> None:
+    def _abandon(self, key: bytes, entry: _Entry | None) -> None:
         with self._changed:
-            filling.discard(key)
+            self._filling.pop(key, None)
             if entry is not None:
                 self._spare.append(entry.buffer)
                 self._idle += entry.buffer.nbytes

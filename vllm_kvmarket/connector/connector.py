@@ -21,6 +21,7 @@ from vllm_kvmarket.connector.messages import Instructions
 from vllm_kvmarket.connector.metrics import MarketPromMetrics, MarketStats
 from vllm_kvmarket.connector.publishing import EngineFacts
 from vllm_kvmarket.connector.scheduler import SchedulerHalf
+from vllm_kvmarket.connector.supported_models import check_layers
 from vllm_kvmarket.connector.worker import WorkerHalf
 from vllm_kvmarket.errors import ConfigError
 
@@ -47,14 +48,8 @@ SWITCH_INTERVAL_S = 0.0002
 
 
 def block_tokens_of(kv_cache_config: KVCacheConfig, chunk_tokens: int) -> int:
-    """Tokens a block. Raises ConfigError for a cache that kvmarket cannot store."""
-    groups = kv_cache_config.kv_cache_groups
-    if len(groups) != 1:
-        raise ConfigError(
-            f"this model keeps {len(groups)} kinds of KV cache (recurrent or cross-attention "
-            "layers); kvmarket supports models with one"
-        )
-    block_tokens = int(groups[0].kv_cache_spec.block_size)
+    """Tokens a block, of the only group of layers. Raises ConfigError where chunks do not fit."""
+    block_tokens = int(kv_cache_config.kv_cache_groups[0].kv_cache_spec.block_size)
     if chunk_tokens % block_tokens:
         raise ConfigError(
             f"chunk_tokens {chunk_tokens} is no multiple of the block size {block_tokens}; "
@@ -92,6 +87,7 @@ class KVMarketConnector(KVConnectorBase_V1):
         # interpreter too shortly for a thread that wakes up; Python makes them only after this.
         sys.setswitchinterval(min(sys.getswitchinterval(), SWITCH_INTERVAL_S))
         config = load(self._kv_transfer_config.kv_connector_extra_config)
+        check_layers(kv_cache_config)
         block_tokens = block_tokens_of(kv_cache_config, config.chunk_tokens)
         self._scheduler: SchedulerHalf | None = None
         self._worker: WorkerHalf | None = None

@@ -15,6 +15,7 @@ from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
 from vllm.engine.arg_utils import AsyncEngineArgs, EngineArgs
 
 from vllm_kvmarket.config import load, to_mapping
+from vllm_kvmarket.connector.supported_models import check_model
 from vllm_kvmarket.errors import ConfigError
 
 NAME = "kvmarket"
@@ -175,7 +176,13 @@ def install() -> None:
     @functools.wraps(create_engine_config)
     def create_checked(self: EngineArgs, *args: Any, **kwargs: Any) -> Any:
         prepare(self.kv_transfer_config, serving=isinstance(self, AsyncEngineArgs))
-        return create_engine_config(self, *args, **kwargs)
+        # vLLM fills the field in while it creates the configuration.
+        caching_refused = self.enable_prefix_caching is False
+        vllm_config = create_engine_config(self, *args, **kwargs)
+        transfer = vllm_config.kv_transfer_config
+        if transfer is not None and transfer.kv_connector == NAME:
+            check_model(vllm_config, caching_refused=caching_refused)
+        return vllm_config
 
     @functools.wraps(from_cli_args)
     def from_cli_args_and_ours(cls: type[EngineArgs], args: argparse.Namespace) -> Any:

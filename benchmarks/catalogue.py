@@ -42,7 +42,7 @@ from machine import describe_machine
 from vllm_kvmarket.catalogue import Catalogue
 from vllm_kvmarket.catalogue.listing import Listing
 from vllm_kvmarket.catalogue.tree import PrefixTree
-from vllm_kvmarket.identity import CHUNK_TOKENS, TOKEN_BYTES, chunk_keys, document_id
+from vllm_kvmarket.core.model_identity import CHUNK_TOKENS, TOKEN_BYTES, chunk_keys, document_id
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "docs" / "results" / "catalogue.json"

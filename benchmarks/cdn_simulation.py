@@ -53,8 +53,8 @@ from simulation.reads import Population, Workload, read_trace
 from simulation.replay import POLICIES, PUBLISHED, Outcome, money, replay
 from simulation.scaling import ENGINES, Demand, breaking_points, measured_parts, table
 
-from vllm_kvmarket.economics import PAPER_AGENTS, PAPER_KV_BYTES_PER_TOKEN
-from vllm_kvmarket.tariff import Tariff
+from vllm_kvmarket.core.economics import PAPER_AGENTS, PAPER_KV_BYTES_PER_TOKEN
+from vllm_kvmarket.core.pricing import Tariff
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "docs" / "results" / "cdn_simulation.json"

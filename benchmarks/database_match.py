@@ -24,7 +24,7 @@ import numpy as np
 from ledger import percentiles, postgres_places
 
 from vllm_kvmarket.catalogue.tree import common_tokens
-from vllm_kvmarket.identity import CHUNK_TOKENS, ROOT, chunk_keys, pack_tokens
+from vllm_kvmarket.core.model_identity import CHUNK_TOKENS, ROOT, chunk_keys, pack_tokens
 
 NAMESPACE = bytes(range(32))
 VOCABULARY = 150_000

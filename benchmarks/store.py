@@ -34,7 +34,7 @@ from machine import describe_machine
 from vllm_kvmarket.connector.chunks import Chunks
 from vllm_kvmarket.connector.messages import ChunkLoad, ChunkSave
 from vllm_kvmarket.connector.metrics import Tally
-from vllm_kvmarket.identity import ROOT, chunk_keys, pack_tokens
+from vllm_kvmarket.core.model_identity import ROOT, chunk_keys, pack_tokens
 from vllm_kvmarket.store import ChunkLayout, DiskStore, LayerLayout, aligned_empty
 from vllm_kvmarket.store.codec import CODECS
 from vllm_kvmarket.store.host import HostTier

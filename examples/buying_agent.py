@@ -11,8 +11,8 @@ import os
 import httpx
 from openai import OpenAI
 
+from vllm_kvmarket.auth.signing_keys import PublicKey
 from vllm_kvmarket.proofs import verify
-from vllm_kvmarket.signing import PublicKey
 
 
 def main():

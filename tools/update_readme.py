@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from vllm_kvmarket.cli import commands
-from vllm_kvmarket.config import markdown_table
+from vllm_kvmarket.core.config import markdown_table
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"

@@ -3,8 +3,8 @@
 `Market` is the one entry point; everything it raises on purpose is a `KVMarketError`.
 """
 
-from vllm_kvmarket.config import MarketConfig
-from vllm_kvmarket.errors import (
+from vllm_kvmarket.core.config import MarketConfig
+from vllm_kvmarket.core.errors import (
     CatalogueError,
     ChunkDamagedError,
     ChunkMissingError,
@@ -19,8 +19,8 @@ from vllm_kvmarket.errors import (
     StoreFullError,
     VersionError,
 )
+from vllm_kvmarket.core.pricing import Tariff
 from vllm_kvmarket.market import Market
-from vllm_kvmarket.tariff import Tariff
 
 __all__ = [
     "CatalogueError",

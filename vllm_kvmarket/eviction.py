@@ -17,7 +17,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from vllm_kvmarket.tariff import MTOK, Tariff
+from vllm_kvmarket.core.pricing import MTOK, Tariff
 
 Policy = Literal["value", "lru"]
 ChunkKey = bytes

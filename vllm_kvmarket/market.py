@@ -19,20 +19,20 @@ from typing import Any, Self
 import msgspec
 
 from vllm_kvmarket import sharing
+from vllm_kvmarket.auth.operator_tokens import Credentials, account_subject
 from vllm_kvmarket.catalogue import Audit, Catalogue, Listing, Match, Use
-from vllm_kvmarket.config import MarketConfig, load, to_mapping
-from vllm_kvmarket.credentials import Credentials, account_subject
-from vllm_kvmarket.errors import (
+from vllm_kvmarket.core.config import MarketConfig, load, to_mapping
+from vllm_kvmarket.core.errors import (
     ConfigError,
     LedgerError,
     NotFoundError,
     StoreError,
 )
+from vllm_kvmarket.core.pricing import Terms
 from vllm_kvmarket.ledger import Account, Ledger, Receipt, Transfer
 from vllm_kvmarket.operations import CONNECTOR, POLL_S, EngineOperations
 from vllm_kvmarket.purchase import Purchase, WriteCharge
 from vllm_kvmarket.storage import store_of
-from vllm_kvmarket.tariff import Terms
 
 DATABASE_FILE = "market.sqlite"
 

@@ -8,10 +8,10 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 from vllm_kvmarket import rendering
+from vllm_kvmarket.auth.operator_tokens import OPERATOR, Credentials
 from vllm_kvmarket.catalogue import Audit, Catalogue, Listing
-from vllm_kvmarket.config import MarketConfig
-from vllm_kvmarket.credentials import OPERATOR, Credentials
-from vllm_kvmarket.errors import (
+from vllm_kvmarket.core.config import MarketConfig
+from vllm_kvmarket.core.errors import (
     AuditFailedError,
     ConfigError,
     NotPublishableError,

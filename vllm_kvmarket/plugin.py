@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from typing import Any
 
-from vllm_kvmarket.errors import VersionError
+from vllm_kvmarket.core.errors import VersionError
 
 NAME = "kvmarket"
 CONNECTOR_MODULE = "vllm_kvmarket.connector.connector"

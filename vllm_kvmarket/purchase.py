@@ -15,7 +15,8 @@ from dataclasses import dataclass
 from functools import partial
 
 from vllm_kvmarket.catalogue import Match
-from vllm_kvmarket.errors import LedgerError
+from vllm_kvmarket.core.errors import LedgerError
+from vllm_kvmarket.core.pricing import Terms
 from vllm_kvmarket.ledger import (
     PROVIDER,
     Ledger,
@@ -29,7 +30,6 @@ from vllm_kvmarket.ledger import (
     post,
     void,
 )
-from vllm_kvmarket.tariff import Terms
 
 logger = logging.getLogger(__name__)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from vllm_kvmarket.errors import NotPublishableError
+from vllm_kvmarket.core.errors import NotPublishableError
 
 # What buyers may write behind a document, inside its message: each starts in a way that tokenizers
 # merge differently with the document's end.

@@ -14,8 +14,8 @@ from typing import Any
 import msgspec
 
 from vllm_kvmarket.catalogue import Catalogue, Listing
-from vllm_kvmarket.errors import CatalogueError, KVMarketError, LedgerError, NotFoundError
-from vllm_kvmarket.identity import pack_tokens, unpack_tokens
+from vllm_kvmarket.core.errors import CatalogueError, KVMarketError, LedgerError, NotFoundError
+from vllm_kvmarket.core.model_identity import pack_tokens, unpack_tokens
 from vllm_kvmarket.ledger import Ledger
 from vllm_kvmarket.store import Tiers, bucket_listings
 

@@ -16,9 +16,9 @@ from typing import Literal
 
 import msgspec
 
-from vllm_kvmarket.errors import LedgerError, NotFoundError
+from vllm_kvmarket.core.errors import LedgerError, NotFoundError
+from vllm_kvmarket.core.pricing import format_nano
 from vllm_kvmarket.ledger import PROVIDER, WORLD, Account, Ledger, Outcome, Receipt, Transfer, plain
-from vllm_kvmarket.tariff import format_nano
 
 MOVES = ("plain", "post")
 PAYOUT = "payout"

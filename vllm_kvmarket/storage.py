@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from vllm_kvmarket.config import MarketConfig
+from vllm_kvmarket.core.config import MarketConfig
 from vllm_kvmarket.store import CHUNKS_FOLDER, DiskStore, ObjectTier, Tiers
 
 

@@ -15,8 +15,8 @@ from typing import Any
 
 from paper_sections.inputs import PAPER_MODEL, PAPER_POINTS, SOURCES, Prices, units
 from paper_sections.tables import table
-from vllm_kvmarket.economics import GB, PAPER_KV_BYTES_PER_TOKEN, PAPER_TOKENS, Economics
-from vllm_kvmarket.tariff import NANO, Tariff
+from vllm_kvmarket.core.economics import GB, PAPER_KV_BYTES_PER_TOKEN, PAPER_TOKENS, Economics
+from vllm_kvmarket.core.pricing import NANO, Tariff
 
 LENGTHS = (255, 1024, PAPER_TOKENS, 16_384, 32_768)
 INPUT_SHARES = (1, 5, 10, 50)  # other models are cheaper: the input price divided by these

@@ -6,8 +6,8 @@ import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from vllm_kvmarket.economics import EGRESS_NANO_PER_GB
-from vllm_kvmarket.tariff import NANO, Tariff, parse_nano
+from vllm_kvmarket.core.economics import EGRESS_NANO_PER_GB
+from vllm_kvmarket.core.pricing import NANO, Tariff, parse_nano
 
 # Two ends of the paper's measurements: tokens, seconds of prefill, seconds of reuse.
 PAPER_POINTS = ((255, 0.67, 0.078), (3774, 14.71, 0.296))
@@ -17,8 +17,8 @@ STORAGE = "object store=0.023,disk=0.08,host memory=2"
 SOURCES = {
     "input_price": "the paper's: $1.5M for 80M reads of 3,774 tokens is 5 a million tokens",
     "egress_prices": (
-        "assumptions: a sweep of steps; 0.09 a GB is vllm_kvmarket.economics' default, a large "
-        "public cloud's usual list price to the internet; 0.01 stands for a cheap host; none was "
+        "assumptions: a sweep of steps; 0.09 a GB is vllm_kvmarket.core.economics' default, a "
+        "large public cloud's usual list price to the internet; 0.01 stands for a cheap host; none was "
         "looked up today"
     ),
     "storage_prices": (

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from paper_sections.growth import paper_figures
-from vllm_kvmarket.tariff import NANO, PPM
+from vllm_kvmarket.core.pricing import NANO, PPM
 
 Result = dict[str, Any]
 BLUE, ORANGE, GREEN, RED, GREY = "#2a6fbb", "#e07b39", "#3f9b5b", "#c0392b", "#777777"

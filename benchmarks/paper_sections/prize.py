@@ -1,6 +1,6 @@
 """Section 5: the prize: 80 million readers of one document, and who earns what under which tariff.
 
-All amounts come from vllm_kvmarket.economics. Reuse is priced by the share of prefill's time
+All amounts come from vllm_kvmarket.core.economics. Reuse is priced by the share of prefill's time
 that it takes: the paper's, and the one measured here before (section 2), where there is one.
 """
 
@@ -11,8 +11,13 @@ from typing import Any
 
 from paper_sections.inputs import SOURCES, Prices, units
 from paper_sections.tables import table
-from vllm_kvmarket.economics import PAPER_AGENTS, PAPER_PREFILL_TO_REUSE, PAPER_TOKENS, Economics
-from vllm_kvmarket.tariff import NANO, PPM, Tariff
+from vllm_kvmarket.core.economics import (
+    PAPER_AGENTS,
+    PAPER_PREFILL_TO_REUSE,
+    PAPER_TOKENS,
+    Economics,
+)
+from vllm_kvmarket.core.pricing import NANO, PPM, Tariff
 
 TARIFF_PPM = (20_000, 30_000, 50_000, 75_000, 100_000, 150_000, 200_000, 250_000)
 ROYALTY_PPM = (0, 250_000, 500_000, 700_000)

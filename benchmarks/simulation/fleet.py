@@ -15,7 +15,7 @@ import numpy as np
 
 from simulation.reads import Workload
 from simulation.replay import Outcome
-from vllm_kvmarket.economics import PAPER_KV_BYTES_PER_TOKEN
+from vllm_kvmarket.core.economics import PAPER_KV_BYTES_PER_TOKEN
 from vllm_kvmarket.eviction import recompute_tokens
 
 ROUTES = ("random", "prefix-aware")

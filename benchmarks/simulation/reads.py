@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from vllm_kvmarket.identity import CHUNK_TOKENS
+from vllm_kvmarket.core.model_identity import CHUNK_TOKENS
 
 TRACE_CHUNK_TOKENS = 512  # what one hash id of Mooncake's traces stands for
 DAY_S = 24 * 3600.0

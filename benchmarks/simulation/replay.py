@@ -11,9 +11,14 @@ import numpy as np
 from simulation.policies import Published, published
 from simulation.reads import Workload
 from simulation.stores import Belady, ChunkLru, DocumentStore, Store
-from vllm_kvmarket.economics import GB, PAPER_KV_BYTES_PER_TOKEN, PAPER_PREFILL_TO_REUSE, Economics
+from vllm_kvmarket.core.economics import (
+    GB,
+    PAPER_KV_BYTES_PER_TOKEN,
+    PAPER_PREFILL_TO_REUSE,
+    Economics,
+)
+from vllm_kvmarket.core.pricing import NANO, Tariff
 from vllm_kvmarket.eviction import recompute_tokens
-from vllm_kvmarket.tariff import NANO, Tariff
 
 PUBLISHED: tuple[Published, ...] = ("s3-fifo", "w-tinylfu", "gdsf")
 POLICIES = ("chunk-lru", *PUBLISHED, "lru", "value", "belady")

@@ -16,8 +16,8 @@ from simulation.reads import Read, Workload
 from vllm_kvmarket import eviction
 from vllm_kvmarket.catalogue.listing import Listing
 from vllm_kvmarket.catalogue.tree import PrefixTree
-from vllm_kvmarket.identity import pack_tokens
-from vllm_kvmarket.tariff import Tariff
+from vllm_kvmarket.core.model_identity import pack_tokens
+from vllm_kvmarket.core.pricing import Tariff
 
 NAMESPACE = bytes(32)
 NEVER = 2**62

@@ -9,12 +9,12 @@ from typing import Any
 
 from soak_parts.plan import BLOCK_TOKENS, Asked, Story
 from soak_parts.server import Soaked
-from vllm_kvmarket.errors import KVMarketError
+from vllm_kvmarket.auth.signing_keys import SigningKeys
+from vllm_kvmarket.core.errors import KVMarketError
+from vllm_kvmarket.core.pricing import MTOK, PPM
 from vllm_kvmarket.ledger import PROVIDER, Receipt, Transfer
 from vllm_kvmarket.market import Market
 from vllm_kvmarket.proofs import TransparencyLog, signed_receipt, verify, verify_checkpoint
-from vllm_kvmarket.signing import SigningKeys
-from vllm_kvmarket.tariff import MTOK, PPM
 
 HOLDS_END_WITHIN_S = 45.0
 PROVEN = 40

@@ -26,7 +26,7 @@ from soak_parts.plan import (
     Plan,
 )
 from vllm_kvmarket import Market
-from vllm_kvmarket.apikeys import Keys
+from vllm_kvmarket.auth.api_keys import Keys
 from vllm_kvmarket.market import DATABASE_FILE
 
 BIN = Path(sys.executable).parent

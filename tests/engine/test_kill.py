@@ -20,7 +20,7 @@ import pytest
 from conftest import NANO
 
 from vllm_kvmarket import Market
-from vllm_kvmarket.errors import StoreError
+from vllm_kvmarket.core.errors import StoreError
 from vllm_kvmarket.keeping import collect_garbage
 
 ROUNDS = int(os.environ.get("KVMARKET_KILL_ROUNDS", "2"))

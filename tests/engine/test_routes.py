@@ -11,8 +11,8 @@ from conftest import NANO, words
 from serving import serving
 
 from vllm_kvmarket.api.publishing import CLOSED, LOST
+from vllm_kvmarket.auth.signing_keys import PublicKey
 from vllm_kvmarket.proofs import read_inclusion, verify, verify_with_proof
-from vllm_kvmarket.signing import PublicKey
 
 WRITE_NANO_PER_MTOK = 1_000_000_000
 TEXT = "The lighthouse keeper writes down every ship that passes the cape. "

@@ -9,7 +9,7 @@ import pytest
 from conftest import NANO, running, words
 
 from vllm_kvmarket import Market, PublishFailedError
-from vllm_kvmarket.errors import PinError
+from vllm_kvmarket.core.errors import PinError
 from vllm_kvmarket.measure import ask, empty_prefix_cache
 
 QUESTION = words(995, 9)

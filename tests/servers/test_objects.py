@@ -15,7 +15,7 @@ import pytest
 from proxy import Proxy
 from seaweed import SeaweedFS, free_ports
 
-from vllm_kvmarket.errors import ConfigError, StoreError
+from vllm_kvmarket.core.errors import ConfigError, StoreError
 from vllm_kvmarket.store import objects
 from vllm_kvmarket.store.breaker import Breaker
 from vllm_kvmarket.store.names import chunk_name
@@ -353,7 +353,7 @@ def test_a_fork_of_a_process_that_used_it_is_told(seaweed: SeaweedFS, bucket: st
     """obstore would hang there; the error says how to avoid it. And an exit waits for nothing."""
     script = f"""
 import os
-from vllm_kvmarket.errors import StoreError
+from vllm_kvmarket.core.errors import StoreError
 from vllm_kvmarket.store.objects import ObjectTier
 make = lambda: ObjectTier({bucket!r}, {seaweed.options()!r})
 tier = make()

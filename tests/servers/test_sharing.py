@@ -8,8 +8,8 @@ from seaweed import SeaweedFS
 
 from vllm_kvmarket import Market
 from vllm_kvmarket.catalogue import Listing
-from vllm_kvmarket.errors import StoreError
-from vllm_kvmarket.identity import ROOT, chunk_keys, document_id, pack_tokens
+from vllm_kvmarket.core.errors import StoreError
+from vllm_kvmarket.core.model_identity import ROOT, chunk_keys, document_id, pack_tokens
 from vllm_kvmarket.sharing import Directory
 from vllm_kvmarket.store import ChunkLayout, LayerLayout
 

@@ -16,7 +16,7 @@ from proxy import Proxy
 from seaweed import SeaweedFS, free_ports
 from store_chunks import NAMESPACE, files_in, layout_of, sample
 
-from vllm_kvmarket.errors import (
+from vllm_kvmarket.core.errors import (
     ChunkDamagedError,
     ChunkMissingError,
     LayoutMismatchError,

@@ -14,9 +14,9 @@ from vllm_kvmarket import Market
 from vllm_kvmarket.api.app import build_router, close_with_server, open_service
 from vllm_kvmarket.api.pages import build_pages
 from vllm_kvmarket.catalogue import Listing
-from vllm_kvmarket.config import load
-from vllm_kvmarket.errors import NotPublishableError
-from vllm_kvmarket.identity import chunk_keys, document_id
+from vllm_kvmarket.core.config import load
+from vllm_kvmarket.core.errors import NotPublishableError
+from vllm_kvmarket.core.model_identity import chunk_keys, document_id
 
 NANO = 1_000_000_000
 CONTEXT = 4096

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from store_chunks import NAMESPACE, Sample, layout_of
 
-from vllm_kvmarket.identity import pack_tokens
+from vllm_kvmarket.core.model_identity import pack_tokens
 
 NUMBERS = {"bfloat16": 2, "float16": 2, "float32": 4, "float8_e5m2": 1}  # bytes each
 

@@ -7,7 +7,7 @@ import random
 
 import numpy as np
 
-from vllm_kvmarket.identity import ROOT, chunk_key, pack_tokens
+from vllm_kvmarket.core.model_identity import ROOT, chunk_key, pack_tokens
 from vllm_kvmarket.store import ChunkLayout, LayerLayout, Tiers
 from vllm_kvmarket.store.conversion import copy_converted
 

@@ -24,7 +24,7 @@ from vllm_kvmarket.connector.messages import (
     SaveReport,
 )
 from vllm_kvmarket.connector.transfer import Transfers
-from vllm_kvmarket.identity import ROOT, chunk_key, pack_tokens
+from vllm_kvmarket.core.model_identity import ROOT, chunk_key, pack_tokens
 from vllm_kvmarket.store import DiskStore
 from vllm_kvmarket.store.conversion import canonical
 from vllm_kvmarket.store.host import HostTier

@@ -12,11 +12,11 @@ from typing import Any
 from catalogue_documents import NAMESPACE, store_and_list, tokens
 from vllm.v1.request import RequestStatus
 
-from vllm_kvmarket.config import load
 from vllm_kvmarket.connector import scheduler
 from vllm_kvmarket.connector.publishing import EngineFacts
+from vllm_kvmarket.core.config import load
+from vllm_kvmarket.core.pricing import NANO
 from vllm_kvmarket.market import Market
-from vllm_kvmarket.tariff import NANO
 
 DOCUMENT = tokens(600)
 BLOCK_TOKENS = 128

@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from vllm_kvmarket.errors import ChunkDamagedError
-from vllm_kvmarket.identity import ROOT, chunk_key, pack_tokens
+from vllm_kvmarket.core.errors import ChunkDamagedError
+from vllm_kvmarket.core.model_identity import ROOT, chunk_key, pack_tokens
 from vllm_kvmarket.store import ChunkLayout, DiskStore, LayerLayout
 from vllm_kvmarket.store.quota import RECORD_NAME
 

@@ -10,14 +10,14 @@ import time
 import apsw
 import pytest
 
-from vllm_kvmarket.apikeys import (
+from vllm_kvmarket.auth.api_keys import (
     REFRESH_S,
     Keys,
     KeysUnavailableError,
     Principal,
     secret_in,
 )
-from vllm_kvmarket.errors import ConfigError, NotFoundError
+from vllm_kvmarket.core.errors import ConfigError, NotFoundError
 
 
 class Clock:
@@ -113,7 +113,7 @@ def test_a_key_that_another_process_makes_is_known_at_once(keys, path):
     """A real second process."""
     keys.check("kvm_" + "a" * 43)
     program = (
-        "import sys; from pathlib import Path; from vllm_kvmarket.apikeys import Keys\n"
+        "import sys; from pathlib import Path; from vllm_kvmarket.auth.api_keys import Keys\n"
         "print(Keys.open(Path(sys.argv[1])).create('bob', ['read-only'])[0])"
     )
     done = subprocess.run(

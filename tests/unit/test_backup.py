@@ -12,7 +12,8 @@ from catalogue_documents import NAMESPACE
 from proof_market import DOCUMENT, open_shop, sell
 
 from vllm_kvmarket import keeping
-from vllm_kvmarket.credentials import OPERATOR
+from vllm_kvmarket.auth.operator_tokens import OPERATOR
+from vllm_kvmarket.auth.signing_keys import SigningKeys, TrustedKeys
 from vllm_kvmarket.ledger import Ledger, pending, renew, void
 from vllm_kvmarket.market import Market
 from vllm_kvmarket.proofs import (
@@ -27,7 +28,6 @@ from vllm_kvmarket.proofs import (
     verify_checkpoint,
 )
 from vllm_kvmarket.proofs.replay import replay
-from vllm_kvmarket.signing import SigningKeys, TrustedKeys
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ import pytest
 from catalogue_documents import NAMESPACE, publish, tokens
 
 from vllm_kvmarket.catalogue import Catalogue, beyond, tables
-from vllm_kvmarket.errors import CatalogueError
+from vllm_kvmarket.core.errors import CatalogueError
 from vllm_kvmarket.market import Market
 
 DOCUMENT = tokens(700)

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vllm_kvmarket.catalogue import Catalogue, Listing, beyond, tables
-from vllm_kvmarket.identity import chunk_keys, document_id
+from vllm_kvmarket.core.model_identity import chunk_keys, document_id
 
 CHUNK = 16
 # Few different tokens and few lengths: documents share beginnings and end inside each other.

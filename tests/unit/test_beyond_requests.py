@@ -11,7 +11,7 @@ from catalogue_documents import NAMESPACE, store_and_list, tokens
 from scheduler_half import CACHED, DOCUMENT, half_of, opened_market, request_of
 from vllm.v1.request import RequestStatus
 
-from vllm_kvmarket.errors import CatalogueError
+from vllm_kvmarket.core.errors import CatalogueError
 
 PROMPT = [*DOCUMENT, 7, 8]
 

@@ -26,7 +26,8 @@ from catalogue_documents import NAMESPACE, tokens
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
 from vllm_kvmarket import bundles
-from vllm_kvmarket.errors import (
+from vllm_kvmarket.auth.signing_keys import SigningKeys, TrustedKeys, decode_base64url
+from vllm_kvmarket.core.errors import (
     BundleError,
     ChunkDamagedError,
     LedgerError,
@@ -34,7 +35,6 @@ from vllm_kvmarket.errors import (
     StoreError,
     StoreFullError,
 )
-from vllm_kvmarket.signing import SigningKeys, TrustedKeys, decode_base64url
 
 
 @pytest.fixture

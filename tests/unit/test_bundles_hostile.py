@@ -21,10 +21,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vllm_kvmarket import bundles
+from vllm_kvmarket.auth.signing_keys import SIGNATURE_BYTES, SigningKeys
 from vllm_kvmarket.bundles.format import MANIFEST, MAX_MANIFEST_BYTES, SIGNATURE
-from vllm_kvmarket.errors import BundleError
-from vllm_kvmarket.identity import pack_tokens
-from vllm_kvmarket.signing import SIGNATURE_BYTES, SigningKeys
+from vllm_kvmarket.core.errors import BundleError
+from vllm_kvmarket.core.model_identity import pack_tokens
 
 
 @pytest.fixture(scope="module")

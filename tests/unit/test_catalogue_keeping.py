@@ -14,9 +14,9 @@ from catalogue_documents import (
     tokens,
 )
 
-from vllm_kvmarket import database
 from vllm_kvmarket.catalogue import Catalogue
-from vllm_kvmarket.errors import CatalogueError, ConfigError, NotFoundError
+from vllm_kvmarket.core import sqlite
+from vllm_kvmarket.core.errors import CatalogueError, ConfigError, NotFoundError
 
 DOCUMENT = tokens(700)
 
@@ -158,7 +158,7 @@ def test_a_market_keeps_the_chunk_size_it_was_made_with(path):
 
 def test_a_locked_database_is_a_catalogue_error(path, monkeypatch):
     """Who cannot write in time is told; whoever reads and matches is not held up."""
-    monkeypatch.setattr(database, "BUSY_TIMEOUT_MS", 20)
+    monkeypatch.setattr(sqlite, "BUSY_TIMEOUT_MS", 20)
     with Catalogue.open(path) as catalogue:
         live = publish(catalogue, DOCUMENT)
         other = apsw.Connection(str(path))

@@ -20,7 +20,7 @@ from catalogue_documents import (
 
 from vllm_kvmarket.catalogue import Catalogue
 from vllm_kvmarket.catalogue import offers as module
-from vllm_kvmarket.errors import CatalogueError, NotFoundError
+from vllm_kvmarket.core.errors import CatalogueError, NotFoundError
 
 DOCUMENT = tokens(700)
 

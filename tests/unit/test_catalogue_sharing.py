@@ -25,7 +25,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from vllm_kvmarket.catalogue import Catalogue, tables
-from vllm_kvmarket.errors import CatalogueError
+from vllm_kvmarket.core.errors import CatalogueError
 
 DOCUMENT = tokens(700)
 SEEN_WITHIN_S = 1.0

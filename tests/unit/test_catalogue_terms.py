@@ -22,11 +22,11 @@ from catalogue_documents import (
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vllm_kvmarket import database
 from vllm_kvmarket.catalogue import Catalogue, schema
 from vllm_kvmarket.catalogue.expiry import Expiries
-from vllm_kvmarket.errors import CatalogueError, NotFoundError
-from vllm_kvmarket.identity import chunk_keys, pack_tokens
+from vllm_kvmarket.core import sqlite
+from vllm_kvmarket.core.errors import CatalogueError, NotFoundError
+from vllm_kvmarket.core.model_identity import chunk_keys, pack_tokens
 
 DOCUMENT = tokens(700)
 
@@ -334,8 +334,8 @@ def test_what_a_dead_process_was_publishing_is_given_up(catalogue, path, was):
 def test_a_database_of_the_first_version_keeps_every_row(path):
     """Listings in every state, their chunks, damage and publishers are what they were."""
     path.parent.mkdir()
-    old = database.connect(path)
-    database.migrate(old, schema.ROOM, schema.MIGRATIONS[:1])
+    old = sqlite.connect(path)
+    sqlite.migrate(old, schema.ROOM, schema.MIGRATIONS[:1])
     states = ("publishing", "live", "failed", "delisted", "damaged")
     old.execute("UPDATE catalogue SET revision = 100, chunk_tokens = 256")
     expected = {}

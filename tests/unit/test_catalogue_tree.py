@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from vllm_kvmarket.catalogue.audit import tree_problems
 from vllm_kvmarket.catalogue.listing import Listing
 from vllm_kvmarket.catalogue.tree import PrefixTree, common_tokens
-from vllm_kvmarket.identity import ROOT, TOKEN_BYTES, chunk_keys, pack_tokens
+from vllm_kvmarket.core.model_identity import ROOT, TOKEN_BYTES, chunk_keys, pack_tokens
 
 CHUNK = 4
 

@@ -13,7 +13,7 @@ from catalogue_documents import ended, listing_of, publish, start_process, token
 from vllm_kvmarket import eviction
 from vllm_kvmarket.catalogue import Audit, Catalogue, Use
 from vllm_kvmarket.catalogue import catalogue as module
-from vllm_kvmarket.errors import NotFoundError
+from vllm_kvmarket.core.errors import NotFoundError
 from vllm_kvmarket.eviction import HALF_LIFE_S
 
 DOCUMENT = tokens(700)
@@ -218,7 +218,7 @@ def test_releasing_beside_publishers_loses_nothing(path, tmp_path):
     """Processes publish and delist while one collects: no document on offer misses a chunk."""
     script = """
 import random
-from vllm_kvmarket.errors import CatalogueError, NotFoundError
+from vllm_kvmarket.core.errors import CatalogueError, NotFoundError
 random.seed(int(sys.argv[2]))
 folder = home / "chunks"
 with Catalogue.open(home / "market.sqlite") as catalogue:

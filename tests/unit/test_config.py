@@ -7,10 +7,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vllm_kvmarket import config
-from vllm_kvmarket.config import MarketConfig, load, to_mapping
-from vllm_kvmarket.errors import ConfigError
-from vllm_kvmarket.tariff import INT64_MAX, PPM, Tariff
+from vllm_kvmarket.core import config
+from vllm_kvmarket.core.config import MarketConfig, load, to_mapping
+from vllm_kvmarket.core.errors import ConfigError
+from vllm_kvmarket.core.pricing import INT64_MAX, PPM, Tariff
 
 KEYS = {"home": "/srv/market", "chunk_tokens": 512, "tariff": {"royalty_ppm": 250_000}}
 AS_TOML = 'home = "/srv/market"\nchunk_tokens = 512\n[tariff]\nroyalty_ppm = 250_000\n'

@@ -27,8 +27,8 @@ from layout_pages import (
     put,
 )
 
-from vllm_kvmarket.errors import ChunkDamagedError, ChunkMissingError, LayoutMismatchError
-from vllm_kvmarket.identity import ROOT
+from vllm_kvmarket.core.errors import ChunkDamagedError, ChunkMissingError, LayoutMismatchError
+from vllm_kvmarket.core.model_identity import ROOT
 from vllm_kvmarket.store import ChunkLayout, DiskStore, LayerLayout, Tiers
 from vllm_kvmarket.store.conversion import (
     as_floats,

@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vllm_kvmarket.economics import Economics
-from vllm_kvmarket.tariff import NANO, PPM, Tariff
+from vllm_kvmarket.core.economics import Economics
+from vllm_kvmarket.core.pricing import NANO, PPM, Tariff
 
 MILLION = 1_000_000 * NANO
 

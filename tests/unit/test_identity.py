@@ -16,9 +16,9 @@ from blake3 import blake3
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vllm_kvmarket import identity
-from vllm_kvmarket.errors import ConfigError
-from vllm_kvmarket.identity import (
+from vllm_kvmarket.core import model_identity
+from vllm_kvmarket.core.errors import ConfigError
+from vllm_kvmarket.core.model_identity import (
     ROOT,
     NamespaceFacts,
     adapter_digest,
@@ -52,7 +52,7 @@ GOLDEN = {
 }
 GOLDEN_SCRIPT = """
 import json
-from vllm_kvmarket.identity import *
+from vllm_kvmarket.core.model_identity import *
 facts = NamespaceFacts(weights="hub:org/model@" + "0" * 40, model_config='{"hidden_size":8}',
                        dtype="float32", kv_dtype="float32")
 keys = chunk_keys(bytes(range(32)), range(300))
@@ -338,7 +338,7 @@ def test_a_folder_without_weights_is_an_error_that_says_so(tmp_path, cache):
 def test_weights_that_change_while_they_are_read_are_an_error(tmp_path, cache, monkeypatch):
     """A digest of half a file must not be kept."""
     times = iter(["before", "after"])
-    monkeypatch.setattr(identity, "_file_identity", lambda _file: next(times))
+    monkeypatch.setattr(model_identity, "_file_identity", lambda _file: next(times))
     with pytest.raises(ConfigError, match="changed while it was read"):
         weights_digest(model(tmp_path / "tiny", seed=1), cache)
     assert not cache.exists()

@@ -12,7 +12,7 @@ from catalogue_documents import matched, store_and_list, tokens
 
 from vllm_kvmarket import keeping
 from vllm_kvmarket.catalogue import Use
-from vllm_kvmarket.errors import NotFoundError, NotPublishableError, StoreFullError
+from vllm_kvmarket.core.errors import NotFoundError, NotPublishableError, StoreFullError
 from vllm_kvmarket.market import DATABASE_FILE, Market
 
 LENGTH = 600

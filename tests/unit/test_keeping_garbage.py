@@ -10,7 +10,7 @@ import pytest
 from catalogue_documents import ended, heard, start_process, store_and_list, tell, tokens
 
 from vllm_kvmarket import keeping, sharing
-from vllm_kvmarket.errors import StoreError
+from vllm_kvmarket.core.errors import StoreError
 from vllm_kvmarket.market import Market
 from vllm_kvmarket.store import bucket_listings
 
@@ -100,7 +100,7 @@ def test_a_publisher_keeps_its_chunks_until_it_dies(market, home):
 
 PUBLISH_AND_DELIST = """
 import random
-from vllm_kvmarket.errors import CatalogueError, NotFoundError
+from vllm_kvmarket.core.errors import CatalogueError, NotFoundError
 from vllm_kvmarket.market import Market
 random.seed(int(sys.argv[2]))
 with Market.open(home) as market:

@@ -10,7 +10,8 @@ import pytest
 from crashing_files import CrashingFiles, PowerLossError
 from ledger_books import FOREVER, NANO, StoredBooks, batch, receipt
 
-from vllm_kvmarket import LedgerError, database
+from vllm_kvmarket import LedgerError
+from vllm_kvmarket.core import sqlite
 from vllm_kvmarket.ledger import Account, Outcome, pending, plain, post
 from vllm_kvmarket.ledger.sqlite import SqliteStorage
 
@@ -54,7 +55,7 @@ def write_until_the_power_goes(path, files, monkeypatch, synchronous, pages):
 
     acknowledged = -1
     with monkeypatch.context() as patch:
-        patch.setattr(database, "connect", connect)
+        patch.setattr(sqlite, "connect", connect)
         try:
             storage = SqliteStorage(path)
             storage._writing.pragma("wal_autocheckpoint", pages)

@@ -11,7 +11,7 @@ import random
 import pytest
 from ledger_books import MemoryBooks, batch, receipt
 
-from vllm_kvmarket.errors import LedgerError
+from vllm_kvmarket.core.errors import LedgerError
 from vllm_kvmarket.ledger import Account, Outcome, expire, pending, plain, post, renew, void
 from vllm_kvmarket.ledger import writer as writing
 from vllm_kvmarket.ledger.books import Found, GroupBooks

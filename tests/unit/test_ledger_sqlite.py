@@ -14,7 +14,8 @@ from ledger_conformance import *  # noqa: F403  # its tests run here, on this mo
 from ledger_keeping import *  # noqa: F403
 from ledger_processes import *  # noqa: F403
 
-from vllm_kvmarket import LedgerError, database
+from vllm_kvmarket import LedgerError
+from vllm_kvmarket.core import sqlite
 from vllm_kvmarket.ledger import Ledger, Outcome, plain, post, tables
 
 
@@ -101,7 +102,7 @@ def test_the_audit_names_transfers_out_of_nothing(ledger, place):
 
 def test_a_locked_database_is_told_and_got_over(place, monkeypatch):
     """Who waits too long for another process' transaction gets LedgerError, and may try again."""
-    monkeypatch.setattr(database, "BUSY_TIMEOUT_MS", 50)
+    monkeypatch.setattr(sqlite, "BUSY_TIMEOUT_MS", 50)
     with funded_ledger(place) as ledger:
         other = apsw.Connection(str(place))
         other.execute("BEGIN IMMEDIATE")
@@ -122,11 +123,11 @@ def test_a_full_disk_is_told_and_got_over(place, monkeypatch):
     """No part of a batch that found no room is there; the writer goes on when there is room."""
     opened = []
 
-    def connect(place, honest=database.connect):
+    def connect(place, honest=sqlite.connect):
         opened.append(honest(place))
         return opened[-1]
 
-    monkeypatch.setattr(database, "connect", connect)
+    monkeypatch.setattr(sqlite, "connect", connect)
     with funded_ledger(place) as ledger:
         pages = opened[0].pragma("page_count")
         for connection in opened:
@@ -162,7 +163,7 @@ def test_a_database_that_is_none_is_told(place):
 
 def test_a_lock_that_is_let_go_in_time_costs_nobody_anything(place, monkeypatch, held_up):
     """While callers have patience, the writer tries again; they are answered in order."""
-    monkeypatch.setattr(database, "BUSY_TIMEOUT_MS", 10)
+    monkeypatch.setattr(sqlite, "BUSY_TIMEOUT_MS", 10)
     with funded_ledger(place) as ledger:
         with held_up():
             impatient = ledger.submit([hold("h0", 1)], patience_s=0)
@@ -177,8 +178,8 @@ def test_a_lock_that_is_let_go_in_time_costs_nobody_anything(place, monkeypatch,
 
 def test_books_of_version_2_are_kept(place):
     """The third version gives accounts a currency and holds a table; nothing else changes."""
-    old = database.connect(place)
-    database.migrate(old, tables.ROOM, tables.MIGRATIONS[:2])
+    old = sqlite.connect(place)
+    sqlite.migrate(old, tables.ROOM, tables.MIGRATIONS[:2])
     facts = "debit, credit, amount_nano, pending_id, timeout_s, code, user_data, created_at_s"
     old.execute(
         f"""

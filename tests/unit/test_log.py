@@ -15,7 +15,8 @@ import scitt_cose
 from ledger_books import funded_ledger, hold
 from proof_market import open_shop, sell
 
-from vllm_kvmarket.errors import NotFoundError
+from vllm_kvmarket.auth.signing_keys import SigningKeys
+from vllm_kvmarket.core.errors import NotFoundError
 from vllm_kvmarket.ledger import Ledger, post
 from vllm_kvmarket.proofs import (
     ProofError,
@@ -28,7 +29,6 @@ from vllm_kvmarket.proofs import (
     source,
     verify_checkpoint,
 )
-from vllm_kvmarket.signing import SigningKeys
 
 
 @pytest.fixture

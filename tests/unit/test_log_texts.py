@@ -8,9 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from ledger_books import funded_ledger
 
+from vllm_kvmarket.auth.signing_keys import PublicKey
 from vllm_kvmarket.ledger import Transfer
 from vllm_kvmarket.proofs import ProofError, TransparencyLog, leaves, notes, verify_checkpoint
-from vllm_kvmarket.signing import PublicKey
 
 
 @pytest.fixture

@@ -118,7 +118,7 @@ def test_a_full_ledger_and_one_that_is_away_are_told_apart(half, market, monkeyp
     """Reuse is declined; the requests are answered."""
     from concurrent.futures import Future
 
-    from vllm_kvmarket.errors import LedgerError
+    from vllm_kvmarket.core.errors import LedgerError
     from vllm_kvmarket.ledger import UnavailableError
 
     figures = Figures(half)

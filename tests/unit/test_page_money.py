@@ -10,10 +10,10 @@ from api_server import publish, running, text_of
 from page_visitor import Visitor, sell, text_in
 
 from vllm_kvmarket.api.pages import money
+from vllm_kvmarket.auth.signing_keys import SigningKeys
+from vllm_kvmarket.core.pricing import format_nano
 from vllm_kvmarket.ledger import PROVIDER
 from vllm_kvmarket.proofs import verify
-from vllm_kvmarket.signing import SigningKeys
-from vllm_kvmarket.tariff import format_nano
 
 TEXT = text_of(600)
 

@@ -12,7 +12,7 @@ from gate_app import make_app
 from vllm_kvmarket import Market
 from vllm_kvmarket.api import observations
 from vllm_kvmarket.api.observations import Observations
-from vllm_kvmarket.apikeys import Keys
+from vllm_kvmarket.auth.api_keys import Keys
 from vllm_kvmarket.market import DATABASE_FILE
 
 

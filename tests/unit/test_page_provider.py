@@ -22,7 +22,7 @@ from vllm_kvmarket.api.pages.figures import (
 )
 from vllm_kvmarket.api.pages.provider import traffic
 from vllm_kvmarket.catalogue import Use
-from vllm_kvmarket.tariff import format_nano
+from vllm_kvmarket.core.pricing import format_nano
 
 TEXT = text_of(600)
 DAY_S = 86_400

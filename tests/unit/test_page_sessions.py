@@ -9,7 +9,7 @@ from page_visitor import Forms, Visitor
 from vllm_kvmarket.api import sessions
 from vllm_kvmarket.api.limits import Limiter
 from vllm_kvmarket.api.sessions import Sessions
-from vllm_kvmarket.apikeys import Keys, Principal
+from vllm_kvmarket.auth.api_keys import Keys, Principal
 
 
 @pytest.fixture

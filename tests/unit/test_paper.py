@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from vllm_kvmarket.tariff import NANO
+from vllm_kvmarket.core.pricing import NANO
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 from paper_sections import growth, hosting, pictures, prize

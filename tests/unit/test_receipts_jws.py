@@ -8,7 +8,9 @@ from joserfc import jws as joserfc_jws
 from joserfc.jwk import KeySet, OKPKey
 from proof_market import open_shop, sell
 
-from vllm_kvmarket.errors import NotFoundError
+from vllm_kvmarket.auth.signing_keys import SigningKeys, decode_base64url, encode_base64url
+from vllm_kvmarket.core.errors import NotFoundError
+from vllm_kvmarket.core.pricing import NANO
 from vllm_kvmarket.proofs import (
     ProofError,
     TransparencyLog,
@@ -20,9 +22,7 @@ from vllm_kvmarket.proofs import (
     verify_checkpoint,
     verify_with_proof,
 )
-from vllm_kvmarket.signing import SigningKeys, decode_base64url, encode_base64url
 from vllm_kvmarket.statements import statement
-from vllm_kvmarket.tariff import NANO
 
 
 @pytest.fixture

@@ -16,7 +16,7 @@ from vllm_kvmarket.connector.requests import (
     ledger_key,
     purchase_group,
 )
-from vllm_kvmarket.identity import ROOT, chunk_keys, pack_tokens
+from vllm_kvmarket.core.model_identity import ROOT, chunk_keys, pack_tokens
 
 CHUNK, BLOCK = 64, 16
 NAMESPACE = b"n" * 32

@@ -13,8 +13,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from joserfc.jwk import OKPKey
 
-from vllm_kvmarket.errors import ConfigError, NotFoundError
-from vllm_kvmarket.signing import (
+from vllm_kvmarket.auth.signing_keys import (
     PublicKey,
     SigningKeys,
     TrustedKeys,
@@ -22,6 +21,7 @@ from vllm_kvmarket.signing import (
     encode_base64url,
     read_jwks,
 )
+from vllm_kvmarket.core.errors import ConfigError, NotFoundError
 
 # RFC 8037, appendix A.1 to A.4.
 SECRET = "nWGxne_9WmC6hEr0kuwsxERJxWl7MmkZcDusAxyuf2A"
@@ -94,7 +94,7 @@ def test_the_order_survives_a_copy(keys, tmp_path):
 def test_threads_and_processes_make_one_key(tmp_path):
     """Whoever is first makes the home's key; everybody signs with it, and no draft is left."""
     script = (
-        "import sys; from pathlib import Path; from vllm_kvmarket.signing import SigningKeys; "
+        "import sys; from pathlib import Path; from vllm_kvmarket.auth.signing_keys import SigningKeys; "
         "print(SigningKeys(Path(sys.argv[1])).current().kid)"
     )
     home = tmp_path / "home"

@@ -23,7 +23,7 @@ from simulation.replay import POLICIES, PUBLISHED, money, replay, store_of
 from simulation.scaling import Demand, breaking_points, measured_parts, table
 from simulation.stores import NEVER, DocumentStore, following_reads
 
-from vllm_kvmarket.tariff import Tariff
+from vllm_kvmarket.core.pricing import Tariff
 
 
 def workload(*paths: tuple[int, ...]) -> Workload:

@@ -7,10 +7,10 @@ import threading
 import pytest
 from proof_market import open_shop, sell
 
-from vllm_kvmarket.errors import LedgerError, NotFoundError
+from vllm_kvmarket.core.errors import LedgerError, NotFoundError
+from vllm_kvmarket.core.pricing import NANO, format_nano
 from vllm_kvmarket.ledger import PROVIDER, Ledger, plain
 from vllm_kvmarket.statements import as_csv, payout, statement
-from vllm_kvmarket.tariff import NANO, format_nano
 
 
 @pytest.fixture

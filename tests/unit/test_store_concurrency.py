@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from store_chunks import DENSE, files_in, layout_of, sample
 
-from vllm_kvmarket.errors import ChunkMissingError
+from vllm_kvmarket.core.errors import ChunkMissingError
 from vllm_kvmarket.store import DiskStore
 
 

@@ -15,7 +15,7 @@ import pytest
 from forgetful_files import CrashError, ForgetfulFiles
 from store_chunks import Sample, files_in, layout_of, sample
 
-from vllm_kvmarket.errors import StoreError, StoreFullError
+from vllm_kvmarket.core.errors import StoreError, StoreFullError
 from vllm_kvmarket.store import DiskStore
 from vllm_kvmarket.store.quota import tree_bytes
 

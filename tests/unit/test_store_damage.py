@@ -22,7 +22,7 @@ from store_chunks import (
     stored,
 )
 
-from vllm_kvmarket.errors import ChunkDamagedError, LayoutMismatchError, StoreError
+from vllm_kvmarket.core.errors import ChunkDamagedError, LayoutMismatchError, StoreError
 from vllm_kvmarket.store import DiskStore, chunkfile
 
 Sizes = pytest.mark.parametrize("page_bytes", [PADDED, DENSE])

@@ -9,8 +9,8 @@ import pytest
 from kv_pages import kv_sample
 from store_chunks import NAMESPACE, OTHER_NAMESPACE, Sample, assert_damaged, stored
 
-from vllm_kvmarket.errors import ChunkDamagedError, LayoutMismatchError
-from vllm_kvmarket.identity import ROOT, chunk_key
+from vllm_kvmarket.core.errors import ChunkDamagedError, LayoutMismatchError
+from vllm_kvmarket.core.model_identity import ROOT, chunk_key
 from vllm_kvmarket.store import ChunkHeader, DiskStore, LayerLayout, chunkfile, open_chunk
 
 

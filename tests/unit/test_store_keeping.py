@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from store_chunks import NAMESPACE, layout_of, sample
 
-from vllm_kvmarket.errors import ChunkDamagedError, ChunkMissingError
+from vllm_kvmarket.core.errors import ChunkDamagedError, ChunkMissingError
 from vllm_kvmarket.store import DiskStore
 
 

@@ -13,13 +13,13 @@ from hypothesis import strategies as st
 from kv_pages import NUMBERS, kv_bytes, kv_sample
 from store_chunks import DENSE, NAMESPACE, PADDED, Sample, layout_of, sample
 
-from vllm_kvmarket.errors import (
+from vllm_kvmarket.core.errors import (
     ChunkDamagedError,
     ChunkMissingError,
     LayoutMismatchError,
     StoreError,
 )
-from vllm_kvmarket.identity import KEY_BYTES
+from vllm_kvmarket.core.model_identity import KEY_BYTES
 from vllm_kvmarket.store import (
     ChunkLayout,
     DiskStore,

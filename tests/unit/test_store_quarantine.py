@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from store_chunks import DENSE, Sample, layout_of, sample
 
-from vllm_kvmarket.errors import ChunkMissingError
+from vllm_kvmarket.core.errors import ChunkMissingError
 from vllm_kvmarket.store import DiskStore
 from vllm_kvmarket.store.quarantine import MAX_FILES
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 from store_chunks import DENSE, NAMESPACE, Sample, files_in, layout_of, sample
 
-from vllm_kvmarket.errors import ChunkMissingError, StoreFullError
+from vllm_kvmarket.core.errors import ChunkMissingError, StoreFullError
 from vllm_kvmarket.store import DiskStore
 from vllm_kvmarket.store.quota import RECORD_NAME, tree_bytes
 
@@ -133,7 +133,7 @@ WRITER = """
 import random, sys, time
 from pathlib import Path
 from test_store_quota import chunk_of, store_of
-from vllm_kvmarket.errors import StoreFullError
+from vllm_kvmarket.core.errors import StoreFullError
 rng = random.Random(int(sys.argv[2]))
 store = store_of(Path(sys.argv[1]), 4.5, is_cache=sys.argv[3] == "cache")
 print(flush=True)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from store_chunks import NAMESPACE, Sample, files_in, layout_of, sample
 
-from vllm_kvmarket.errors import ChunkDamagedError, StoreFullError
+from vllm_kvmarket.core.errors import ChunkDamagedError, StoreFullError
 from vllm_kvmarket.store import DiskStore
 
 

@@ -14,7 +14,12 @@ import numpy as np
 import pytest
 from store_chunks import DENSE, NAMESPACE, files_in, layout_of, sample
 
-from vllm_kvmarket.errors import ChunkDamagedError, ChunkMissingError, StoreError, StoreFullError
+from vllm_kvmarket.core.errors import (
+    ChunkDamagedError,
+    ChunkMissingError,
+    StoreError,
+    StoreFullError,
+)
 from vllm_kvmarket.store import DiskStore
 
 

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from vllm_kvmarket.tariff import (
+from vllm_kvmarket.core.pricing import (
     INT64_MAX,
     MTOK,
     NANO,

@@ -17,8 +17,8 @@ from vllm_kvmarket.api.errors import MarketRoute
 from vllm_kvmarket.api.models import ErrorBody
 from vllm_kvmarket.api.publishing import Publications
 from vllm_kvmarket.api.service import Service, ServiceOf
-from vllm_kvmarket.apikeys import Keys
-from vllm_kvmarket.config import MarketConfig
+from vllm_kvmarket.auth.api_keys import Keys
+from vllm_kvmarket.core.config import MarketConfig
 from vllm_kvmarket.market import DATABASE_FILE, Market
 
 PATH = "/v1/kvmarket"

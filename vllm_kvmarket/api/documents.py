@@ -27,7 +27,7 @@ from vllm_kvmarket.api.paging import After, Limit, by_key, encode
 from vllm_kvmarket.api.publishing import Wish
 from vllm_kvmarket.api.service import PUBLISHER, Caller, CallerOf, Service, ServiceOf, Tokens
 from vllm_kvmarket.catalogue import Listing, Usage
-from vllm_kvmarket.errors import NotFoundError
+from vllm_kvmarket.core.errors import NotFoundError
 from vllm_kvmarket.ledger import PROVIDER
 from vllm_kvmarket.market import Market
 

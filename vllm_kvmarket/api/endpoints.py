@@ -12,7 +12,7 @@ from vllm_kvmarket.api import gate, scrapes
 from vllm_kvmarket.api.app import build_router, close_with_server, name_of, open_service
 from vllm_kvmarket.api.pages import build_pages
 from vllm_kvmarket.api.service import Service
-from vllm_kvmarket.config import load
+from vllm_kvmarket.core.config import load
 
 
 class MarketEndpoints:

@@ -13,8 +13,8 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from fastapi.routing import APIRoute
 
-from vllm_kvmarket import errors
-from vllm_kvmarket.apikeys import KeysUnavailableError
+from vllm_kvmarket.auth.api_keys import KeysUnavailableError
+from vllm_kvmarket.core import errors
 
 # Longer bodies are parsed beside the event loop.
 QUICK_BODY_BYTES = 1 << 16

@@ -8,9 +8,9 @@ from typing import Annotated, Any, Generic, Literal, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
 
-from vllm_kvmarket.apikeys import Scope
-from vllm_kvmarket.credentials import ACCOUNT_PATTERN
-from vllm_kvmarket.tariff import INT64_MAX, PPM
+from vllm_kvmarket.auth.api_keys import Scope
+from vllm_kvmarket.auth.operator_tokens import ACCOUNT_PATTERN
+from vllm_kvmarket.core.pricing import INT64_MAX, PPM
 
 MAX_TITLE = 512
 MAX_TTL_S = 10 * 366 * 86_400

@@ -11,10 +11,10 @@ from collections.abc import Sequence
 from typing import Any, Literal, Protocol
 
 from vllm_kvmarket.api.errors import ApiError
+from vllm_kvmarket.auth.operator_tokens import OPERATOR
 from vllm_kvmarket.catalogue import Listing
-from vllm_kvmarket.credentials import OPERATOR
-from vllm_kvmarket.errors import KVMarketError
-from vllm_kvmarket.identity import chunk_keys, document_id
+from vllm_kvmarket.core.errors import KVMarketError
+from vllm_kvmarket.core.model_identity import chunk_keys, document_id
 from vllm_kvmarket.market import Market
 
 MOST_WAITING = 64

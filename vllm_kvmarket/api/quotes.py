@@ -12,9 +12,9 @@ from vllm_kvmarket.api.errors import ApiError, MarketRoute, not_found
 from vllm_kvmarket.api.models import Quote, QuoteWish
 from vllm_kvmarket.api.service import CallerOf, Service, ServiceOf
 from vllm_kvmarket.catalogue import Listing
-from vllm_kvmarket.errors import CatalogueError, NotFoundError
+from vllm_kvmarket.core.errors import CatalogueError, NotFoundError
+from vllm_kvmarket.core.pricing import amount_nano
 from vllm_kvmarket.market import Market
-from vllm_kvmarket.tariff import amount_nano
 
 router = APIRouter(prefix="/quotes", tags=["kvmarket quotes"], route_class=MarketRoute)
 

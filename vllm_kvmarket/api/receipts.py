@@ -24,11 +24,11 @@ from vllm_kvmarket.api.models import (
 )
 from vllm_kvmarket.api.paging import After, Limit, newest_first
 from vllm_kvmarket.api.service import ADMIN, CallerOf, ServiceOf
-from vllm_kvmarket.errors import KVMarketError, NotFoundError
+from vllm_kvmarket.auth.signing_keys import SigningKeys
+from vllm_kvmarket.core.errors import KVMarketError, NotFoundError
 from vllm_kvmarket.ledger import Receipt
 from vllm_kvmarket.market import Market
 from vllm_kvmarket.proofs import ProofError, TransparencyLog, signed_receipt
-from vllm_kvmarket.signing import SigningKeys
 
 # An engine answers a moment before the ledger's commit.
 PATIENCE_S = 2.0

@@ -15,6 +15,7 @@ from pathlib import Path
 import msgspec
 from blake3 import blake3
 
+from vllm_kvmarket.auth.signing_keys import SIGNATURE_BYTES, SigningKeys, sync_folder
 from vllm_kvmarket.bundles.format import (
     BLOCK,
     FORMAT,
@@ -33,10 +34,9 @@ from vllm_kvmarket.bundles.format import (
     pieces,
     write,
 )
-from vllm_kvmarket.errors import BundleError, ChunkMissingError, StoreError
-from vllm_kvmarket.identity import pack_tokens
+from vllm_kvmarket.core.errors import BundleError, ChunkMissingError, StoreError
+from vllm_kvmarket.core.model_identity import pack_tokens
 from vllm_kvmarket.market import Market
-from vllm_kvmarket.signing import SIGNATURE_BYTES, SigningKeys, sync_folder
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

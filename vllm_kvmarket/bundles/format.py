@@ -23,9 +23,9 @@ from typing import Annotated, Literal
 import msgspec
 from blake3 import blake3
 
-from vllm_kvmarket.errors import BundleError, ConfigError
-from vllm_kvmarket.identity import TOKEN_BYTES, chunk_keys, document_id, unpack_tokens
-from vllm_kvmarket.signing import SIGNATURE_BYTES, PublicKey
+from vllm_kvmarket.auth.signing_keys import SIGNATURE_BYTES, PublicKey
+from vllm_kvmarket.core.errors import BundleError, ConfigError
+from vllm_kvmarket.core.model_identity import TOKEN_BYTES, chunk_keys, document_id, unpack_tokens
 
 FORMAT = "kvmarket-bundle/1"
 MANIFEST, SIGNATURE = "manifest.json", "manifest.sig"

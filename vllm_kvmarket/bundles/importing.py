@@ -8,12 +8,12 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from vllm_kvmarket import sharing
+from vllm_kvmarket.auth.signing_keys import PublicKey, SigningKeys, TrustedKeys, read_jwks
 from vllm_kvmarket.bundles.format import File, Manifest, Progress, Reader, check, opened
 from vllm_kvmarket.catalogue import Listing
-from vllm_kvmarket.errors import BundleError, ChunkDamagedError, NotFoundError, StoreError
+from vllm_kvmarket.core.errors import BundleError, ChunkDamagedError, NotFoundError, StoreError
 from vllm_kvmarket.ledger import ACCOUNT_ID
 from vllm_kvmarket.market import Market
-from vllm_kvmarket.signing import PublicKey, SigningKeys, TrustedKeys, read_jwks
 from vllm_kvmarket.store import open_chunk
 
 

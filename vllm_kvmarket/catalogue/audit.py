@@ -11,7 +11,7 @@ import apsw
 from vllm_kvmarket.catalogue import tables
 from vllm_kvmarket.catalogue.listing import Listing
 from vllm_kvmarket.catalogue.tree import Node, PrefixTree
-from vllm_kvmarket.identity import TOKEN_BYTES, chunk_keys, document_id, unpack_tokens
+from vllm_kvmarket.core.model_identity import TOKEN_BYTES, chunk_keys, document_id, unpack_tokens
 
 
 def problems(

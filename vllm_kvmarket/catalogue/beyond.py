@@ -20,8 +20,8 @@ from vllm_kvmarket.catalogue.connections import Connections
 from vllm_kvmarket.catalogue.listing import Match, MatchedChunk
 from vllm_kvmarket.catalogue.tables import read_listings, rows
 from vllm_kvmarket.catalogue.tree import common_tokens, pack_valid
-from vllm_kvmarket.errors import CatalogueError
-from vllm_kvmarket.identity import ROOT, TOKEN_BYTES, chunk_key, document_id
+from vllm_kvmarket.core.errors import CatalogueError
+from vllm_kvmarket.core.model_identity import ROOT, TOKEN_BYTES, chunk_key, document_id
 
 THREADS = 2
 # Keys that are asked for in one statement, and continuations that are looked at.

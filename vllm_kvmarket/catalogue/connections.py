@@ -9,8 +9,8 @@ from pathlib import Path
 
 import apsw
 
-from vllm_kvmarket import database
-from vllm_kvmarket.errors import CatalogueError
+from vllm_kvmarket.core import sqlite
+from vllm_kvmarket.core.errors import CatalogueError
 
 # A request waits for what such a connection reads.
 READER_TIMEOUT_MS = 1_000
@@ -31,15 +31,15 @@ class Connections:
         self._write_lock = threading.Lock()
         self._read_lock = threading.Lock()
         with self._reported():
-            self._writer = database.connect(path)
-            database.migrate(self._writer, room, migrations)
-            self._reader = database.connect(path)
+            self._writer = sqlite.connect(path)
+            sqlite.migrate(self._writer, room, migrations)
+            self._reader = sqlite.connect(path)
         self._file = self._file_identity()
 
     def migrate(self, room: str, migrations: Sequence[str]) -> None:
         """Bring the tables of one more room to the newest version; mutates the database."""
         with self._write_lock, self._reported():
-            database.migrate(self._writer, room, migrations)
+            sqlite.migrate(self._writer, room, migrations)
 
     def open_reader(self) -> apsw.Connection:
         """Open one more connection, which cannot write; whoever asked for it closes it."""
@@ -101,7 +101,7 @@ class Connections:
             raise BusyError(f"the market's database {self._path} is being written to") from error
         finally:
             if not wait:
-                self._writer.set_busy_timeout(database.BUSY_TIMEOUT_MS)
+                self._writer.set_busy_timeout(sqlite.BUSY_TIMEOUT_MS)
 
     @contextmanager
     def reading(self) -> Iterator[apsw.Connection]:

@@ -11,8 +11,8 @@ import apsw
 from vllm_kvmarket.catalogue import tables, upkeep
 from vllm_kvmarket.catalogue.listing import NEEDED, ON_OFFER, Listing
 from vllm_kvmarket.catalogue.view import View
-from vllm_kvmarket.errors import CatalogueError, NotFoundError
-from vllm_kvmarket.identity import TOKEN_BYTES, chunk_keys, document_id, pack_tokens
+from vllm_kvmarket.core.errors import CatalogueError, NotFoundError
+from vllm_kvmarket.core.model_identity import TOKEN_BYTES, chunk_keys, document_id, pack_tokens
 
 
 class Offers(View):

@@ -18,7 +18,7 @@ from operator import attrgetter
 import numpy as np
 
 from vllm_kvmarket.catalogue.listing import Listing, Match, MatchedChunk
-from vllm_kvmarket.identity import ROOT, TOKEN_BYTES, pack_tokens
+from vllm_kvmarket.core.model_identity import ROOT, TOKEN_BYTES, pack_tokens
 
 _MAX_TOKEN_ID = 2**32 - 1
 _tokens = attrgetter("tokens")

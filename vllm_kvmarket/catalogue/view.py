@@ -21,8 +21,8 @@ from vllm_kvmarket.catalogue.expiry import Expiries
 from vllm_kvmarket.catalogue.listing import ON_OFFER, Listing, Match
 from vllm_kvmarket.catalogue.owners import Owner
 from vllm_kvmarket.catalogue.tree import PrefixTree
-from vllm_kvmarket.errors import CatalogueError, ConfigError, NotFoundError
-from vllm_kvmarket.identity import CHUNK_TOKENS
+from vllm_kvmarket.core.errors import CatalogueError, ConfigError, NotFoundError
+from vllm_kvmarket.core.model_identity import CHUNK_TOKENS
 
 OWNERS_FOLDER = "publishing"
 EXPIRED_REASON = "its time to live is over"

@@ -28,7 +28,7 @@ def describe(account: Account) -> dict[str, Any]:
 
 def show_accounts(where: Console, described: Iterable[dict[str, Any]]) -> None:
     """Print accounts as a table."""
-    from vllm_kvmarket.tariff import format_nano
+    from vllm_kvmarket.core.pricing import format_nano
 
     table(
         where,

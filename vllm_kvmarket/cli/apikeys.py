@@ -13,14 +13,14 @@ from vllm_kvmarket.cli.output import emit, moment, table
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from vllm_kvmarket.apikeys import Keys
+    from vllm_kvmarket.auth.api_keys import Keys
 
 SCOPES = ("buyer", "publisher", "read-only", "admin")
 
 
 @contextmanager
 def _keys(args: argparse.Namespace, *, create: bool = False) -> Iterator[Keys]:
-    from vllm_kvmarket.apikeys import Keys
+    from vllm_kvmarket.auth.api_keys import Keys
     from vllm_kvmarket.market import DATABASE_FILE
 
     with open_market(args, create=create) as market:

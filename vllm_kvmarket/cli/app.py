@@ -26,7 +26,7 @@ from vllm_kvmarket.cli import (
 )
 from vllm_kvmarket.cli.command import Command, UsageError, count
 from vllm_kvmarket.cli.output import complain
-from vllm_kvmarket.errors import ConfigError, KVMarketError
+from vllm_kvmarket.core.errors import ConfigError, KVMarketError
 
 OK, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
 

@@ -51,7 +51,7 @@ def _run_ledger(args: argparse.Namespace) -> int:
 
 
 def _show_ledger(where: Console, document: dict[str, Any]) -> None:
-    from vllm_kvmarket.tariff import format_nano
+    from vllm_kvmarket.core.pricing import format_nano
 
     show_accounts(where, document["accounts"])
     where.print()
@@ -95,7 +95,7 @@ def _run_receipts(args: argparse.Namespace) -> int:
 
 
 def _show_receipts(where: Console, receipts: list[dict[str, Any]]) -> None:
-    from vllm_kvmarket.tariff import format_nano
+    from vllm_kvmarket.core.pricing import format_nano
 
     table(
         where,

@@ -14,7 +14,7 @@ from vllm_kvmarket.cli.output import emit, progress, size, table
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from vllm_kvmarket.signing import PublicKey
+    from vllm_kvmarket.auth.signing_keys import PublicKey
 
 
 @contextmanager
@@ -96,7 +96,7 @@ def _configure_trust_add(parser: argparse.ArgumentParser) -> None:
 
 
 def _run_trust_add(args: argparse.Namespace) -> int:
-    from vllm_kvmarket.signing import TrustedKeys, read_jwks
+    from vllm_kvmarket.auth.signing_keys import TrustedKeys, read_jwks
 
     # Before there is a market: a wrong file shall not make one.
     keys = read_jwks(args.file)
@@ -113,7 +113,7 @@ def _run_trust_add(args: argparse.Namespace) -> int:
 
 
 def _run_trust_list(args: argparse.Namespace) -> int:
-    from vllm_kvmarket.signing import TrustedKeys
+    from vllm_kvmarket.auth.signing_keys import TrustedKeys
 
     with open_market(args) as market:
         keys = list(TrustedKeys(market.home).all().values())
@@ -134,7 +134,7 @@ def _configure_trust_remove(parser: argparse.ArgumentParser) -> None:
 
 
 def _run_trust_remove(args: argparse.Namespace) -> int:
-    from vllm_kvmarket.signing import TrustedKeys
+    from vllm_kvmarket.auth.signing_keys import TrustedKeys
 
     with open_market(args) as market:
         TrustedKeys(market.home).remove(args.kid)
@@ -151,7 +151,7 @@ def _configure_key_show(parser: argparse.ArgumentParser) -> None:
 def _run_key_show(args: argparse.Namespace) -> int:
     import json
 
-    from vllm_kvmarket.signing import SigningKeys
+    from vllm_kvmarket.auth.signing_keys import SigningKeys
 
     with open_market(args) as market:
         keys = SigningKeys(market.home)
@@ -162,7 +162,7 @@ def _run_key_show(args: argparse.Namespace) -> int:
 
 
 def _run_key_rotate(args: argparse.Namespace) -> int:
-    from vllm_kvmarket.signing import SigningKeys
+    from vllm_kvmarket.auth.signing_keys import SigningKeys
 
     with open_market(args) as market:
         key = SigningKeys(market.home).rotate()

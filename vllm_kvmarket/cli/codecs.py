@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from vllm_kvmarket.cli.command import Command, count, open_market
 from vllm_kvmarket.cli.output import clean, emit, size, table
-from vllm_kvmarket.errors import StoreError
+from vllm_kvmarket.core.errors import StoreError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -15,7 +15,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from vllm_kvmarket.errors import KVMarketError, NotFoundError
+from vllm_kvmarket.core.errors import KVMarketError, NotFoundError
 
 if TYPE_CHECKING:
     from vllm_kvmarket.market import Market
@@ -49,7 +49,7 @@ def open_market(args: argparse.Namespace, *, create: bool = False) -> Iterator[M
     """
     import apsw
 
-    from vllm_kvmarket import config
+    from vllm_kvmarket.core import config
     from vllm_kvmarket.market import DATABASE_FILE, Market
 
     chosen = config.load(args.config)
@@ -71,14 +71,14 @@ def open_market(args: argparse.Namespace, *, create: bool = False) -> Iterator[M
 
 def amount(text: str) -> int:
     """Read an option's amount in currency units as nano-units."""
-    from vllm_kvmarket.tariff import parse_nano
+    from vllm_kvmarket.core.pricing import parse_nano
 
     return _option(parse_nano, text)
 
 
 def share(text: str) -> int:
     """Read an option's share from 0 to 1 as parts per million."""
-    from vllm_kvmarket.tariff import parse_ppm
+    from vllm_kvmarket.core.pricing import parse_ppm
 
     return _option(parse_ppm, text)
 

@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vllm_kvmarket.cli import engine, output
-from vllm_kvmarket.errors import KVMarketError
+from vllm_kvmarket.core.errors import KVMarketError
+from vllm_kvmarket.core.pricing import format_nano
 from vllm_kvmarket.market import Market
 from vllm_kvmarket.measure import Answer, ask, empty_prefix_cache
-from vllm_kvmarket.tariff import format_nano
 
 if TYPE_CHECKING:
     from rich.console import Console

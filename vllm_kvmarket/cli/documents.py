@@ -46,7 +46,7 @@ def describe(market: Market, listing: Listing) -> dict[str, Any]:
 
 def show_listings(where: Console, described: list[dict[str, Any]]) -> None:
     """Print listings as a table; the price is that of a million reused tokens."""
-    from vllm_kvmarket.tariff import format_nano
+    from vllm_kvmarket.core.pricing import format_nano
 
     table(
         where,
@@ -106,7 +106,7 @@ def _run_show(args: argparse.Namespace) -> int:
 
 
 def _show(where: Console, document: dict[str, Any]) -> None:
-    from vllm_kvmarket.tariff import PPM, format_nano
+    from vllm_kvmarket.core.pricing import PPM, format_nano
 
     terms, sales = document["terms"], document["sales"]
     reason = f" ({document['reason']})" if document["reason"] else ""

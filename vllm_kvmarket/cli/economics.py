@@ -11,7 +11,7 @@ from vllm_kvmarket.cli.output import emit, size, table
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from vllm_kvmarket.economics import Economics
+    from vllm_kvmarket.core.economics import Economics
 
 COSTS = {
     "prefill_nano": "prefill for every read",
@@ -60,8 +60,8 @@ def _economics(args: argparse.Namespace) -> Economics:
 
     import msgspec
 
-    from vllm_kvmarket import config
-    from vllm_kvmarket.economics import Economics
+    from vllm_kvmarket.core import config
+    from vllm_kvmarket.core.economics import Economics
 
     if (args.prefill_s is None) != (args.reuse_s is None):
         raise UsageError("give --prefill-s and --reuse-s together: their ratio is what counts")
@@ -116,7 +116,7 @@ def _describe(economics: Economics) -> dict[str, Any]:
 
 
 def _show(where: Console, economics: Economics, document: dict[str, Any]) -> None:
-    from vllm_kvmarket.tariff import format_nano
+    from vllm_kvmarket.core.pricing import format_nano
 
     where.print(
         f"{economics.agents:,} agents read one document of {economics.tokens:,} tokens, "

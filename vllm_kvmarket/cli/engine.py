@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from vllm_kvmarket.errors import KVMarketError, PublishFailedError, VersionError
+from vllm_kvmarket.core.errors import KVMarketError, PublishFailedError, VersionError
 
 if TYPE_CHECKING:
     from vllm_kvmarket.market import Market

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from vllm_kvmarket.cli.command import Command
 from vllm_kvmarket.cli.output import clean, emit, pairs, size
 from vllm_kvmarket.connector.versions import BELOW, OLDEST
-from vllm_kvmarket.errors import ConfigError
+from vllm_kvmarket.core.errors import ConfigError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -65,7 +65,7 @@ def examine(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _home(args: argparse.Namespace) -> tuple[dict[str, Any], list[str]]:
-    from vllm_kvmarket import config
+    from vllm_kvmarket.core import config
     from vllm_kvmarket.market import DATABASE_FILE
     from vllm_kvmarket.store import CHUNKS_FOLDER
 

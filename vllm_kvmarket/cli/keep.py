@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from vllm_kvmarket.cli.command import Command, count, open_market, span_s
 from vllm_kvmarket.cli.fsck import counted
 from vllm_kvmarket.cli.output import clean, emit, moment, size
-from vllm_kvmarket.errors import NotPublishableError
+from vllm_kvmarket.core.errors import NotPublishableError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -149,7 +149,7 @@ class _Engine:
 def namespace_of(llm: Any, market: Market) -> bytes:
     """Say which namespace an engine publishes in, without an adapter."""
     from vllm_kvmarket.connector.namespaces import base_facts
-    from vllm_kvmarket.identity import namespace_digest
+    from vllm_kvmarket.core.model_identity import namespace_digest
 
     return namespace_digest(base_facts(llm.llm_engine.vllm_config, market.home))
 

@@ -13,13 +13,13 @@ from vllm_kvmarket.cli.output import clean, emit, moment, pairs, progress
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from vllm_kvmarket.auth.signing_keys import PublicKey
     from vllm_kvmarket.proofs import AuditReport, SignedReceipt
-    from vllm_kvmarket.signing import PublicKey
 
 
 def home_of(args: argparse.Namespace) -> Path:
     """The folder that --home and --config name; there need not be a market in it."""
-    from vllm_kvmarket import config
+    from vllm_kvmarket.core import config
 
     return Path(args.home or config.load(args.config).home).expanduser()
 
@@ -35,7 +35,7 @@ def _add_jwks(parser: argparse.ArgumentParser) -> None:
 
 
 def _keys(args: argparse.Namespace) -> list[PublicKey]:
-    from vllm_kvmarket.signing import SigningKeys, TrustedKeys, read_jwks
+    from vllm_kvmarket.auth.signing_keys import SigningKeys, TrustedKeys, read_jwks
 
     if args.jwks:
         return read_jwks(args.jwks)
@@ -84,7 +84,7 @@ def _run_show(args: argparse.Namespace) -> int:
 
 
 def _show_receipt(where: Console, receipt: SignedReceipt) -> None:
-    from vllm_kvmarket.tariff import format_nano
+    from vllm_kvmarket.core.pricing import format_nano
 
     sale = receipt.payload.kvmarket
     pairs(
@@ -165,7 +165,7 @@ def _run_checkpoint(args: argparse.Namespace) -> int:
     import base64
 
     from vllm_kvmarket import proofs
-    from vllm_kvmarket.signing import SigningKeys
+    from vllm_kvmarket.auth.signing_keys import SigningKeys
 
     with open_market(args) as market:
         checkpoint = proofs.TransparencyLog(market.ledger, market.home).checkpoint()
@@ -343,7 +343,7 @@ def _run_audit(args: argparse.Namespace) -> int:
 
 def show_audit(where: Console, report: AuditReport) -> None:
     """Print what an audit found."""
-    from vllm_kvmarket.tariff import format_nano
+    from vllm_kvmarket.core.pricing import format_nano
 
     for problem in report.problems:
         where.print(clean(problem))

@@ -20,7 +20,7 @@ from vllm_kvmarket.cli.command import (
     span_s,
 )
 from vllm_kvmarket.cli.output import clean, emit, progress
-from vllm_kvmarket.errors import NotPublishableError, PublishFailedError
+from vllm_kvmarket.core.errors import NotPublishableError, PublishFailedError
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -84,7 +84,7 @@ def _run_statement(args: argparse.Namespace) -> int:
 
 
 def _show_statement(where: Console, made: Statement) -> None:
-    from vllm_kvmarket.tariff import format_nano
+    from vllm_kvmarket.core.pricing import format_nano
 
     table(
         where,
@@ -138,7 +138,7 @@ def _run_payout(args: argparse.Namespace) -> int:
 
     from vllm_kvmarket import statements
     from vllm_kvmarket.cli.accounts import describe
-    from vllm_kvmarket.tariff import format_nano
+    from vllm_kvmarket.core.pricing import format_nano
 
     with open_market(args) as market:
         transfer, is_new = statements.payout(
@@ -186,7 +186,8 @@ def _configure_restore(parser: argparse.ArgumentParser) -> None:
 
 
 def _run_restore(args: argparse.Namespace) -> int:
-    from vllm_kvmarket import config, proofs
+    from vllm_kvmarket import proofs
+    from vllm_kvmarket.core import config
 
     with progress() as bar:
         task = bar.add_task("restoring", total=None, note="")

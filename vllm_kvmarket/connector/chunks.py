@@ -16,7 +16,7 @@ import numpy as np
 from vllm_kvmarket.connector.layouts import Bytes, DeviceStaging, PagedCache
 from vllm_kvmarket.connector.messages import ChunkLoad, ChunkSave
 from vllm_kvmarket.connector.metrics import Tally
-from vllm_kvmarket.errors import (
+from vllm_kvmarket.core.errors import (
     ChunkDamagedError,
     ChunkMissingError,
     LayoutMismatchError,

@@ -16,14 +16,14 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 )
 from vllm.v1.metrics.cache_hit_source import CacheHitSource
 
-from vllm_kvmarket.config import load
 from vllm_kvmarket.connector.messages import Instructions
 from vllm_kvmarket.connector.metrics import MarketPromMetrics, MarketStats
 from vllm_kvmarket.connector.publishing import EngineFacts
 from vllm_kvmarket.connector.scheduler import SchedulerHalf
 from vllm_kvmarket.connector.supported_models import check_layers
 from vllm_kvmarket.connector.worker import WorkerHalf
-from vllm_kvmarket.errors import ConfigError
+from vllm_kvmarket.core.config import load
+from vllm_kvmarket.core.errors import ConfigError
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig

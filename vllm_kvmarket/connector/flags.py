@@ -14,9 +14,9 @@ from vllm.config import KVTransferConfig
 from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
 from vllm.engine.arg_utils import AsyncEngineArgs, EngineArgs
 
-from vllm_kvmarket.config import load, to_mapping
 from vllm_kvmarket.connector.supported_models import check_model
-from vllm_kvmarket.errors import ConfigError
+from vllm_kvmarket.core.config import load, to_mapping
+from vllm_kvmarket.core.errors import ConfigError
 
 NAME = "kvmarket"
 POLICY_REASON = (

@@ -14,8 +14,8 @@ from vllm.sampling_params import RequestOutputKind
 from vllm_kvmarket import rendering
 from vllm_kvmarket.connector.namespaces import base_facts
 from vllm_kvmarket.connector.params import FIELD
-from vllm_kvmarket.errors import NotPublishableError, PublishFailedError
-from vllm_kvmarket.identity import namespace_digest
+from vllm_kvmarket.core.errors import NotPublishableError, PublishFailedError
+from vllm_kvmarket.core.model_identity import namespace_digest
 
 # Behind every buyer's request, where vLLM was started with --scheduling-policy priority.
 PRIORITY = 1 << 20

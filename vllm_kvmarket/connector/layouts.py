@@ -17,7 +17,7 @@ import numpy.typing as npt
 import torch
 from vllm.logger import init_logger
 
-from vllm_kvmarket.errors import LayoutMismatchError
+from vllm_kvmarket.core.errors import LayoutMismatchError
 from vllm_kvmarket.store import ChunkLayout, LayerLayout
 from vllm_kvmarket.store.packings import CPU_PACKINGS, TOKENS, canonical
 

@@ -13,7 +13,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorWorkerMetadata,
 )
 
-from vllm_kvmarket.identity import TOKEN_BYTES
+from vllm_kvmarket.core.model_identity import TOKEN_BYTES
 
 # Why a chunk was not loaded: its file is bad, is gone, has a layout that this engine cannot use, or
 # could not be read now.

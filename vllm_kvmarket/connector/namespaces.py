@@ -7,8 +7,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from vllm_kvmarket.errors import ConfigError
-from vllm_kvmarket.identity import (
+from vllm_kvmarket.core.errors import ConfigError
+from vllm_kvmarket.core.model_identity import (
     NamespaceFacts,
     adapter_digest,
     canonical_model_config,

@@ -10,7 +10,12 @@ from typing import Annotated, Any, Literal
 
 import msgspec
 
-from vllm_kvmarket.credentials import ACCOUNT_PATTERN, OPERATOR, Credentials, account_subject
+from vllm_kvmarket.auth.operator_tokens import (
+    ACCOUNT_PATTERN,
+    OPERATOR,
+    Credentials,
+    account_subject,
+)
 
 FIELD = "kvmarket"
 

@@ -12,7 +12,13 @@ from vllm_kvmarket.catalogue import Listing
 from vllm_kvmarket.connector.messages import ChunkSave, SavePlan
 from vllm_kvmarket.connector.params import PublishParams
 from vllm_kvmarket.connector.requests import Decision, Publishing, RequestState, ledger_key
-from vllm_kvmarket.identity import ROOT, TOKEN_BYTES, chunk_keys, document_id, pack_tokens
+from vllm_kvmarket.core.model_identity import (
+    ROOT,
+    TOKEN_BYTES,
+    chunk_keys,
+    document_id,
+    pack_tokens,
+)
 from vllm_kvmarket.keeping import make_room
 from vllm_kvmarket.market import Market
 

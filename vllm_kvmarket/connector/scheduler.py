@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 from vllm.logger import init_logger
 
 from vllm_kvmarket.catalogue import Match
-from vllm_kvmarket.config import MarketConfig
 from vllm_kvmarket.connector import params as wishes
 from vllm_kvmarket.connector.answers import ANSWERED, answer_of, is_answered
 from vllm_kvmarket.connector.auditing import audit_plan, audit_record, start_auditing
@@ -26,6 +25,7 @@ from vllm_kvmarket.connector.namespaces import Namespaces
 from vllm_kvmarket.connector.pinning import PinnedBlocks
 from vllm_kvmarket.connector.publishing import EngineFacts, begun, save_plan, start_publishing
 from vllm_kvmarket.connector.requests import Decision, RequestState
+from vllm_kvmarket.core.config import MarketConfig
 from vllm_kvmarket.market import Market
 from vllm_kvmarket.purchase import PurchaseState
 

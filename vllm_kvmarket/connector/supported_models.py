@@ -14,7 +14,7 @@ from vllm.v1.kv_cache_interface import (
     UniformTypeKVCacheSpecs,
 )
 
-from vllm_kvmarket.errors import ConfigError
+from vllm_kvmarket.core.errors import ConfigError
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig

@@ -38,7 +38,7 @@ from vllm_kvmarket.connector.messages import (
 )
 from vllm_kvmarket.connector.metrics import MarketStats, Tally
 from vllm_kvmarket.connector.prefetch import Prefetcher
-from vllm_kvmarket.errors import (
+from vllm_kvmarket.core.errors import (
     ChunkDamagedError,
     ChunkMissingError,
     KVMarketError,

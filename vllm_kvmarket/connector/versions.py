@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from importlib import metadata
 
-from vllm_kvmarket.errors import VersionError
+from vllm_kvmarket.core.errors import VersionError
 
 OLDEST, BELOW = (0, 32), (0, 34)
 

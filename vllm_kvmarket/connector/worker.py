@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING
 import torch
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorTransferResults
 
-from vllm_kvmarket.config import MarketConfig
 from vllm_kvmarket.connector.layouts import Bytes, PagedCache
 from vllm_kvmarket.connector.messages import Instructions, WorkerReport
 from vllm_kvmarket.connector.metrics import MarketStats
 from vllm_kvmarket.connector.transfer import Finished, Transfers
+from vllm_kvmarket.core.config import MarketConfig
 from vllm_kvmarket.storage import store_of
 from vllm_kvmarket.store import aligned_empty
 from vllm_kvmarket.store.host import HostTier

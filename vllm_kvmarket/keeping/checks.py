@@ -9,7 +9,7 @@ import msgspec
 
 from vllm_kvmarket.catalogue import Listing
 from vllm_kvmarket.catalogue.listing import ON_OFFER
-from vllm_kvmarket.errors import (
+from vllm_kvmarket.core.errors import (
     ChunkDamagedError,
     ChunkMissingError,
     KVMarketError,

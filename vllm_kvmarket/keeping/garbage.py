@@ -10,8 +10,8 @@ import msgspec
 
 from vllm_kvmarket import sharing
 from vllm_kvmarket.catalogue.listing import NEEDED, ON_OFFER
-from vllm_kvmarket.errors import StoreError
-from vllm_kvmarket.identity import chunk_keys, unpack_tokens
+from vllm_kvmarket.core.errors import StoreError
+from vllm_kvmarket.core.model_identity import chunk_keys, unpack_tokens
 from vllm_kvmarket.market import Market
 from vllm_kvmarket.store import bucket_listings
 

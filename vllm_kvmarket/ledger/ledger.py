@@ -10,7 +10,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self, cast, get_args
 
-from vllm_kvmarket.errors import LedgerError, NotFoundError
+from vllm_kvmarket.core.errors import LedgerError, NotFoundError
 from vllm_kvmarket.ledger import audit
 from vllm_kvmarket.ledger.operations import (
     ACCOUNT_ID,

@@ -8,7 +8,7 @@ from typing import Literal
 
 import msgspec
 
-from vllm_kvmarket.credentials import ACCOUNT_PATTERN
+from vllm_kvmarket.auth.operator_tokens import ACCOUNT_PATTERN
 
 INT64_MAX = 2**63 - 1
 # Room for the keys that name a request, and below what PostgreSQL can keep in an index.

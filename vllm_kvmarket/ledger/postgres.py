@@ -12,7 +12,7 @@ from typing import Any
 
 import msgspec
 
-from vllm_kvmarket.errors import LedgerError
+from vllm_kvmarket.core.errors import LedgerError
 from vllm_kvmarket.ledger import postgres_schema
 from vllm_kvmarket.ledger.books import Found, GroupBooks
 from vllm_kvmarket.ledger.operations import Account, Result, Transfer

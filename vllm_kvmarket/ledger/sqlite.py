@@ -10,8 +10,8 @@ from pathlib import Path
 
 import apsw
 
-from vllm_kvmarket import database
-from vllm_kvmarket.errors import LedgerError
+from vllm_kvmarket.core import sqlite
+from vllm_kvmarket.core.errors import LedgerError
 from vllm_kvmarket.ledger import tables
 from vllm_kvmarket.ledger.books import Found, GroupBooks, Memory, Wanted
 from vllm_kvmarket.ledger.operations import Account, Result, Transfer
@@ -35,10 +35,10 @@ class SqliteStorage:
         self._memory = Memory()
         self._data_version: object = None
         with self._reported():
-            self._writing = database.connect(path)
+            self._writing = sqlite.connect(path)
             self._writing.pragma("cache_size", -WRITER_CACHE_KIB)
             self._writing.pragma("wal_autocheckpoint", CHECKPOINT_PAGES)
-            database.migrate(self._writing, tables.ROOM, tables.MIGRATIONS)
+            sqlite.migrate(self._writing, tables.ROOM, tables.MIGRATIONS)
 
     def close(self) -> None:
         """See Storage."""
@@ -168,7 +168,7 @@ class SqliteStorage:
         with self._reported():
             connection: apsw.Connection | None = getattr(self._local, "connection", None)
             if connection is None:
-                connection = self._local.connection = database.connect(self._path)
+                connection = self._local.connection = sqlite.connect(self._path)
                 with self._connections_lock:
                     self._connections.add(connection)
             yield connection

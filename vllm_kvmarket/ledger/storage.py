@@ -8,7 +8,7 @@ from typing import Protocol
 
 import msgspec
 
-from vllm_kvmarket.errors import LedgerError
+from vllm_kvmarket.core.errors import LedgerError
 from vllm_kvmarket.ledger.books import Wanted
 from vllm_kvmarket.ledger.operations import Account, Operation, Outcome, Result, Transfer
 from vllm_kvmarket.ledger.receipts import Receipt

@@ -13,7 +13,7 @@ import threading
 import time
 from collections.abc import Callable
 
-from vllm_kvmarket.errors import LedgerError
+from vllm_kvmarket.core.errors import LedgerError
 from vllm_kvmarket.ledger.operations import Result
 from vllm_kvmarket.ledger.storage import Batch, MalformedBatchError, Storage, UnavailableError
 

@@ -9,6 +9,7 @@ from typing import BinaryIO
 
 import msgspec
 
+from vllm_kvmarket.auth.signing_keys import SigningKeys
 from vllm_kvmarket.ledger import Ledger
 from vllm_kvmarket.proofs import merkle, source
 from vllm_kvmarket.proofs.errors import ProofError
@@ -20,7 +21,6 @@ from vllm_kvmarket.proofs.notes import (
     read_checkpoint,
     verify_checkpoint,
 )
-from vllm_kvmarket.signing import SigningKeys
 
 # Called with how many transfers were hashed.
 Progress = Callable[[int], object]

@@ -26,10 +26,11 @@ import apsw
 import msgspec
 from blake3 import blake3
 
-from vllm_kvmarket import database
+from vllm_kvmarket.auth.operator_tokens import SECRET_FILE
+from vllm_kvmarket.auth.signing_keys import KEYS_FOLDER, TRUSTED_FOLDER, sync_folder
 from vllm_kvmarket.catalogue import Catalogue
-from vllm_kvmarket.credentials import SECRET_FILE
-from vllm_kvmarket.errors import NotFoundError, StoreError
+from vllm_kvmarket.core import sqlite
+from vllm_kvmarket.core.errors import NotFoundError, StoreError
 from vllm_kvmarket.ledger import Ledger
 from vllm_kvmarket.market import DATABASE_FILE, Market
 from vllm_kvmarket.proofs.audit import AuditReport, audit
@@ -37,7 +38,6 @@ from vllm_kvmarket.proofs.errors import ProofError
 from vllm_kvmarket.proofs.files import write_whole
 from vllm_kvmarket.proofs.log import CHECKPOINTS_FILE, LOG_FOLDER
 from vllm_kvmarket.proofs.replay import replay
-from vllm_kvmarket.signing import KEYS_FOLDER, TRUSTED_FOLDER, sync_folder
 from vllm_kvmarket.store import CHUNKS_FOLDER
 
 FORMAT = 1
@@ -176,7 +176,7 @@ def audit_backup(
 def _audit_home(
     home: Path, given: Iterable[str] = (), must_have: Iterable[str] = ()
 ) -> AuditReport:
-    with contextlib.closing(database.connect(home / DATABASE_FILE)) as db:
+    with contextlib.closing(sqlite.connect(home / DATABASE_FILE)) as db:
         damage = [line for (line,) in db.execute("PRAGMA quick_check") if line != "ok"]
     if damage:
         raise ProofError(f"the backup's database is damaged: {damage[0]}; take an older backup")
@@ -204,7 +204,7 @@ def _copy_database(source: Path, target: Path) -> None:
         contextlib.closing(apsw.Connection(str(source))) as live,
         contextlib.closing(apsw.Connection(str(target))) as copy,
     ):
-        live.set_busy_timeout(database.BUSY_TIMEOUT_MS)
+        live.set_busy_timeout(sqlite.BUSY_TIMEOUT_MS)
         # All pages in one step: one read transaction, which no writer waits for.
         with copy.backup("main", live, "main") as running:
             while not running.done:

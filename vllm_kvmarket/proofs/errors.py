@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from vllm_kvmarket.errors import KVMarketError
+from vllm_kvmarket.core.errors import KVMarketError
 
 
 class ProofError(KVMarketError):

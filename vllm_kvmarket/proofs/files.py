@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from vllm_kvmarket.signing import sync_folder
+from vllm_kvmarket.auth.signing_keys import sync_folder
 
 
 def write_whole(path: Path, content: bytes, mode: int = 0o600) -> None:

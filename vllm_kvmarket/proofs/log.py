@@ -22,6 +22,7 @@ from pathlib import Path
 
 import msgspec
 
+from vllm_kvmarket.auth.signing_keys import PublicKey, SigningKeys
 from vllm_kvmarket.ledger import Ledger
 from vllm_kvmarket.proofs import merkle, source
 from vllm_kvmarket.proofs.errors import ProofError
@@ -38,7 +39,6 @@ from vllm_kvmarket.proofs.notes import (
     read_checkpoint,
     sign_checkpoint,
 )
-from vllm_kvmarket.signing import PublicKey, SigningKeys
 
 LOG_FOLDER = "log"
 HASHES_FILE = "hashes"

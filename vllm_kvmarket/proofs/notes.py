@@ -24,10 +24,10 @@ from dataclasses import dataclass
 
 import msgspec
 
+from vllm_kvmarket.auth.signing_keys import SIGNATURE_BYTES, PublicKey, SigningKey
 from vllm_kvmarket.proofs import merkle
 from vllm_kvmarket.proofs.errors import ProofError
 from vllm_kvmarket.proofs.leaves import Leaf, read_entry
-from vllm_kvmarket.signing import SIGNATURE_BYTES, PublicKey, SigningKey
 
 ORIGIN_PREFIX = "kvmarket/"
 MAX_NOTE_CHARACTERS = 100_000

@@ -28,21 +28,21 @@ from typing import Any
 
 import msgspec
 
-from vllm_kvmarket.errors import NotFoundError
-from vllm_kvmarket.ledger import PROVIDER, Receipt
-from vllm_kvmarket.market import Market
-from vllm_kvmarket.proofs import merkle
-from vllm_kvmarket.proofs.errors import ProofError
-from vllm_kvmarket.proofs.log import LoggedTransfer, TransparencyLog
-from vllm_kvmarket.proofs.notes import ORIGIN_PREFIX, InclusionProof
-from vllm_kvmarket.signing import (
+from vllm_kvmarket.auth.signing_keys import (
     PublicKey,
     SigningKey,
     SigningKeys,
     decode_base64url,
     encode_base64url,
 )
-from vllm_kvmarket.tariff import Terms
+from vllm_kvmarket.core.errors import NotFoundError
+from vllm_kvmarket.core.pricing import Terms
+from vllm_kvmarket.ledger import PROVIDER, Receipt
+from vllm_kvmarket.market import Market
+from vllm_kvmarket.proofs import merkle
+from vllm_kvmarket.proofs.errors import ProofError
+from vllm_kvmarket.proofs.log import LoggedTransfer, TransparencyLog
+from vllm_kvmarket.proofs.notes import ORIGIN_PREFIX, InclusionProof
 
 VERSION = 1
 TYPE = "kvmarket-receipt"

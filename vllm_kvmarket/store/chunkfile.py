@@ -23,8 +23,8 @@ import msgspec
 import numpy as np
 import xxhash
 
-from vllm_kvmarket.errors import ChunkDamagedError, LayoutMismatchError, StoreError
-from vllm_kvmarket.identity import TOKEN_BYTES, chunk_key
+from vllm_kvmarket.core.errors import ChunkDamagedError, LayoutMismatchError, StoreError
+from vllm_kvmarket.core.model_identity import TOKEN_BYTES, chunk_key
 from vllm_kvmarket.store import codec as codecs
 from vllm_kvmarket.store.codec import CODEC_RAW, CODECS, MAX_RATIO
 from vllm_kvmarket.store.layout import ChunkHeader, ChunkLayout

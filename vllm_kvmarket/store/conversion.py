@@ -16,7 +16,7 @@ from typing import Protocol
 
 import numpy as np
 
-from vllm_kvmarket.errors import (
+from vllm_kvmarket.core.errors import (
     ChunkDamagedError,
     ChunkMissingError,
     LayoutMismatchError,

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import msgspec
 
-from vllm_kvmarket.identity import KEY_BYTES, TOKEN_BYTES
+from vllm_kvmarket.core.model_identity import KEY_BYTES, TOKEN_BYTES
 
 # Bounds that msgspec checks when it decodes a header.
 Positive = Annotated[int, msgspec.Meta(gt=0)]

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import Self, TypeVar
 
-from vllm_kvmarket.errors import ChunkDamagedError
+from vllm_kvmarket.core.errors import ChunkDamagedError
 from vllm_kvmarket.store.chunkfile import Bytes
 from vllm_kvmarket.store.layout import ChunkHeader
 from vllm_kvmarket.store.reader import StoredChunk

@@ -24,7 +24,7 @@ import obstore
 import obstore.exceptions
 import obstore.store
 
-from vllm_kvmarket.errors import ConfigError, StoreError
+from vllm_kvmarket.core.errors import ConfigError, StoreError
 from vllm_kvmarket.store.breaker import Breaker
 
 T = TypeVar("T")

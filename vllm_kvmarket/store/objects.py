@@ -18,7 +18,7 @@ from typing import Any, cast
 import obstore
 import obstore.exceptions
 
-from vllm_kvmarket.errors import StoreError
+from vllm_kvmarket.core.errors import StoreError
 from vllm_kvmarket.store.names import chunk_name, share_of
 from vllm_kvmarket.store.object_calls import Calls, connect, local_root
 

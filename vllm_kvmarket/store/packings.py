@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from vllm_kvmarket.errors import LayoutMismatchError
+from vllm_kvmarket.core.errors import LayoutMismatchError
 from vllm_kvmarket.store.layout import ChunkLayout, LayerLayout
 
 Elements = npt.NDArray[Any]

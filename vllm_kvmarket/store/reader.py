@@ -26,13 +26,13 @@ from typing import Any, Self
 
 import numpy as np
 
-from vllm_kvmarket.errors import (
+from vllm_kvmarket.core.errors import (
     ChunkDamagedError,
     ChunkMissingError,
     LayoutMismatchError,
     StoreError,
 )
-from vllm_kvmarket.identity import chunk_key
+from vllm_kvmarket.core.model_identity import chunk_key
 from vllm_kvmarket.store import chunkfile, codec
 from vllm_kvmarket.store.codec import CODEC_RAW, Bytes
 from vllm_kvmarket.store.layout import ChunkHeader, ChunkLayout

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from vllm_kvmarket.errors import StoreFullError
+from vllm_kvmarket.core.errors import StoreFullError
 from vllm_kvmarket.store.quarantine import Quarantine
 from vllm_kvmarket.store.quota import Held, Quota
 from vllm_kvmarket.store.recency import LeastRecentlyUsed

@@ -18,7 +18,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import NamedTuple, Self
 
-from vllm_kvmarket.errors import ChunkDamagedError, ChunkMissingError, StoreError
+from vllm_kvmarket.core.errors import ChunkDamagedError, ChunkMissingError, StoreError
 from vllm_kvmarket.store.chunkfile import Bytes
 from vllm_kvmarket.store.disk import DiskStore
 from vllm_kvmarket.store.layout import ChunkLayout

@@ -12,11 +12,11 @@ import pytest
 from vllm_kvmarket import cli
 from vllm_kvmarket.catalogue import Listing
 from vllm_kvmarket.cli import engine
-from vllm_kvmarket.identity import ROOT, chunk_keys, document_id, pack_tokens
+from vllm_kvmarket.core.model_identity import ROOT, chunk_keys, document_id, pack_tokens
+from vllm_kvmarket.core.pricing import NANO
 from vllm_kvmarket.market import Market
 from vllm_kvmarket.purchase import Usage
 from vllm_kvmarket.store import ChunkLayout, LayerLayout
-from vllm_kvmarket.tariff import NANO
 
 NAMESPACE = bytes(range(32))
 LAYOUT = ChunkLayout("test", "uint8", 16, (LayerLayout("layer", (64,), 64),))

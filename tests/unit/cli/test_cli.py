@@ -8,7 +8,7 @@ import pytest
 
 from vllm_kvmarket import cli
 from vllm_kvmarket.cli import app, output
-from vllm_kvmarket.errors import KVMarketError
+from vllm_kvmarket.core.errors import KVMarketError
 from vllm_kvmarket.market import DATABASE_FILE, Market
 
 

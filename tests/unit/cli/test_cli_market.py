@@ -2,8 +2,8 @@
 
 import pytest
 
+from vllm_kvmarket.core.pricing import NANO
 from vllm_kvmarket.market import Market
-from vllm_kvmarket.tariff import NANO
 
 
 def test_list_and_show_tell_prices_and_sales(run, run_json, sold):

@@ -6,7 +6,7 @@ import time
 import pytest
 
 from vllm_kvmarket.cli import engine, keep
-from vllm_kvmarket.errors import PublishFailedError
+from vllm_kvmarket.core.errors import PublishFailedError
 from vllm_kvmarket.market import Market
 
 

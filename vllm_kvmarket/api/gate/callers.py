@@ -8,11 +8,11 @@ from typing import Any
 
 from vllm_kvmarket.api.gate.bodies import Scope, header_values
 from vllm_kvmarket.api.gate.refusals import BEARER, Refusal, bad, no_key
-from vllm_kvmarket.apikeys import PREFIX, Principal
-from vllm_kvmarket.apikeys import Scope as KeyScope
+from vllm_kvmarket.auth.api_keys import PREFIX, Principal
+from vllm_kvmarket.auth.api_keys import Scope as KeyScope
+from vllm_kvmarket.auth.operator_tokens import Credentials, account_subject
 from vllm_kvmarket.connector import params
 from vllm_kvmarket.connector.params import Reason, RequestParams
-from vllm_kvmarket.credentials import Credentials, account_subject
 
 CONNECTOR = "kvmarket"
 WITHOUT_KEY = "this server answers with a key only: Authorization: Bearer kvm_..."

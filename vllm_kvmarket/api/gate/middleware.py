@@ -24,7 +24,7 @@ from vllm_kvmarket.api.gate.refusals import Refusal, bad, no_key
 from vllm_kvmarket.api.gate.rendering import prompts_of
 from vllm_kvmarket.api.gate.routes import Kind, kind_of
 from vllm_kvmarket.api.gate.streams import ReceiptSender, Send, ids_of
-from vllm_kvmarket.errors import KVMarketError
+from vllm_kvmarket.core.errors import KVMarketError
 
 _REQUEST_ID = re.compile(r"[\x21-\x7e]{1,256}")
 

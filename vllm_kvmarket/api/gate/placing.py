@@ -18,7 +18,7 @@ from vllm_kvmarket.api.gate.refusals import Refusal, bad
 from vllm_kvmarket.api.gate.rendering import PROMPT_TOKENS, prompts_of
 from vllm_kvmarket.api.gate.routes import Kind
 from vllm_kvmarket.catalogue import Listing
-from vllm_kvmarket.errors import NotFoundError
+from vllm_kvmarket.core.errors import NotFoundError
 from vllm_kvmarket.market import Market
 
 REMEMBERED = 64

@@ -8,7 +8,7 @@ from typing import Any
 
 from vllm_kvmarket.api.gate.refusals import Quote, Refusal, bad
 from vllm_kvmarket.api.gate.wishes import Wish
-from vllm_kvmarket.errors import NotFoundError
+from vllm_kvmarket.core.errors import NotFoundError
 from vllm_kvmarket.market import Market
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import msgspec
 
 from vllm_kvmarket.api.gate.routes import Kind
-from vllm_kvmarket.errors import KVMarketError
+from vllm_kvmarket.core.errors import KVMarketError
 from vllm_kvmarket.market import Market
 
 Message = MutableMapping[str, Any]

@@ -13,7 +13,8 @@ from vllm_kvmarket.api.errors import ApiError, not_found
 from vllm_kvmarket.api.models import WHOLE_ACCOUNT
 from vllm_kvmarket.api.pages.page import HEADERS, PageRoute, Visitor, VisitorOf
 from vllm_kvmarket.api.paging import After, newest_first
-from vllm_kvmarket.errors import KVMarketError, NotFoundError
+from vllm_kvmarket.auth.signing_keys import SigningKeys
+from vllm_kvmarket.core.errors import KVMarketError, NotFoundError
 from vllm_kvmarket.ledger import Account, Ledger, Receipt, Transfer
 from vllm_kvmarket.market import Market
 from vllm_kvmarket.proofs import (
@@ -23,7 +24,6 @@ from vllm_kvmarket.proofs import (
     verify,
     verify_with_proof,
 )
-from vllm_kvmarket.signing import SigningKeys
 
 PAGE_ROWS = 20
 # Holds and royalties are looked for among so many of an account's newest transfers.

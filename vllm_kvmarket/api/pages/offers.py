@@ -14,8 +14,8 @@ from vllm_kvmarket.api.errors import ApiError, invalid, not_found, translate
 from vllm_kvmarket.api.models import Document, DocumentChange, NewDocument
 from vllm_kvmarket.api.pages.page import PageRoute, Visitor, VisitorOf
 from vllm_kvmarket.api.service import PUBLISHER
-from vllm_kvmarket.errors import NotFoundError
-from vllm_kvmarket.tariff import format_nano, parse_nano
+from vllm_kvmarket.core.errors import NotFoundError
+from vllm_kvmarket.core.pricing import format_nano, parse_nano
 
 MOST_OWN = 200
 REFRESH_S = 2

@@ -14,10 +14,10 @@ from vllm_kvmarket.api.errors import not_found
 from vllm_kvmarket.api.models import Document
 from vllm_kvmarket.api.pages.figures import break_even, reuse_over_time
 from vllm_kvmarket.api.pages.page import HEADERS, PageRoute, VisitorOf, asset
-from vllm_kvmarket.errors import NotFoundError
+from vllm_kvmarket.auth.signing_keys import SigningKeys
+from vllm_kvmarket.core.errors import NotFoundError
 from vllm_kvmarket.ledger import Receipt
 from vllm_kvmarket.market import Market
-from vllm_kvmarket.signing import SigningKeys
 
 PAGE_ROWS = 50
 # A document's chart is drawn from so many of its newest receipts.

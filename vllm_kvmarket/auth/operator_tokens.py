@@ -12,7 +12,7 @@ import os
 import secrets
 from pathlib import Path
 
-from vllm_kvmarket.errors import ConfigError
+from vllm_kvmarket.core.errors import ConfigError
 
 SECRET_FILE = "operator.key"  # noqa: S105  # its name, not the secret
 SECRET_BYTES = 32

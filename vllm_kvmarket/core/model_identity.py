@@ -21,7 +21,7 @@ from typing import Any
 import msgspec
 from blake3 import blake3
 
-from vllm_kvmarket.errors import ConfigError
+from vllm_kvmarket.core.errors import ConfigError
 
 CHUNK_TOKENS = 256
 KEY_BYTES = 32

@@ -30,7 +30,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import (
     Ed25519PublicKey,
 )
 
-from vllm_kvmarket.errors import ConfigError, NotFoundError
+from vllm_kvmarket.core.errors import ConfigError, NotFoundError
 
 KEYS_FOLDER = "signing"
 TRUSTED_FOLDER = "trusted"

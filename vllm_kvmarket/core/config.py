@@ -14,8 +14,8 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import msgspec
 
-from vllm_kvmarket.errors import ConfigError
-from vllm_kvmarket.tariff import Tariff
+from vllm_kvmarket.core.errors import ConfigError
+from vllm_kvmarket.core.pricing import Tariff
 
 HOME_VARIABLE = "KVMARKET_HOME"
 MIN_CHUNK_TOKENS, MAX_CHUNK_TOKENS = 16, 4096

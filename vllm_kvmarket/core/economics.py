@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from fractions import Fraction
 
-from vllm_kvmarket.tariff import MTOK, Tariff, Terms
+from vllm_kvmarket.core.pricing import MTOK, Tariff, Terms
 
 PAPER_AGENTS = 80_000_000
 PAPER_TOKENS = 3_774

@@ -18,9 +18,9 @@ from typing import Literal, Self, get_args
 import apsw
 from blake3 import blake3
 
-from vllm_kvmarket import database
-from vllm_kvmarket.credentials import ACCOUNT_PATTERN
-from vllm_kvmarket.errors import ConfigError, KVMarketError, NotFoundError
+from vllm_kvmarket.auth.operator_tokens import ACCOUNT_PATTERN
+from vllm_kvmarket.core import sqlite
+from vllm_kvmarket.core.errors import ConfigError, KVMarketError, NotFoundError
 
 Scope = Literal["admin", "publisher", "buyer", "read-only"]
 SCOPES: tuple[Scope, ...] = get_args(Scope)
@@ -101,8 +101,8 @@ class Keys:
         self._fresh_until_s = float("-inf")
         self._path = path
         try:
-            self._db = database.connect(path)
-            database.migrate(self._db, ROOM, MIGRATIONS)
+            self._db = sqlite.connect(path)
+            sqlite.migrate(self._db, ROOM, MIGRATIONS)
         except apsw.Error as error:
             raise self._unavailable(error) from error
 

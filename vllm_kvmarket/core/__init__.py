@@ -1,0 +1,1 @@
+"""Values and arithmetic that every room uses; imports nothing of the package but itself."""

@@ -32,7 +32,7 @@ from machine import describe_machine, memcpy_bytes_per_s
 from vllm_kvmarket import Market
 from vllm_kvmarket.cli.engine import engine_output
 from vllm_kvmarket.connector.engine import close_llm, open_llm
-from vllm_kvmarket.measure import ask, empty_prefix_cache
+from vllm_kvmarket.market.timed_requests import ask, empty_prefix_cache
 
 LENGTHS = (256, 512, 1024, 2048, 3774)
 QUESTION_TOKENS = 20

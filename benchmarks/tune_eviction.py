@@ -1,4 +1,4 @@
-"""Choose the constants of vllm_kvmarket.eviction, on workloads that the results do not use.
+"""Choose the eviction policy's constants, on workloads that the results do not use.
 
     python benchmarks/tune_eviction.py [--trace FILE ...]
 
@@ -21,7 +21,7 @@ from cdn_simulation import BUDGETS, populations
 from simulation.reads import Workload, read_trace
 from simulation.replay import replay
 
-from vllm_kvmarket import eviction
+from vllm_kvmarket.catalogue import eviction_policy
 
 SEEDS = (101, 102, 103)
 NAMES = ("PRIOR_USES", "PRIOR_PACES", "GONE_A_PACE")
@@ -47,7 +47,7 @@ def workloads(reads: int, traces: Sequence[Path]) -> list[Workload]:
 def saved(all_: Sequence[Workload], case: Case, policy: str, choice: Choice | None) -> float:
     """Replay one case; `choice` are the constants, in the order of NAMES."""
     for name, value in zip(NAMES, choice or (), strict=bool(choice)):
-        setattr(eviction, name, value)
+        setattr(eviction_policy, name, value)
     workload, share = all_[case[0]], case[1]
     return replay(workload, policy, max(1, int(workload.distinct_chunks * share))).saved_tokens
 

@@ -20,7 +20,7 @@ from vllm_kvmarket.core.errors import (
     VersionError,
 )
 from vllm_kvmarket.core.pricing import Tariff
-from vllm_kvmarket.market import Market
+from vllm_kvmarket.market.market import Market
 
 __all__ = [
     "CatalogueError",

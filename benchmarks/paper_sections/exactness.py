@@ -25,7 +25,7 @@ from paper_sections.tables import table
 from paper_sections.traces import NEW_TOKENS, TOP, Comparison, Trace, compare, is_explained, trace
 from vllm_kvmarket import Market
 from vllm_kvmarket.connector.engine import close_llm, open_llm
-from vllm_kvmarket.measure import ask, empty_prefix_cache
+from vllm_kvmarket.market.timed_requests import ask, empty_prefix_cache
 
 QUICK = {"prose": (200,), "code": (255,), "json": (230,), "other language": (300,)}
 BUYER = "buyer"

@@ -23,7 +23,7 @@ from paper_sections.inputs import PAPER_BREAK_EVEN, PAPER_POINTS
 from paper_sections.tables import table
 from vllm_kvmarket import Market
 from vllm_kvmarket.connector.engine import close_llm, open_llm
-from vllm_kvmarket.measure import REST_S, ask, empty_prefix_cache
+from vllm_kvmarket.market.timed_requests import REST_S, ask, empty_prefix_cache
 
 LENGTHS = (255, 512, 1024, 2048, 3000, 3774)
 REPEATS = 3

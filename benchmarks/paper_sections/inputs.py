@@ -18,8 +18,8 @@ SOURCES = {
     "input_price": "the paper's: $1.5M for 80M reads of 3,774 tokens is 5 a million tokens",
     "egress_prices": (
         "assumptions: a sweep of steps; 0.09 a GB is vllm_kvmarket.core.economics' default, a "
-        "large public cloud's usual list price to the internet; 0.01 stands for a cheap host; none was "
-        "looked up today"
+        "large public cloud's usual list price to the internet; 0.01 stands for a cheap host; none "
+        "was looked up today"
     ),
     "storage_prices": (
         "assumptions, a GB-month: the order of a public cloud's list prices for object storage and "

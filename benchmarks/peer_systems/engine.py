@@ -60,7 +60,7 @@ class Engine:
 
     def ask(self, step: dict[str, Any]) -> dict[str, Any]:
         """Ask about a document, with the step's own question or one that was not asked before."""
-        from vllm_kvmarket.measure import ask
+        from vllm_kvmarket.market.timed_requests import ask
 
         self._asked += 1
         question = self.question(step.get("question", 1000 * self.plan["process"] + self._asked))
@@ -80,7 +80,7 @@ class Engine:
 
     def empty(self, _step: dict[str, Any]) -> dict[str, Any]:
         """Empty vLLM's prefix cache; a small request first moves what waits for a step."""
-        from vllm_kvmarket.measure import empty_prefix_cache
+        from vllm_kvmarket.market.timed_requests import empty_prefix_cache
 
         self.nudge()
         empty_prefix_cache(self.llm)
@@ -88,7 +88,7 @@ class Engine:
 
     def nudge(self) -> None:
         """A request too short for any cache."""
-        from vllm_kvmarket.measure import ask
+        from vllm_kvmarket.market.timed_requests import ask
 
         ask(self.llm, [self._asked + 500, 17, 29], None, max_tokens=2, rest_s=0.2)
 

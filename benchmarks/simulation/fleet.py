@@ -15,8 +15,8 @@ import numpy as np
 
 from simulation.reads import Workload
 from simulation.replay import Outcome
+from vllm_kvmarket.catalogue.eviction_policy import recompute_tokens
 from vllm_kvmarket.core.economics import PAPER_KV_BYTES_PER_TOKEN
-from vllm_kvmarket.eviction import recompute_tokens
 
 ROUTES = ("random", "prefix-aware")
 CANDIDATES = 8

@@ -18,7 +18,7 @@ from collections.abc import Container
 from typing import Literal
 
 from simulation.reads import Read
-from vllm_kvmarket.eviction import recompute_tokens
+from vllm_kvmarket.catalogue.eviction_policy import recompute_tokens
 
 Queue = OrderedDict[int, int]
 Published = Literal["s3-fifo", "w-tinylfu", "gdsf"]

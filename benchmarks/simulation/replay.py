@@ -11,6 +11,7 @@ import numpy as np
 from simulation.policies import Published, published
 from simulation.reads import Workload
 from simulation.stores import Belady, ChunkLru, DocumentStore, Store
+from vllm_kvmarket.catalogue.eviction_policy import recompute_tokens
 from vllm_kvmarket.core.economics import (
     GB,
     PAPER_KV_BYTES_PER_TOKEN,
@@ -18,7 +19,6 @@ from vllm_kvmarket.core.economics import (
     Economics,
 )
 from vllm_kvmarket.core.pricing import NANO, Tariff
-from vllm_kvmarket.eviction import recompute_tokens
 
 PUBLISHED: tuple[Published, ...] = ("s3-fifo", "w-tinylfu", "gdsf")
 POLICIES = ("chunk-lru", *PUBLISHED, "lru", "value", "belady")

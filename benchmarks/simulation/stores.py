@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from simulation.reads import Read, Workload
-from vllm_kvmarket import eviction
+from vllm_kvmarket.catalogue import eviction_policy
 from vllm_kvmarket.catalogue.listing import Listing
 from vllm_kvmarket.catalogue.tree import PrefixTree
 from vllm_kvmarket.core.model_identity import pack_tokens
@@ -55,7 +55,7 @@ class DocumentStore:
     """
 
     def __init__(
-        self, policy: eviction.Policy, budget: int, chunk_tokens: int, tariff: Tariff
+        self, policy: eviction_policy.Policy, budget: int, chunk_tokens: int, tariff: Tariff
     ) -> None:
         self._policy = policy
         self._budget = budget
@@ -66,7 +66,7 @@ class DocumentStore:
         # The catalogue keeps the listings of documents that went, and what it knows of their use.
         self._gone: dict[tuple[int, ...], Held] = {}
         self._holders: Counter[int] = Counter()
-        self._line: Iterator[eviction.Candidate] = iter(())
+        self._line: Iterator[eviction_policy.Candidate] = iter(())
         self._ordered_at_s = 0.0
         self._by_this_order = 0
 
@@ -89,8 +89,8 @@ class DocumentStore:
 
     def _note_use(self, held: Held, matched: int, read: Read) -> None:
         tokens, whole = matched * self._chunk_tokens, len(held.path) * self._chunk_tokens
-        share = eviction.recompute_tokens(tokens) / eviction.recompute_tokens(whole)
-        held.score, held.last_used_s = eviction.reused(
+        share = eviction_policy.recompute_tokens(tokens) / eviction_policy.recompute_tokens(whole)
+        held.score, held.last_used_s = eviction_policy.reused(
             held.score, held.last_used_s, share, read.at_s
         )
         terms = self._tariff.terms(read.cache_read_nano_per_mtok)
@@ -114,7 +114,7 @@ class DocumentStore:
             held = Held(name, read.path, 1.0, read.at_s, read.at_s)
         else:
             held.name = name
-            held.score, held.last_used_s = eviction.reused(
+            held.score, held.last_used_s = eviction_policy.reused(
                 held.score, held.last_used_s, 1.0, read.at_s
             )
         self._held[name] = held
@@ -151,16 +151,16 @@ class DocumentStore:
                 freed += 1
         return freed
 
-    def _order(self, now_s: float) -> list[eviction.Candidate]:
+    def _order(self, now_s: float) -> list[eviction_policy.Candidate]:
         candidates = [self._candidate(held) for held in self._held.values()]
-        return eviction.order(
+        return eviction_policy.order(
             candidates,
             self._policy,
             now_s,
             input_nano_per_mtok=self._tariff.input_nano_per_mtok,
         )
 
-    def _candidate(self, held: Held) -> eviction.Candidate:
+    def _candidate(self, held: Held) -> eviction_policy.Candidate:
         # Behind one another, chunks with as many holders have the same holders: one part of them.
         own = 0
         parts: dict[int, tuple[int, int]] = {}
@@ -171,7 +171,7 @@ class DocumentStore:
             else:
                 first, size = parts.get(holders, (chunk, 0))
                 parts[holders] = first, size + 1
-        return eviction.Candidate(
+        return eviction_policy.Candidate(
             document_id=held.name,
             bytes=own,
             tokens=len(held.path) * self._chunk_tokens,

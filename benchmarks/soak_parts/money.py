@@ -13,7 +13,7 @@ from vllm_kvmarket.auth.signing_keys import SigningKeys
 from vllm_kvmarket.core.errors import KVMarketError
 from vllm_kvmarket.core.pricing import MTOK, PPM
 from vllm_kvmarket.ledger import PROVIDER, Receipt, Transfer
-from vllm_kvmarket.market import Market
+from vllm_kvmarket.market.market import Market
 from vllm_kvmarket.proofs import TransparencyLog, signed_receipt, verify, verify_checkpoint
 
 HOLDS_END_WITHIN_S = 45.0

@@ -27,7 +27,7 @@ from soak_parts.plan import (
 )
 from vllm_kvmarket import Market
 from vllm_kvmarket.auth.api_keys import Keys
-from vllm_kvmarket.market import DATABASE_FILE
+from vllm_kvmarket.market.market import DATABASE_FILE
 
 BIN = Path(sys.executable).parent
 STARTS_WITHIN_S = 300

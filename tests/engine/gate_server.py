@@ -6,7 +6,7 @@ import pytest
 from openai import OpenAI
 from serving import DOCUMENT, TEXT, serving
 
-from vllm_kvmarket import rendering
+from vllm_kvmarket.market import document_tokens
 
 
 @pytest.fixture(scope="session")
@@ -53,7 +53,7 @@ def chat(server, tokenizer):
         def get_tokenizer(self):
             return tokenizer
 
-    tokens = rendering.render(Llm(), TEXT, "chat")
+    tokens = document_tokens.render(Llm(), TEXT, "chat")
     return server.publish(tokens, "harbour", "chat"), tokens
 
 

@@ -22,7 +22,7 @@ from conftest import NANO, ROOT, words
 from vllm_kvmarket import Market
 from vllm_kvmarket.auth.api_keys import Keys
 from vllm_kvmarket.auth.operator_tokens import OPERATOR
-from vllm_kvmarket.market import DATABASE_FILE
+from vllm_kvmarket.market.market import DATABASE_FILE
 
 VLLM = ROOT / ".venv" / "bin" / "vllm"
 MODEL = "tiny"

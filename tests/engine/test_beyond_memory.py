@@ -6,7 +6,7 @@ import pytest
 from conftest import NANO, running, words
 
 from vllm_kvmarket import Market
-from vllm_kvmarket.measure import ask, empty_prefix_cache
+from vllm_kvmarket.market.timed_requests import ask, empty_prefix_cache
 
 QUESTION = words(999, 11)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from conftest import NANO, words
 
-from vllm_kvmarket.measure import ask, empty_prefix_cache
+from vllm_kvmarket.market.timed_requests import ask, empty_prefix_cache
 
 QUESTION = words(998, 13)
 

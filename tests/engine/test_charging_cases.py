@@ -14,8 +14,8 @@ from conftest import NANO, words
 from vllm import SamplingParams
 from vllm.sampling_params import BeamSearchParams, RequestOutputKind
 
-from vllm_kvmarket.keeping import collect_garbage
-from vllm_kvmarket.measure import ask, empty_prefix_cache
+from vllm_kvmarket.market.garbage_collection import collect_garbage
+from vllm_kvmarket.market.timed_requests import ask, empty_prefix_cache
 
 QUESTION = words(995, 13)
 

@@ -7,7 +7,7 @@ from asking import Bill, Requests, sold, wait_until
 from conftest import NANO, running, words
 
 from vllm_kvmarket import Market
-from vllm_kvmarket.measure import ask, empty_prefix_cache
+from vllm_kvmarket.market.timed_requests import ask, empty_prefix_cache
 
 QUESTION = words(994, 5) * 4  # a model that was taught to read goes on with it, as drafted
 DOCUMENT = words(5200, 600)

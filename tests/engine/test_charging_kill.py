@@ -25,7 +25,7 @@ from asking import Requests
 from conftest import words
 from vllm_kvmarket import Market
 from vllm_kvmarket.connector.engine import open_llm
-from vllm_kvmarket.measure import empty_prefix_cache
+from vllm_kvmarket.market.timed_requests import empty_prefix_cache
 
 market = Market.open(sys.argv[2], {"reservation_timeout_s": int(sys.argv[4])})
 llm = open_llm(sys.argv[1], market, max_model_len=4096)

@@ -6,7 +6,7 @@ import pytest
 from asking import PRICE_NANO, Bill, Requests, sold
 from conftest import words
 
-from vllm_kvmarket.measure import empty_prefix_cache
+from vllm_kvmarket.market.timed_requests import empty_prefix_cache
 
 
 @pytest.mark.parametrize(("limit_nano", "reused"), [(600 * PRICE_NANO, 600), (1, 0)])

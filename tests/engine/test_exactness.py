@@ -9,7 +9,7 @@ import pytest
 from conftest import running
 
 from vllm_kvmarket import Market
-from vllm_kvmarket.measure import ask, empty_prefix_cache
+from vllm_kvmarket.market.timed_requests import ask, empty_prefix_cache
 
 LENGTHS = (300, 1000, 3774)
 BLOCK = 128

@@ -14,7 +14,7 @@ from conftest import words
 
 from vllm_kvmarket import Market
 from vllm_kvmarket.core.model_identity import chunk_key
-from vllm_kvmarket.measure import ask, empty_prefix_cache
+from vllm_kvmarket.market.timed_requests import ask, empty_prefix_cache
 from vllm_kvmarket.store import chunkfile, open_chunk
 
 QUESTION = words(996, 10)

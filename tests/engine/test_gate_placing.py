@@ -7,11 +7,11 @@ from types import SimpleNamespace
 
 import pytest
 
-from vllm_kvmarket import rendering
 from vllm_kvmarket.api.gate.placing import Documents
 from vllm_kvmarket.api.gate.refusals import Refusal
 from vllm_kvmarket.api.gate.rendering import prompts_of
 from vllm_kvmarket.api.gate.routes import Kind
+from vllm_kvmarket.market import document_tokens
 
 TEXT = "Ships leave the harbour at dawn. " * 20
 QUESTION = "When do ships leave?"
@@ -45,7 +45,7 @@ def tokenizer(app):
 def published(tokenizer, text, **listing):
     """A document's tokens as chat, and a market that sells nothing else."""
     llm = SimpleNamespace(get_tokenizer=lambda: tokenizer)
-    tokens = rendering.render(llm, text, "chat")
+    tokens = document_tokens.render(llm, text, "chat")
     return tokens, on_offer(tokens, tokenizer, **listing)
 
 
@@ -131,7 +131,7 @@ def test_behind_a_whole_conversation_the_buyers_message_begins(app, tokenizer):
     """Published up to where the next message begins: nothing is put in between."""
     told = (("system", "You are brief."), ("user", "Tides?"), ("assistant", "Twice a day."))
     whole = chat_of(tokenizer, *told, ("user", QUESTION))
-    tokens = rendering.common_prefix([whole, chat_of(tokenizer, *told, ("user", "who"))])
+    tokens = document_tokens.common_prefix([whole, chat_of(tokenizer, *told, ("user", "who"))])
     body = {"model": str(app.state.args.model), **BODIES[Kind.CHAT]}
     assert place(app, on_offer(tokens, tokenizer), Kind.CHAT, body) == whole
 

@@ -21,7 +21,7 @@ from conftest import NANO
 
 from vllm_kvmarket import Market
 from vllm_kvmarket.core.errors import StoreError
-from vllm_kvmarket.keeping import collect_garbage
+from vllm_kvmarket.market.garbage_collection import collect_garbage
 
 ROUNDS = int(os.environ.get("KVMARKET_KILL_ROUNDS", "2"))
 SEED = int(os.environ.get("KVMARKET_KILL_SEED", "1"))
@@ -34,7 +34,7 @@ sys.path.insert(0, sys.argv[4])
 from conftest import words
 from vllm_kvmarket import Market
 from vllm_kvmarket.connector.engine import open_llm
-from vllm_kvmarket.measure import ask, empty_prefix_cache
+from vllm_kvmarket.market.timed_requests import ask, empty_prefix_cache
 
 model, home, number = sys.argv[1], sys.argv[2], int(sys.argv[3])
 market = Market.open(home, {"host_cache_bytes": 0})

@@ -13,7 +13,7 @@ from conftest import NANO, running, words
 
 from vllm_kvmarket import Market
 from vllm_kvmarket.connector.layouts import layout_tag, proven_packing
-from vllm_kvmarket.measure import ask, empty_prefix_cache
+from vllm_kvmarket.market.timed_requests import ask, empty_prefix_cache
 from vllm_kvmarket.store.packings import read_tag
 
 QUESTION = words(496, 10)

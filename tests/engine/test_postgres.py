@@ -12,7 +12,7 @@ import pytest
 from conftest import NANO, running, words
 
 from vllm_kvmarket import Market
-from vllm_kvmarket.measure import ask, empty_prefix_cache
+from vllm_kvmarket.market.timed_requests import ask, empty_prefix_cache
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "servers"))
 

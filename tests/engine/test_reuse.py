@@ -6,7 +6,7 @@ import pytest
 from conftest import words
 
 from vllm_kvmarket import Market, NotPublishableError
-from vllm_kvmarket.measure import ask, empty_prefix_cache
+from vllm_kvmarket.market.timed_requests import ask, empty_prefix_cache
 
 QUESTION = words(999, 11)
 

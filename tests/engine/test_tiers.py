@@ -11,7 +11,7 @@ from conftest import NANO, running, words
 
 from vllm_kvmarket import Market
 from vllm_kvmarket.connector.metrics import PREFIX
-from vllm_kvmarket.measure import ask, empty_prefix_cache
+from vllm_kvmarket.market.timed_requests import ask, empty_prefix_cache
 
 LENGTH = 700  # two whole chunks and a short one
 CHUNKS = 3

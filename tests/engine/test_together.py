@@ -10,8 +10,8 @@ import pytest
 from conftest import NANO, running, words
 
 from vllm_kvmarket import Market
-from vllm_kvmarket.keeping import collect_garbage
-from vllm_kvmarket.measure import ask, empty_prefix_cache
+from vllm_kvmarket.market.garbage_collection import collect_garbage
+from vllm_kvmarket.market.timed_requests import ask, empty_prefix_cache
 
 QUESTION = words(994, 9)
 pytestmark = pytest.mark.long

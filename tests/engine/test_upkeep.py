@@ -10,7 +10,7 @@ from conftest import NANO, running, words
 
 from vllm_kvmarket import Market, PublishFailedError
 from vllm_kvmarket.core.errors import PinError
-from vllm_kvmarket.measure import ask, empty_prefix_cache
+from vllm_kvmarket.market.timed_requests import ask, empty_prefix_cache
 
 QUESTION = words(995, 9)
 

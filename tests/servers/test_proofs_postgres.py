@@ -4,7 +4,8 @@ import pytest
 from ledger_books import NANO, fresh_number, funded_ledger, hold
 
 from vllm_kvmarket.ledger import post
-from vllm_kvmarket.market import Market
+from vllm_kvmarket.ledger.statements import payout, statement
+from vllm_kvmarket.market.market import Market
 from vllm_kvmarket.proofs import (
     ProofError,
     TransparencyLog,
@@ -13,7 +14,6 @@ from vllm_kvmarket.proofs import (
     read_inclusion,
     restore,
 )
-from vllm_kvmarket.statements import payout, statement
 
 psycopg = pytest.importorskip("psycopg", reason="pip install vllm-kvmarket[postgres]")
 from postgres import PostgreSQL, needed_binaries  # noqa: E402  # needs psycopg

@@ -10,7 +10,7 @@ from vllm_kvmarket import Market
 from vllm_kvmarket.catalogue import Listing
 from vllm_kvmarket.core.errors import StoreError
 from vllm_kvmarket.core.model_identity import ROOT, chunk_keys, document_id, pack_tokens
-from vllm_kvmarket.sharing import Directory
+from vllm_kvmarket.market.shared_bucket import Directory
 from vllm_kvmarket.store import ChunkLayout, LayerLayout
 
 NAMESPACE = bytes(range(32))

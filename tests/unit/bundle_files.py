@@ -18,7 +18,7 @@ from vllm_kvmarket.auth.signing_keys import SigningKeys
 from vllm_kvmarket.bundles.format import MANIFEST, SIGNATURE, Manifest
 from vllm_kvmarket.catalogue import Listing
 from vllm_kvmarket.core.model_identity import ROOT, pack_tokens
-from vllm_kvmarket.market import Market
+from vllm_kvmarket.market.market import Market
 
 CHUNK_TOKENS = 16
 DOCUMENT = tokens(40)  # two whole chunks, and one of 8 tokens

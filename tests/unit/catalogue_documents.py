@@ -14,7 +14,7 @@ import numpy as np
 
 from vllm_kvmarket.catalogue import Catalogue, Listing
 from vllm_kvmarket.core.model_identity import ROOT, chunk_keys, document_id, pack_tokens
-from vllm_kvmarket.market import Market
+from vllm_kvmarket.market.market import Market
 from vllm_kvmarket.store import ChunkLayout, LayerLayout
 
 NAMESPACE = bytes(range(32))

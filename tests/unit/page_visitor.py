@@ -8,7 +8,7 @@ from html.parser import HTMLParser
 
 from fastapi.testclient import TestClient
 
-from vllm_kvmarket.purchase import Usage
+from vllm_kvmarket.market.purchase import Usage
 
 BASE = "/kvmarket"
 

@@ -8,8 +8,8 @@ from catalogue_documents import NAMESPACE, store_and_list, tokens
 
 from vllm_kvmarket.core.pricing import NANO
 from vllm_kvmarket.ledger import Receipt
-from vllm_kvmarket.market import Market
-from vllm_kvmarket.purchase import Usage
+from vllm_kvmarket.market.market import Market
+from vllm_kvmarket.market.purchase import Usage
 
 DOCUMENT = tokens(600)
 

@@ -16,7 +16,7 @@ from vllm_kvmarket.connector import scheduler
 from vllm_kvmarket.connector.publishing import EngineFacts
 from vllm_kvmarket.core.config import load
 from vllm_kvmarket.core.pricing import NANO
-from vllm_kvmarket.market import Market
+from vllm_kvmarket.market.market import Market
 
 DOCUMENT = tokens(600)
 BLOCK_TOKENS = 128

@@ -13,8 +13,8 @@ from api_server import NANO, as_, publish, running, text_of
 from vllm_kvmarket.api.limits import Limiter, Rate
 from vllm_kvmarket.api.paging import newest_first
 from vllm_kvmarket.auth.signing_keys import PublicKey
+from vllm_kvmarket.market.purchase import PurchaseState, Usage
 from vllm_kvmarket.proofs import ConsistencyProof, read_inclusion, verify, verify_checkpoint
-from vllm_kvmarket.purchase import PurchaseState, Usage
 
 BASE = "/v1/kvmarket"
 

@@ -11,11 +11,11 @@ import pytest
 from catalogue_documents import NAMESPACE
 from proof_market import DOCUMENT, open_shop, sell
 
-from vllm_kvmarket import keeping
 from vllm_kvmarket.auth.operator_tokens import OPERATOR
 from vllm_kvmarket.auth.signing_keys import SigningKeys, TrustedKeys
 from vllm_kvmarket.ledger import Ledger, pending, renew, void
-from vllm_kvmarket.market import Market
+from vllm_kvmarket.market import check_and_repair
+from vllm_kvmarket.market.market import Market
 from vllm_kvmarket.proofs import (
     ProofError,
     TransparencyLog,
@@ -64,7 +64,7 @@ def test_a_restored_market_is_the_same_market(market, folder, tmp_path):
         assert other.receipt(receipt.id) == receipt
         assert other.credentials.token(OPERATOR) == token
         assert TrustedKeys(other.home).all().keys() == TrustedKeys(market.home).all().keys()
-        assert keeping.check(other).chunks_verified == 3
+        assert check_and_repair.check(other).chunks_verified == 3
         keys = SigningKeys(other.home).public_keys()
         verify(jws, keys)
         assert verify_checkpoint(checkpoint.note, keys) == checkpoint
@@ -107,7 +107,7 @@ SELLER = """
 import sys
 from pathlib import Path
 from proof_market import sell
-from vllm_kvmarket.market import Market
+from vllm_kvmarket.market.market import Market
 from vllm_kvmarket.proofs import TransparencyLog
 with Market.open(Path(sys.argv[1])) as market:
     log = TransparencyLog(market.ledger, market.home)

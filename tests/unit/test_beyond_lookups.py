@@ -13,7 +13,7 @@ from catalogue_documents import NAMESPACE, publish, tokens
 
 from vllm_kvmarket.catalogue import Catalogue, beyond, tables
 from vllm_kvmarket.core.errors import CatalogueError
-from vllm_kvmarket.market import Market
+from vllm_kvmarket.market.market import Market
 
 DOCUMENT = tokens(700)
 TABLES = "SELECT name FROM sqlite_schema WHERE name IN ('offered', 'continuation', 'followed')"

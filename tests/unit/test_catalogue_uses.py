@@ -10,11 +10,10 @@ from pathlib import Path
 import pytest
 from catalogue_documents import ended, listing_of, publish, start_process, tokens
 
-from vllm_kvmarket import eviction
-from vllm_kvmarket.catalogue import Audit, Catalogue, Use
+from vllm_kvmarket.catalogue import Audit, Catalogue, Use, eviction_policy
 from vllm_kvmarket.catalogue import catalogue as module
+from vllm_kvmarket.catalogue.eviction_policy import HALF_LIFE_S
 from vllm_kvmarket.core.errors import NotFoundError
-from vllm_kvmarket.eviction import HALF_LIFE_S
 
 DOCUMENT = tokens(700)
 NOW_S = 1_000_000.0
@@ -285,6 +284,6 @@ def test_candidates_of_many_documents_are_found_quickly(catalogue):
         publish(catalogue, tokens(256 * 20, seed % 30)[: 256 * 20 - seed // 30])
     started = time.perf_counter()
     candidates = catalogue.candidates()
-    order = eviction.order(candidates, "value", time.time())
+    order = eviction_policy.order(candidates, "value", time.time())
     assert len(order) == 60
     assert time.perf_counter() - started < 2

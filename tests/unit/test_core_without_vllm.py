@@ -16,7 +16,7 @@ MODULES = (
     "vllm_kvmarket.catalogue",
     "vllm_kvmarket.cli",
     "vllm_kvmarket.ledger",
-    "vllm_kvmarket.market",
+    "vllm_kvmarket.market.market",
     "vllm_kvmarket.plugin",
     "vllm_kvmarket.store",
 )

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vllm_kvmarket.eviction import (
+from vllm_kvmarket.catalogue.eviction_policy import (
     HALF_LIFE_S,
     Candidate,
     decayed,

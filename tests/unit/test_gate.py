@@ -13,7 +13,7 @@ from vllm_kvmarket import Market
 from vllm_kvmarket.api.gate.routes import ROUTES, Kind
 from vllm_kvmarket.auth.api_keys import Keys
 from vllm_kvmarket.auth.operator_tokens import OPERATOR, account_subject
-from vllm_kvmarket.market import DATABASE_FILE
+from vllm_kvmarket.market.market import DATABASE_FILE
 
 GENERATING = sorted(path for (path, _), kind in ROUTES.items() if kind.generates)
 SALTED = {path for (path, _), kind in ROUTES.items() if kind is Kind.SALTED}

@@ -9,7 +9,7 @@ import pytest
 from catalogue_documents import store_and_list, tokens
 from test_gate import alice, app, client, keys, market, reached  # noqa: F401  # fixtures
 
-from vllm_kvmarket.market import Market
+from vllm_kvmarket.market.market import Market
 
 
 def ask(client, headers, model, **wish):  # noqa: F811

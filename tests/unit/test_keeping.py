@@ -10,10 +10,10 @@ import apsw
 import pytest
 from catalogue_documents import matched, store_and_list, tokens
 
-from vllm_kvmarket import keeping
 from vllm_kvmarket.catalogue import Use
 from vllm_kvmarket.core.errors import NotFoundError, NotPublishableError, StoreFullError
-from vllm_kvmarket.market import DATABASE_FILE, Market
+from vllm_kvmarket.market import check_and_repair, eviction, garbage_collection
+from vllm_kvmarket.market.market import DATABASE_FILE, Market
 
 LENGTH = 600
 
@@ -59,7 +59,7 @@ def limited(home: Path):
         yield market, size
         assert market.store.usage().bytes_used <= market.config.disk_quota_bytes
         assert market.catalogue.check_integrity() == []
-        assert keeping.check(market).problems == []
+        assert check_and_repair.check(market).problems == []
 
 
 def live(market: Market) -> set[int]:
@@ -87,7 +87,7 @@ def test_room_is_made_for_one_document_by_one(limited):
     )
     with pytest.raises(StoreFullError):
         store(market, 4)
-    assert keeping.make_room(market, size) >= size
+    assert eviction.make_room(market, size) >= size
     assert live(market) == {0, 1, 3}
     (evicted,) = market.catalogue.listings("evicted")
     assert evicted.reason == f"the store needed {size} bytes"
@@ -99,10 +99,10 @@ def test_room_is_made_for_one_document_by_one(limited):
 def test_nothing_is_evicted_while_there_is_room(limited):
     """Unlisted chunks go first, and suffice."""
     market, size = limited
-    assert keeping.make_room(market, size // 4) >= size // 4
+    assert eviction.make_room(market, size // 4) >= size // 4
     assert live(market) == {0, 1, 2, 3}
     market.delist(name_of(market, 2))
-    assert keeping.make_room(market, size) >= size
+    assert eviction.make_room(market, size) >= size
     assert live(market) == {0, 1, 3}
 
 
@@ -111,11 +111,11 @@ def test_pinned_and_protected_documents_stay(limited):
     market, size = limited
     market.catalogue.set_pinned(name_of(market, 0), pinned=True)
     protect = {name_of(market, 1)}
-    assert keeping.make_room(market, 3 * size, protect) < size
+    assert eviction.make_room(market, 3 * size, protect) < size
     assert live(market) == {0, 1, 2, 3}
-    assert keeping.make_room(market, 2 * size, protect) >= 2 * size
+    assert eviction.make_room(market, 2 * size, protect) >= 2 * size
     assert live(market) == {0, 1}
-    assert keeping.make_room(market, 99 * size, protect) < 3 * size
+    assert eviction.make_room(market, 99 * size, protect) < 3 * size
     assert live(market) == {0, 1}
 
 
@@ -128,7 +128,7 @@ def test_room_is_made_by_the_configured_policy(limited, home):
     market.catalogue.note_uses(uses)
     config = {"disk_quota_bytes": market.config.disk_quota_bytes, "eviction": "lru"}
     with Market.open(home, config) as by_use:
-        keeping.make_room(by_use, size)
+        eviction.make_room(by_use, size)
         assert live(by_use) == {1, 2, 3}
 
 
@@ -141,7 +141,7 @@ def test_the_same_market_gives_the_same_victims(tmp_path):
                 size = file_bytes(market, store(market, seed).chunk_keys)
         config = {"disk_quota_bytes": 4 * size}
         with Market.open(tmp_path / str(number), config) as market:
-            keeping.make_room(market, 2 * size)
+            eviction.make_room(market, 2 * size)
             gone.add(frozenset(each.document_id for each in market.catalogue.listings("evicted")))
     assert len(gone) == 1
     assert len(next(iter(gone))) == 2
@@ -150,7 +150,7 @@ def test_the_same_market_gives_the_same_victims(tmp_path):
 def test_without_a_quota_nothing_is_evicted(market):
     """The device is shared with others, who would take what is freed."""
     store(market, 1)
-    assert keeping.make_room(market, 1 << 60) < 1 << 60
+    assert eviction.make_room(market, 1 << 60) < 1 << 60
     assert live(market) == {1}
 
 
@@ -160,7 +160,7 @@ def test_a_cache_makes_room_by_itself(tmp_path):
     config = {"object_store_url": (tmp_path / "bucket").as_uri(), "disk_quota_bytes": 100_000}
     with Market.open(tmp_path / "a", config) as market:
         store(market, 1)
-        assert keeping.make_room(market, 99_999) < 100_000
+        assert eviction.make_room(market, 99_999) < 100_000
         assert live(market) == {1}
 
 
@@ -170,10 +170,10 @@ def test_a_cache_makes_room_by_itself(tmp_path):
 def test_the_end_of_a_document_can_be_set(market):
     """For a time, or for good."""
     name = store(market, 1).document_id
-    assert keeping.set_time_to_live(market, name, 9e9).expires_at_s == 9e9
-    assert keeping.set_time_to_live(market, name, None).expires_at_s is None
+    assert eviction.set_time_to_live(market, name, 9e9).expires_at_s == 9e9
+    assert eviction.set_time_to_live(market, name, None).expires_at_s is None
     with pytest.raises(NotFoundError):
-        keeping.set_time_to_live(market, "kvd_unknown", None)
+        eviction.set_time_to_live(market, "kvd_unknown", None)
 
 
 # Checks
@@ -183,27 +183,27 @@ def test_a_check_tells_what_is_wrong_and_changes_nothing(market, home):
     """Damage, a missing file, books that do not add up; progress is told; quarantine is shown."""
     good, bad = store(market, 1), store(market, 2)
     steps: list[tuple[int, int]] = []
-    report = keeping.check(market, on_progress=lambda *step: steps.append(step))
+    report = check_and_repair.check(market, on_progress=lambda *step: steps.append(step))
     assert report.ok
     assert steps == [(number, 6) for number in range(1, 7)]
     assert (report.chunks_verified, report.quarantined, report.quota_bytes) == (6, [], None)
     assert report.used_bytes >= report.stored_bytes > 0
     damage(market, bad.chunk_keys[0])
     market.store.path(bad.chunk_keys[1]).unlink()
-    report = keeping.check(market)
+    report = check_and_repair.check(market)
     assert (report.ok, report.chunks_damaged, len(report.problems)) == (False, 2, 2)
     assert all(bad.document_id in problem for problem in report.problems)
     assert market.catalogue.get(bad.document_id).state == "live"
-    assert keeping.check(market, verify=False).ok
+    assert check_and_repair.check(market, verify=False).ok
     damage(market, good.chunk_keys[0])
     assert market.store.quarantine(good.chunk_keys[0], 0, 1, "its checksum is wrong")
-    report = keeping.check(market)
+    report = check_and_repair.check(market)
     assert [file["reason"] for file in report.quarantined] == ["its checksum is wrong"]
     database = apsw.Connection(str(home / DATABASE_FILE))
     database.execute(
         "UPDATE listing SET token_count = 599 WHERE document_id = ?", (good.document_id,)
     )
-    assert any("catalogue" in problem for problem in keeping.check(market).problems)
+    assert any("catalogue" in problem for problem in check_and_repair.check(market).problems)
     database.execute(
         "UPDATE listing SET token_count = 600 WHERE document_id = ?", (good.document_id,)
     )
@@ -218,9 +218,9 @@ def test_what_is_delisted_during_a_check_is_not_missed(market):
         if done == 1:
             for listing in (first, second):
                 market.delist(listing.document_id)
-            keeping.collect_garbage(market)
+            garbage_collection.collect_garbage(market)
 
-    assert keeping.check(market, on_progress=lose).ok
+    assert check_and_repair.check(market, on_progress=lose).ok
 
 
 # Repair
@@ -243,13 +243,13 @@ def test_damaged_documents_are_published_again(market):
     damage(market, bad.chunk_keys[1])
     market.store.path(lost.chunk_keys[0]).unlink()
     publish, calls = republish(market)
-    report = keeping.repair(market, None, publish)
+    report = check_and_repair.repair(market, None, publish)
     assert (report.chunks_verified, report.chunks_damaged) == (9, 2)
     assert sorted(report.repaired) == sorted(calls) == sorted([bad.document_id, lost.document_id])
     assert (report.healed, report.failed) == ([], {})
     assert len(market.store.quarantined()) == 1
     assert market.catalogue.get(good.document_id) == good
-    assert keeping.check(market).ok
+    assert check_and_repair.check(market).ok
     assert len(market.catalogue.listings("live")) == 3
 
 
@@ -258,7 +258,7 @@ def test_a_chunk_that_is_whole_heals_without_an_engine(market):
     listing = store(market, 1)
     market.catalogue.report_damage(listing.chunk_keys[1], "it could not be read")
     publish, calls = republish(market)
-    report = keeping.repair(market, None, publish)
+    report = check_and_repair.repair(market, None, publish)
     assert (report.healed, report.repaired, calls) == ([listing.document_id], [], [])
     assert market.catalogue.get(listing.document_id) == listing
 
@@ -269,10 +269,10 @@ def test_documents_that_share_what_is_lost_are_repaired_once(market):
     two = store_and_list(market, tokens(LENGTH, 1)[:512])
     damage(market, one.chunk_keys[0])
     publish, calls = republish(market)
-    report = keeping.repair(market, None, publish)
+    report = check_and_repair.repair(market, None, publish)
     assert (len(calls), len(report.repaired), len(report.healed)) == (1, 1, 1)
     assert {*report.repaired, *report.healed} == {one.document_id, two.document_id}
-    assert keeping.check(market).ok
+    assert check_and_repair.check(market).ok
 
 
 def test_what_fails_is_told_and_stops_nothing(market):
@@ -291,21 +291,21 @@ def test_what_fails_is_told_and_stops_nothing(market):
         return publish(document_id)
 
     chosen = [each.document_id for each in (first, second, off, evicted)]
-    report = keeping.repair(market, chosen, choosy)
+    report = check_and_repair.repair(market, chosen, choosy)
     assert report.failed == {
         first.document_id: "another model's",
         off.document_id: "it is delisted; publish it again",
     }
     assert report.repaired == [second.document_id, evicted.document_id]
     with pytest.raises(NotFoundError):
-        keeping.repair(market, ["kvd_unknown"], publish)
+        check_and_repair.repair(market, ["kvd_unknown"], publish)
 
 
 def test_publishing_that_lists_nothing_is_no_repair(market):
     """The state afterwards decides, not that nothing was raised."""
     listing = store(market, 1)
     damage(market, listing.chunk_keys[0])
-    report = keeping.repair(market, [listing.document_id], market.catalogue.get)
+    report = check_and_repair.repair(market, [listing.document_id], market.catalogue.get)
     assert "it is damaged still" in report.failed[listing.document_id]
 
 
@@ -314,5 +314,5 @@ def test_every_step_of_a_repair_is_told(market):
     store(market, 1)
     store_and_list(market, tokens(LENGTH, 1)[:512])
     steps: list[tuple[int, int]] = []
-    keeping.repair(market, None, market.catalogue.get, lambda *step: steps.append(step))
+    check_and_repair.repair(market, None, market.catalogue.get, lambda *step: steps.append(step))
     assert steps == list(itertools.zip_longest(range(1, 4), [], fillvalue=3))

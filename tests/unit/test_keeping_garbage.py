@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 from catalogue_documents import ended, heard, start_process, store_and_list, tell, tokens
 
-from vllm_kvmarket import keeping, sharing
 from vllm_kvmarket.core.errors import StoreError
-from vllm_kvmarket.market import Market
+from vllm_kvmarket.market import check_and_repair, garbage_collection, shared_bucket
+from vllm_kvmarket.market.market import Market
 from vllm_kvmarket.store import bucket_listings
 
 LENGTH = 600
@@ -48,15 +48,15 @@ def test_what_no_listing_needs_goes(market):
     market.delist(gone.document_id)
     market.delist(shorter.document_id)
     size = file_bytes(market, [*gone.chunk_keys, shorter.chunk_keys[-1]])
-    expected = keeping.collect_garbage(market, dry_run=True)
+    expected = garbage_collection.collect_garbage(market, dry_run=True)
     assert (expected.chunks_deleted, expected.bytes_freed) == (4, size)
     assert market.store.has(gone.chunk_keys[0])
-    report = keeping.collect_garbage(market)
+    report = garbage_collection.collect_garbage(market)
     assert (report.chunks_deleted, report.bytes_freed) == (4, size)
     assert (report.expired, report.abandoned, report.objects_deleted) == ([], [], 0)
     assert set(market.store.keys()) == set(kept.chunk_keys)
-    assert keeping.check(market).ok
-    assert keeping.collect_garbage(market).chunks_deleted == 0
+    assert check_and_repair.check(market).ok
+    assert garbage_collection.collect_garbage(market).chunks_deleted == 0
 
 
 def test_collecting_expires_what_is_over(market):
@@ -64,16 +64,16 @@ def test_collecting_expires_what_is_over(market):
     listing = store(market, 1, expires_at_s=time.time() + 0.05)
     store(market, 2, expires_at_s=time.time() + 1000)
     time.sleep(0.1)
-    expected = keeping.collect_garbage(market, dry_run=True)
+    expected = garbage_collection.collect_garbage(market, dry_run=True)
     assert (expected.expired, expected.chunks_deleted) == ([listing.document_id], 3)
     assert market.catalogue.get(listing.document_id).state == "live"
-    report = keeping.collect_garbage(market)
+    report = garbage_collection.collect_garbage(market)
     assert (report.expired, report.chunks_deleted) == ([listing.document_id], 3)
     assert len(market.catalogue.listings("live")) == 1
 
 
 PUBLISH_HALF = """
-from vllm_kvmarket.market import Market
+from vllm_kvmarket.market.market import Market
 market = Market.open(home)
 document = tokens(600, 7)
 listing = listing_of(document)
@@ -90,10 +90,10 @@ def test_a_publisher_keeps_its_chunks_until_it_dies(market, home):
     """What is on its way is needed; what was left on its way is not."""
     process = start_process(PUBLISH_HALF, home)
     assert heard(process) == "begun"
-    assert keeping.collect_garbage(market).chunks_deleted == 0
+    assert garbage_collection.collect_garbage(market).chunks_deleted == 0
     tell(process, "die")
     ended(process)
-    report = keeping.collect_garbage(market)
+    report = garbage_collection.collect_garbage(market)
     assert (len(report.abandoned), report.chunks_deleted) == (1, 3)
     assert market.catalogue.get(report.abandoned[0]).state == "failed"
 
@@ -101,7 +101,7 @@ def test_a_publisher_keeps_its_chunks_until_it_dies(market, home):
 PUBLISH_AND_DELIST = """
 import random
 from vllm_kvmarket.core.errors import CatalogueError, NotFoundError
-from vllm_kvmarket.market import Market
+from vllm_kvmarket.market.market import Market
 random.seed(int(sys.argv[2]))
 with Market.open(home) as market:
     for _ in range(25):
@@ -127,19 +127,19 @@ def test_collecting_beside_publishers_loses_nothing(market, home):
     processes = [start_process(PUBLISH_AND_DELIST, home, number) for number in range(2)]
     deleted = 0
     while any(process.poll() is None for process in processes):
-        deleted += keeping.collect_garbage(market).chunks_deleted
+        deleted += garbage_collection.collect_garbage(market).chunks_deleted
     assert [ended(process) for process in processes] == [0, 0]
     assert deleted > 0
-    assert keeping.check(market).ok
+    assert check_and_repair.check(market).ok
 
 
 # Sudden ends
 
 KILLED_AT_RANDOM = """
 import random, signal
-from vllm_kvmarket import keeping
+from vllm_kvmarket.market import check_and_repair, eviction, garbage_collection
 from vllm_kvmarket.catalogue import Use
-from vllm_kvmarket.market import Market
+from vllm_kvmarket.market.market import Market
 
 rounds, size = int(sys.argv[2]), int(sys.argv[3])
 config = {"disk_quota_bytes": 3 * size}
@@ -150,14 +150,14 @@ def work(chosen):
         while True:
             document = tokens(600, chosen.randrange(5))
             name = listing_of(document).document_id
-            keeping.make_room(market, size, {name})
+            eviction.make_room(market, size, {name})
             store_and_list(market, document, expires_at_s=time.time() + chosen.random())
             market.catalogue.note_uses([Use(name, 600, 1, time.time())])
             if chosen.random() < 0.3:
                 market.catalogue.report_damage(listing_of(document).chunk_keys[1])
-                keeping.repair(market, None, market.catalogue.get)
+                check_and_repair.repair(market, None, market.catalogue.get)
             if chosen.random() < 0.3:
-                keeping.collect_garbage(market)
+                garbage_collection.collect_garbage(market)
 
 
 for seed in range(rounds):
@@ -172,14 +172,14 @@ for seed in range(rounds):
     os.kill(child, signal.SIGKILL)
     status = os.waitpid(child, 0)[1]
     with Market.open(home, config) as market:
-        problems = keeping.check(market).problems
-        keeping.collect_garbage(market)
+        problems = check_and_repair.check(market).problems
+        garbage_collection.collect_garbage(market)
         usage = market.store.usage()
-        problems += keeping.check(market).problems
+        problems += check_and_repair.check(market).problems
         states = {each.state for each in market.catalogue.listings()}
         if "publishing" in states or usage.drafts or usage.bytes_used != market.store.recount():
             problems.append(f"left behind: {states} {usage}")
-        keeping.make_room(market, size)
+        eviction.make_room(market, size)
         if store_and_list(market, tokens(600, 9), title=str(seed)).state != "live":
             problems.append("cannot publish")
         market.delist(listing_of(tokens(600, 9)).document_id)
@@ -220,15 +220,15 @@ def test_objects_that_another_home_needs_stay(shared):
     """A home's garbage collection asks the bucket who needs what, and spares what is fresh."""
     one, other, bucket = shared
     listing = store(one, 1)
-    sharing.offer(one.store, one.catalogue, listing.document_id)
+    shared_bucket.offer(one.store, one.catalogue, listing.document_id)
     fresh = store(one, 2)
     one.catalogue.delist(fresh.document_id)
-    assert keeping.collect_garbage(other).objects_deleted == 0
+    assert garbage_collection.collect_garbage(other).objects_deleted == 0
     age(bucket)
-    assert keeping.collect_garbage(other, dry_run=True).objects_deleted == 3
-    assert keeping.collect_garbage(other).objects_deleted == 3
+    assert garbage_collection.collect_garbage(other, dry_run=True).objects_deleted == 3
+    assert garbage_collection.collect_garbage(other).objects_deleted == 3
     one.delist(listing.document_id)
-    assert keeping.collect_garbage(one).objects_deleted == 3
+    assert garbage_collection.collect_garbage(one).objects_deleted == 3
     assert list(one.store.objects.names("")) == []
 
 
@@ -236,10 +236,10 @@ def test_entries_that_are_over_are_withdrawn(shared):
     """And what only they needed goes with them."""
     one, other, bucket = shared
     listing = store(one, 1, expires_at_s=time.time() + 0.1)
-    sharing.offer(one.store, one.catalogue, listing.document_id)
+    shared_bucket.offer(one.store, one.catalogue, listing.document_id)
     time.sleep(0.2)
     age(bucket)
-    assert keeping.collect_garbage(other).objects_deleted == 3
+    assert garbage_collection.collect_garbage(other).objects_deleted == 3
     assert bucket_listings.listed_documents(other.store.objects) == set()
 
 
@@ -250,5 +250,5 @@ def test_an_entry_that_nobody_can_read_stops_the_collection(shared):
     bucket_listings.publish_listing(one.store.objects, b"from the future", "kvd_1")
     age(bucket)
     with pytest.raises(StoreError, match="entry kvd_1 cannot be read"):
-        keeping.collect_garbage(other)
-    assert keeping.check(one).ok
+        garbage_collection.collect_garbage(other)
+    assert check_and_repair.check(one).ok

@@ -13,8 +13,8 @@ from vllm_kvmarket.connector.meter import Meter
 from vllm_kvmarket.connector.requests import Decision, RequestState
 from vllm_kvmarket.core.pricing import NANO
 from vllm_kvmarket.ledger import PROVIDER, pending, plain
-from vllm_kvmarket.market import Market
-from vllm_kvmarket.purchase import Usage
+from vllm_kvmarket.market.market import Market
+from vllm_kvmarket.market.purchase import Usage
 
 DOCUMENT = tokens(600)
 USAGE = Usage(600, 600, 600, 0, 0, 10, 5)

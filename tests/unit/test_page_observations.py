@@ -13,7 +13,7 @@ from vllm_kvmarket import Market
 from vllm_kvmarket.api import observations
 from vllm_kvmarket.api.observations import Observations
 from vllm_kvmarket.auth.api_keys import Keys
-from vllm_kvmarket.market import DATABASE_FILE
+from vllm_kvmarket.market.market import DATABASE_FILE
 
 
 def answered(*bodies, status=200, kind=b"application/json", wait_s=0.0):

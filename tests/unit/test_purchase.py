@@ -10,7 +10,7 @@ import pytest
 from vllm_kvmarket.catalogue import Listing, Match
 from vllm_kvmarket.core.pricing import Tariff
 from vllm_kvmarket.ledger import Ledger
-from vllm_kvmarket.purchase import Purchase, PurchaseState, Usage, WriteCharge
+from vllm_kvmarket.market.purchase import Purchase, PurchaseState, Usage, WriteCharge
 
 NANO = 1_000_000_000
 TIMEOUT_S = 900

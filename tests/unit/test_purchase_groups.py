@@ -15,7 +15,7 @@ from vllm_kvmarket import Market
 from vllm_kvmarket.catalogue import Listing, Match
 from vllm_kvmarket.connector import buying
 from vllm_kvmarket.connector.buying import Purchases
-from vllm_kvmarket.purchase import PurchaseState, Usage
+from vllm_kvmarket.market.purchase import PurchaseState, Usage
 
 NANO = 1_000_000_000
 PROMPT = list(range(700))

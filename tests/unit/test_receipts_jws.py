@@ -11,6 +11,7 @@ from proof_market import open_shop, sell
 from vllm_kvmarket.auth.signing_keys import SigningKeys, decode_base64url, encode_base64url
 from vllm_kvmarket.core.errors import NotFoundError
 from vllm_kvmarket.core.pricing import NANO
+from vllm_kvmarket.ledger.statements import statement
 from vllm_kvmarket.proofs import (
     ProofError,
     TransparencyLog,
@@ -22,7 +23,6 @@ from vllm_kvmarket.proofs import (
     verify_checkpoint,
     verify_with_proof,
 )
-from vllm_kvmarket.statements import statement
 
 
 @pytest.fixture

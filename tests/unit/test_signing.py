@@ -94,7 +94,8 @@ def test_the_order_survives_a_copy(keys, tmp_path):
 def test_threads_and_processes_make_one_key(tmp_path):
     """Whoever is first makes the home's key; everybody signs with it, and no draft is left."""
     script = (
-        "import sys; from pathlib import Path; from vllm_kvmarket.auth.signing_keys import SigningKeys; "
+        "import sys; from pathlib import Path; "
+        "from vllm_kvmarket.auth.signing_keys import SigningKeys; "
         "print(SigningKeys(Path(sys.argv[1])).current().kid)"
     )
     home = tmp_path / "home"

@@ -10,7 +10,7 @@ from proof_market import open_shop, sell
 from vllm_kvmarket.core.errors import LedgerError, NotFoundError
 from vllm_kvmarket.core.pricing import NANO, format_nano
 from vllm_kvmarket.ledger import PROVIDER, Ledger, plain
-from vllm_kvmarket.statements import as_csv, payout, statement
+from vllm_kvmarket.ledger.statements import as_csv, payout, statement
 
 
 @pytest.fixture

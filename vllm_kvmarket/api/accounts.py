@@ -25,9 +25,9 @@ from vllm_kvmarket.api.models import (
 from vllm_kvmarket.api.paging import After, Limit, decode, encode
 from vllm_kvmarket.api.service import ADMIN, CallerOf, ServiceOf
 from vllm_kvmarket.ledger import Account, Transfer
-from vllm_kvmarket.market import Market
+from vllm_kvmarket.ledger.statements import as_csv, statement
+from vllm_kvmarket.market.market import Market
 from vllm_kvmarket.proofs import TransparencyLog
-from vllm_kvmarket.statements import as_csv, statement
 
 ME = "me"
 CSV = {"text/csv": {"schema": {"type": "string"}}}

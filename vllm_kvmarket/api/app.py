@@ -19,7 +19,7 @@ from vllm_kvmarket.api.publishing import Publications
 from vllm_kvmarket.api.service import Service, ServiceOf
 from vllm_kvmarket.auth.api_keys import Keys
 from vllm_kvmarket.core.config import MarketConfig
-from vllm_kvmarket.market import DATABASE_FILE, Market
+from vllm_kvmarket.market.market import DATABASE_FILE, Market
 
 PATH = "/v1/kvmarket"
 REFUSALS: dict[int | str, dict[str, Any]] = {

@@ -8,7 +8,6 @@ from typing import Annotated
 from fastapi import APIRouter, Path, Query, Response
 from fastapi.concurrency import run_in_threadpool
 
-from vllm_kvmarket import sharing
 from vllm_kvmarket.api.errors import ApiError, MarketRoute, invalid, not_found
 from vllm_kvmarket.api.models import (
     DOCUMENT_PATTERN,
@@ -29,7 +28,8 @@ from vllm_kvmarket.api.service import PUBLISHER, Caller, CallerOf, Service, Serv
 from vllm_kvmarket.catalogue import Listing, Usage
 from vllm_kvmarket.core.errors import NotFoundError
 from vllm_kvmarket.ledger import PROVIDER
-from vllm_kvmarket.market import Market
+from vllm_kvmarket.market import shared_bucket
+from vllm_kvmarket.market.market import Market
 
 ON_OFFER = ("live", "damaged")
 # A token of a document has seldom more; a text beyond this cannot fit the context.
@@ -154,7 +154,7 @@ async def change(
         if "ttl_s" in wish.model_fields_set:
             ends = None if wish.ttl_s is None else time.time() + wish.ttl_s
             market.catalogue.set_expiry(document_id, ends)
-        sharing.offer(market.store, market.catalogue, document_id)
+        shared_bucket.offer(market.store, market.catalogue, document_id)
         return describe(market, market.catalogue.get(document_id))
 
     return await run_in_threadpool(apply)

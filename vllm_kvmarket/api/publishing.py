@@ -15,7 +15,7 @@ from vllm_kvmarket.auth.operator_tokens import OPERATOR
 from vllm_kvmarket.catalogue import Listing
 from vllm_kvmarket.core.errors import KVMarketError
 from vllm_kvmarket.core.model_identity import chunk_keys, document_id
-from vllm_kvmarket.market import Market
+from vllm_kvmarket.market.market import Market
 
 MOST_WAITING = 64
 # What the engine says it begins with the document's listing; from then on that is the engine's.

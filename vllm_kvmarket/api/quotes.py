@@ -14,7 +14,7 @@ from vllm_kvmarket.api.service import CallerOf, Service, ServiceOf
 from vllm_kvmarket.catalogue import Listing
 from vllm_kvmarket.core.errors import CatalogueError, NotFoundError
 from vllm_kvmarket.core.pricing import amount_nano
-from vllm_kvmarket.market import Market
+from vllm_kvmarket.market.market import Market
 
 router = APIRouter(prefix="/quotes", tags=["kvmarket quotes"], route_class=MarketRoute)
 

@@ -27,7 +27,7 @@ from vllm_kvmarket.api.service import ADMIN, CallerOf, ServiceOf
 from vllm_kvmarket.auth.signing_keys import SigningKeys
 from vllm_kvmarket.core.errors import KVMarketError, NotFoundError
 from vllm_kvmarket.ledger import Receipt
-from vllm_kvmarket.market import Market
+from vllm_kvmarket.market.market import Market
 from vllm_kvmarket.proofs import ProofError, TransparencyLog, signed_receipt
 
 # An engine answers a moment before the ledger's commit.

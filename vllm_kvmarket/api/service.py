@@ -16,7 +16,7 @@ from vllm_kvmarket.api.observations import Observations
 from vllm_kvmarket.api.publishing import Publications
 from vllm_kvmarket.api.sessions import Sessions
 from vllm_kvmarket.auth.api_keys import PREFIX, Keys, Principal, Scope
-from vllm_kvmarket.market import Market
+from vllm_kvmarket.market.market import Market
 
 ADMIN: Scope = "admin"
 PUBLISHER: Scope = "publisher"

@@ -36,7 +36,7 @@ from vllm_kvmarket.bundles.format import (
 )
 from vllm_kvmarket.core.errors import BundleError, ChunkMissingError, StoreError
 from vllm_kvmarket.core.model_identity import pack_tokens
-from vllm_kvmarket.market import Market
+from vllm_kvmarket.market.market import Market
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

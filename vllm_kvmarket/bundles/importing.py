@@ -7,13 +7,13 @@ import dataclasses
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from vllm_kvmarket import sharing
 from vllm_kvmarket.auth.signing_keys import PublicKey, SigningKeys, TrustedKeys, read_jwks
 from vllm_kvmarket.bundles.format import File, Manifest, Progress, Reader, check, opened
 from vllm_kvmarket.catalogue import Listing
 from vllm_kvmarket.core.errors import BundleError, ChunkDamagedError, NotFoundError, StoreError
 from vllm_kvmarket.ledger import ACCOUNT_ID
-from vllm_kvmarket.market import Market
+from vllm_kvmarket.market import shared_bucket
+from vllm_kvmarket.market.market import Market
 from vllm_kvmarket.store import open_chunk
 
 
@@ -68,7 +68,7 @@ def import_(
             market.catalogue.release(list(stored), market.store.delete)
             raise
         _store_again(market, reader, files)
-    sharing.offer(market.store, market.catalogue, listing.document_id)
+    shared_bucket.offer(market.store, market.catalogue, listing.document_id)
     return market.catalogue.get(listing.document_id)
 
 

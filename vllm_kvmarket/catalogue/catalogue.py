@@ -7,11 +7,11 @@ from collections.abc import Callable, Iterable, Sequence
 from itertools import islice
 
 from vllm_kvmarket.catalogue import tables, upkeep
+from vllm_kvmarket.catalogue.eviction_policy import Candidate
 from vllm_kvmarket.catalogue.listing import NEEDED, ON_OFFER, Audit, Listing, Usage, Use
 from vllm_kvmarket.catalogue.offers import Offers
 from vllm_kvmarket.core.errors import NotFoundError
 from vllm_kvmarket.core.model_identity import unpack_tokens
-from vllm_kvmarket.eviction import Candidate
 
 # Files that are deleted in one transaction: publishers wait for it.
 _RELEASED_AT_ONCE = 32

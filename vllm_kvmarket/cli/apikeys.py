@@ -21,7 +21,7 @@ SCOPES = ("buyer", "publisher", "read-only", "admin")
 @contextmanager
 def _keys(args: argparse.Namespace, *, create: bool = False) -> Iterator[Keys]:
     from vllm_kvmarket.auth.api_keys import Keys
-    from vllm_kvmarket.market import DATABASE_FILE
+    from vllm_kvmarket.market.market import DATABASE_FILE
 
     with open_market(args, create=create) as market:
         keys = Keys.open(market.home / DATABASE_FILE)

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from rich.console import Console
 
-    from vllm_kvmarket.market import Market
+    from vllm_kvmarket.market.market import Market
     from vllm_kvmarket.store.codec import Bytes
 
 SAMPLE_BYTES = 64_000_000

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 from vllm_kvmarket.core.errors import KVMarketError, NotFoundError
 
 if TYPE_CHECKING:
-    from vllm_kvmarket.market import Market
+    from vllm_kvmarket.market.market import Market
 
 _COUNT = re.compile(r"([0-9]{1,15})([kKMG]?)")
 _SUFFIXES = {"": 1, "k": 1_000, "K": 1_000, "M": 1_000_000, "G": 1_000_000_000}
@@ -50,7 +50,7 @@ def open_market(args: argparse.Namespace, *, create: bool = False) -> Iterator[M
     import apsw
 
     from vllm_kvmarket.core import config
-    from vllm_kvmarket.market import DATABASE_FILE, Market
+    from vllm_kvmarket.market.market import DATABASE_FILE, Market
 
     chosen = config.load(args.config)
     home = Path(args.home or chosen.home).expanduser()

@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any
 from vllm_kvmarket.cli import engine, output
 from vllm_kvmarket.core.errors import KVMarketError
 from vllm_kvmarket.core.pricing import format_nano
-from vllm_kvmarket.market import Market
-from vllm_kvmarket.measure import Answer, ask, empty_prefix_cache
+from vllm_kvmarket.market.market import Market
+from vllm_kvmarket.market.timed_requests import Answer, ask, empty_prefix_cache
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from vllm_kvmarket.catalogue import Listing
-    from vllm_kvmarket.market import Market
+    from vllm_kvmarket.market.market import Market
 
 STATES = ("publishing", "live", "damaged", "failed", "delisted", "expired", "evicted")
 

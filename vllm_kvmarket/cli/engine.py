@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from vllm_kvmarket.core.errors import KVMarketError, PublishFailedError, VersionError
 
 if TYPE_CHECKING:
-    from vllm_kvmarket.market import Market
+    from vllm_kvmarket.market.market import Market
 
 STDOUT, STDERR = 1, 2
 # What vLLM reads while it is imported; what the user has set already stays.

@@ -66,7 +66,7 @@ def examine(args: argparse.Namespace) -> dict[str, Any]:
 
 def _home(args: argparse.Namespace) -> tuple[dict[str, Any], list[str]]:
     from vllm_kvmarket.core import config
-    from vllm_kvmarket.market import DATABASE_FILE
+    from vllm_kvmarket.market.market import DATABASE_FILE
     from vllm_kvmarket.store import CHUNKS_FOLDER
 
     try:

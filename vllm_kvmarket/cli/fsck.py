@@ -13,7 +13,7 @@ from vllm_kvmarket.cli.output import emit, progress
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from vllm_kvmarket.keeping import CheckReport, Progress
+    from vllm_kvmarket.market.check_and_repair import CheckReport, Progress
 
 
 def _configure(parser: argparse.ArgumentParser) -> None:
@@ -35,10 +35,10 @@ def counted(description: str) -> Iterator[Progress]:
 def _run(args: argparse.Namespace) -> int:
     import msgspec
 
-    from vllm_kvmarket import keeping
+    from vllm_kvmarket.market import check_and_repair
 
     with open_market(args) as market, counted("verifying chunks") as step:
-        report = keeping.check(market, verify=not args.quick, on_progress=step)
+        report = check_and_repair.check(market, verify=not args.quick, on_progress=step)
     emit(args, msgspec.to_builtins(report), lambda where: _show(where, report))
     return 0 if report.ok else 1
 

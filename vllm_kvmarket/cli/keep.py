@@ -15,8 +15,9 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from vllm_kvmarket.catalogue import Listing
-    from vllm_kvmarket.keeping import GcReport, RepairReport
-    from vllm_kvmarket.market import Market
+    from vllm_kvmarket.market.check_and_repair import RepairReport
+    from vllm_kvmarket.market.garbage_collection import GcReport
+    from vllm_kvmarket.market.market import Market
 
 # gc
 
@@ -28,10 +29,10 @@ def _configure_gc(parser: argparse.ArgumentParser) -> None:
 def _run_gc(args: argparse.Namespace) -> int:
     import msgspec
 
-    from vllm_kvmarket import keeping
+    from vllm_kvmarket.market import garbage_collection
 
     with open_market(args) as market:
-        report = keeping.collect_garbage(market, dry_run=args.dry_run)
+        report = garbage_collection.collect_garbage(market, dry_run=args.dry_run)
     emit(args, msgspec.to_builtins(report), lambda where: _show_garbage(where, report))
     return 0
 
@@ -69,12 +70,14 @@ def _configure_repair(parser: argparse.ArgumentParser) -> None:
 def _run_repair(args: argparse.Namespace) -> int:
     import msgspec
 
-    from vllm_kvmarket import keeping
+    from vllm_kvmarket.market import check_and_repair
 
     with open_market(args) as market, counted("verifying chunks") as step:
         engine = _Engine(args, market)
         try:
-            report = keeping.repair(market, args.document_ids or None, engine.publish, step)
+            report = check_and_repair.repair(
+                market, args.document_ids or None, engine.publish, step
+            )
         finally:
             engine.close()
     emit(args, msgspec.to_builtins(report), lambda where: _show_repair(where, report))
@@ -165,12 +168,12 @@ def _configure_expire(parser: argparse.ArgumentParser) -> None:
 
 
 def _run_expire(args: argparse.Namespace) -> int:
-    from vllm_kvmarket import keeping
     from vllm_kvmarket.cli.documents import describe
+    from vllm_kvmarket.market import eviction
 
     expires_at_s = None if args.never else time.time() + args.ttl
     with open_market(args) as market:
-        listing = keeping.set_time_to_live(market, args.document_id, expires_at_s)
+        listing = eviction.set_time_to_live(market, args.document_id, expires_at_s)
         document = {**describe(market, listing), "expires_at_s": listing.expires_at_s}
     until = "for good" if expires_at_s is None else f"until {moment(expires_at_s)}"
     emit(args, document, lambda where: where.print(f"{listing.document_id}: on offer {until}"))

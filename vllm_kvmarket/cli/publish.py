@@ -25,7 +25,7 @@ from vllm_kvmarket.core.errors import NotPublishableError, PublishFailedError
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from vllm_kvmarket.market import Market
+    from vllm_kvmarket.market.market import Market
 
 STDIN = "-"
 

@@ -14,8 +14,8 @@ from vllm_kvmarket.cli.proofs import home_of, show_audit
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from vllm_kvmarket.ledger.statements import Statement
     from vllm_kvmarket.proofs import BackupReport
-    from vllm_kvmarket.statements import Statement
 
 
 def time_s(text: str) -> float:
@@ -53,7 +53,8 @@ def _run_statement(args: argparse.Namespace) -> int:
 
     import msgspec
 
-    from vllm_kvmarket import proofs, statements
+    from vllm_kvmarket import proofs
+    from vllm_kvmarket.ledger import statements
 
     if args.csv and args.json:
         raise UsageError("--csv and --json do not go together; give one of them")
@@ -136,9 +137,9 @@ def _configure_payout(parser: argparse.ArgumentParser) -> None:
 def _run_payout(args: argparse.Namespace) -> int:
     import msgspec
 
-    from vllm_kvmarket import statements
     from vllm_kvmarket.cli.accounts import describe
     from vllm_kvmarket.core.pricing import format_nano
+    from vllm_kvmarket.ledger import statements
 
     with open_market(args) as market:
         transfer, is_new = statements.payout(

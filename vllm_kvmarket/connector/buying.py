@@ -18,8 +18,8 @@ from vllm_kvmarket.catalogue import Match, Use
 from vllm_kvmarket.connector.meter import Meter
 from vllm_kvmarket.connector.requests import client_request_id, ledger_key, purchase_group
 from vllm_kvmarket.core.model_identity import pack_tokens
-from vllm_kvmarket.market import Market
-from vllm_kvmarket.purchase import Purchase, PurchaseState, Usage
+from vllm_kvmarket.market.market import Market
+from vllm_kvmarket.market.purchase import Purchase, PurchaseState, Usage
 
 if TYPE_CHECKING:
     from vllm.v1.request import Request

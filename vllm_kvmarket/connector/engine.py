@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from vllm_kvmarket.market import Market
+from vllm_kvmarket.market.market import Market
 
 
 def open_llm(

@@ -11,11 +11,11 @@ from typing import Any, Literal
 from vllm import SamplingParams
 from vllm.sampling_params import RequestOutputKind
 
-from vllm_kvmarket import rendering
 from vllm_kvmarket.connector.namespaces import base_facts
 from vllm_kvmarket.connector.params import FIELD
 from vllm_kvmarket.core.errors import NotPublishableError, PublishFailedError
 from vllm_kvmarket.core.model_identity import namespace_digest
+from vllm_kvmarket.market import document_tokens
 
 # Behind every buyer's request, where vLLM was started with --scheduling-policy priority.
 PRIORITY = 1 << 20
@@ -55,7 +55,7 @@ class Frontend:
         """
         if messages is None:
             with _Refusing():
-                return rendering.render(self._tokenizer, text or "", as_)
+                return document_tokens.render(self._tokenizer, text or "", as_)
         if not any(message["content"].strip() for message in messages):
             raise NotPublishableError("the messages are empty; there is nothing to publish")
         *before, last = messages
@@ -71,7 +71,7 @@ class Frontend:
             ]
         with _Refusing():
             rendered = [self._tokenizer.chat(conversation) for conversation in conversations]
-        return rendering.common_prefix(rendered)
+        return document_tokens.common_prefix(rendered)
 
     def prompt(self, text: str | None, messages: Sequence[dict[str, Any]] | None) -> list[int]:
         """The tokens of a completion's prompt, or of a chat. Raises NotPublishableError."""

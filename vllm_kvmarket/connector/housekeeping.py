@@ -8,8 +8,8 @@ from collections.abc import Callable
 from vllm.logger import init_logger
 
 from vllm_kvmarket.connector.meter import Meter
-from vllm_kvmarket.market import Market
-from vllm_kvmarket.sharing import Directory
+from vllm_kvmarket.market.market import Market
+from vllm_kvmarket.market.shared_bucket import Directory
 
 INTERVAL_S = 2.0
 

@@ -9,8 +9,8 @@ from typing import Literal
 from vllm_kvmarket.connector.metrics import MarketStats, Tally
 from vllm_kvmarket.connector.requests import RequestState
 from vllm_kvmarket.ledger import PROVIDER, Receipt, Result
-from vllm_kvmarket.market import Market
-from vllm_kvmarket.purchase import is_booked
+from vllm_kvmarket.market.market import Market
+from vllm_kvmarket.market.purchase import is_booked
 
 _QUEUE = "ledger_queue_batches"
 

@@ -19,8 +19,8 @@ from vllm_kvmarket.core.model_identity import (
     document_id,
     pack_tokens,
 )
-from vllm_kvmarket.keeping import make_room
-from vllm_kvmarket.market import Market
+from vllm_kvmarket.market.eviction import make_room
+from vllm_kvmarket.market.market import Market
 
 if TYPE_CHECKING:
     from vllm.v1.request import Request

@@ -19,7 +19,7 @@ from vllm_kvmarket.connector.messages import (
     LoadReport,
     SaveReport,
 )
-from vllm_kvmarket.purchase import Purchase, Usage, WriteCharge
+from vllm_kvmarket.market.purchase import Purchase, Usage, WriteCharge
 
 
 class PrefillStats(Protocol):

@@ -26,8 +26,8 @@ from vllm_kvmarket.connector.pinning import PinnedBlocks
 from vllm_kvmarket.connector.publishing import EngineFacts, begun, save_plan, start_publishing
 from vllm_kvmarket.connector.requests import Decision, RequestState
 from vllm_kvmarket.core.config import MarketConfig
-from vllm_kvmarket.market import Market
-from vllm_kvmarket.purchase import PurchaseState
+from vllm_kvmarket.market.market import Market
+from vllm_kvmarket.market.purchase import PurchaseState
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig

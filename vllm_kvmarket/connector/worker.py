@@ -16,9 +16,9 @@ from vllm_kvmarket.connector.messages import Instructions, WorkerReport
 from vllm_kvmarket.connector.metrics import MarketStats
 from vllm_kvmarket.connector.transfer import Finished, Transfers
 from vllm_kvmarket.core.config import MarketConfig
-from vllm_kvmarket.storage import store_of
 from vllm_kvmarket.store import aligned_empty
 from vllm_kvmarket.store.host import HostTier
+from vllm_kvmarket.store.open_store import store_of
 from vllm_kvmarket.store.tiers import Tiers
 
 if TYPE_CHECKING:

@@ -32,7 +32,7 @@ from vllm_kvmarket.catalogue import Catalogue
 from vllm_kvmarket.core import sqlite
 from vllm_kvmarket.core.errors import NotFoundError, StoreError
 from vllm_kvmarket.ledger import Ledger
-from vllm_kvmarket.market import DATABASE_FILE, Market
+from vllm_kvmarket.market.market import DATABASE_FILE, Market
 from vllm_kvmarket.proofs.audit import AuditReport, audit
 from vllm_kvmarket.proofs.errors import ProofError
 from vllm_kvmarket.proofs.files import write_whole

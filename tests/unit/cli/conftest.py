@@ -14,8 +14,8 @@ from vllm_kvmarket.catalogue import Listing
 from vllm_kvmarket.cli import engine
 from vllm_kvmarket.core.model_identity import ROOT, chunk_keys, document_id, pack_tokens
 from vllm_kvmarket.core.pricing import NANO
-from vllm_kvmarket.market import Market
-from vllm_kvmarket.purchase import Usage
+from vllm_kvmarket.market.market import Market
+from vllm_kvmarket.market.purchase import Usage
 from vllm_kvmarket.store import ChunkLayout, LayerLayout
 
 NAMESPACE = bytes(range(32))

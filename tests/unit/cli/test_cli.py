@@ -9,7 +9,7 @@ import pytest
 from vllm_kvmarket import cli
 from vllm_kvmarket.cli import app, output
 from vllm_kvmarket.core.errors import KVMarketError
-from vllm_kvmarket.market import DATABASE_FILE, Market
+from vllm_kvmarket.market.market import DATABASE_FILE, Market
 
 
 def test_help_needs_neither_vllm_nor_anything_else_that_is_slow():

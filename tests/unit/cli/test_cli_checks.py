@@ -10,7 +10,7 @@ import pytest
 
 from vllm_kvmarket.cli import environment
 from vllm_kvmarket.cli.command import count
-from vllm_kvmarket.market import DATABASE_FILE, Market
+from vllm_kvmarket.market.market import DATABASE_FILE, Market
 
 
 def test_fsck_finds_a_good_market_good(run, run_json, sold, home):

@@ -3,7 +3,7 @@
 import pytest
 
 from vllm_kvmarket.core.pricing import NANO
-from vllm_kvmarket.market import Market
+from vllm_kvmarket.market.market import Market
 
 
 def test_list_and_show_tell_prices_and_sales(run, run_json, sold):

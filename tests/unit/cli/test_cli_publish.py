@@ -9,7 +9,7 @@ import pytest
 
 from vllm_kvmarket import cli
 from vllm_kvmarket.core.errors import KVMarketError
-from vllm_kvmarket.market import Market
+from vllm_kvmarket.market.market import Market
 
 
 def test_publish_lists_many_files_on_one_engine(run, run_json, home, tmp_path, fake_engine):

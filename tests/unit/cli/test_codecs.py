@@ -10,7 +10,7 @@ from vllm_kvmarket.catalogue import Listing
 from vllm_kvmarket.cli import codecs
 from vllm_kvmarket.cli.codecs import Speeds, winners
 from vllm_kvmarket.core.model_identity import ROOT, chunk_keys, document_id, pack_tokens
-from vllm_kvmarket.market import Market
+from vllm_kvmarket.market.market import Market
 from vllm_kvmarket.store import ChunkLayout, LayerLayout
 
 NAMESPACE = bytes(range(32))

@@ -7,7 +7,7 @@ import pytest
 
 from vllm_kvmarket.cli import engine, keep
 from vllm_kvmarket.core.errors import PublishFailedError
-from vllm_kvmarket.market import Market
+from vllm_kvmarket.market.market import Market
 
 
 def damage(market, key):

@@ -19,7 +19,7 @@ from vllm_kvmarket.api.gate.rendering import PROMPT_TOKENS, prompts_of
 from vllm_kvmarket.api.gate.routes import Kind
 from vllm_kvmarket.catalogue import Listing
 from vllm_kvmarket.core.errors import NotFoundError
-from vllm_kvmarket.market import Market
+from vllm_kvmarket.market.market import Market
 
 REMEMBERED = 64
 # Where the document ends in a rendered chat; no tokenizer or template does anything to it.

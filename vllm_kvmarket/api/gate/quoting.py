@@ -9,7 +9,7 @@ from typing import Any
 from vllm_kvmarket.api.gate.refusals import Quote, Refusal, bad
 from vllm_kvmarket.api.gate.wishes import Wish
 from vllm_kvmarket.core.errors import NotFoundError
-from vllm_kvmarket.market import Market
+from vllm_kvmarket.market.market import Market
 
 
 def adapter_of(app: Any, body: dict[str, Any]) -> str | None:

@@ -10,7 +10,7 @@ import msgspec
 
 from vllm_kvmarket.api.gate.routes import Kind
 from vllm_kvmarket.core.errors import KVMarketError
-from vllm_kvmarket.market import Market
+from vllm_kvmarket.market.market import Market
 
 Message = MutableMapping[str, Any]
 Send = Callable[[Message], Awaitable[None]]

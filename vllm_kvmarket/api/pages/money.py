@@ -16,7 +16,7 @@ from vllm_kvmarket.api.paging import After, newest_first
 from vllm_kvmarket.auth.signing_keys import SigningKeys
 from vllm_kvmarket.core.errors import KVMarketError, NotFoundError
 from vllm_kvmarket.ledger import Account, Ledger, Receipt, Transfer
-from vllm_kvmarket.market import Market
+from vllm_kvmarket.market.market import Market
 from vllm_kvmarket.proofs import (
     ProofError,
     TransparencyLog,

@@ -17,7 +17,7 @@ from vllm_kvmarket.api.pages.page import HEADERS, PageRoute, VisitorOf, asset
 from vllm_kvmarket.auth.signing_keys import SigningKeys
 from vllm_kvmarket.core.errors import NotFoundError
 from vllm_kvmarket.ledger import Receipt
-from vllm_kvmarket.market import Market
+from vllm_kvmarket.market.market import Market
 
 PAGE_ROWS = 50
 # A document's chart is drawn from so many of its newest receipts.

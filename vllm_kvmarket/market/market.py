@@ -18,7 +18,6 @@ from typing import Any, Self
 
 import msgspec
 
-from vllm_kvmarket import sharing
 from vllm_kvmarket.auth.operator_tokens import Credentials, account_subject
 from vllm_kvmarket.catalogue import Audit, Catalogue, Listing, Match, Use
 from vllm_kvmarket.core.config import MarketConfig, load, to_mapping
@@ -30,9 +29,10 @@ from vllm_kvmarket.core.errors import (
 )
 from vllm_kvmarket.core.pricing import Terms
 from vllm_kvmarket.ledger import Account, Ledger, Receipt, Transfer
-from vllm_kvmarket.operations import CONNECTOR, POLL_S, EngineOperations
-from vllm_kvmarket.purchase import Purchase, WriteCharge
-from vllm_kvmarket.storage import store_of
+from vllm_kvmarket.market import shared_bucket
+from vllm_kvmarket.market.engine_operations import CONNECTOR, POLL_S, EngineOperations
+from vllm_kvmarket.market.purchase import Purchase, WriteCharge
+from vllm_kvmarket.store.open_store import store_of
 
 DATABASE_FILE = "market.sqlite"
 
@@ -134,7 +134,7 @@ class Market(EngineOperations):
         Raises NotFoundError, and StoreError when a shared object store could not be told.
         """
         self.catalogue.delist(document_id)
-        sharing.withdraw(self.store, document_id)
+        shared_bucket.withdraw(self.store, document_id)
 
     # Money
 
@@ -252,7 +252,7 @@ class Market(EngineOperations):
             return
         try:
             # Its chunks are durable: other homes may sell it a moment before this one does.
-            sharing.offer(self.store, self.catalogue, document_id, stored_bytes)
+            shared_bucket.offer(self.store, self.catalogue, document_id, stored_bytes)
         except StoreError as error:
             self.catalogue.fail(document_id, str(error))
             raise

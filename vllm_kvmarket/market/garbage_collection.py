@@ -8,11 +8,11 @@ from collections.abc import Iterable
 
 import msgspec
 
-from vllm_kvmarket import sharing
 from vllm_kvmarket.catalogue.listing import NEEDED, ON_OFFER
 from vllm_kvmarket.core.errors import StoreError
 from vllm_kvmarket.core.model_identity import chunk_keys, unpack_tokens
-from vllm_kvmarket.market import Market
+from vllm_kvmarket.market import shared_bucket
+from vllm_kvmarket.market.market import Market
 from vllm_kvmarket.store import bucket_listings
 
 
@@ -120,7 +120,7 @@ def _collect_objects(market: Market, *, dry_run: bool) -> int:
             needed.update(listing.chunk_keys)
     for document_id, encoded in bucket_listings.read_listings(objects):
         try:
-            entry = msgspec.msgpack.decode(encoded, type=sharing.Entry)
+            entry = msgspec.msgpack.decode(encoded, type=shared_bucket.Entry)
             tokens = unpack_tokens(entry.tokens)
         except (msgspec.MsgspecError, ValueError) as error:
             raise StoreError(
@@ -129,7 +129,7 @@ def _collect_objects(market: Market, *, dry_run: bool) -> int:
             ) from None
         if entry.expires_at_s is not None and entry.expires_at_s <= now_s:
             if not dry_run:
-                sharing.withdraw(market.store, document_id)
+                shared_bucket.withdraw(market.store, document_id)
         else:
             needed.update(chunk_keys(entry.namespace, tokens, market.config.chunk_tokens))
     return len(bucket_listings.collect(objects, needed, dry_run=dry_run))

@@ -16,7 +16,7 @@ from vllm_kvmarket.core.errors import (
     LayoutMismatchError,
     StoreError,
 )
-from vllm_kvmarket.market import Market
+from vllm_kvmarket.market.market import Market
 
 # Called with how many of how many steps are done.
 Progress = Callable[[int, int], object]

@@ -7,7 +7,6 @@ import time
 from collections.abc import Sequence
 from typing import Any, Literal
 
-from vllm_kvmarket import rendering
 from vllm_kvmarket.auth.operator_tokens import OPERATOR, Credentials
 from vllm_kvmarket.catalogue import Audit, Catalogue, Listing
 from vllm_kvmarket.core.config import MarketConfig
@@ -19,6 +18,7 @@ from vllm_kvmarket.core.errors import (
     PublishFailedError,
 )
 from vllm_kvmarket.ledger import Ledger
+from vllm_kvmarket.market import document_tokens
 
 CONNECTOR = "kvmarket"
 # Storing 1 GB takes seconds on a slow disk; a listing that takes longer than this is lost.
@@ -59,9 +59,11 @@ class EngineOperations:
         (nothing was tried) and PublishFailedError (nothing was listed).
         """
         tokens = (
-            list(token_ids) if token_ids is not None else rendering.render(llm, text or "", as_)
+            list(token_ids)
+            if token_ids is not None
+            else document_tokens.render(llm, text or "", as_)
         )
-        rendering.check_publishable(llm, tokens)
+        document_tokens.check_publishable(llm, tokens)
         return self._publish(
             llm,
             tokens,
@@ -85,7 +87,7 @@ class EngineOperations:
         if listing.expires_at_s is None or listing.expires_at_s > time.time():
             wish["expires_at_s"] = listing.expires_at_s
         tokens = self.catalogue.tokens_of(document_id)
-        rendering.check_publishable(llm, tokens)
+        document_tokens.check_publishable(llm, tokens)
         # Its publisher has paid for storing it, where that has a price.
         return self._publish(llm, tokens, {**wish, "charge": False})
 

@@ -6,11 +6,12 @@ import dataclasses
 import time
 from collections.abc import Collection, Iterator
 
-from vllm_kvmarket import eviction, sharing
-from vllm_kvmarket.catalogue import Listing
+from vllm_kvmarket.catalogue import Listing, eviction_policy
+from vllm_kvmarket.catalogue.eviction_policy import Candidate
 from vllm_kvmarket.catalogue.listing import ON_OFFER
-from vllm_kvmarket.keeping.garbage import bytes_on_disk, release_unneeded
-from vllm_kvmarket.market import Market
+from vllm_kvmarket.market import shared_bucket
+from vllm_kvmarket.market.garbage_collection import bytes_on_disk, release_unneeded
+from vllm_kvmarket.market.market import Market
 
 
 def make_room(market: Market, needed_bytes: int, protect: Collection[str] = frozenset()) -> int:
@@ -47,7 +48,7 @@ def make_room(market: Market, needed_bytes: int, protect: Collection[str] = froz
     return usage.free_bytes
 
 
-def _victims(market: Market, protect: Collection[str]) -> Iterator[eviction.Candidate]:
+def _victims(market: Market, protect: Collection[str]) -> Iterator[Candidate]:
     # What is protected still holds the chunks that others share with it.
     candidates = [
         dataclasses.replace(candidate, pinned=True)
@@ -56,7 +57,7 @@ def _victims(market: Market, protect: Collection[str]) -> Iterator[eviction.Cand
         for candidate in market.catalogue.candidates()
     ]
     return iter(
-        eviction.order(
+        eviction_policy.order(
             candidates,
             market.config.eviction,
             time.time(),
@@ -65,7 +66,7 @@ def _victims(market: Market, protect: Collection[str]) -> Iterator[eviction.Cand
     )
 
 
-def _enough(victims: Iterator[eviction.Candidate], missing: int) -> Iterator[eviction.Candidate]:
+def _enough(victims: Iterator[Candidate], missing: int) -> Iterator[Candidate]:
     """Take the next victims that free `missing` bytes, by estimate; at least one, if there is."""
     for victim in victims:
         yield victim
@@ -92,5 +93,5 @@ def set_time_to_live(market: Market, document_id: str, expires_at_s: float | Non
     """
     listing = market.catalogue.set_expiry(document_id, expires_at_s)
     if listing.state == "live":
-        sharing.offer(market.store, market.catalogue, document_id)
+        shared_bucket.offer(market.store, market.catalogue, document_id)
     return listing

@@ -12,8 +12,8 @@ are then made with chunks of a few tokens ("nodes"), which shows the search at f
 which of the request's chunk keys are there, the other for the neighbours of what comes behind the
 last. Measured on SQLite, and on PostgreSQL where its programs or a URL are there, waited for and
 asked asynchronously. The market does this, in its own SQLite tables, where documents are beyond
-`catalogue_chunks_in_memory` (vllm_kvmarket/catalogue/beyond.py); what is measured here is the bare
-match, alike for both databases. Writes docs/results/catalogue.json.
+`catalogue_chunks_in_memory` (vllm_kvmarket/catalogue/database_match.py); what is measured here
+is the bare match, alike for both databases. Writes docs/results/catalogue.json.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from machine import describe_machine
 
 from vllm_kvmarket.catalogue import Catalogue
 from vllm_kvmarket.catalogue.listing import Listing
-from vllm_kvmarket.catalogue.tree import PrefixTree
+from vllm_kvmarket.catalogue.prefix_tree import PrefixTree
 from vllm_kvmarket.core.model_identity import CHUNK_TOKENS, TOKEN_BYTES, chunk_keys, document_id
 
 ROOT = Path(__file__).parents[1]

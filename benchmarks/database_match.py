@@ -23,7 +23,7 @@ import apsw
 import numpy as np
 from ledger import percentiles, postgres_places
 
-from vllm_kvmarket.catalogue.tree import common_tokens
+from vllm_kvmarket.catalogue.prefix_tree import common_tokens
 from vllm_kvmarket.core.model_identity import CHUNK_TOKENS, ROOT, chunk_keys, pack_tokens
 
 NAMESPACE = bytes(range(32))

@@ -15,7 +15,7 @@ from typing import Protocol
 from simulation.reads import Read, Workload
 from vllm_kvmarket.catalogue import eviction_policy
 from vllm_kvmarket.catalogue.listing import Listing
-from vllm_kvmarket.catalogue.tree import PrefixTree
+from vllm_kvmarket.catalogue.prefix_tree import PrefixTree
 from vllm_kvmarket.core.model_identity import pack_tokens
 from vllm_kvmarket.core.pricing import Tariff
 

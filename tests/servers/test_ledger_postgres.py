@@ -188,7 +188,7 @@ def test_a_restart_under_load_loses_no_charge(own_server, how):
 
 def test_closing_without_a_database_ends(own_server, monkeypatch):
     """Whoever still waits is told that the batch must be submitted again."""
-    monkeypatch.setattr("vllm_kvmarket.ledger.writer.CLOSE_PATIENCE_S", 0.2)
+    monkeypatch.setattr("vllm_kvmarket.ledger.group_commit.CLOSE_PATIENCE_S", 0.2)
     place = own_server.create_database("market")
     ledger = Ledger.open(place)
     own_server.stop()

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from vllm_kvmarket.ledger import Account, Ledger, Receipt, Transfer, pending
-from vllm_kvmarket.ledger.audit import problems
+from vllm_kvmarket.ledger.integrity import problems
 from vllm_kvmarket.ledger.ledger import storage_of
 from vllm_kvmarket.ledger.rules import ENDS, apply
 from vllm_kvmarket.ledger.storage import Batch, Everything

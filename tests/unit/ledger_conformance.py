@@ -298,7 +298,7 @@ def test_money_stays_in_its_currency(place):
 
 def test_a_queue_that_grows_without_end_is_refused(place, held_up, monkeypatch):
     """While the database is away, what waits is bounded; what was taken is written."""
-    monkeypatch.setattr("vllm_kvmarket.ledger.writer.MAX_QUEUED", 20)
+    monkeypatch.setattr("vllm_kvmarket.ledger.group_commit.MAX_QUEUED", 20)
     with funded_ledger(place) as ledger:
         with held_up():
             futures = [ledger.submit([hold(f"h{number}", 1)]) for number in range(60)]

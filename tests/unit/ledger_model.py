@@ -18,7 +18,7 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from vllm_kvmarket.ledger.operations import (
+from vllm_kvmarket.ledger.model import (
     INT64_MAX,
     Account,
     Operation,

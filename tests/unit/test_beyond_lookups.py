@@ -11,7 +11,7 @@ import apsw
 import pytest
 from catalogue_documents import NAMESPACE, publish, tokens
 
-from vllm_kvmarket.catalogue import Catalogue, beyond, tables
+from vllm_kvmarket.catalogue import Catalogue, database_match, queries
 from vllm_kvmarket.core.errors import CatalogueError
 from vllm_kvmarket.market.market import Market
 
@@ -118,8 +118,8 @@ def test_closing_ends_what_waits_and_leaves_nothing_open(path, monkeypatch):
     catalogue = Catalogue.open(path, chunks_in_memory=0)
     publish(catalogue, DOCUMENT)
     go = threading.Event()
-    match = beyond.match
-    monkeypatch.setattr(beyond, "match", lambda *asked: go.wait(10) and match(*asked))
+    match = database_match.match
+    monkeypatch.setattr(database_match, "match", lambda *asked: go.wait(10) and match(*asked))
     futures = [catalogue.match_later(NAMESPACE, DOCUMENT) for _ in range(5)]
     assert not futures[0].done()
     while not futures[1].running():
@@ -181,4 +181,4 @@ def test_the_market_quotes_what_is_beyond_memory(tmp_path):
         assert market.match(NAMESPACE, DOCUMENT[:63]) is None
         assert market.catalogue.chunk_count == 0
         with market.catalogue._db.reading() as db:
-            assert tables.rows(db, "SELECT count(*) FROM offered") == [(4,)]
+            assert queries.rows(db, "SELECT count(*) FROM offered") == [(4,)]

@@ -12,7 +12,7 @@ from catalogue_documents import NAMESPACE, OTHER_NAMESPACE, publish, tokens
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vllm_kvmarket.catalogue import Catalogue, Listing, beyond, tables
+from vllm_kvmarket.catalogue import Catalogue, Listing, database_match, queries
 from vllm_kvmarket.core.model_identity import chunk_keys, document_id
 
 CHUNK = 16
@@ -94,7 +94,7 @@ class Shop:
                 for namespace in (NAMESPACE, OTHER_NAMESPACE):
                     expected = whole.match(namespace, asked)
                     with whole._db.snapshot() as db:
-                        found = beyond.match(db, namespace, asked, CHUNK, time.time())
+                        found = database_match.match(db, namespace, asked, CHUNK, time.time())
                     assert found == expected
                     for view in others:
                         assert view.match_anywhere(namespace, asked) == expected
@@ -137,7 +137,7 @@ def test_the_database_answers_as_the_tree_does(before, after, requests):
 @pytest.mark.parametrize("most", [1, 2, 3])
 def test_the_first_listed_is_paid_where_too_many_begin_alike(path, monkeypatch, most):
     """Behind any chunk, and at a document's beginning: it is among the first listed behind it."""
-    monkeypatch.setattr(beyond, "_MOST_CONTINUATIONS", most)
+    monkeypatch.setattr(database_match, "_MOST_CONTINUATIONS", most)
     stem = tokens(CHUNK)
     with Catalogue.open(path, CHUNK, 0) as catalogue, Catalogue.open(path, CHUNK) as whole:
         for number in (9, 4, 7, 2, 8):
@@ -162,11 +162,11 @@ def test_a_key_alone_is_not_believed(path):
 
 
 STATEMENTS = (
-    beyond._NEIGHBOURS,
-    beyond._BEGINNING_ALIKE,
-    beyond._EARLIEST_ALIKE,
-    beyond._PAYEE,
-    beyond.whole_chunks(3),
+    database_match._NEIGHBOURS,
+    database_match._BEGINNING_ALIKE,
+    database_match._EARLIEST_ALIKE,
+    database_match._PAYEE,
+    database_match.whole_chunks(3),
     # What the trigger does for each change of a listing.
     "DELETE FROM offered WHERE listed = :listed AND key IN "
     "(SELECT key FROM listing_chunk WHERE document_id = :document_id UNION ALL SELECT :key)",
@@ -203,9 +203,9 @@ def test_what_does_not_fit_is_not_read(path, monkeypatch):
                     (listed[number].document_id, score),
                 )
     read: list[str] = []
-    chunks_of = tables.chunks_of
+    chunks_of = queries.chunks_of
     monkeypatch.setattr(
-        tables, "chunks_of", lambda db, name: read.append(name) or chunks_of(db, name)
+        queries, "chunks_of", lambda db, name: read.append(name) or chunks_of(db, name)
     )
     with Catalogue.open(path, CHUNK, 10) as catalogue:
         assert read == [listed[number].document_id for number in (2, 4, 0)]

@@ -24,7 +24,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
-from vllm_kvmarket.catalogue import Catalogue, tables
+from vllm_kvmarket.catalogue import Catalogue, queries
 from vllm_kvmarket.core.errors import CatalogueError
 
 DOCUMENT = tokens(700)
@@ -236,7 +236,7 @@ def test_the_watcher_survives_any_error(path, monkeypatch):
     with Catalogue.open(path) as catalogue, Catalogue.open(path) as other:
         catalogue.watch(interval_s=0.01)
         with monkeypatch.context() as patch:
-            patch.setattr(tables, "revision", lambda _: 1 / 0)
+            patch.setattr(queries, "revision", lambda _: 1 / 0)
             publish(other, DOCUMENT)
             assert isinstance(other.last_error, ZeroDivisionError)
             seconds_until(lambda: catalogue.last_error is not None)

@@ -11,9 +11,9 @@ from catalogue_documents import NAMESPACE, OTHER_NAMESPACE, listing_of, tokens
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vllm_kvmarket.catalogue.audit import tree_problems
+from vllm_kvmarket.catalogue.integrity import tree_problems
 from vllm_kvmarket.catalogue.listing import Listing
-from vllm_kvmarket.catalogue.tree import PrefixTree, common_tokens
+from vllm_kvmarket.catalogue.prefix_tree import PrefixTree, common_tokens
 from vllm_kvmarket.core.model_identity import ROOT, TOKEN_BYTES, chunk_keys, pack_tokens
 
 CHUNK = 4

@@ -6,7 +6,7 @@ import msgspec
 import pytest
 from ledger_books import MemoryBooks
 
-from vllm_kvmarket.ledger.operations import (
+from vllm_kvmarket.ledger.model import (
     INT64_MAX,
     MAX_ID_LENGTH,
     MAX_PENDING_ID_LENGTH,

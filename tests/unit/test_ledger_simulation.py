@@ -13,10 +13,10 @@ from ledger_books import MemoryBooks, batch, receipt
 
 from vllm_kvmarket.core.errors import LedgerError
 from vllm_kvmarket.ledger import Account, Outcome, expire, pending, plain, post, renew, void
-from vllm_kvmarket.ledger import writer as writing
-from vllm_kvmarket.ledger.books import Found, GroupBooks
+from vllm_kvmarket.ledger import group_commit as writing
+from vllm_kvmarket.ledger.group_commit import Writer, malformed, unavailable
 from vllm_kvmarket.ledger.storage import apply_group, wanted
-from vllm_kvmarket.ledger.writer import Writer, malformed, unavailable
+from vllm_kvmarket.ledger.working_set import Found, GroupBooks
 
 FUNDS = 10_000
 BAD = "malformed"

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from itertools import islice
 
-from vllm_kvmarket.catalogue import tables, upkeep
+from vllm_kvmarket.catalogue import queries, upkeep
 from vllm_kvmarket.catalogue.eviction_policy import Candidate
 from vllm_kvmarket.catalogue.listing import NEEDED, ON_OFFER, Audit, Listing, Usage, Use
 from vllm_kvmarket.catalogue.offers import Offers
@@ -40,7 +40,7 @@ class Catalogue(Offers):
         `search` keeps those whose title, publisher or id contains it, in upper or lower case.
         """
         with self._db.snapshot() as db:
-            found = tables.read_listings(db, "? IS NULL OR state = ?", (state, state))
+            found = queries.read_listings(db, "? IS NULL OR state = ?", (state, state))
         wanted = (search or "").casefold()
         return [
             listing
@@ -68,7 +68,7 @@ class Catalogue(Offers):
         with self._db.snapshot() as db:
             names = [
                 fields[0]
-                for fields in tables.read_names(db, publisher, time.time() if on_offer else None)
+                for fields in queries.read_names(db, publisher, time.time() if on_offer else None)
                 if any(wanted in field.casefold() for field in fields)
             ]
             return [self._read(db, name) for name in names[offset : offset + limit]], len(names)
@@ -77,13 +77,13 @@ class Catalogue(Offers):
         """Return a document's token ids. Raises NotFoundError."""
         with self._db.snapshot() as db:
             self._read(db, document_id)
-            chunks = tables.chunks_of(db, document_id)
+            chunks = queries.chunks_of(db, document_id)
         return unpack_tokens(b"".join(chunk.tokens for chunk in chunks))
 
     def chunk_is_listed(self, key: bytes) -> bool:
         """Say whether a listing on offer, live or damaged, holds this chunk."""
         with self._db.snapshot() as db:
-            return tables.is_held(db, key, ON_OFFER)
+            return queries.is_held(db, key, ON_OFFER)
 
     def needed_chunks(self, keys: Iterable[bytes]) -> set[bytes]:
         """Return those of `keys` that a listing on offer or being published holds.
@@ -93,8 +93,8 @@ class Catalogue(Offers):
         asked = set(keys)
         with self._db.snapshot() as db:
             if len(asked) > _MANY:
-                return asked & tables.all_held(db, NEEDED)
-            return {key for key in asked if tables.is_held(db, key, NEEDED)}
+                return asked & queries.all_held(db, NEEDED)
+            return {key for key in asked if queries.is_held(db, key, NEEDED)}
 
     # Damage
 
@@ -106,10 +106,10 @@ class Catalogue(Offers):
         ignored: it may be gone for good reason.
         """
         with self._changing() as db:
-            if tables.is_held(db, key, NEEDED) and tables.set_damaged(db, key, damaged=True):
+            if queries.is_held(db, key, NEEDED) and queries.set_damaged(db, key, damaged=True):
                 # Also those that were damaged before: what can be matched of them may be less now.
-                for name in tables.holders(db, key, ON_OFFER):
-                    tables.set_state(db, name, "damaged", reason)
+                for name in queries.holders(db, key, ON_OFFER):
+                    queries.set_state(db, name, "damaged", reason)
 
     def heal(self, key: bytes) -> None:
         """Note that a chunk was stored again; mutates the database.
@@ -122,9 +122,9 @@ class Catalogue(Offers):
         """Note that chunks were stored again, all in one transaction; see `heal`."""
         with self._changing() as db:
             for key in keys:
-                if tables.set_damaged(db, key, damaged=False):
-                    for name in tables.holders(db, key, ("damaged",)):
-                        tables.set_offered(db, name)
+                if queries.set_damaged(db, key, damaged=False):
+                    for name in queries.holders(db, key, ("damaged",)):
+                        queries.set_offered(db, name)
 
     # Room in the store
 
@@ -145,7 +145,7 @@ class Catalogue(Offers):
         while batch := list(islice(waiting, _RELEASED_AT_ONCE)):
             with self._db.transaction() as db:
                 for key in batch:
-                    if not tables.is_held(db, key, NEEDED):
+                    if not queries.is_held(db, key, NEEDED):
                         delete(key)
                         released += 1
         return released

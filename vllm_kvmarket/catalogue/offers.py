@@ -8,9 +8,9 @@ from collections.abc import Sequence
 
 import apsw
 
-from vllm_kvmarket.catalogue import tables, upkeep
+from vllm_kvmarket.catalogue import queries, upkeep
+from vllm_kvmarket.catalogue.index import View
 from vllm_kvmarket.catalogue.listing import NEEDED, ON_OFFER, Listing
-from vllm_kvmarket.catalogue.view import View
 from vllm_kvmarket.core.errors import CatalogueError, NotFoundError
 from vllm_kvmarket.core.model_identity import TOKEN_BYTES, chunk_keys, document_id, pack_tokens
 
@@ -33,7 +33,7 @@ class Offers(View):
             begun = self._start(db, fresh, chunks)
             if begun.state == "publishing":
                 self._owner.announce()
-                tables.add_publishing(db, begun.document_id, self._owner.name)
+                queries.add_publishing(db, begun.document_id, self._owner.name)
         return begun
 
     def _start(
@@ -41,12 +41,12 @@ class Offers(View):
     ) -> Listing:
         """Write a listing and its chunks unless it is taken; returns the listing that holds."""
         name = fresh.document_id
-        existing = tables.find_listing(db, name)
+        existing = queries.find_listing(db, name)
         if existing is None or not self._is_taken(db, existing):
-            tables.write_listing(db, fresh)
-            tables.write_chunks(db, name, chunks)
+            queries.write_listing(db, fresh)
+            queries.write_chunks(db, name, chunks)
             existing = self._read(db, name)
-        if [(chunk.key, chunk.tokens) for chunk in tables.chunks_of(db, name)] != chunks:
+        if [(chunk.key, chunk.tokens) for chunk in queries.chunks_of(db, name)] != chunks:
             raise CatalogueError(
                 f"{name}: other tokens are stored under one of its keys; this must never be: run "
                 "`kvmarket fsck`"
@@ -66,7 +66,7 @@ class Offers(View):
         chunks = self._split(listing, token_ids)
         fresh = dataclasses.replace(listing, state="publishing", reason="")
         with self._changing() as db:
-            existing = tables.find_listing(db, name)
+            existing = queries.find_listing(db, name)
             if existing is not None and (
                 existing.state in ON_OFFER or (existing.state == "delisted" and not force)
             ):
@@ -79,9 +79,9 @@ class Offers(View):
 
     @staticmethod
     def _offer(db: apsw.Connection, document_id: str, stored_bytes: int) -> None:
-        tables.set_stored_bytes(db, document_id, stored_bytes)
-        tables.set_offered(db, document_id)
-        tables.end_publishing(db, document_id)
+        queries.set_stored_bytes(db, document_id, stored_bytes)
+        queries.set_offered(db, document_id)
+        queries.end_publishing(db, document_id)
 
     def _split(self, listing: Listing, token_ids: Sequence[int]) -> list[tuple[bytes, bytes]]:
         """Cut a document into chunks (key, packed tokens), and see that the listing fits them."""
@@ -107,10 +107,10 @@ class Offers(View):
 
     def _publishers(self, db: apsw.Connection, name: str) -> set[str]:
         """Find which living processes publish a document; forgets the others."""
-        owners = tables.owners_of(db, name)
+        owners = queries.owners_of(db, name)
         alive = {owner for owner in owners if self._owner.is_alive(owner)}
         for owner in owners - alive:
-            tables.forget_owner(db, owner)
+            queries.forget_owner(db, owner)
         return alive
 
     def commit(self, document_id: str, stored_bytes: int) -> Listing:
@@ -121,7 +121,7 @@ class Offers(View):
         CatalogueError when it is not being published.
         """
         with self._changing() as db:
-            listing = tables.find_listing(db, document_id)
+            listing = queries.find_listing(db, document_id)
             if listing is None or listing.state not in ("publishing", "live"):
                 state = listing.state if listing else "unknown"
                 raise CatalogueError(
@@ -140,16 +140,16 @@ class Offers(View):
         with self._changing() as db:
             if self._read(db, document_id).state != "publishing":
                 return
-            tables.end_publishing(db, document_id, self._owner.name)
+            queries.end_publishing(db, document_id, self._owner.name)
             self._fail_unless_published(db, document_id, reason)
 
     def _fail_unless_published(self, db: apsw.Connection, document_id: str, reason: str) -> bool:
         if self._publishers(db, document_id):
             return False
-        if tables.is_listed(db, document_id):
-            tables.set_offered(db, document_id, reason)
+        if queries.is_listed(db, document_id):
+            queries.set_offered(db, document_id, reason)
         else:
-            tables.set_state(db, document_id, "failed", reason)
+            queries.set_state(db, document_id, "failed", reason)
         return True
 
     def fail_abandoned(self, reason: str = "its publisher ended") -> list[str]:
@@ -176,8 +176,8 @@ class Offers(View):
         with self._changing() as db:
             if self._read(db, document_id).state == "delisted":
                 raise NotFoundError(f"document {document_id} is delisted already")
-            tables.set_state(db, document_id, "delisted")
-            tables.end_publishing(db, document_id)
+            queries.set_state(db, document_id, "delisted")
+            queries.end_publishing(db, document_id)
 
     def evict(self, document_id: str, reason: str) -> bool:
         """Take a document off the market as the store needs its room; mutates the database.
@@ -190,7 +190,7 @@ class Offers(View):
             if listing.state not in ON_OFFER or listing.pinned:
                 return False
             upkeep.remember_uses(db, document_id)
-            tables.set_state(db, document_id, "evicted", reason)
+            queries.set_state(db, document_id, "evicted", reason)
             return True
 
     def set_expiry(self, document_id: str, expires_at_s: float | None) -> Listing:
@@ -201,7 +201,7 @@ class Offers(View):
         """
         with self._changing() as db:
             self._check_needed(db, document_id)
-            tables.set_field(db, document_id, "expires_at_s", expires_at_s)
+            queries.set_field(db, document_id, "expires_at_s", expires_at_s)
             return self._read(db, document_id)
 
     def set_price(self, document_id: str, cache_read_nano_per_mtok: int | None) -> Listing:
@@ -213,7 +213,7 @@ class Offers(View):
         """
         with self._changing() as db:
             self._check_needed(db, document_id)
-            tables.set_field(db, document_id, "cache_read_nano_per_mtok", cache_read_nano_per_mtok)
+            queries.set_field(db, document_id, "cache_read_nano_per_mtok", cache_read_nano_per_mtok)
             return self._read(db, document_id)
 
     def set_pinned(self, document_id: str, pinned: bool) -> Listing:
@@ -225,7 +225,7 @@ class Offers(View):
         with self._changing() as db:
             if pinned:
                 self._check_needed(db, document_id)
-            tables.set_field(db, document_id, "pinned", pinned)
+            queries.set_field(db, document_id, "pinned", pinned)
             return self._read(db, document_id)
 
     def _check_needed(self, db: apsw.Connection, document_id: str) -> None:

@@ -11,7 +11,7 @@ import apsw
 
 from vllm_kvmarket.catalogue.eviction_policy import Candidate, recompute_tokens, reused
 from vllm_kvmarket.catalogue.listing import NEEDED, Audit, Usage, Use
-from vllm_kvmarket.catalogue.tables import rows
+from vllm_kvmarket.catalogue.queries import rows
 
 
 def ended(db: apsw.Connection, now_s: float) -> list[str]:

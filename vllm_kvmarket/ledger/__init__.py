@@ -1,7 +1,7 @@
 """Accounts and transfers: what is charged, to whom, exactly once."""
 
 from vllm_kvmarket.ledger.ledger import PROVIDER, WORLD, Ledger
-from vllm_kvmarket.ledger.operations import (
+from vllm_kvmarket.ledger.model import (
     ACCOUNT_ID,
     Account,
     Operation,

@@ -11,8 +11,9 @@ from types import TracebackType
 from typing import Self, cast, get_args
 
 from vllm_kvmarket.core.errors import LedgerError, NotFoundError
-from vllm_kvmarket.ledger import audit
-from vllm_kvmarket.ledger.operations import (
+from vllm_kvmarket.ledger import integrity
+from vllm_kvmarket.ledger.group_commit import Writer
+from vllm_kvmarket.ledger.model import (
     ACCOUNT_ID,
     CURRENCY,
     DEFAULT_CURRENCY,
@@ -28,7 +29,6 @@ from vllm_kvmarket.ledger.operations import (
 )
 from vllm_kvmarket.ledger.receipts import Receipt
 from vllm_kvmarket.ledger.storage import Batch, Storage
-from vllm_kvmarket.ledger.writer import Writer
 
 PROVIDER = "provider"
 WORLD = "world"
@@ -319,7 +319,7 @@ class Ledger:
         """What is wrong with the books; empty when debits equal credits, every balance and hold
         follows from the transfers, and every receipt says what was charged.
         """
-        return audit.problems(self._reader().everything())
+        return integrity.problems(self._reader().everything())
 
     def _reader(self) -> Storage:
         refusal = self._foreign() or ("the ledger is closed" if self._closed else "")

@@ -14,11 +14,11 @@ import msgspec
 
 from vllm_kvmarket.core.errors import LedgerError
 from vllm_kvmarket.ledger import postgres_schema
-from vllm_kvmarket.ledger.books import Found, GroupBooks
-from vllm_kvmarket.ledger.operations import Account, Result, Transfer
+from vllm_kvmarket.ledger.group_commit import malformed, unavailable
+from vllm_kvmarket.ledger.model import Account, Result, Transfer
 from vllm_kvmarket.ledger.receipts import Receipt
 from vllm_kvmarket.ledger.storage import Batch, Everything, apply_group, wanted
-from vllm_kvmarket.ledger.writer import malformed, unavailable
+from vllm_kvmarket.ledger.working_set import Found, GroupBooks
 
 try:
     import psycopg

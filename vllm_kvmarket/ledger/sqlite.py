@@ -13,11 +13,11 @@ import apsw
 from vllm_kvmarket.core import sqlite
 from vllm_kvmarket.core.errors import LedgerError
 from vllm_kvmarket.ledger import tables
-from vllm_kvmarket.ledger.books import Found, GroupBooks, Memory, Wanted
-from vllm_kvmarket.ledger.operations import Account, Result, Transfer
+from vllm_kvmarket.ledger.group_commit import malformed, unavailable
+from vllm_kvmarket.ledger.model import Account, Result, Transfer
 from vllm_kvmarket.ledger.receipts import Receipt
 from vllm_kvmarket.ledger.storage import Batch, Everything, apply_group, wanted
-from vllm_kvmarket.ledger.writer import malformed, unavailable
+from vllm_kvmarket.ledger.working_set import Found, GroupBooks, Memory, Wanted
 
 WRITER_CACHE_KIB = 65_536  # a group touches pages all over the indexes of random ids
 CHECKPOINT_PAGES = 4000  # a page that many groups change is copied to the file once

@@ -9,10 +9,10 @@ from typing import Protocol
 import msgspec
 
 from vllm_kvmarket.core.errors import LedgerError
-from vllm_kvmarket.ledger.books import Wanted
-from vllm_kvmarket.ledger.operations import Account, Operation, Outcome, Result, Transfer
+from vllm_kvmarket.ledger.model import Account, Operation, Outcome, Result, Transfer
 from vllm_kvmarket.ledger.receipts import Receipt
 from vllm_kvmarket.ledger.rules import Books, apply
+from vllm_kvmarket.ledger.working_set import Wanted
 
 
 class MalformedBatchError(LedgerError):

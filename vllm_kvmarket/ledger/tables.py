@@ -11,9 +11,9 @@ from typing import Any
 import apsw
 import msgspec
 
-from vllm_kvmarket.ledger.books import Found, GroupBooks, Wanted
-from vllm_kvmarket.ledger.operations import Account, Transfer
+from vllm_kvmarket.ledger.model import Account, Transfer
 from vllm_kvmarket.ledger.receipts import Receipt
+from vllm_kvmarket.ledger.working_set import Found, GroupBooks, Wanted
 
 ROOM = "ledger"
 

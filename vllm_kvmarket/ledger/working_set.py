@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import msgspec
 
-from vllm_kvmarket.ledger.operations import Account, Transfer
+from vllm_kvmarket.ledger.model import Account, Transfer
 from vllm_kvmarket.ledger.rules import ENDS
 
 MOST_REMEMBERED = 50_000

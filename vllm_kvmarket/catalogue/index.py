@@ -14,13 +14,13 @@ from typing import Self
 
 import apsw
 
-from vllm_kvmarket.catalogue import audit, schema, tables, upkeep
-from vllm_kvmarket.catalogue.beyond import Beyond
+from vllm_kvmarket.catalogue import integrity, queries, schema, upkeep
 from vllm_kvmarket.catalogue.connections import BusyError, Connections
+from vllm_kvmarket.catalogue.database_match import Beyond
 from vllm_kvmarket.catalogue.expiry import Expiries
 from vllm_kvmarket.catalogue.listing import ON_OFFER, Listing, Match
-from vllm_kvmarket.catalogue.owners import Owner
-from vllm_kvmarket.catalogue.tree import PrefixTree
+from vllm_kvmarket.catalogue.prefix_tree import PrefixTree
+from vllm_kvmarket.catalogue.publisher_locks import Owner
 from vllm_kvmarket.core.errors import CatalogueError, ConfigError, NotFoundError
 from vllm_kvmarket.core.model_identity import CHUNK_TOKENS
 
@@ -53,7 +53,7 @@ class View:
         self._owner = Owner(path.parent / OWNERS_FOLDER)
         self._db = Connections(path, schema.ROOM, schema.MIGRATIONS)
         with self._db.transaction() as db:
-            chosen = tables.fix_chunk_tokens(db, chunk_tokens)
+            chosen = queries.fix_chunk_tokens(db, chunk_tokens)
         if chosen != chunk_tokens:
             self.close()
             raise ConfigError(
@@ -179,11 +179,11 @@ class View:
             return changed or dropped
 
     def _take_over(self, db: apsw.Connection, now_s: float) -> bool:
-        newest = tables.revision(db)
+        newest = queries.revision(db)
         if newest == self._revision:
             return False
         if self._chunks_in_memory is None:
-            changes = tables.read_changes(db, self._revision, now_s)
+            changes = queries.read_changes(db, self._revision, now_s)
             # In the order of their tokens, thousands of new chunks go to the end of their lists.
             changes.sort(key=lambda change: (change.listing.namespace, change.chunks))
             with self._tree_lock:
@@ -195,7 +195,7 @@ class View:
         self._revision = newest
         return True
 
-    def _apply(self, change: tables.Change, now_s: float) -> None:
+    def _apply(self, change: queries.Change, now_s: float) -> None:
         listing = change.listing
         if change.chunks and change.place is not None:
             self._tree.put(listing, change.place, change.chunks)
@@ -208,7 +208,7 @@ class View:
     def _take_over_what_fits(self, db: apsw.Connection, now_s: float, most: int) -> None:
         """Put the most used documents into the tree; the tokens of the others are not read."""
         pinned = set(self._pinned_beyond)
-        for name, token_count, offered, is_pinned, expires_at_s in tables.changed(
+        for name, token_count, offered, is_pinned, expires_at_s in queries.changed(
             db, self._revision, now_s
         ):
             entry = self._tree.entries.get(name)
@@ -216,7 +216,7 @@ class View:
             fits = kept - (-token_count // self._tree.chunk_tokens) <= most
             pinned.discard(name)
             if fits or not offered:
-                self._apply(tables.read_change(db, name, now_s), now_s)
+                self._apply(queries.read_change(db, name, now_s), now_s)
                 continue
             self._is_beyond = True
             self._tree.remove(name)
@@ -245,7 +245,7 @@ class View:
 
     @staticmethod
     def _read(db: apsw.Connection, document_id: str) -> Listing:
-        listing = tables.find_listing(db, document_id)
+        listing = queries.find_listing(db, document_id)
         if listing is None:
             raise NotFoundError(f"there is no document {document_id}; see `kvmarket list`")
         return listing
@@ -265,7 +265,7 @@ class View:
         with self._changing(wait=wait) as db:
             ended = upkeep.ended(db, now_s)
             for document_id in ended:
-                tables.set_state(db, document_id, "expired", EXPIRED_REASON)
+                queries.set_state(db, document_id, "expired", EXPIRED_REASON)
         return ended
 
     def watch(self, interval_s: float = 0.25) -> None:
@@ -315,4 +315,4 @@ class View:
             now_s = time.time()
             self._drop_ended(now_s)
             self._take_over(db, now_s)
-            return audit.problems(db, self._tree, now_s, whole=self._chunks_in_memory is None)
+            return integrity.problems(db, self._tree, now_s, whole=self._chunks_in_memory is None)

@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable
 
 from vllm_kvmarket.core.errors import LedgerError
-from vllm_kvmarket.ledger.operations import Result
+from vllm_kvmarket.ledger.model import Result
 from vllm_kvmarket.ledger.storage import Batch, MalformedBatchError, Storage, UnavailableError
 
 MAX_GROUP = 1024  # batches a commit: bounds how long the first of them waits

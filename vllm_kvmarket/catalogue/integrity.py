@@ -8,9 +8,9 @@ from math import inf
 
 import apsw
 
-from vllm_kvmarket.catalogue import tables
+from vllm_kvmarket.catalogue import queries
 from vllm_kvmarket.catalogue.listing import Listing
-from vllm_kvmarket.catalogue.tree import Node, PrefixTree
+from vllm_kvmarket.catalogue.prefix_tree import Node, PrefixTree
 from vllm_kvmarket.core.model_identity import TOKEN_BYTES, chunk_keys, document_id, unpack_tokens
 
 
@@ -23,15 +23,15 @@ def problems(
     """
     found: list[str] = []
     on_offer: set[str] = set()
-    for listing in tables.read_listings(db):
-        chunks = tables.chunks_of(db, listing.document_id)
+    for listing in queries.read_listings(db):
+        chunks = queries.chunks_of(db, listing.document_id)
         found += [
             f"{listing.document_id}: {problem}"
             for problem in _listing_problems(listing, chunks, tree, now_s, whole=whole)
         ]
         if not whole:
             found += _offer_problems(db, listing, chunks)
-        if tables.matchable(listing, chunks, now_s):
+        if queries.matchable(listing, chunks, now_s):
             on_offer.add(listing.document_id)
     found += [
         f"{name}: can be matched, but is not on offer" for name in tree.entries.keys() - on_offer
@@ -41,7 +41,7 @@ def problems(
 
 def _listing_problems(
     listing: Listing,
-    chunks: list[tables.StoredChunk],
+    chunks: list[queries.StoredChunk],
     tree: PrefixTree,
     now_s: float,
     *,
@@ -62,15 +62,15 @@ def _listing_problems(
         yield "damaged, with every chunk whole"
     entry = tree.entries.get(listing.document_id)
     in_tree = tuple(node.tokens for node in entry.path[1:]) if entry else ()
-    if (whole or entry) and in_tree != tables.matchable(listing, chunks, now_s):
+    if (whole or entry) and in_tree != queries.matchable(listing, chunks, now_s):
         yield f"{listing.state}, but what can be matched of it is something else"
 
 
 def _offer_problems(
-    db: apsw.Connection, listing: Listing, chunks: list[tables.StoredChunk]
+    db: apsw.Connection, listing: Listing, chunks: list[queries.StoredChunk]
 ) -> Iterator[str]:
     """Compare what is matched in the database with what should be; time to live does not matter."""
-    held = tables.rows(
+    held = queries.rows(
         db,
         "SELECT followed.key FROM followed JOIN listing USING (document_id) "
         "JOIN offered ON offered.key = followed.key AND offered.listed = listing.listed "
@@ -78,7 +78,7 @@ def _offer_problems(
         "WHERE document_id = ? AND continuation.key = followed.key ORDER BY position",
         (listing.document_id,),
     )
-    count = len(tables.matchable(listing, chunks, -inf))
+    count = len(queries.matchable(listing, chunks, -inf))
     if [key for (key,) in held] != list(listing.chunk_keys[:count]):
         yield f"{listing.document_id}: what the database matches of it is something else"
 

@@ -18,8 +18,8 @@ import apsw
 from vllm_kvmarket.catalogue import schema
 from vllm_kvmarket.catalogue.connections import Connections
 from vllm_kvmarket.catalogue.listing import Match, MatchedChunk
-from vllm_kvmarket.catalogue.tables import read_listings, rows
-from vllm_kvmarket.catalogue.tree import common_tokens, pack_valid
+from vllm_kvmarket.catalogue.prefix_tree import common_tokens, pack_valid
+from vllm_kvmarket.catalogue.queries import read_listings, rows
 from vllm_kvmarket.core.errors import CatalogueError
 from vllm_kvmarket.core.model_identity import ROOT, TOKEN_BYTES, chunk_key, document_id
 

@@ -21,7 +21,7 @@ from machine import memcpy_bytes_per_s
 
 from vllm_kvmarket import Market
 from vllm_kvmarket.store import ChunkHeader
-from vllm_kvmarket.store.reader import aligned_empty, open_chunk
+from vllm_kvmarket.store.chunk_reader import aligned_empty, open_chunk
 
 THREADS = 2
 REPEATS = 7

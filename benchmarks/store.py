@@ -31,15 +31,15 @@ from typing import Any
 import numpy as np
 from machine import describe_machine
 
-from vllm_kvmarket.connector.chunks import Chunks
+from vllm_kvmarket.connector.chunk_io import Chunks
 from vllm_kvmarket.connector.messages import ChunkLoad, ChunkSave
 from vllm_kvmarket.connector.metrics import Tally
 from vllm_kvmarket.core.model_identity import ROOT, chunk_keys, pack_tokens
 from vllm_kvmarket.store import ChunkLayout, DiskStore, LayerLayout, aligned_empty
 from vllm_kvmarket.store.codec import CODECS
-from vllm_kvmarket.store.host import HostTier
+from vllm_kvmarket.store.host_memory import HostTier
 from vllm_kvmarket.store.names import chunk_name
-from vllm_kvmarket.store.objects import ObjectTier
+from vllm_kvmarket.store.object_tier import ObjectTier
 from vllm_kvmarket.store.tiers import Tiers
 
 ROOT_FOLDER = Path(__file__).parents[1]

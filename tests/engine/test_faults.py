@@ -15,7 +15,7 @@ from conftest import words
 from vllm_kvmarket import Market
 from vllm_kvmarket.core.model_identity import chunk_key
 from vllm_kvmarket.market.timed_requests import ask, empty_prefix_cache
-from vllm_kvmarket.store import chunkfile, open_chunk
+from vllm_kvmarket.store import chunk_format, open_chunk
 
 QUESTION = words(996, 10)
 LENGTH = 700  # two whole chunks and a short one
@@ -34,11 +34,11 @@ def flip(offset: Callable[[Path], int]) -> Callable[[Path], None]:
 
 
 def in_header(path: Path) -> int:
-    return chunkfile.PREFIX_BYTES + 40
+    return chunk_format.PREFIX_BYTES + 40
 
 
 def in_header_checksum(path: Path) -> int:
-    return chunkfile.PREFIX_BYTES - 3
+    return chunk_format.PREFIX_BYTES - 3
 
 
 def in_layer(index: int) -> Callable[[Path], int]:
@@ -96,7 +96,7 @@ def another_namespace(path: Path) -> None:
         header = chunk.header
         layers = [[chunk.layer(index)] for index in range(len(header.layout.layers))]
     namespace = bytes(32)
-    prepared = chunkfile.prepare(
+    prepared = chunk_format.prepare(
         key=chunk_key(namespace, header.parent, header.tokens),
         parent=header.parent,
         namespace=namespace,
@@ -169,7 +169,7 @@ def test_a_file_in_a_layout_that_nobody_knows_is_a_miss_and_no_damage(llm, marke
     with open_chunk(path, listing.chunk_keys[0]) as chunk:
         header = chunk.header
         layers = [[chunk.layer(index)] for index in range(len(header.layout.layers))]
-    prepared = chunkfile.prepare(
+    prepared = chunk_format.prepare(
         key=header.key,
         parent=header.parent,
         namespace=header.namespace,

@@ -12,7 +12,7 @@ import torch
 from conftest import NANO, running, words
 
 from vllm_kvmarket import Market
-from vllm_kvmarket.connector.layouts import layout_tag, proven_packing
+from vllm_kvmarket.connector.paged_cache import layout_tag, proven_packing
 from vllm_kvmarket.market.timed_requests import ask, empty_prefix_cache
 from vllm_kvmarket.store.packings import read_tag
 

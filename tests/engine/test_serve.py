@@ -17,8 +17,8 @@ from openai import OpenAI
 from prometheus_client.parser import text_string_to_metric_families
 
 from vllm_kvmarket.auth.api_keys import Keys
-from vllm_kvmarket.connector.figures import FIGURES, PREFIX
 from vllm_kvmarket.connector.housekeeping import INTERVAL_S
+from vllm_kvmarket.connector.metric_definitions import FIGURES, PREFIX
 from vllm_kvmarket.market.market import DATABASE_FILE
 
 VLLM = ROOT / ".venv" / "bin" / "vllm"

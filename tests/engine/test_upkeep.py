@@ -113,14 +113,14 @@ def test_an_audit_tells_honest_chunks_from_poisoned_ones(llm, market: Market):
 
 def poison(market: Market, key: bytes, source: bytes) -> None:
     """Give a chunk the pages of another one, in a file that verifies."""
-    from vllm_kvmarket.store import chunkfile, open_chunk
+    from vllm_kvmarket.store import chunk_format, open_chunk
 
     with open_chunk(market.store.path(source), source) as chunk:
         layers = [[chunk.layer(index)] for index in range(len(chunk.header.layout.layers))]
     path = market.store.path(key)
     with open_chunk(path, key) as chunk:
         header = chunk.header
-    prepared = chunkfile.prepare(
+    prepared = chunk_format.prepare(
         key=key,
         parent=header.parent,
         namespace=header.namespace,

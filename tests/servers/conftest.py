@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from vllm_kvmarket.store.disk import DiskStore
-from vllm_kvmarket.store.objects import ObjectTier
+from vllm_kvmarket.store.object_tier import ObjectTier
 from vllm_kvmarket.store.tiers import Tiers
 
 # The store's own helpers make chunks here too.

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from store_chunks import NAMESPACE, Sample
 
-from vllm_kvmarket.store.objects import ObjectTier
+from vllm_kvmarket.store.object_tier import ObjectTier
 from vllm_kvmarket.store.tiers import Tiers
 
 Machine = Callable[..., Tiers]

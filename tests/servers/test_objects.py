@@ -16,10 +16,10 @@ from proxy import Proxy
 from seaweed import SeaweedFS, free_ports
 
 from vllm_kvmarket.core.errors import ConfigError, StoreError
-from vllm_kvmarket.store import objects
+from vllm_kvmarket.store import object_tier
 from vllm_kvmarket.store.breaker import Breaker
 from vllm_kvmarket.store.names import chunk_name
-from vllm_kvmarket.store.objects import PART_BYTES, ObjectReplacedError, ObjectTier
+from vllm_kvmarket.store.object_tier import PART_BYTES, ObjectReplacedError, ObjectTier
 
 KEY = bytes(range(32))
 Connect = Callable[..., ObjectTier]
@@ -112,7 +112,7 @@ def test_more_names_than_one_answer_holds(
     tier: ObjectTier, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A long list comes in several batches and is whole."""
-    monkeypatch.setattr(objects, "_LISTED_AT_ONCE", 7)
+    monkeypatch.setattr(object_tier, "_LISTED_AT_ONCE", 7)
     wanted = {f"listings/{number:03}" for number in range(30)}
     for name in wanted:
         tier.put_bytes(name, b"")
@@ -138,7 +138,7 @@ def test_a_document_that_is_too_large_is_not_read(
     tier: ObjectTier, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Nobody fills another home's memory through the bucket."""
-    monkeypatch.setattr(objects, "MAX_DOCUMENT_BYTES", 3)
+    monkeypatch.setattr(object_tier, "MAX_DOCUMENT_BYTES", 3)
     tier.put_bytes("listings/x", b"four")
     with pytest.raises(StoreError, match="more than 3 bytes"):
         tier.get_bytes("listings/x")
@@ -354,7 +354,7 @@ def test_a_fork_of_a_process_that_used_it_is_told(seaweed: SeaweedFS, bucket: st
     script = f"""
 import os
 from vllm_kvmarket.core.errors import StoreError
-from vllm_kvmarket.store.objects import ObjectTier
+from vllm_kvmarket.store.object_tier import ObjectTier
 make = lambda: ObjectTier({bucket!r}, {seaweed.options()!r})
 tier = make()
 tier.put_bytes("x", b"content")

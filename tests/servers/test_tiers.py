@@ -24,7 +24,7 @@ from vllm_kvmarket.core.errors import (
 )
 from vllm_kvmarket.store import DiskStore, tiers
 from vllm_kvmarket.store.names import chunk_name
-from vllm_kvmarket.store.objects import ObjectTier
+from vllm_kvmarket.store.object_tier import ObjectTier
 from vllm_kvmarket.store.tiers import Tiers
 
 # Chunks of several ranges.

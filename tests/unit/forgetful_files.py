@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 from typing import NamedTuple
 
-from vllm_kvmarket.store.chunkfile import PreparedChunk
+from vllm_kvmarket.store.chunk_format import PreparedChunk
 from vllm_kvmarket.store.files import Files
 from vllm_kvmarket.store.quota import RECORD_NAME
 

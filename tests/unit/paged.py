@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from vllm_kvmarket.connector.layouts import PagedCache
 from vllm_kvmarket.connector.messages import (
     AuditPlan,
     AuditReport,
@@ -23,12 +22,13 @@ from vllm_kvmarket.connector.messages import (
     SavePlan,
     SaveReport,
 )
-from vllm_kvmarket.connector.transfer import Transfers
+from vllm_kvmarket.connector.paged_cache import PagedCache
+from vllm_kvmarket.connector.transfers import Transfers
 from vllm_kvmarket.core.model_identity import ROOT, chunk_key, pack_tokens
 from vllm_kvmarket.store import DiskStore
 from vllm_kvmarket.store.conversion import canonical
-from vllm_kvmarket.store.host import HostTier
-from vllm_kvmarket.store.objects import ObjectTier
+from vllm_kvmarket.store.host_memory import HostTier
+from vllm_kvmarket.store.object_tier import ObjectTier
 from vllm_kvmarket.store.tiers import Tiers
 
 NAMESPACE = bytes(range(32))

@@ -11,8 +11,8 @@ import pytest
 from prometheus_client import REGISTRY, Counter, Gauge, Histogram
 from vllm.v1.metrics.prometheus import unregister_vllm_metrics
 
-from vllm_kvmarket.connector import figures
-from vllm_kvmarket.connector.figures import FIGURES, PREFIX, named
+from vllm_kvmarket.connector import metric_definitions
+from vllm_kvmarket.connector.metric_definitions import FIGURES, PREFIX, named
 from vllm_kvmarket.connector.metrics import MAX_DURATIONS, MarketPromMetrics, MarketStats, Tally
 
 ROOT = Path(__file__).parents[2]
@@ -202,6 +202,6 @@ def test_the_dashboard_shows_every_figure_and_no_other(metrics):
 def test_the_documentation_has_the_table_of_figures():
     """docs/METRICS.md ends with what is registered; every reason to decline is explained."""
     text = (ROOT / "docs" / "METRICS.md").read_text()
-    assert text.endswith("\n\n" + figures.table()), figures.table()
+    assert text.endswith("\n\n" + metric_definitions.table()), metric_definitions.table()
     explained = re.findall(r"^\| `(\w+)` \| ", text, re.MULTILINE)
-    assert set(explained) == set(figures.DECLINED)
+    assert set(explained) == set(metric_definitions.DECLINED)

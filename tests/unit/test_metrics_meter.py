@@ -7,10 +7,10 @@ import time
 import pytest
 from catalogue_documents import NAMESPACE, store_and_list, tokens
 
-from vllm_kvmarket.connector.figures import FIGURES
 from vllm_kvmarket.connector.housekeeping import Housekeeping
 from vllm_kvmarket.connector.meter import Meter
-from vllm_kvmarket.connector.requests import Decision, RequestState
+from vllm_kvmarket.connector.metric_definitions import FIGURES
+from vllm_kvmarket.connector.request_state import Decision, RequestState
 from vllm_kvmarket.core.pricing import NANO
 from vllm_kvmarket.ledger import PROVIDER, pending, plain
 from vllm_kvmarket.market.market import Market

@@ -13,8 +13,7 @@ from hypothesis import strategies as st
 
 from vllm_kvmarket import Market
 from vllm_kvmarket.catalogue import Listing, Match
-from vllm_kvmarket.connector import buying
-from vllm_kvmarket.connector.buying import Purchases
+from vllm_kvmarket.connector.purchases import Purchases
 from vllm_kvmarket.market.purchase import PurchaseState, Usage
 
 NANO = 1_000_000_000
@@ -212,7 +211,7 @@ def test_a_retry_is_known_for_as_long_as_a_reservation_lives(market, purchases, 
 
 def test_what_is_remembered_is_bounded(market, purchases, monkeypatch):
     """By number, whatever the clock says."""
-    monkeypatch.setattr(buying, "MAX_REMEMBERED", 20)
+    monkeypatch.setattr("vllm_kvmarket.connector.purchases.MAX_REMEMBERED", 20)
     for number in range(30):
         purchases.join(request(f"{number}", prompt=[number] * 64), "alice", matching(64))
         purchases.leave(f"{number}", used(1))

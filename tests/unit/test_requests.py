@@ -9,7 +9,7 @@ from vllm.v1.metrics.stats import PrefillStats
 
 from vllm_kvmarket.catalogue import Listing, Match, MatchedChunk
 from vllm_kvmarket.connector.messages import LoadReport
-from vllm_kvmarket.connector.requests import (
+from vllm_kvmarket.connector.request_state import (
     Decision,
     RequestState,
     client_request_id,

@@ -23,7 +23,7 @@ from store_chunks import (
 )
 
 from vllm_kvmarket.core.errors import ChunkDamagedError, LayoutMismatchError, StoreError
-from vllm_kvmarket.store import DiskStore, chunkfile
+from vllm_kvmarket.store import DiskStore, chunk_format
 
 Sizes = pytest.mark.parametrize("page_bytes", [PADDED, DENSE])
 
@@ -92,9 +92,13 @@ def test_verified_bytes_that_do_not_decode(tmp_path: Path, pages: tuple[int, int
     start = header.layer_offsets[1]
     stop = start + header.layer_bytes[1]
     payload[stop - 100 : stop] = bytes(100)
-    forged = (header.checksums[0], chunkfile.checksum([payload[start:stop]]), header.checksums[2])
+    forged = (
+        header.checksums[0],
+        chunk_format.checksum([payload[start:stop]]),
+        header.checksums[2],
+    )
     header = msgspec.structs.replace(header, checksums=forged)
-    path.write_bytes(chunkfile.encode(header) + payload)
+    path.write_bytes(chunk_format.encode(header) + payload)
     room = chunk.room(*pages)
     with store.open(chunk.key, chunk.layout, NAMESPACE) as opened:
         with pytest.raises(ChunkDamagedError, match="layer 1 cannot be decoded"):

@@ -11,7 +11,7 @@ from store_chunks import NAMESPACE, OTHER_NAMESPACE, Sample, assert_damaged, sto
 
 from vllm_kvmarket.core.errors import ChunkDamagedError, LayoutMismatchError
 from vllm_kvmarket.core.model_identity import ROOT, chunk_key
-from vllm_kvmarket.store import ChunkHeader, DiskStore, LayerLayout, chunkfile, open_chunk
+from vllm_kvmarket.store import ChunkHeader, DiskStore, LayerLayout, chunk_format, open_chunk
 
 
 @pytest.fixture
@@ -55,8 +55,8 @@ def rewrite_header(store: DiskStore, chunk: Sample, **fields: object) -> None:
     path = store.path(chunk.key)
     with store.open(chunk.key, chunk.layout, chunk.namespace) as opened:
         header = opened.header
-    payload = path.read_bytes()[len(chunkfile.encode(header)) :]
-    path.write_bytes(chunkfile.encode(msgspec.structs.replace(header, **fields)) + payload)
+    payload = path.read_bytes()[len(chunk_format.encode(header)) :]
+    path.write_bytes(chunk_format.encode(msgspec.structs.replace(header, **fields)) + payload)
 
 
 def test_forged_headers(store: DiskStore) -> None:
@@ -128,12 +128,12 @@ def test_tokens_that_are_none(store: DiskStore, tokens: bytes) -> None:
         header = msgspec.structs.replace(opened.header, key=key, tokens=tokens)
     store.path(key).parent.mkdir(exist_ok=True)
     for pages in (0, 1, 2):
-        place = chunkfile.arrange(chunk.layout, pages)
+        place = chunk_format.arrange(chunk.layout, pages)
         forged = msgspec.structs.replace(
             header, layer_bytes=place.sizes, layer_offsets=place.offsets
         )
         size = place.offsets[-1] + place.sizes[-1]
-        store.path(key).write_bytes(chunkfile.encode(forged) + bytes(size))
+        store.path(key).write_bytes(chunk_format.encode(forged) + bytes(size))
         with pytest.raises(ChunkDamagedError):
             store.verify(key)
 
@@ -169,7 +169,7 @@ def test_an_unknown_codec_is_a_mismatch(store: DiskStore) -> None:
 
 def test_a_later_format_is_a_mismatch(store: DiskStore, monkeypatch: pytest.MonkeyPatch) -> None:
     """An intact chunk of a later format is no damage, though a flipped version byte is."""
-    monkeypatch.setattr(chunkfile, "FORMAT_VERSION", 2)
+    monkeypatch.setattr(chunk_format, "FORMAT_VERSION", 2)
     chunk, path = stored(store)
     monkeypatch.undo()
     with pytest.raises(LayoutMismatchError, match="format 2, this kvmarket reads 1"):
@@ -188,6 +188,6 @@ def test_an_unknown_header_field_is_damage(store: DiskStore) -> None:
         fields = msgspec.structs.asdict(opened.header)
     odd = msgspec.defstruct("Odd", [*fields, "surprise"])(**fields, surprise=1)
     payload = path.read_bytes()[4096:]
-    path.write_bytes(chunkfile.encode(odd) + payload)
+    path.write_bytes(chunk_format.encode(odd) + payload)
     with pytest.raises(ChunkDamagedError, match="surprise"):
         chunk.load(store)

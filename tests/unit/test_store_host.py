@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 from store_chunks import layout_of
 
-from vllm_kvmarket.store import host
-from vllm_kvmarket.store.host import HostTier, layers_of
+from vllm_kvmarket.store import host_memory
+from vllm_kvmarket.store.host_memory import HostTier, layers_of
 
 
 def key_of(number: int) -> bytes:
@@ -59,7 +59,7 @@ def test_what_was_kept_can_be_held():
     assert fill(tier, 1)
     assert holds(tier, 1)
     assert holds(tier, 1)
-    assert tier.usage() == host.HostUsage(100, 1000, 1)
+    assert tier.usage() == host_memory.HostUsage(100, 1000, 1)
 
 
 def test_the_least_recently_used_chunk_goes_first():
@@ -205,7 +205,7 @@ def test_the_second_load_is_hot_and_the_memory_of_it_is_short():
     tier = HostTier(100)
     assert not tier.is_hot(key_of(1))
     assert tier.is_hot(key_of(1))
-    for number in range(2, host.REMEMBERED_KEYS + 2):
+    for number in range(2, host_memory.REMEMBERED_KEYS + 2):
         tier.is_hot(key_of(number))
     assert not tier.is_hot(key_of(1))
 
@@ -221,8 +221,8 @@ def test_a_prefetch_does_not_push_out_what_was_prefetched_for_another_request(mo
     assert not holds(tier, 1)
     assert fill(tier, 4)
     assert not holds(tier, 2)
-    later = time.monotonic() + host.PREFETCH_KEPT_S + 1
-    monkeypatch.setattr(host.time, "monotonic", lambda: later)
+    later = time.monotonic() + host_memory.PREFETCH_KEPT_S + 1
+    monkeypatch.setattr(host_memory.time, "monotonic", lambda: later)
     assert fill(tier, 5, prefetched=True)
 
 

@@ -25,11 +25,11 @@ from vllm_kvmarket.store import (
     DiskStore,
     LayerLayout,
     aligned_empty,
-    chunkfile,
+    chunk_format,
     open_chunk,
 )
 from vllm_kvmarket.store import codec as codec_module
-from vllm_kvmarket.store.chunkfile import ALIGNMENT, GROUP_BYTES, arrange
+from vllm_kvmarket.store.chunk_format import ALIGNMENT, GROUP_BYTES, arrange
 from vllm_kvmarket.store.codec import CODECS
 
 
@@ -74,7 +74,7 @@ def test_the_size_is_known_before_anything_is_written(
     tmp_path: Path, chunk: Sample, codec: str
 ) -> None:
     """A prepared chunk says how large its file will be; writing it makes just that file."""
-    prepared = chunkfile.prepare(
+    prepared = chunk_format.prepare(
         key=chunk.key,
         parent=chunk.parent,
         namespace=chunk.namespace,
@@ -103,7 +103,7 @@ def test_a_codec_that_is_not_exact_stores_nothing(monkeypatch: pytest.MonkeyPatc
         "layers": [[layer] for layer in chunk.pages],
     }
     with pytest.raises(ValueError, match="unknown codec 'gzip'"):
-        chunkfile.prepare(**facts, codec="gzip")
+        chunk_format.prepare(**facts, codec="gzip")
     real = codec_module.encode
 
     def forgetful(*args: object, **named: object) -> np.ndarray:
@@ -113,7 +113,7 @@ def test_a_codec_that_is_not_exact_stores_nothing(monkeypatch: pytest.MonkeyPatc
 
     monkeypatch.setattr(codec_module, "encode", forgetful)
     with pytest.raises(StoreError, match="does not give back what it was given"):
-        chunkfile.prepare(**facts, codec="zstd-exponent")
+        chunk_format.prepare(**facts, codec="zstd-exponent")
 
 
 def test_the_header_tells_what_the_chunk_is(store: DiskStore) -> None:

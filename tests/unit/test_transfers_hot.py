@@ -8,8 +8,8 @@ import time
 import pytest
 from paged import PLENTY, Bench, assert_loaded, into, stored, until
 
-from vllm_kvmarket.connector.chunks import Chunks
-from vllm_kvmarket.store.host import HostTier
+from vllm_kvmarket.connector.chunk_io import Chunks
+from vllm_kvmarket.store.host_memory import HostTier
 
 
 @pytest.fixture

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 from vllm.sampling_params import RequestOutputKind
 from vllm.v1.request import RequestStatus
 
-from vllm_kvmarket.connector.buying import Charge
-from vllm_kvmarket.connector.requests import RequestState
+from vllm_kvmarket.connector.purchases import Charge
+from vllm_kvmarket.connector.request_state import RequestState
 
 if TYPE_CHECKING:
     from vllm.v1.request import Request

@@ -8,7 +8,7 @@ import numpy as np
 
 from vllm_kvmarket.connector.messages import ChunkAudit
 from vllm_kvmarket.core.errors import LayoutMismatchError
-from vllm_kvmarket.store.chunkfile import Bytes
+from vllm_kvmarket.store.chunk_format import Bytes
 from vllm_kvmarket.store.conversion import as_floats, canonical
 from vllm_kvmarket.store.layout import ChunkLayout
 

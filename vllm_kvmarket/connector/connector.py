@@ -18,7 +18,7 @@ from vllm.v1.metrics.cache_hit_source import CacheHitSource
 
 from vllm_kvmarket.connector.messages import Instructions
 from vllm_kvmarket.connector.metrics import MarketPromMetrics, MarketStats
-from vllm_kvmarket.connector.publishing import EngineFacts
+from vllm_kvmarket.connector.publish_requests import EngineFacts
 from vllm_kvmarket.connector.scheduler import SchedulerHalf
 from vllm_kvmarket.connector.supported_models import check_layers
 from vllm_kvmarket.connector.worker import WorkerHalf

@@ -12,7 +12,7 @@ from vllm import SamplingParams
 from vllm.sampling_params import RequestOutputKind
 
 from vllm_kvmarket.connector.namespaces import base_facts
-from vllm_kvmarket.connector.params import FIELD
+from vllm_kvmarket.connector.request_params import FIELD
 from vllm_kvmarket.core.errors import NotPublishableError, PublishFailedError
 from vllm_kvmarket.core.model_identity import namespace_digest
 from vllm_kvmarket.market import document_tokens

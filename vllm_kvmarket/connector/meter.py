@@ -7,7 +7,7 @@ from functools import partial
 from typing import Literal
 
 from vllm_kvmarket.connector.metrics import MarketStats, Tally
-from vllm_kvmarket.connector.requests import RequestState
+from vllm_kvmarket.connector.request_state import RequestState
 from vllm_kvmarket.ledger import PROVIDER, Receipt, Result
 from vllm_kvmarket.market.market import Market
 from vllm_kvmarket.market.purchase import is_booked

@@ -15,7 +15,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.metrics import (
     KVConnectorStats,
 )
 
-from vllm_kvmarket.connector.figures import FIGURES, PREFIX, named
+from vllm_kvmarket.connector.metric_definitions import FIGURES, PREFIX, named
 
 _COUNTS, _DURATIONS, _GAUGES = "counts", "durations", "gauges"
 _HOST_BYTES = "host_cache_bytes"

@@ -13,18 +13,18 @@ from typing import TYPE_CHECKING, Any
 from vllm.logger import init_logger
 
 from vllm_kvmarket.catalogue import Match
-from vllm_kvmarket.connector import params as wishes
+from vllm_kvmarket.connector import request_params as wishes
 from vllm_kvmarket.connector.answers import ANSWERED, answer_of, is_answered
-from vllm_kvmarket.connector.auditing import audit_plan, audit_record, start_auditing
-from vllm_kvmarket.connector.buying import Purchases
+from vllm_kvmarket.connector.audit_requests import audit_plan, audit_record, start_auditing
+from vllm_kvmarket.connector.database_lookups import Lookup, Lookups
 from vllm_kvmarket.connector.housekeeping import Housekeeping
-from vllm_kvmarket.connector.lookups import Lookup, Lookups
 from vllm_kvmarket.connector.messages import ChunkPrefetch, Instructions, WorkerReport
 from vllm_kvmarket.connector.meter import Meter
 from vllm_kvmarket.connector.namespaces import Namespaces
-from vllm_kvmarket.connector.pinning import PinnedBlocks
-from vllm_kvmarket.connector.publishing import EngineFacts, begun, save_plan, start_publishing
-from vllm_kvmarket.connector.requests import Decision, RequestState
+from vllm_kvmarket.connector.pins import PinnedBlocks
+from vllm_kvmarket.connector.publish_requests import EngineFacts, begun, save_plan, start_publishing
+from vllm_kvmarket.connector.purchases import Purchases
+from vllm_kvmarket.connector.request_state import Decision, RequestState
 from vllm_kvmarket.core.config import MarketConfig
 from vllm_kvmarket.market.market import Market
 from vllm_kvmarket.market.purchase import PurchaseState

@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING
 import torch
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorTransferResults
 
-from vllm_kvmarket.connector.layouts import Bytes, PagedCache
 from vllm_kvmarket.connector.messages import Instructions, WorkerReport
 from vllm_kvmarket.connector.metrics import MarketStats
-from vllm_kvmarket.connector.transfer import Finished, Transfers
+from vllm_kvmarket.connector.paged_cache import Bytes, PagedCache
+from vllm_kvmarket.connector.transfers import Finished, Transfers
 from vllm_kvmarket.core.config import MarketConfig
 from vllm_kvmarket.store import aligned_empty
-from vllm_kvmarket.store.host import HostTier
+from vllm_kvmarket.store.host_memory import HostTier
 from vllm_kvmarket.store.open_store import store_of
 from vllm_kvmarket.store.tiers import Tiers
 

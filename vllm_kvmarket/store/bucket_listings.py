@@ -11,7 +11,7 @@ import time
 from collections.abc import Iterator, Set
 
 from vllm_kvmarket.store.names import share_of
-from vllm_kvmarket.store.objects import ObjectTier
+from vllm_kvmarket.store.object_tier import ObjectTier
 
 PREFIX = "listings"
 # Longer than tiers.FRESH_S and the longest publication together.

@@ -22,7 +22,8 @@ from vllm_kvmarket.core.errors import (
     LayoutMismatchError,
     StoreError,
 )
-from vllm_kvmarket.store.chunkfile import damaged
+from vllm_kvmarket.store.chunk_format import damaged
+from vllm_kvmarket.store.chunk_reader import aligned_empty
 from vllm_kvmarket.store.codec import Bytes
 from vllm_kvmarket.store.layout import ChunkHeader, ChunkLayout, LayerLayout
 from vllm_kvmarket.store.packings import (
@@ -36,7 +37,6 @@ from vllm_kvmarket.store.packings import (
     read_tag,
     shape_of,
 )
-from vllm_kvmarket.store.reader import aligned_empty
 
 __all__ = ["as_floats", "canonical", "copy_converted", "is_usable", "token_count", "why_not"]
 

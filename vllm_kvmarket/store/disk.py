@@ -15,8 +15,9 @@ from vllm_kvmarket.core.errors import (
     StoreError,
     StoreFullError,
 )
-from vllm_kvmarket.store import chunkfile, drafts
-from vllm_kvmarket.store.chunkfile import Bytes
+from vllm_kvmarket.store import chunk_format, drafts
+from vllm_kvmarket.store.chunk_format import Bytes
+from vllm_kvmarket.store.chunk_reader import StoredChunk, open_chunk
 from vllm_kvmarket.store.codec import CODEC_RAW
 from vllm_kvmarket.store.drafts import Draft
 from vllm_kvmarket.store.files import OS_FILES, Files
@@ -31,7 +32,6 @@ from vllm_kvmarket.store.names import (
 )
 from vllm_kvmarket.store.quarantine import Quarantine, Quarantined
 from vllm_kvmarket.store.quota import Held, Quota, StoreUsage
-from vllm_kvmarket.store.reader import StoredChunk, open_chunk
 from vllm_kvmarket.store.recency import LeastRecentlyUsed
 from vllm_kvmarket.store.room import Room
 
@@ -101,7 +101,7 @@ class DiskStore(ChunkFolder):
             with self._reporting(path):
                 self._make_durable(path.parent)
             return 0
-        chunk = chunkfile.prepare(
+        chunk = chunk_format.prepare(
             key=key,
             parent=parent,
             namespace=namespace,
@@ -131,8 +131,8 @@ class DiskStore(ChunkFolder):
         know), StoreFullError, StoreError, and what the body raises.
         """
         path = self.location(key, rank, world_size)
-        if size < chunkfile.PREFIX_BYTES:
-            raise chunkfile.damaged(path.name, f"{size} bytes are too few for a chunk")
+        if size < chunk_format.PREFIX_BYTES:
+            raise chunk_format.damaged(path.name, f"{size} bytes are too few for a chunk")
         with self._draft(path, size) as draft:
             yield draft.descriptor
             try:
@@ -390,6 +390,6 @@ def _verify_share(path: Path, key: bytes, rank: int, world_size: int) -> None:
 def _check_share(chunk: StoredChunk, name: str, rank: int, world_size: int) -> None:
     layout = chunk.header.layout
     if (layout.rank, layout.world_size) != (rank, world_size):
-        raise chunkfile.damaged(
+        raise chunk_format.damaged(
             name, f"holds the share of rank {layout.rank} of {layout.world_size}"
         )

@@ -13,7 +13,7 @@ import secrets
 import shutil
 from pathlib import Path
 
-from vllm_kvmarket.store.chunkfile import PreparedChunk
+from vllm_kvmarket.store.chunk_format import PreparedChunk
 
 _CANNOT_ALLOCATE = frozenset({errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL})
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")

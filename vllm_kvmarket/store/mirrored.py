@@ -7,9 +7,9 @@ from types import TracebackType
 from typing import Self, TypeVar
 
 from vllm_kvmarket.core.errors import ChunkDamagedError
-from vllm_kvmarket.store.chunkfile import Bytes
+from vllm_kvmarket.store.chunk_format import Bytes
+from vllm_kvmarket.store.chunk_reader import StoredChunk
 from vllm_kvmarket.store.layout import ChunkHeader
-from vllm_kvmarket.store.reader import StoredChunk
 
 T = TypeVar("T")
 

@@ -19,15 +19,15 @@ from types import TracebackType
 from typing import NamedTuple, Self
 
 from vllm_kvmarket.core.errors import ChunkDamagedError, ChunkMissingError, StoreError
-from vllm_kvmarket.store.chunkfile import Bytes
+from vllm_kvmarket.store.chunk_format import Bytes
+from vllm_kvmarket.store.chunk_reader import StoredChunk
 from vllm_kvmarket.store.disk import DiskStore
 from vllm_kvmarket.store.layout import ChunkLayout
 from vllm_kvmarket.store.mirrored import MirroredChunk
 from vllm_kvmarket.store.names import chunk_name
-from vllm_kvmarket.store.objects import ObjectFacts, ObjectReplacedError, ObjectTier
+from vllm_kvmarket.store.object_tier import ObjectFacts, ObjectReplacedError, ObjectTier
 from vllm_kvmarket.store.quarantine import Quarantined
 from vllm_kvmarket.store.quota import StoreUsage
-from vllm_kvmarket.store.reader import StoredChunk
 
 # An object that a publisher relies on was written less than this ago, else it is written again: the
 # bucket's garbage collection goes by an object's age, and leaves young ones alone.

@@ -11,8 +11,8 @@ from vllm_kvmarket.api.gate.refusals import BEARER, Refusal, bad, no_key
 from vllm_kvmarket.auth.api_keys import PREFIX, Principal
 from vllm_kvmarket.auth.api_keys import Scope as KeyScope
 from vllm_kvmarket.auth.operator_tokens import Credentials, account_subject
-from vllm_kvmarket.connector import params
-from vllm_kvmarket.connector.params import Reason, RequestParams
+from vllm_kvmarket.connector import request_params
+from vllm_kvmarket.connector.request_params import Reason, RequestParams
 
 CONNECTOR = "kvmarket"
 WITHOUT_KEY = "this server answers with a key only: Authorization: Bearer kvm_..."
@@ -109,7 +109,7 @@ def caller_of(
     raw = given.get(CONNECTOR) if isinstance(given, dict) else None
     if not isinstance(raw, dict) or not raw.get("token"):
         return Caller()
-    wish = params.read({CONNECTOR: raw}, credentials, trusted=False)
+    wish = request_params.read({CONNECTOR: raw}, credentials, trusted=False)
     if not isinstance(wish, RequestParams):
         return Caller()
     if wish.publish is not None or wish.preload or wish.audit is not None:

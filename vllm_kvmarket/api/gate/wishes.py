@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 import msgspec
 
 from vllm_kvmarket.api.gate.refusals import bad
-from vllm_kvmarket.connector.params import Reason
+from vllm_kvmarket.connector.request_params import Reason
 
 FIELD = "kvmarket"
 

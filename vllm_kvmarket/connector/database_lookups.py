@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from vllm_kvmarket.catalogue import Catalogue, Match
-from vllm_kvmarket.connector import params as wishes
+from vllm_kvmarket.connector import request_params as wishes
 
 if TYPE_CHECKING:
     from vllm.v1.request import Request

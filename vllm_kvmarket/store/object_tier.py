@@ -20,7 +20,7 @@ import obstore.exceptions
 
 from vllm_kvmarket.core.errors import StoreError
 from vllm_kvmarket.store.names import chunk_name, share_of
-from vllm_kvmarket.store.object_calls import Calls, connect, local_root
+from vllm_kvmarket.store.object_client import Calls, connect, local_root
 
 # One request of a download; large enough that a request's round trip does not count.
 PART_BYTES = 4 << 20

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 
 from vllm_kvmarket.catalogue import Listing
 from vllm_kvmarket.connector.messages import ChunkSave, SavePlan
-from vllm_kvmarket.connector.params import PublishParams
-from vllm_kvmarket.connector.requests import Decision, Publishing, RequestState, ledger_key
+from vllm_kvmarket.connector.request_params import PublishParams
+from vllm_kvmarket.connector.request_state import Decision, Publishing, RequestState, ledger_key
 from vllm_kvmarket.core.model_identity import (
     ROOT,
     TOKEN_BYTES,

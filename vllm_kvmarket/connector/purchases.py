@@ -16,7 +16,7 @@ from blake3 import blake3
 
 from vllm_kvmarket.catalogue import Match, Use
 from vllm_kvmarket.connector.meter import Meter
-from vllm_kvmarket.connector.requests import client_request_id, ledger_key, purchase_group
+from vllm_kvmarket.connector.request_state import client_request_id, ledger_key, purchase_group
 from vllm_kvmarket.core.model_identity import pack_tokens
 from vllm_kvmarket.market.market import Market
 from vllm_kvmarket.market.purchase import Purchase, PurchaseState, Usage

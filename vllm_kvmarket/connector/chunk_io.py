@@ -13,9 +13,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from vllm_kvmarket.connector.layouts import Bytes, DeviceStaging, PagedCache
 from vllm_kvmarket.connector.messages import ChunkLoad, ChunkSave
 from vllm_kvmarket.connector.metrics import Tally
+from vllm_kvmarket.connector.paged_cache import Bytes, DeviceStaging, PagedCache
 from vllm_kvmarket.core.errors import (
     ChunkDamagedError,
     ChunkMissingError,
@@ -23,7 +23,7 @@ from vllm_kvmarket.core.errors import (
     StoreError,
 )
 from vllm_kvmarket.store import aligned_empty, conversion
-from vllm_kvmarket.store.host import Filling, HostTier, layers_of
+from vllm_kvmarket.store.host_memory import Filling, HostTier, layers_of
 from vllm_kvmarket.store.tiers import OpenChunk, Tiers
 
 HOST, DISK, OBJECTS = "host", "disk", "objects"  # the tiers, as metrics name them

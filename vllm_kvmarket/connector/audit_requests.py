@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 
 from vllm_kvmarket.catalogue import Audit
 from vllm_kvmarket.connector.messages import AuditPlan
-from vllm_kvmarket.connector.params import AuditParams
-from vllm_kvmarket.connector.publishing import chunk_pages, split
-from vllm_kvmarket.connector.requests import Auditing, Decision, RequestState
+from vllm_kvmarket.connector.publish_requests import chunk_pages, split
+from vllm_kvmarket.connector.request_params import AuditParams
+from vllm_kvmarket.connector.request_state import Auditing, Decision, RequestState
 
 if TYPE_CHECKING:
     from vllm.v1.request import Request

@@ -15,9 +15,9 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Self
 
-from vllm_kvmarket.store.chunkfile import Bytes
+from vllm_kvmarket.store.chunk_format import Bytes
+from vllm_kvmarket.store.chunk_reader import aligned_empty
 from vllm_kvmarket.store.layout import ChunkLayout
-from vllm_kvmarket.store.reader import aligned_empty
 
 # Keys of chunks that were loaded once: who comes back within this many others is hot.
 REMEMBERED_KEYS = 4096

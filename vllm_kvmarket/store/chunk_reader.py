@@ -33,7 +33,7 @@ from vllm_kvmarket.core.errors import (
     StoreError,
 )
 from vllm_kvmarket.core.model_identity import chunk_key
-from vllm_kvmarket.store import chunkfile, codec
+from vllm_kvmarket.store import chunk_format, codec
 from vllm_kvmarket.store.codec import CODEC_RAW, Bytes
 from vllm_kvmarket.store.layout import ChunkHeader, ChunkLayout
 
@@ -68,8 +68,8 @@ class StoredChunk:
         self._descriptor = descriptor
         self._payload = payload
         self._unwanted = _NOTHING
-        self._place = chunkfile.arrangement(header)
-        self._page_bytes = chunkfile.raw_sizes(header.layout, 1)
+        self._place = chunk_format.arrangement(header)
+        self._page_bytes = chunk_format.raw_sizes(header.layout, 1)
         self._is_raw = header.codec == CODEC_RAW
         self.header = header
 
@@ -145,7 +145,7 @@ class StoredChunk:
 
     def verify(self) -> None:
         """Check every byte that is not checked yet. Raises ChunkDamagedError, StoreError."""
-        sizes = chunkfile.raw_sizes(self.header.layout, self.header.page_count)
+        sizes = chunk_format.raw_sizes(self.header.layout, self.header.page_count)
         room = aligned_empty(max(sizes))
         for index, size in enumerate(sizes):
             self.copy_pages(index, 0, self.header.page_count, [room[:size]])
@@ -183,8 +183,8 @@ class StoredChunk:
             )
             # Right after they were copied: the hash finds the bytes in this core's caches.
             for index in range(start, stop):
-                if chunkfile.checksum(destinations[index]) != checksums[index]:
-                    raise chunkfile.damaged(self._name, f"layer {index} is not what was stored")
+                if chunk_format.checksum(destinations[index]) != checksums[index]:
+                    raise chunk_format.damaged(self._name, f"layer {index} is not what was stored")
 
     def _read_layer(
         self, index: int, first_page: int, last_page: int, destination: Sequence[Bytes]
@@ -206,10 +206,10 @@ class StoredChunk:
             position,
             self._name,
         )
-        if chunkfile.checksum(buffers) != self.header.checksums[index]:
-            raise chunkfile.damaged(self._name, f"layer {index} is not what was stored")
+        if chunk_format.checksum(buffers) != self.header.checksums[index]:
+            raise chunk_format.damaged(self._name, f"layer {index} is not what was stored")
         if padding.any():
-            raise chunkfile.damaged(self._name, f"the padding behind layer {index} is not zero")
+            raise chunk_format.damaged(self._name, f"the padding behind layer {index} is not zero")
         if not self._is_raw:
             self._decode(index, buffers[0], layer)
 
@@ -223,7 +223,7 @@ class StoredChunk:
                 page_bytes=self._page_bytes[index],
             )
         except ValueError as error:
-            raise chunkfile.damaged(
+            raise chunk_format.damaged(
                 self._name, f"layer {index} cannot be decoded ({error})"
             ) from None
 
@@ -284,16 +284,16 @@ def _read_header(descriptor: int, name: str) -> tuple[ChunkHeader, int]:
     # 0 for pipes and devices.
     size = os.fstat(descriptor).st_size
     front = _read(descriptor, min(_FIRST_READ_BYTES, size), 0, name)
-    payload = chunkfile.front_bytes(front, name)
+    payload = chunk_format.front_bytes(front, name)
     if payload > size:
         # Nothing is verified yet: the length may ask for gigabytes.
-        raise chunkfile.damaged(name, f"its {size} bytes end inside the header")
+        raise chunk_format.damaged(name, f"its {size} bytes end inside the header")
     if payload > len(front):
         front += _read(descriptor, payload - len(front), len(front), name)
-    header = chunkfile.decode(front[:payload], name)
+    header = chunk_format.decode(front[:payload], name)
     expected = payload + header.layer_offsets[-1] + header.layer_bytes[-1]
     if expected != size:
-        raise chunkfile.damaged(name, f"has {size} bytes instead of {expected}")
+        raise chunk_format.damaged(name, f"has {size} bytes instead of {expected}")
     return header, payload
 
 
@@ -306,9 +306,9 @@ def _check_identity(
     namespace: bytes | None,
 ) -> None:
     if header.key != key or chunk_key(header.namespace, header.parent, header.tokens) != key:
-        raise chunkfile.damaged(name, f"holds another chunk, {header.key.hex()}")
+        raise chunk_format.damaged(name, f"holds another chunk, {header.key.hex()}")
     if namespace is not None and header.namespace != namespace:
-        raise chunkfile.damaged(name, "belongs to another namespace")
+        raise chunk_format.damaged(name, "belongs to another namespace")
     if layout is not None and header.layout != layout:
         raise LayoutMismatchError(
             f"{name}: stored as {header.layout.tag} in blocks of {header.layout.block_tokens} "
@@ -328,16 +328,16 @@ def _read_into(descriptor: int, buffers: list[Any], size: int, position: int, na
     assert descriptor >= 0, "a chunk that is closed cannot be read"
     while size:
         try:
-            count = os.preadv(descriptor, buffers[: chunkfile.MAX_BUFFERS], position)
+            count = os.preadv(descriptor, buffers[: chunk_format.MAX_BUFFERS], position)
         except OSError as error:
             raise _failure(name, error) from None
         if count == size:
             return
         if count == 0:
-            raise chunkfile.damaged(name, "became shorter while it was read")
+            raise chunk_format.damaged(name, "became shorter while it was read")
         size -= count
         position += count
-        buffers = chunkfile.unfinished(buffers, count)
+        buffers = chunk_format.unfinished(buffers, count)
 
 
 def _failure(name: str, error: OSError) -> StoreError:

@@ -19,9 +19,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
-from vllm_kvmarket.connector.chunks import Chunks, NotOnThisMachineError
+from vllm_kvmarket.connector.chunk_io import Chunks, NotOnThisMachineError
 from vllm_kvmarket.connector.comparison import compare
-from vllm_kvmarket.connector.layouts import PagedCache
 from vllm_kvmarket.connector.messages import (
     AuditPlan,
     AuditReport,
@@ -37,6 +36,7 @@ from vllm_kvmarket.connector.messages import (
     WorkerReport,
 )
 from vllm_kvmarket.connector.metrics import MarketStats, Tally
+from vllm_kvmarket.connector.paged_cache import PagedCache
 from vllm_kvmarket.connector.prefetch import Prefetcher
 from vllm_kvmarket.core.errors import (
     ChunkDamagedError,
@@ -46,7 +46,7 @@ from vllm_kvmarket.core.errors import (
     StoreError,
     StoreFullError,
 )
-from vllm_kvmarket.store.host import HostTier
+from vllm_kvmarket.store.host_memory import HostTier
 from vllm_kvmarket.store.tiers import Tiers
 
 

@@ -14,7 +14,7 @@ from ledger_conformance import *  # noqa: F403  # its tests run here, on this mo
 from ledger_keeping import *  # noqa: F403
 from ledger_processes import *  # noqa: F403
 
-from vllm_kvmarket import LedgerError
+from vllm_kvmarket import ConfigError, LedgerError
 from vllm_kvmarket.core import sqlite
 from vllm_kvmarket.ledger import Ledger, Outcome, plain, post, tables
 
@@ -210,6 +210,18 @@ def test_books_of_version_2_are_kept(place):
         assert plain_reader.execute("SELECT * FROM transfer").fetchall()[:-1] == before
         assert plain_reader.execute("PRAGMA foreign_key_check").fetchall() == []
     plain_reader.close()
+
+
+def test_books_of_a_newer_version_are_refused_and_left_alone(place):
+    """Older code would spoil them: it says which version to install, and writes nothing."""
+    Ledger.open(place).close()
+    connection = apsw.Connection(str(place))
+    connection.execute("UPDATE schema_version SET version = 99 WHERE room = 'ledger'")
+    with pytest.raises(ConfigError, match=r"made by a newer kvmarket \(version 99"):
+        Ledger.open(place)
+    (kept,) = connection.execute("SELECT version FROM schema_version WHERE room = 'ledger'")
+    assert kept == (99,)
+    connection.close()
 
 
 def test_due_holds_are_found_by_an_index(ledger, place):

@@ -102,6 +102,21 @@ def test_a_document_shows_its_use_and_how_to_use_it(server, browser):
     assert "1,499 tokens in 1 reuses" in page
 
 
+@pytest.mark.parametrize(
+    ("form", "shown", "other"),
+    [
+        ("text", ("completions.create", "/v1/completions"), "chat"),
+        ("chat", ("chat.completions.create", "/v1/chat/completions"), "prompt="),
+    ],
+)
+def test_the_code_fits_the_form_of_the_document(server, browser, form, shown, other):
+    """A document of plain text goes in front of a completion, one of chat in front of a chat."""
+    made = publish(server, title="Whales", text=text_of(700), **{"as": form})
+    page = browser.get(f"/documents/{made['id']}").text
+    code = "".join(re.findall(r"<pre.*?</pre>", page, re.DOTALL))
+    assert all(each in code for each in shown) and other not in code
+
+
 def test_what_is_not_on_offer_is_not_shown(server, browser):
     """A delisted and an unknown document are missing alike."""
     made = publish(server, title="Whales", text=text_of(60))

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import apsw
 
+from vllm_kvmarket.core.errors import ConfigError
+
 BUSY_TIMEOUT_MS = 10_000
 
 
@@ -28,10 +30,20 @@ def connect(path: Path) -> apsw.Connection:
     return connection
 
 
+def refuse_newer(room: str, version: int, known: int) -> None:
+    """Raise ConfigError for tables that a newer kvmarket has made: older code would spoil them."""
+    if version > known:
+        raise ConfigError(
+            f"the {room} tables were made by a newer kvmarket (version {version}, this one knows "
+            f"{known}); install that version of vllm-kvmarket, or open another home or database"
+        )
+
+
 def migrate(connection: apsw.Connection, room: str, migrations: Sequence[str]) -> None:
     """Bring one room's tables to the newest version, in one transaction; mutates the database.
 
     `migrations[n]` is the SQL that leads from version n to n + 1. Entries are only ever appended.
+    Raises ConfigError for tables of a newer version, and leaves them as they are.
     """
     # BEGIN IMMEDIATE takes the write lock first, so that two processes never migrate at once.
     connection.execute("BEGIN IMMEDIATE")
@@ -44,12 +56,13 @@ def migrate(connection: apsw.Connection, room: str, migrations: Sequence[str]) -
             "SELECT version FROM schema_version WHERE room = ?", (room,)
         ).fetchone()
         version = row[0] if row else 0
+        refuse_newer(room, version, len(migrations))
         for migration in migrations[version:]:
             connection.execute(migration)
         connection.execute(
             "INSERT INTO schema_version VALUES (?, ?) "
             "ON CONFLICT (room) DO UPDATE SET version = excluded.version",
-            (room, max(version, len(migrations))),
+            (room, len(migrations)),
         )
     except BaseException:
         connection.execute("ROLLBACK")

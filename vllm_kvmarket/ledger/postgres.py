@@ -12,6 +12,7 @@ from typing import Any
 
 import msgspec
 
+from vllm_kvmarket.core import sqlite
 from vllm_kvmarket.core.errors import LedgerError
 from vllm_kvmarket.ledger import postgres_schema
 from vllm_kvmarket.ledger.group_commit import malformed, unavailable
@@ -262,12 +263,13 @@ def _migrate(db: psycopg.Connection[Any]) -> None:
         "SELECT version FROM kvmarket.schema_version WHERE room = %s", (ROOM,)
     ).fetchone()
     version = row[0] if row else 0
+    sqlite.refuse_newer(ROOM, version, len(postgres_schema.MIGRATIONS))
     for migration in postgres_schema.MIGRATIONS[version:]:
         db.execute(sql.SQL(migration))
     db.execute(
         "INSERT INTO kvmarket.schema_version VALUES (%s, %s) "
         "ON CONFLICT (room) DO UPDATE SET version = excluded.version",
-        (ROOM, max(version, len(postgres_schema.MIGRATIONS))),
+        (ROOM, len(postgres_schema.MIGRATIONS)),
     )
 
 

@@ -17,6 +17,11 @@ _CONTINUATIONS = ("\n\nWhat is this?", "\nwho", " Explain.", "0", "\n\n\n- a")
 
 def render(llm: Any, text: str, as_: Literal["text", "chat"]) -> list[int]:
     """The tokens under which `text` is published on `llm`. Raises NotPublishableError."""
+    if not isinstance(text, str):
+        raise NotPublishableError(
+            f"the document's text is of type {type(text).__name__}; pass text as a str, "
+            "or tokens as token_ids=[...]"
+        )
     if not text.strip():
         raise NotPublishableError("the document is empty; there is nothing to publish")
     tokenizer = llm.get_tokenizer()

@@ -50,7 +50,7 @@ def server(browser, tiny, tmp_path_factory):
 def keys(server):
     """Secrets by account: a publisher, two buyers, an admin."""
     made = {"boss": server.keys.create("boss", ["admin"])[0]}
-    for name, kind in (("pat", "publisher"), ("bea", "buyer"), ("ben", "buyer")):
+    for name, kind in (("pat", "publisher"), ("bea", "buyer"), ("ben", "buyer"), ("cho", "buyer")):
         server.market.create_account(name, kind)
         server.market.deposit(name, 10 * NANO, f"first:{name}")
         made[name] = server.keys.create(name, [kind])[0]
@@ -356,3 +356,29 @@ def walk(browser, server, keys, receipt, **options):
             for name, path in paths.items():
                 visitor.open(path)
                 yield name, visitor
+
+
+@pytest.mark.usefixtures("sales")
+@pytest.mark.parametrize("form", ["chat", "text"])
+def test_the_code_that_a_documents_page_shows_works(server, browser, keys, offer, form):
+    """Copied as it stands, with a key in it: the document is bought, and something is answered."""
+    (other,) = (
+        each.document_id for each in server.market.catalogue.listings() if each.title == OTHERS[0]
+    )
+    document_id = offer.id if form == "chat" else other
+    with visiting(browser, server.base) as anyone:
+        anyone.open(f"/documents/{document_id}")
+        code = anyone.page.get_by_role("group", name="Code in Python").inner_text()
+    before = len(server.market.ledger.receipts(document_id=document_id))
+    done = subprocess.run(
+        [sys.executable, "-c", code.replace("kvm_...", keys["cho"])],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    server.spent("cho")
+    receipts = server.market.ledger.receipts(document_id=document_id)
+    assert len(receipts) == before + 1
+    assert receipts[0].account == "cho" and receipts[0].tokens_reused > 0

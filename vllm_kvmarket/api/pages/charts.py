@@ -14,8 +14,10 @@ from dataclasses import dataclass
 from markupsafe import Markup, escape
 
 WIDTH, HEIGHT = 640, 300
-LEFT, RIGHT, TOP, BOTTOM = 76, 30, 16, 44
+LEFT, RIGHT, TOP, BOTTOM = 76, 30, 16, 52
 LABEL_GAP = 14
+# A letter of the style sheet's 15 px text is at most so wide; between two labels there is one more.
+LETTER = 9.5
 
 Text = Callable[[float], str]
 
@@ -68,7 +70,7 @@ class Axes:
             parts.append(_line("grid", LEFT, self.y(value), WIDTH - RIGHT, self.y(value)))
             parts.append(_text(LEFT - 8, self.y(value) + 4, self.y_text(value), "end"))
         for value, text in x_ticks:
-            parts.append(_text(self.x(value), HEIGHT - BOTTOM + 18, text, "middle"))
+            parts.append(_text(self.x(value), HEIGHT - BOTTOM + 24, text, "middle"))
         parts.append(_line("axis", LEFT, self.y(0), WIDTH - RIGHT, self.y(0)))
         parts.append(_text((LEFT + WIDTH - RIGHT) / 2, HEIGHT - 6, self.x_name, "middle", "name"))
         return Markup("").join(parts)
@@ -124,8 +126,15 @@ def columns(
     places = len(labels)
     heights = [sum(each.points[place][1] for each in series) for place in range(places)]
     axes = Axes(places or 1, nice(max(heights, default=0.0) or 1.0), str, y_text, x_name, y_name)
-    every = max(1, math.ceil(places / 7))
-    x_ticks = [(place + 0.5, labels[place]) for place in range(0, places, every)]
+    longest = max((len(label) for label in labels), default=0)
+    fitting = int((WIDTH - LEFT - RIGHT) / ((longest + 1) * LETTER))
+    every = max(1, math.ceil(places / max(fitting, 1)))
+    half = longest * LETTER / 2
+    x_ticks = [
+        (place + 0.5, labels[place])
+        for place in range(0, places, every)
+        if axes.x(place + 0.5) + half <= WIDTH
+    ]
     parts = [axes.drawn(x_ticks)]
     width = (WIDTH - LEFT - RIGHT) / max(places, 1)
     for place in range(places):

@@ -382,3 +382,26 @@ def test_the_code_that_a_documents_page_shows_works(server, browser, keys, offer
     receipts = server.market.ledger.receipts(document_id=document_id)
     assert len(receipts) == before + 1
     assert receipts[0].account == "cho" and receipts[0].tokens_reused > 0
+
+
+# The letters' heights in pixels, and pairs of labels that cover each other, of every chart.
+LETTERS = """() => [...document.querySelectorAll("figure svg")].map((svg) => {
+  const boxes = [...svg.querySelectorAll("text")].map((text) => text.getBoundingClientRect());
+  const covers = (a, b) =>
+    a.left < b.right && b.left < a.right && a.top < b.bottom && b.top < a.bottom;
+  const pairs = boxes.flatMap((a, i) => boxes.slice(i + 1).filter((b) => covers(a, b)));
+  return [boxes.length, Math.max(...boxes.map((box) => box.height)), pairs.length];
+})"""
+
+
+@pytest.mark.usefixtures("sales")
+def test_the_labels_of_charts_are_small_and_apart(server, browser, keys, offer):
+    """On a wide window, where a chart once grew to the page's width, and its letters with it."""
+    with visiting(browser, server.base) as boss:
+        boss.sign_in(keys["boss"])
+        for path in (f"/documents/{offer.id}", "/provider"):
+            boss.open(path)
+            charts = boss.page.evaluate(LETTERS)
+            assert charts and all(labels > 3 for labels, _, _ in charts)
+            assert [pairs for _, _, pairs in charts] == [0] * len(charts), path
+            assert max(height for _, height, _ in charts) < 24, path

@@ -1,4 +1,4 @@
-"""Log, audit, statement and payout over a ledger in PostgreSQL: the same as over SQLite."""
+"""Log, check, statement and payout over a ledger in PostgreSQL: the same as over SQLite."""
 
 import pytest
 from ledger_books import NANO, fresh_number, funded_ledger, hold
@@ -9,8 +9,8 @@ from vllm_kvmarket.market.market import Market
 from vllm_kvmarket.proofs import (
     ProofError,
     TransparencyLog,
-    audit,
     backup,
+    check_ledger,
     read_inclusion,
     restore,
 )
@@ -50,7 +50,7 @@ def test_the_log_is_the_same_on_every_database(url, tmp_path):
             checkpoint = TransparencyLog(ledger, home).checkpoint()
             assert checkpoint.size == 41
             roots.append(checkpoint.root)
-            assert audit(ledger, home).ok
+            assert check_ledger(ledger, home).ok
     assert roots[0] == roots[1]
 
 
@@ -90,17 +90,17 @@ def test_a_market_with_its_ledger_in_postgresql_is_backed_up_whole(server, url, 
         market.ledger.transact(hold("open", 5))
         kept = TransparencyLog(market.ledger, market.home).checkpoint()
         made = backup(market, tmp_path / "backup")
-        assert (made.audit.ok, made.audit.transfers, made.audit.checkpoints) == (True, 62, 1)
+        assert (made.check.ok, made.check.transfers, made.check.checkpoints) == (True, 62, 1)
         accounts, transfers = market.ledger.accounts(), market.ledger.transfers()
         due_at_s = market.ledger.due_at_s("open")
     fresh = server.create_database(f"restored-{fresh_number()}")
     for name, ledger_url in (("own", None), ("other", fresh)):
         restored = restore(tmp_path / "backup", tmp_path / name, ledger_url=ledger_url)
-        assert restored.audit.ok
+        assert restored.check.ok
         with Market.open(tmp_path / name, {"ledger_url": ledger_url}) as market:
             assert (market.ledger.accounts(), market.ledger.transfers()) == (accounts, transfers)
             assert market.ledger.due_at_s("open") == due_at_s
-            assert audit(market.ledger, market.home, [kept.note]).ok
+            assert check_ledger(market.ledger, market.home, [kept.note]).ok
     with funded_ledger(server.create_database(f"used-{fresh_number()}")) as used:
         used.deposit("alice", 1, "another")
     with pytest.raises(ProofError, match="give an empty database"):

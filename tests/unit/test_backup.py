@@ -19,9 +19,9 @@ from vllm_kvmarket.market.market import Market
 from vllm_kvmarket.proofs import (
     ProofError,
     TransparencyLog,
-    audit,
-    audit_backup,
     backup,
+    check_backup,
+    check_ledger,
     restore,
     signed_receipt,
     verify,
@@ -55,10 +55,10 @@ def test_a_restored_market_is_the_same_market(market, folder, tmp_path):
     TrustedKeys(market.home).add(SigningKeys(tmp_path / "friend").current().public)
     token = market.credentials.token(OPERATOR)
     made = backup(market, folder, with_chunks=True)
-    assert (made.audit.ok, made.chunks, made.chunks_missing) == (True, 3, [])
+    assert (made.check.ok, made.chunks, made.chunks_missing) == (True, 3, [])
     accounts, transfers = market.ledger.accounts(), market.ledger.transfers()
     restored = restore(folder, tmp_path / "new")
-    assert (restored.audit.ok, restored.files) == (True, made.files)
+    assert (restored.check.ok, restored.files) == (True, made.files)
     with Market.open(tmp_path / "new") as other:
         assert (other.ledger.accounts(), other.ledger.transfers()) == (accounts, transfers)
         assert other.receipt(receipt.id) == receipt
@@ -73,13 +73,13 @@ def test_a_restored_market_is_the_same_market(market, folder, tmp_path):
         sell(other, "p2")
         assert log.origin == checkpoint.origin
         log.prove_consistency(checkpoint.size).verify(keys)
-        assert audit(other.ledger, other.home, [checkpoint.note]).ok
+        assert check_ledger(other.ledger, other.home, [checkpoint.note]).ok
 
 
 def test_without_chunks_the_books_alone_are_kept(market, folder, tmp_path):
     """Small; documents are published again, or repaired, where chunks were lost."""
     made = backup(market, folder)
-    assert (made.chunks, made.audit.ok) == (0, True)
+    assert (made.chunks, made.check.ok) == (0, True)
     assert names(folder) == ["backup.json", "database", "operator.key", *names_of_keys(folder)]
     restore(folder, tmp_path / "new")
     assert not (tmp_path / "new" / "chunks").exists()
@@ -139,8 +139,8 @@ def test_a_backup_beside_engines_that_charge_is_consistent(market, folder, tmp_p
         for number in range(3):
             receipt = sell(market, f"mine-{number}", 16)
             made = backup(market, tmp_path / f"backup{number}", with_chunks=True)
-            assert made.audit.problems == []
-            sizes.append(made.audit.transfers)
+            assert made.check.problems == []
+            sizes.append(made.check.transfers)
             restore(tmp_path / f"backup{number}", tmp_path / f"new{number}")
             with Ledger.open(tmp_path / f"new{number}" / "market.sqlite") as copy:
                 assert copy.receipt(receipt.id) == receipt
@@ -149,7 +149,7 @@ def test_a_backup_beside_engines_that_charge_is_consistent(market, folder, tmp_p
             seller.kill()
             seller.communicate()
     assert sizes == sorted(set(sizes))
-    assert audit(market.ledger, market.home).ok
+    assert check_ledger(market.ledger, market.home).ok
 
 
 def test_a_backup_while_documents_leave_says_what_it_lacks(market, folder):
@@ -159,7 +159,7 @@ def test_a_backup_while_documents_leave_says_what_it_lacks(market, folder):
     damaged = market.store.path(keys[1])
     damaged.write_bytes(damaged.read_bytes()[:-1] + b"x")
     made = backup(market, folder, with_chunks=True)
-    assert (made.chunks, made.audit.ok) == (1, True)
+    assert (made.chunks, made.check.ok) == (1, True)
     assert sorted(missing[:64] for missing in made.chunks_missing) == sorted(
         key.hex() for key in keys[:2]
     )
@@ -175,7 +175,7 @@ def test_a_folder_in_use_is_not_touched(market, folder, tmp_path):
         restore(folder, market.home)
     assert names(folder) == before
     (tmp_path / "empty").mkdir()
-    assert restore(folder, tmp_path / "empty").audit.ok
+    assert restore(folder, tmp_path / "empty").check.ok
     assert not list(tmp_path.glob(".*restoring*"))
 
 
@@ -216,14 +216,14 @@ def test_a_hostile_manifest_is_refused(market, folder, tmp_path, name):
         restore(folder, tmp_path / "new")
 
 
-def test_an_audit_of_a_backup_changes_nothing(market, folder):
-    """It can be audited again and again, and restored afterwards."""
+def test_a_check_of_a_backup_changes_nothing(market, folder):
+    """It can be checked again and again, and restored afterwards."""
     sell(market, "p1")
     checkpoint = TransparencyLog(market.ledger, market.home).checkpoint()
     backup(market, folder)
     before = {name: (folder / name).read_bytes() for name in names(folder)}
     for _ in range(2):
-        report = audit_backup(folder, [checkpoint.note])
+        report = check_backup(folder, [checkpoint.note])
         assert (report.ok, report.checkpoints) == (True, 2)
     assert {name: (folder / name).read_bytes() for name in names(folder)} == before
 
@@ -257,7 +257,7 @@ def test_replayed_books_are_the_same_books(market, tmp_path, monkeypatch):
             assert [copy.due_at_s(f"h{each}") for each in range(3)] == [
                 ledger.due_at_s(f"h{each}") for each in range(3)
             ]
-            assert audit(copy, tmp_path).root == audit(ledger, market.home).root
+            assert check_ledger(copy, tmp_path).root == check_ledger(ledger, market.home).root
     with Ledger.open(tmp_path / "copy.sqlite") as copy:
         copy.deposit("alice", 1, "another")
     with pytest.raises(ProofError, match="other transfers as well"):
@@ -280,7 +280,7 @@ def test_threads_of_the_market_go_on_meanwhile(market, folder):
             done.wait(0.01)
         before = len(sold)
         made = backup(market, folder)
-        assert made.audit.ok
+        assert made.check.ok
         assert len(sold) >= before
     finally:
         done.set()

@@ -18,7 +18,7 @@ from vllm_kvmarket.core.config import markdown_table
 ROOT = Path(__file__).parents[2]
 FOLDERS = ("vllm_kvmarket", "tests", "benchmarks", "examples", "tools")
 SOURCES = sorted(path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py"))
-MAX_FILE_LINES = 400
+MAX_FILE_LINES = 600
 MAX_FUNCTION_LINES = 70
 # What the values of the house (see DESIGN: errors, config, identity, tariff) may import.
 VALUES = (
@@ -80,7 +80,7 @@ def test_the_sources_are_found():
 
 
 def test_no_file_is_long():
-    """A file of more than 400 lines is two files."""
+    """A file of more than 600 lines is two files."""
     lengths = {name(path): len(path.read_text("utf-8").splitlines()) for path in SOURCES}
     assert {file: lines for file, lines in lengths.items() if lines > MAX_FILE_LINES} == {}
 

@@ -21,12 +21,11 @@ from vllm_kvmarket.ledger import Ledger, post
 from vllm_kvmarket.proofs import (
     ProofError,
     TransparencyLog,
-    audit,
+    check_ledger,
     leaves,
     merkle,
     notes,
     read_inclusion,
-    source,
     verify_checkpoint,
 )
 
@@ -185,7 +184,7 @@ def test_half_a_line_of_checkpoints_was_never_told(ledger, log):
 @pytest.mark.parametrize("forget", [False, True])
 @pytest.mark.parametrize("end", [False, True])
 def test_a_changed_past_is_not_signed(ledger, log, tmp_path, forget, end):
-    """Not at the end, which is looked at; elsewhere when the hashes are made anew, or audited."""
+    """Not at the end, which is looked at; elsewhere when the hashes are made anew, or checked."""
     fill(ledger, 9)
     log.checkpoint()
     changed = "h8:post" if end else "h2:post"
@@ -198,7 +197,7 @@ def test_a_changed_past_is_not_signed(ledger, log, tmp_path, forget, end):
     else:
         with pytest.raises(ProofError, match="leads to another root"):
             log.prove(changed)
-    report = audit(ledger, tmp_path)
+    report = check_ledger(ledger, tmp_path)
     assert any("are not those that were signed" in each for each in report.problems)
 
 
@@ -209,25 +208,25 @@ def test_an_older_ledger_is_not_signed(ledger, log, tmp_path):
     change(tmp_path, "PRAGMA foreign_keys = OFF; DELETE FROM transfer WHERE sequence > 4")
     with pytest.raises(ProofError, match="restore a backup"):
         log.checkpoint()
-    report = audit(ledger, tmp_path)
+    report = check_ledger(ledger, tmp_path)
     assert any("7 transfers were signed for, the ledger has 4" in each for each in report.problems)
 
 
-def test_an_audit_recomputes_roots_and_balances(ledger, log, tmp_path):
+def test_a_check_recomputes_roots_and_balances(ledger, log, tmp_path):
     """Good books are good; every signed size is checked, and what others kept."""
     fill(ledger, 4)
     kept = log.checkpoint()
     fill(ledger, 4, "more")
     log.checkpoint()
-    report = audit(ledger, tmp_path, [kept.note])
+    report = check_ledger(ledger, tmp_path, [kept.note])
     assert (report.ok, report.checkpoints, report.transfers) == (True, 3, 17)
     assert base64.b64decode(report.root).hex() == scitt_cose.merkle_root(entries(ledger))
     change(tmp_path, "UPDATE account SET credits_posted = credits_posted + 1 WHERE id = 'pat'")
-    problems = audit(ledger, tmp_path).problems
+    problems = check_ledger(ledger, tmp_path).problems
     assert any("account pat: credits_posted" in each for each in problems)
 
 
-def test_an_audit_finds_and_heals_a_damaged_file_of_hashes(ledger, log, tmp_path):
+def test_a_check_finds_and_heals_a_damaged_file_of_hashes(ledger, log, tmp_path):
     """One bit in the middle, which no checkpoint reads; the proof through it is not handed out."""
     fill(ledger, 8)
     log.checkpoint()
@@ -237,20 +236,20 @@ def test_an_audit_finds_and_heals_a_damaged_file_of_hashes(ledger, log, tmp_path
     path.write_bytes(content)
     with pytest.raises(ProofError, match="leads to another root"):
         log.prove("d1")
-    report = audit(ledger, tmp_path)
+    report = check_ledger(ledger, tmp_path)
     assert (report.ok, report.rebuilt) == (False, True)
-    assert audit(ledger, tmp_path).ok
+    assert check_ledger(ledger, tmp_path).ok
     log.prove("d1")
 
 
-def test_an_audit_refuses_checkpoints_that_are_not_this_log_s(ledger, log, tmp_path):
+def test_a_check_refuses_checkpoints_that_are_not_this_log_s(ledger, log, tmp_path):
     """Of another home, changed, or no checkpoint at all."""
     mine = log.checkpoint()
     (tmp_path / "other").mkdir()
     with Ledger.open(tmp_path / "other" / "market.sqlite") as other_ledger:
         other = TransparencyLog(other_ledger, tmp_path / "other").checkpoint()
     changed = mine.note.replace("\n1\n", "\n2\n")
-    report = audit(ledger, tmp_path, [other.note, changed, "hello"])
+    report = check_ledger(ledger, tmp_path, [other.note, changed, "hello"])
     assert [each.partition(": ")[2].partition(":")[0] for each in report.problems] == [
         "checkpoint of 0",
         "checkpoint of 2",
@@ -279,7 +278,7 @@ def test_threads_sign_one_history(ledger, log, tmp_path):
     assert sizes == sorted(set(sizes)), "each size is signed once"
     for old, new in itertools.pairwise(sizes):
         log.prove_consistency(old, new).verify(log.public_keys())
-    assert audit(ledger, tmp_path).ok
+    assert check_ledger(ledger, tmp_path).ok
 
 
 SIGNER = """
@@ -316,7 +315,7 @@ def test_a_killed_signer_leaves_a_log_that_goes_on(ledger, log, tmp_path):
     sizes = [notes.read_checkpoint(each.note).size for each in log.checkpoints()]
     assert told <= set(sizes)
     assert sizes == sorted(sizes)
-    report = audit(ledger, tmp_path)
+    report = check_ledger(ledger, tmp_path)
     assert (report.problems, report.checkpoints) == ([], len(sizes))
 
 
@@ -325,10 +324,10 @@ def test_a_long_ledger_is_read_in_pages(ledger, log, tmp_path, monkeypatch):
     fill(ledger, 7)
     root = log.checkpoint().root
     for page in (1, 2, 7, 15, 16):
-        monkeypatch.setattr(source, "PAGE", page)
+        monkeypatch.setattr(leaves, "PAGE", page)
         assert log.rebuild() == 15
         assert log.checkpoint().root == root
-        assert audit(ledger, tmp_path).ok
+        assert check_ledger(ledger, tmp_path).ok
 
 
 def test_a_sale_is_two_leaves(tmp_path):

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vllm_kvmarket.proofs import ProofError, merkle
-from vllm_kvmarket.proofs.hashes import StoredHashes
+from vllm_kvmarket.proofs.log import StoredHashes
 
 # Entries and roots of Certificate Transparency's reference tests (merkle_tree_test.cc).
 CT_ENTRIES = [

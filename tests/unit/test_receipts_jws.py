@@ -17,8 +17,8 @@ from vllm_kvmarket.proofs import (
     TransparencyLog,
     read_inclusion,
     read_jws,
-    receipts,
     signed_receipt,
+    signed_receipts,
     verify,
     verify_checkpoint,
     verify_with_proof,
@@ -93,8 +93,12 @@ def test_another_implementation_verifies_a_receipt(sold, keys):
     """joserfc takes our JWS with our JWK set, and we take joserfc's."""
     known = KeySet.import_key_set(keys.jwks())
     taken = joserfc_jws.deserialize_compact(sold.jws, known, algorithms=["EdDSA"])
-    assert msgspec.json.decode(taken.payload, type=receipts.Payload) == sold.payload
-    assert taken.headers() == {"alg": "EdDSA", "kid": keys.current().kid, "typ": receipts.TYPE}
+    assert msgspec.json.decode(taken.payload, type=signed_receipts.Payload) == sold.payload
+    assert taken.headers() == {
+        "alg": "EdDSA",
+        "kid": keys.current().kid,
+        "typ": signed_receipts.TYPE,
+    }
     private = OKPKey.import_key(keys.current().pem().partition(b"\n")[2])
     theirs = joserfc_jws.serialize_compact(
         taken.headers(), taken.payload, private, algorithms=["EdDSA"]
@@ -268,6 +272,6 @@ def test_a_market_that_booked_otherwise_is_found_out(market, sold, keys):
     other = msgspec.structs.replace(sold.payload.kvmarket.log, origin=log.origin[:-1] + "x")
     sale = msgspec.structs.replace(sold.payload.kvmarket, log=other)
     lying = msgspec.structs.replace(sold.payload, kvmarket=sale)
-    receipt = verify(receipts.sign(lying, keys.current()), known)
+    receipt = verify(signed_receipts.sign(lying, keys.current()), known)
     with pytest.raises(ProofError, match="not the receipt's"):
         verify_with_proof(receipt, proof, known)

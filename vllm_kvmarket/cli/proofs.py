@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from vllm_kvmarket.auth.signing_keys import PublicKey
-    from vllm_kvmarket.proofs import AuditReport, SignedReceipt
+    from vllm_kvmarket.proofs import LedgerCheck, SignedReceipt
 
 
 def home_of(args: argparse.Namespace) -> Path:
@@ -316,7 +316,7 @@ def _configure_audit(parser: argparse.ArgumentParser) -> None:
         help="also check this checkpoint that somebody kept; may be repeated",
     )
     parser.add_argument(
-        "--backup", metavar="FOLDER", type=Path, help="audit this backup, not the market"
+        "--backup", metavar="FOLDER", type=Path, help="check this backup, not the market"
     )
 
 
@@ -327,22 +327,22 @@ def _run_audit(args: argparse.Namespace) -> int:
 
     given = [_read(path) for path in args.checkpoint]
     if args.backup:
-        report = proofs.audit_backup(args.backup, given)
+        report = proofs.check_backup(args.backup, given)
     else:
         with open_market(args) as market, progress() as bar:
             task = bar.add_task("hashing transfers", total=None, note="")
-            report = proofs.audit(
+            report = proofs.check_ledger(
                 market.ledger,
                 market.home,
                 given,
                 lambda count: bar.update(task, note=str(count)),
             )
-    emit(args, msgspec.to_builtins(report), lambda where: show_audit(where, report))
+    emit(args, msgspec.to_builtins(report), lambda where: show_check(where, report))
     return 0 if report.ok else 1
 
 
-def show_audit(where: Console, report: AuditReport) -> None:
-    """Print what an audit found."""
+def show_check(where: Console, report: LedgerCheck) -> None:
+    """Print the result of a check."""
     from vllm_kvmarket.core.pricing import format_nano
 
     for problem in report.problems:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from vllm_kvmarket.cli.command import Command, UsageError, amount, open_market
 from vllm_kvmarket.cli.output import clean, emit, moment, progress, size, table
-from vllm_kvmarket.cli.proofs import home_of, show_audit
+from vllm_kvmarket.cli.proofs import home_of, show_check
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -207,11 +207,11 @@ def _tell(args: argparse.Namespace, report: BackupReport, what: str) -> int:
     def show(where: Console) -> None:
         for chunk in report.chunks_missing:
             where.print(clean(f"not in the backup: chunk {chunk}"))
-        show_audit(where, report.audit)
+        show_check(where, report.check)
         where.print(clean(f"{what}: {report.files} files, {size(report.bytes)}"))
 
     emit(args, msgspec.to_builtins(report), show)
-    return 0 if report.audit.ok and not report.chunks_missing else 1
+    return 0 if report.check.ok and not report.chunks_missing else 1
 
 
 COMMANDS = (

@@ -10,7 +10,7 @@
     ├── AuditFailedError         stored chunks could not be compared with computed ones
     ├── BundleError              a bundle that is damaged, tampered with or not trusted
     ├── CatalogueError           the catalogue's invariants do not hold
-    ├── ProofError               a receipt, checkpoint or proof that does not hold (proofs.errors)
+    ├── ProofError               a receipt, checkpoint or proof that does not hold
     ├── LedgerError              a ledger rule refused, or an invariant broke
     └── StoreError
         ├── ChunkMissingError    no file for this chunk
@@ -58,6 +58,10 @@ class AuditFailedError(KVMarketError):
 
 class BundleError(KVMarketError):
     """A bundle that is damaged, tampered with, or signed by nobody that is trusted."""
+
+
+class ProofError(KVMarketError):
+    """A receipt, checkpoint or proof is malformed, not signed by a known key, or does not hold."""
 
 
 class CatalogueError(KVMarketError):

@@ -1,4 +1,4 @@
-"""Proof for both sides: signed receipts, a transparency log over all transfers, audits, backups.
+"""Proof for both sides: signed receipts, a transparency log over all transfers, checks, backups.
 
 The ledger decides what was charged; here is what lets others check it. Every transfer is a leaf of
 an RFC 9162 Merkle tree (`leaves`, `log`), whose root the market signs in checkpoints (`notes`). A
@@ -23,9 +23,9 @@ may read the whole ledger, an auditor, counts those: `kvmarket audit-ledger --ch
 recomputes every balance, and the root of every checkpoint, from the transfers.
 """
 
-from vllm_kvmarket.proofs.audit import AuditReport, audit
-from vllm_kvmarket.proofs.backup import BackupReport, audit_backup, backup, restore
-from vllm_kvmarket.proofs.errors import ProofError
+from vllm_kvmarket.core.errors import ProofError
+from vllm_kvmarket.proofs.backup import BackupReport, backup, check_backup, restore
+from vllm_kvmarket.proofs.ledger_check import LedgerCheck, check_ledger
 from vllm_kvmarket.proofs.log import TransparencyLog
 from vllm_kvmarket.proofs.notes import (
     PROOF_HEADER,
@@ -36,7 +36,7 @@ from vllm_kvmarket.proofs.notes import (
     verifier_key,
     verify_checkpoint,
 )
-from vllm_kvmarket.proofs.receipts import (
+from vllm_kvmarket.proofs.signed_receipts import (
     SignedReceipt,
     read_jws,
     signed_receipt,
@@ -46,17 +46,17 @@ from vllm_kvmarket.proofs.receipts import (
 
 __all__ = [
     "PROOF_HEADER",
-    "AuditReport",
     "BackupReport",
     "Checkpoint",
     "ConsistencyProof",
     "InclusionProof",
+    "LedgerCheck",
     "ProofError",
     "SignedReceipt",
     "TransparencyLog",
-    "audit",
-    "audit_backup",
     "backup",
+    "check_backup",
+    "check_ledger",
     "read_inclusion",
     "read_jws",
     "restore",

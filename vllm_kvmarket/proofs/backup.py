@@ -30,12 +30,11 @@ from vllm_kvmarket.auth.operator_tokens import SECRET_FILE
 from vllm_kvmarket.auth.signing_keys import KEYS_FOLDER, TRUSTED_FOLDER, sync_folder
 from vllm_kvmarket.catalogue import Catalogue
 from vllm_kvmarket.core import sqlite
-from vllm_kvmarket.core.errors import NotFoundError, StoreError
+from vllm_kvmarket.core.errors import NotFoundError, ProofError, StoreError
 from vllm_kvmarket.ledger import Ledger
 from vllm_kvmarket.market.market import DATABASE_FILE, Market
-from vllm_kvmarket.proofs.audit import AuditReport, audit
-from vllm_kvmarket.proofs.errors import ProofError
 from vllm_kvmarket.proofs.files import write_whole
+from vllm_kvmarket.proofs.ledger_check import LedgerCheck, check_ledger
 from vllm_kvmarket.proofs.log import CHECKPOINTS_FILE, LOG_FOLDER
 from vllm_kvmarket.proofs.replay import replay
 from vllm_kvmarket.store import CHUNKS_FOLDER
@@ -78,7 +77,7 @@ class BackupReport(msgspec.Struct, frozen=True, kw_only=True):
     bytes: int
     chunks: int
     chunks_missing: list[str]
-    audit: AuditReport
+    check: LedgerCheck
 
 
 def backup(
@@ -88,7 +87,7 @@ def backup(
     with_chunks: bool = False,
     on_progress: Progress | None = None,
 ) -> BackupReport:
-    """Copy a live market into a folder that is new or empty, and audit the copy.
+    """Copy a live market into a folder that is new or empty, and check the copy.
 
     Raises ProofError when the folder is in use; LedgerError, OSError. What is unfinished then is no
     backup.
@@ -119,7 +118,7 @@ def backup(
     encoded = msgspec.json.format(msgspec.json.encode(manifest))
     write_whole(folder / MANIFEST, encoded, 0o600)
     sync_folder(folder.absolute().parent)
-    report = audit_backup(folder, must_have=[each.id for each in newest])
+    report = check_backup(folder, must_have=[each.id for each in newest])
     return _report(folder, market.home, manifest, report)
 
 
@@ -130,7 +129,7 @@ def restore(
     *,
     ledger_url: str | None = None,
 ) -> BackupReport:
-    """Put a backup into a home that is empty or not there, and audit it.
+    """Put a backup into a home that is empty or not there, and check it.
 
     With `ledger_url`, the ledger is put into that database as well, which has none yet. Raises
     ProofError for what is no whole backup, and for a home or ledger in use; OSError, LedgerError.
@@ -144,12 +143,12 @@ def restore(
     draft = home.parent / f".{home.name}.restoring-{secrets.token_hex(8)}"
     try:
         _unpack(manifest, folder, draft, on_progress, with_chunks=True)
-        report = _audit_home(draft)
+        report = _check_home(draft)
         if ledger_url is not None:
             with Ledger.open(draft / DATABASE_FILE) as ledger:
                 replay(ledger, ledger_url)
             with Ledger.open(ledger_url) as ledger:
-                report = audit(ledger, draft)
+                report = check_ledger(ledger, draft)
         if home.exists():
             home.rmdir()
         draft.rename(home)
@@ -159,23 +158,23 @@ def restore(
     return _report(folder, home, manifest, report)
 
 
-def audit_backup(
+def check_backup(
     folder: Path, given: Iterable[str] = (), must_have: Iterable[str] = ()
-) -> AuditReport:
-    """Audit a backup without restoring it, as `audit` does a home; its chunks are left alone.
+) -> LedgerCheck:
+    """Check a backup without restoring it, as `check_ledger` does a home; not its chunks.
 
     `must_have` are ids of transfers. Raises as `restore` does, and when it does not have one.
     """
     manifest = _read_manifest(folder)
-    with tempfile.TemporaryDirectory(prefix=".audit-", dir=folder) as scratch:
+    with tempfile.TemporaryDirectory(prefix=".check-", dir=folder) as scratch:
         draft = Path(scratch) / "home"
         _unpack(manifest, folder, draft, None, with_chunks=False)
-        return _audit_home(draft, given, must_have)
+        return _check_home(draft, given, must_have)
 
 
-def _audit_home(
+def _check_home(
     home: Path, given: Iterable[str] = (), must_have: Iterable[str] = ()
-) -> AuditReport:
+) -> LedgerCheck:
     with contextlib.closing(sqlite.connect(home / DATABASE_FILE)) as db:
         damage = [line for (line,) in db.execute("PRAGMA quick_check") if line != "ok"]
     if damage:
@@ -189,7 +188,7 @@ def _audit_home(
                     f"transfer {transfer_id} is not in the copy: the ledger is not the one "
                     "that the market's configuration names; give the right --config"
                 ) from None
-        return audit(ledger, home, given)
+        return check_ledger(ledger, home, given)
 
 
 def _claim(folder: Path) -> None:
@@ -324,7 +323,7 @@ def _read_manifest(folder: Path) -> Manifest:
     return manifest
 
 
-def _report(folder: Path, home: Path, manifest: Manifest, report: AuditReport) -> BackupReport:
+def _report(folder: Path, home: Path, manifest: Manifest, report: LedgerCheck) -> BackupReport:
     return BackupReport(
         folder=str(folder),
         home=str(home),
@@ -332,7 +331,7 @@ def _report(folder: Path, home: Path, manifest: Manifest, report: AuditReport) -
         bytes=sum(file.bytes for file in manifest.files),
         chunks=sum(file.name.startswith(f"{CHUNKS_FOLDER}/") for file in manifest.files),
         chunks_missing=manifest.chunks_missing,
-        audit=report,
+        check=report,
     )
 
 

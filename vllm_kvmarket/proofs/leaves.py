@@ -20,12 +20,15 @@ effect, counted from 0.
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
+
 import msgspec
 
-from vllm_kvmarket.ledger import Transfer
-from vllm_kvmarket.proofs.errors import ProofError
+from vllm_kvmarket.core.errors import ProofError
+from vllm_kvmarket.ledger import Ledger, Transfer
 
 TYPE = "kvmarket/transfer/v1"
+PAGE = 10_000  # transfers, some megabytes
 
 
 class Leaf(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -75,3 +78,21 @@ def read_entry(entry: bytes) -> Leaf:
     if leaf.type != TYPE or _ENCODER.encode(leaf) != entry:
         raise ProofError(f"the entry is not spelled as {TYPE} is")
     return leaf
+
+
+def pages(ledger: Ledger, after: int = 0) -> Iterator[list[Transfer]]:
+    """Every transfer behind the first `after`; those that take effect meanwhile as well."""
+    while page := ledger.transfers_after(after, PAGE):
+        yield page
+        after += len(page)
+
+
+def transfer_at(ledger: Ledger, index: int) -> Transfer | None:
+    """The transfer that is this leaf; None where the log is not that long."""
+    found = ledger.transfers_after(index, 1)
+    return found[0] if found else None
+
+
+def indexes_of(ledger: Ledger, transfer_ids: Iterable[str]) -> dict[str, int]:
+    """Which leaves transfers are, from 0. Raises NotFoundError."""
+    return {transfer_id: ledger.sequence_of(transfer_id) - 1 for transfer_id in transfer_ids}

@@ -19,15 +19,16 @@ import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import TracebackType
+from typing import Self
 
 import msgspec
 
 from vllm_kvmarket.auth.signing_keys import PublicKey, SigningKeys
+from vllm_kvmarket.core.errors import ProofError
 from vllm_kvmarket.ledger import Ledger
-from vllm_kvmarket.proofs import merkle, source
-from vllm_kvmarket.proofs.errors import ProofError
+from vllm_kvmarket.proofs import leaves, merkle
 from vllm_kvmarket.proofs.files import append_line, locked, write_whole
-from vllm_kvmarket.proofs.hashes import StoredHashes
 from vllm_kvmarket.proofs.leaves import entry_of
 from vllm_kvmarket.proofs.notes import (
     ORIGIN_PREFIX,
@@ -69,6 +70,60 @@ class LoggedTransfer:
     leaf_hash: bytes
 
 
+class StoredHashes:
+    """The file of subtree hashes: 64 bytes a leaf, for a tree of `size` leaves.
+
+    A copy of what follows from the transfers, so that nobody hashes a million of them again.
+    Opened for one operation at a time.
+    """
+
+    def __init__(self, path: Path, size: int) -> None:
+        """Open the file, making it where there is none; what lies behind `size` leaves goes."""
+        self._path = path
+        self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        self.size = size
+        end = merkle.stored_count(size) * merkle.HASH_BYTES
+        if os.fstat(self._descriptor).st_size > end:
+            os.ftruncate(self._descriptor, end)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        os.close(self._descriptor)
+
+    def read(self, level: int, number: int) -> bytes:
+        """See merkle.Read. Raises ProofError when the file does not have it."""
+        position = merkle.stored_position(level, number) * merkle.HASH_BYTES
+        found = os.pread(self._descriptor, merkle.HASH_BYTES, position)
+        if len(found) != merkle.HASH_BYTES:
+            raise ProofError(f"{self._path} is shorter than its log; see `kvmarket audit-ledger`")
+        return found
+
+    def append(self, leaves: Iterable[bytes]) -> None:
+        """Grow by the hashes of new leaves; mutates the file, see `sync`."""
+        end = merkle.frontier(self.read, self.size)
+        completed = b"".join(node for leaf in leaves for node in end.append(leaf))
+        position = merkle.stored_count(self.size) * merkle.HASH_BYTES
+        while completed:
+            written = os.pwrite(self._descriptor, completed, position)
+            completed, position = completed[written:], position + written
+        self.size = end.size
+
+    def root(self, size: int | None = None) -> bytes:
+        """The root of the first `size` leaves, of all unless told."""
+        return merkle.root(self.read, self.size if size is None else size)
+
+    def sync(self) -> None:
+        """Make what was appended durable."""
+        os.fsync(self._descriptor)
+
+
 class TransparencyLog:
     """One home's log; safe for several threads and processes. Methods raise LedgerError too."""
 
@@ -106,7 +161,7 @@ class TransparencyLog:
 
     def indexes_of(self, transfer_ids: Iterable[str]) -> dict[str, int]:
         """Which leaves of the log transfers are, from 0. Raises NotFoundError."""
-        return source.indexes_of(self._ledger, transfer_ids)
+        return leaves.indexes_of(self._ledger, transfer_ids)
 
     def locate(self, transfer_id: str) -> LoggedTransfer:
         """Find a transfer's place in the log. Raises NotFoundError."""
@@ -191,7 +246,7 @@ class TransparencyLog:
         """The tree over all transfers as of now."""
         head = self._head()
         with StoredHashes(self.folder / HASHES_FILE, head.size) as tree:
-            for page in source.pages(self._ledger, head.size):
+            for page in leaves.pages(self._ledger, head.size):
                 tree.append(merkle.leaf_hash(entry_of(transfer)) for transfer in page)
             if tree.size > head.size:
                 tree.sync()
@@ -216,7 +271,7 @@ class TransparencyLog:
         """Whether the ledger still has the transfer that was hashed last, where it was."""
         if head.size == 0:
             return True
-        last = source.transfer_at(self._ledger, head.size - 1)
+        last = leaves.transfer_at(self._ledger, head.size - 1)
         return last is not None and merkle.leaf_hash(entry_of(last)) == tree.read(0, head.size - 1)
 
     def _forget(self) -> None:

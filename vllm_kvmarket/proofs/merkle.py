@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from hashlib import sha256
 
-from vllm_kvmarket.proofs.errors import ProofError
+from vllm_kvmarket.core.errors import ProofError
 
 HASH_BYTES = 32
 EMPTY_ROOT = sha256(b"").digest()

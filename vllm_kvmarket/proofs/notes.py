@@ -25,8 +25,8 @@ from dataclasses import dataclass
 import msgspec
 
 from vllm_kvmarket.auth.signing_keys import SIGNATURE_BYTES, PublicKey, SigningKey
+from vllm_kvmarket.core.errors import ProofError
 from vllm_kvmarket.proofs import merkle
-from vllm_kvmarket.proofs.errors import ProofError
 from vllm_kvmarket.proofs.leaves import Leaf, read_entry
 
 ORIGIN_PREFIX = "kvmarket/"

@@ -1,7 +1,7 @@
 """Books moved from one database into another, by applying every transfer again at its own time.
 
 The rules decide alike everywhere, so that balances, holds and the log's root come out the same;
-whoever replays checks that with an audit.
+the caller checks that with `check_ledger`.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from concurrent.futures import Future
 from pathlib import Path
 
+from vllm_kvmarket.core.errors import ProofError
 from vllm_kvmarket.ledger import (
     PROVIDER,
     Ledger,
@@ -18,8 +19,7 @@ from vllm_kvmarket.ledger import (
     Result,
     Transfer,
 )
-from vllm_kvmarket.proofs import source
-from vllm_kvmarket.proofs.errors import ProofError
+from vllm_kvmarket.proofs import leaves
 
 WINDOW = 5_000  # batches under way at once
 PATIENCE_S = 60.0
@@ -31,7 +31,7 @@ def replay(ledger: Ledger, place: Path | str) -> int:
     How many transfers it has then. Safe while others write to `ledger`. What the database has
     already must be a part of it. Raises ProofError when it is not, and LedgerError.
     """
-    size = sum(len(page) for page in source.pages(ledger))
+    size = sum(len(page) for page in leaves.pages(ledger))
     # Behind the transfers, so that none is without its accounts and its receipt.
     accounts = ledger.accounts()
     receipts = {each.transfer_ids[-1]: each for each in ledger.receipts() if each.transfer_ids}
@@ -64,7 +64,7 @@ def replay(ledger: Ledger, place: Path | str) -> int:
 
 def _windows(ledger: Ledger, size: int) -> Iterator[list[Transfer]]:
     left = size
-    for page in source.pages(ledger):
+    for page in leaves.pages(ledger):
         wanted = page[:left]
         left -= len(wanted)
         for first in range(0, len(wanted), WINDOW):

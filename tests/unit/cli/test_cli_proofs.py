@@ -203,7 +203,7 @@ def test_a_market_is_backed_up_and_restored(run, run_json, sold, tmp_path):
     """The copy passes the audit, and sells the same document."""
     folder, other = tmp_path / "backup", ("--home", tmp_path / "other")
     made = run_json("backup", folder, "--chunks")
-    assert (made["chunks"], made["audit"]["ok"]) == (3, True)
+    assert (made["chunks"], made["check"]["ok"]) == (3, True)
     assert "good: " in run("audit-ledger", "--backup", folder).out
     assert "restored" in run("restore", folder, *other).out
     assert "good: " in run("audit-ledger", *other).out

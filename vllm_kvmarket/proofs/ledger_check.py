@@ -1,4 +1,4 @@
-"""An audit of the books: every balance and every root that was signed, from the transfers alone."""
+"""A check of the books: every balance and every signed root, from the transfers alone."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from typing import BinaryIO
 import msgspec
 
 from vllm_kvmarket.auth.signing_keys import SigningKeys
+from vllm_kvmarket.core.errors import ProofError
 from vllm_kvmarket.ledger import Ledger
-from vllm_kvmarket.proofs import merkle, source
-from vllm_kvmarket.proofs.errors import ProofError
+from vllm_kvmarket.proofs import leaves, merkle
 from vllm_kvmarket.proofs.leaves import entry_of
 from vllm_kvmarket.proofs.log import HASHES_FILE, TransparencyLog
 from vllm_kvmarket.proofs.notes import (
@@ -26,8 +26,8 @@ from vllm_kvmarket.proofs.notes import (
 Progress = Callable[[int], object]
 
 
-class AuditReport(msgspec.Struct, frozen=True, kw_only=True):
-    """What an audit found; `problems` are in words, one a line, and `ok` means that there are none.
+class LedgerCheck(msgspec.Struct, frozen=True, kw_only=True):
+    """The result of a check. `problems` has one sentence each; `ok` means that there are none.
 
     `root` is that of all transfers, in base64; `checkpoints` of the log's own and of those given
     were checked.
@@ -45,12 +45,12 @@ class AuditReport(msgspec.Struct, frozen=True, kw_only=True):
     rebuilt: bool
 
 
-def audit(
+def check_ledger(
     ledger: Ledger,
     home: Path,
     given: Iterable[str] = (),
     on_progress: Progress | None = None,
-) -> AuditReport:
+) -> LedgerCheck:
     """Recompute everything; `given` are checkpoints' notes that somebody kept.
 
     Safe while engines charge. Changes nothing but the log's file of hashes, which is made anew
@@ -84,7 +84,7 @@ def audit(
         log.rebuild()
         problems.append(f"log: {log.folder / HASHES_FILE} differed from the transfers; made anew")
     debits, credits = ledger.totals()
-    return AuditReport(
+    return LedgerCheck(
         ok=not problems,
         problems=problems,
         accounts=len(ledger.accounts()),
@@ -136,7 +136,7 @@ def _recompute(
     roots = {0: end.root()}
     same = True
     with hashes.open("rb") if hashes.exists() else _nothing() as stored:
-        for page in source.pages(ledger):
+        for page in leaves.pages(ledger):
             completed: list[bytes] = []
             for transfer in page:
                 hashed = end.append(merkle.leaf_hash(entry_of(transfer)))

@@ -35,12 +35,11 @@ from vllm_kvmarket.auth.signing_keys import (
     decode_base64url,
     encode_base64url,
 )
-from vllm_kvmarket.core.errors import NotFoundError
+from vllm_kvmarket.core.errors import NotFoundError, ProofError
 from vllm_kvmarket.core.pricing import Terms
 from vllm_kvmarket.ledger import PROVIDER, Receipt
 from vllm_kvmarket.market.market import Market
 from vllm_kvmarket.proofs import merkle
-from vllm_kvmarket.proofs.errors import ProofError
 from vllm_kvmarket.proofs.log import LoggedTransfer, TransparencyLog
 from vllm_kvmarket.proofs.notes import ORIGIN_PREFIX, InclusionProof
 

@@ -15,8 +15,10 @@ from vllm_kvmarket.core.errors import (
     NotFoundError,
     NotPublishableError,
     PublishFailedError,
+    RefusedError,
     StoreError,
     StoreFullError,
+    UnavailableError,
     VersionError,
 )
 from vllm_kvmarket.core.pricing import Tariff
@@ -35,8 +37,10 @@ __all__ = [
     "NotFoundError",
     "NotPublishableError",
     "PublishFailedError",
+    "RefusedError",
     "StoreError",
     "StoreFullError",
     "Tariff",
+    "UnavailableError",
     "VersionError",
 ]

@@ -14,6 +14,7 @@ import pytest
 from ledger_books import NANO, funded_ledger, hold, receipt
 
 from vllm_kvmarket import LedgerError, NotFoundError
+from vllm_kvmarket.core.errors import LedgerUnavailableError
 from vllm_kvmarket.ledger import Ledger, Outcome, plain, post, void
 
 
@@ -174,7 +175,7 @@ def test_no_future_is_left_without_an_answer_by_close(place):
             submitted = [pool.submit(ledger.submit, batch) for batch in batches]
             ledger.close()
             answers = [each.result().exception(timeout=10) for each in submitted]
-        assert {type(answer) for answer in answers} <= {type(None), LedgerError}
+        assert {type(answer) for answer in answers} <= {type(None), LedgerUnavailableError}
 
 
 @pytest.mark.parametrize("malformed", ["", "a b", "a/b", "\u00e9", "a\n", "a" * 129])

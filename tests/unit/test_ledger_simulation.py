@@ -146,7 +146,7 @@ class Simulation:
         operations, kept = request.operations()
         give_up_at_s = self.chance.choice([0.0, self.now_s + 2, float("inf")])
         one = batch(operations, self.now_s, receipt=kept, give_up_at_s=give_up_at_s)
-        assert self.writer.enqueue(one) == ""
+        assert self.writer.enqueue(one) is None
         self.flying.append((request, one.future))
 
     def arrive(self):
@@ -164,7 +164,7 @@ class Simulation:
         if self.open and self.chance.random() < 0.05:
             names = {"debit": "alice", "credit": "provider", "amount_nano": 1}
             one = batch([plain(id=f"bad{self.now_s}", code=BAD, **names)], self.now_s)
-            assert self.writer.enqueue(one) == ""
+            assert self.writer.enqueue(one) is None
             self.flying.append((None, one.future))
         self.now_s += self.chance.choice([0.0, 0.1, 1.0, 5.0])
         if self.flying:
@@ -269,7 +269,7 @@ def test_the_order_of_submission_outlives_outages_and_malformed_batches(monkeypa
     bad = batch([plain(id="bad", code=BAD, **names)], 1.0)
     ended = batch([void(id="v", pending_id="h")], 1.0)
     for each in (held, bad, ended):
-        assert simulation.writer.enqueue(each) == ""
+        assert simulation.writer.enqueue(each) is None
     while not held.future.done():
         simulation.writer.step()
     assert held.future.result(0)[0].outcome is Outcome.OK

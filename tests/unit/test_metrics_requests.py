@@ -118,13 +118,12 @@ def test_a_full_ledger_and_one_that_is_away_are_told_apart(half, market, monkeyp
     """Reuse is declined; the requests are answered."""
     from concurrent.futures import Future
 
-    from vllm_kvmarket.core.errors import LedgerError
-    from vllm_kvmarket.ledger import UnavailableError
+    from vllm_kvmarket.core.errors import LedgerBusyError, LedgerUnavailableError
 
     figures = Figures(half)
     for error, reason in (
-        (LedgerError("100000 batches behind"), "ledger_busy"),
-        (UnavailableError("no database"), "ledger_unavailable"),
+        (LedgerBusyError("100000 batches behind"), "ledger_busy"),
+        (LedgerUnavailableError("no database"), "ledger_unavailable"),
     ):
         failed: Future[object] = Future()
         failed.set_exception(error)

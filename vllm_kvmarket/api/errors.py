@@ -13,7 +13,6 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from fastapi.routing import APIRoute
 
-from vllm_kvmarket.auth.api_keys import KeysUnavailableError
 from vllm_kvmarket.core import errors
 
 # Longer bodies are parsed beside the event loop.
@@ -74,11 +73,12 @@ def answer_of(error: ApiError) -> JSONResponse:
 _OURS: Sequence[tuple[type[errors.KVMarketError], int, str]] = (
     (errors.NotFoundError, 404, "not_found"),
     (errors.NotPublishableError, 400, "not_publishable"),
-    (errors.LedgerError, 409, "refused_by_ledger"),
-    (errors.CatalogueError, 409, "refused_by_catalogue"),
+    (errors.LedgerRefusedError, 409, "refused_by_ledger"),
+    (errors.CatalogueRefusedError, 409, "refused_by_catalogue"),
+    (errors.RefusedError, 409, "refused"),
 )
-# These tell operators of files, hosts and databases.
-_OUTAGES = (errors.StoreError, errors.LedgerError, errors.CatalogueError, KeysUnavailableError)
+# Their messages name files, hosts and databases: they are for operators only.
+_OUTAGES = (errors.UnavailableError, errors.StoreError)
 
 
 def translate(error: Exception) -> ApiError | None:
@@ -89,7 +89,7 @@ def translate(error: Exception) -> ApiError | None:
         return _of_validation(error)
     if isinstance(error, HTTPException):
         return ApiError(error.status_code, "refused", str(error.detail), headers=error.headers)
-    if isinstance(error, _OUTAGES) and _is_outage(error):
+    if isinstance(error, _OUTAGES):
         logger.error("kvmarket: %s", error)
         return ApiError(
             503, "market_unavailable", "the market cannot be used now; try again", headers=RETRY
@@ -101,14 +101,6 @@ def translate(error: Exception) -> ApiError | None:
         logger.error("kvmarket: %s", error)
         return ApiError(500, "internal_error", "the server could not do this; see its log")
     return None
-
-
-def _is_outage(error: errors.KVMarketError) -> bool:
-    """Whether something broke: a refusal by the rules has no other error behind it."""
-    refusals = (errors.LedgerError, errors.CatalogueError)
-    if not isinstance(error, refusals):
-        return True
-    return error.__cause__ is not None or "database" in str(error)
 
 
 def _of_validation(error: RequestValidationError) -> ApiError:

@@ -20,7 +20,7 @@ from blake3 import blake3
 
 from vllm_kvmarket.auth.operator_tokens import ACCOUNT_PATTERN
 from vllm_kvmarket.core import sqlite
-from vllm_kvmarket.core.errors import ConfigError, KVMarketError, NotFoundError
+from vllm_kvmarket.core.errors import ConfigError, NotFoundError, UnavailableError
 
 Scope = Literal["admin", "publisher", "buyer", "read-only"]
 SCOPES: tuple[Scope, ...] = get_args(Scope)
@@ -55,7 +55,7 @@ MIGRATIONS = (
 _COLUMNS = "key_id, account, scopes, label, created_at_s, revoked_at_s"
 
 
-class KeysUnavailableError(KVMarketError):
+class KeysUnavailableError(UnavailableError):
     """The table of keys cannot be read: nobody can be let in."""
 
 

@@ -10,20 +10,20 @@ from pathlib import Path
 import apsw
 
 from vllm_kvmarket.core import sqlite
-from vllm_kvmarket.core.errors import CatalogueError
+from vllm_kvmarket.core.errors import CatalogueUnavailableError
 
 # A request waits for what such a connection reads.
 READER_TIMEOUT_MS = 1_000
 
 
-class BusyError(CatalogueError):
+class BusyError(CatalogueUnavailableError):
     """Someone else is writing, and waiting was not wanted."""
 
 
 class Connections:
     """Thread-safe; whoever reads never waits for whoever waits to write.
 
-    Every method raises CatalogueError when the database cannot be used.
+    Every method raises CatalogueUnavailableError when the database cannot be used.
     """
 
     def __init__(self, path: Path, room: str, migrations: Sequence[str]) -> None:
@@ -122,7 +122,7 @@ class Connections:
         try:
             yield
         except apsw.Error as error:
-            raise CatalogueError(
+            raise CatalogueUnavailableError(
                 f"the market's database {self._path} cannot be used ({error}); see `kvmarket env`"
             ) from error
 
@@ -130,17 +130,17 @@ class Connections:
         try:
             status = self._path.stat()
         except OSError as error:
-            raise CatalogueError(
+            raise CatalogueUnavailableError(
                 f"the market's database {self._path} is gone ({error.strerror}); restore it"
             ) from None
         return status.st_dev, status.st_ino
 
     def _check_file(self) -> None:
-        """Raise CatalogueError unless the open database is the one that is there.
+        """Raise CatalogueUnavailableError unless the open database is the one that is there.
 
         SQLite would go on reading and writing a deleted file.
         """
         if self._file_identity() != self._file:
-            raise CatalogueError(
+            raise CatalogueUnavailableError(
                 f"the market's database {self._path} was replaced; restart this process"
             )

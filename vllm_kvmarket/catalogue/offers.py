@@ -11,7 +11,7 @@ import apsw
 from vllm_kvmarket.catalogue import queries, upkeep
 from vllm_kvmarket.catalogue.index import View
 from vllm_kvmarket.catalogue.listing import NEEDED, ON_OFFER, Listing
-from vllm_kvmarket.core.errors import CatalogueError, NotFoundError
+from vllm_kvmarket.core.errors import CatalogueError, CatalogueRefusedError, NotFoundError
 from vllm_kvmarket.core.model_identity import TOKEN_BYTES, chunk_keys, document_id, pack_tokens
 
 
@@ -72,7 +72,7 @@ class Offers(View):
             ):
                 return existing
             if listing.is_over(time.time()):
-                raise CatalogueError(f"{name}: its time to live is over; ask for a new one")
+                raise CatalogueRefusedError(f"{name}: its time to live is over; ask for a new one")
             self._start(db, fresh, chunks)
             self._offer(db, name, listing.stored_bytes)
             return self._read(db, name)
@@ -87,14 +87,16 @@ class Offers(View):
         """Cut a document into chunks (key, packed tokens), and see that the listing fits them."""
         name = listing.document_id
         if not 0 < len(token_ids) == listing.token_count:
-            raise CatalogueError(
+            raise CatalogueRefusedError(
                 f"{name}: listed with {listing.token_count} tokens, given {len(token_ids)}"
             )
         width = self._tree.chunk_tokens * TOKEN_BYTES
         packed = pack_tokens(token_ids)
         keys = chunk_keys(listing.namespace, token_ids, self._tree.chunk_tokens)
         if document_id(keys[-1]) != name or listing.chunk_keys not in ((), tuple(keys)):
-            raise CatalogueError(f"{name}: not the id, or not the chunk keys, of these tokens")
+            raise CatalogueRefusedError(
+                f"{name}: not the id, or not the chunk keys, of these tokens"
+            )
         starts = range(0, len(packed), width)
         return [
             (key, packed[start : start + width]) for key, start in zip(keys, starts, strict=True)
@@ -124,7 +126,7 @@ class Offers(View):
             listing = queries.find_listing(db, document_id)
             if listing is None or listing.state not in ("publishing", "live"):
                 state = listing.state if listing else "unknown"
-                raise CatalogueError(
+                raise CatalogueRefusedError(
                     f"{document_id} is {state}, not being published; begin it first"
                 )
             if listing.state == "publishing":
@@ -231,4 +233,4 @@ class Offers(View):
     def _check_needed(self, db: apsw.Connection, document_id: str) -> None:
         state = self._read(db, document_id).state
         if state not in NEEDED:
-            raise CatalogueError(f"{document_id} is {state}; publish it again first")
+            raise CatalogueRefusedError(f"{document_id} is {state}; publish it again first")

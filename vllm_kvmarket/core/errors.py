@@ -9,16 +9,24 @@
     ├── PinError                 the engine cannot hold this document in its paged cache
     ├── AuditFailedError         stored chunks could not be compared with computed ones
     ├── BundleError              a bundle that is damaged, tampered with or not trusted
-    ├── CatalogueError           the catalogue's invariants do not hold
     ├── ProofError               a receipt, checkpoint or proof that does not hold
-    ├── LedgerError              a ledger rule refused, or an invariant broke
-    └── StoreError
+    ├── RefusedError             a rule said no: the caller can change something
+    ├── UnavailableError         a database or an engine is away: try again
+    ├── CatalogueError           the catalogue's invariants do not hold
+    │   ├── CatalogueRefusedError      (is a RefusedError too)
+    │   └── CatalogueUnavailableError  (is an UnavailableError too)
+    ├── LedgerError              the ledger's invariants do not hold
+    │   ├── LedgerRefusedError         (is a RefusedError too)
+    │   └── LedgerUnavailableError     (is an UnavailableError too)
+    │       └── LedgerBusyError        too many batches wait already
+    └── StoreError               the store is away or cannot do this
         ├── ChunkMissingError    no file for this chunk
         ├── ChunkDamagedError    a file that is not bit-exactly what was stored
         ├── LayoutMismatchError  stored in a layout that this engine cannot use
-        └── StoreFullError       no room left on the device or in the quota
+        └── StoreFullError       no space left on the device or in the quota
 
-Messages are one line: what is wrong, then what to do about it.
+Messages are one line: what is wrong, then what to do about it. What a server answers follows from
+the class of an error, never from its message.
 """
 
 from __future__ import annotations
@@ -64,12 +72,43 @@ class ProofError(KVMarketError):
     """A receipt, checkpoint or proof is malformed, not signed by a known key, or does not hold."""
 
 
+class RefusedError(KVMarketError):
+    """A rule said no; the same request is refused until its caller changes something."""
+
+
+class UnavailableError(KVMarketError):
+    """A database or an engine is away; the same request may succeed later."""
+
+
 class CatalogueError(KVMarketError):
     """The catalogue's invariants do not hold."""
 
 
+class CatalogueRefusedError(CatalogueError, RefusedError):
+    """A rule of the catalogue said no, for example for a document that is not on offer."""
+
+
+class CatalogueUnavailableError(CatalogueError, UnavailableError):
+    """The catalogue's database cannot be used."""
+
+
 class LedgerError(KVMarketError):
-    """A ledger rule refused an operation, or one of its invariants broke."""
+    """The ledger's invariants do not hold."""
+
+
+class LedgerRefusedError(LedgerError, RefusedError):
+    """A rule of the ledger said no, for example for an account without enough funds."""
+
+
+class LedgerUnavailableError(LedgerError, UnavailableError):
+    """The ledger's database cannot be used. Whether a write took effect may be unknown.
+
+    The same batch may be submitted again: its ids show what took effect before.
+    """
+
+
+class LedgerBusyError(LedgerUnavailableError):
+    """Too many batches wait to be written; this one has no effect."""
 
 
 class StoreError(KVMarketError):

@@ -16,7 +16,6 @@ from vllm_kvmarket.ledger.model import (
     void,
 )
 from vllm_kvmarket.ledger.receipts import Receipt
-from vllm_kvmarket.ledger.storage import UnavailableError
 
 __all__ = [
     "ACCOUNT_ID",
@@ -29,7 +28,6 @@ __all__ = [
     "Receipt",
     "Result",
     "Transfer",
-    "UnavailableError",
     "expire",
     "pending",
     "plain",

@@ -13,9 +13,9 @@ import threading
 import time
 from collections.abc import Callable
 
-from vllm_kvmarket.core.errors import LedgerError
+from vllm_kvmarket.core.errors import LedgerBusyError, LedgerError, LedgerUnavailableError
 from vllm_kvmarket.ledger.model import Result
-from vllm_kvmarket.ledger.storage import Batch, MalformedBatchError, Storage, UnavailableError
+from vllm_kvmarket.ledger.storage import Batch, MalformedBatchError, Storage
 
 MAX_GROUP = 1024  # batches a commit: bounds how long the first of them waits
 MAX_QUEUED = 100_000  # batches, of some kilobytes each, while the database is away
@@ -51,15 +51,17 @@ class Writer:
         if start:
             self._thread.start()
 
-    def enqueue(self, batch: Batch) -> str:
-        """Take a batch to write; else nothing is taken, and the answer says why."""
+    def enqueue(self, batch: Batch) -> LedgerError | None:
+        """Take a batch to write; else return why nothing was taken."""
         with self._queue_lock:
             if self._closing.is_set():
-                return "the ledger is closed"
+                return LedgerUnavailableError("the ledger is closed")
             if self._queue.qsize() >= MAX_QUEUED:
-                return f"the ledger is {MAX_QUEUED} batches behind; see whether its database works"
+                return LedgerBusyError(
+                    f"the ledger is {MAX_QUEUED} batches behind; see whether its database works"
+                )
             self._queue.put(batch)
-        return ""
+        return None
 
     @property
     def queue_depth(self) -> int:
@@ -96,7 +98,7 @@ class Writer:
             self.on_commit(time.perf_counter() - started_s)
         self._kept = []
         for batch, answer in zip(group, answers, strict=True):
-            if isinstance(answer, UnavailableError) and self._patient(batch):
+            if isinstance(answer, LedgerUnavailableError) and self._patient(batch):
                 self._kept.append(batch)
             elif isinstance(answer, LedgerError):
                 batch.future.set_exception(answer)
@@ -135,7 +137,7 @@ class Writer:
                 return [error]
             middle = len(group) // 2
             answers = self._commit(group[:middle])
-            if isinstance(answers[-1], UnavailableError):  # the order of submission is kept
+            if isinstance(answers[-1], LedgerUnavailableError):  # the order of submission is kept
                 return answers + [answers[-1]] * (len(group) - middle)
             return answers + self._commit(group[middle:])
         except Exception as error:  # noqa: BLE001
@@ -144,9 +146,9 @@ class Writer:
             return [failure] * len(group)
 
 
-def unavailable(error: Exception) -> UnavailableError:
+def unavailable(error: Exception) -> LedgerUnavailableError:
     """What a caller is told whose batch could not be written."""
-    failure = UnavailableError(
+    failure = LedgerUnavailableError(
         f"the ledger could not be written ({error}); submit the same again: what took effect does "
         "not do so twice"
     )

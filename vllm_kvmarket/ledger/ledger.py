@@ -10,7 +10,12 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self, cast, get_args
 
-from vllm_kvmarket.core.errors import LedgerError, NotFoundError
+from vllm_kvmarket.core.errors import (
+    LedgerError,
+    LedgerRefusedError,
+    LedgerUnavailableError,
+    NotFoundError,
+)
 from vllm_kvmarket.ledger import integrity
 from vllm_kvmarket.ledger.group_commit import Writer
 from vllm_kvmarket.ledger.model import (
@@ -131,7 +136,7 @@ class Ledger:
             time.monotonic() + patience_s,
         )
         if refusal := self._foreign() or self._writer.enqueue(batch):
-            future.set_exception(LedgerError(refusal))
+            future.set_exception(refusal)
         return future
 
     @property
@@ -147,7 +152,7 @@ class Ledger:
         """Submit a linked batch and wait for it. Raises LedgerError when it is refused."""
         for operation, result in zip(operations, self.submit(operations).result(), strict=True):
             if not result.outcome.good and result.outcome is not Outcome.LINKED_FAILED:
-                raise LedgerError(
+                raise LedgerRefusedError(
                     f"transfer {operation.id}: {result.outcome.name.lower().replace('_', ' ')} "
                     f"{result.detail}".rstrip()
                 )
@@ -204,25 +209,27 @@ class Ledger:
         """
         currency = self._currency if currency is None else currency
         if not ACCOUNT_ID.fullmatch(account_id):
-            raise LedgerError(
+            raise LedgerRefusedError(
                 f"account id {account_id!r} is not 1 to 128 of the characters A-Z a-z 0-9 . _ : @ -"
             )
         if kind not in get_args(AccountKind):
-            raise LedgerError(
+            raise LedgerRefusedError(
                 f"account kind {kind!r} is none of {', '.join(get_args(AccountKind))}"
             )
         if not CURRENCY.fullmatch(currency):
-            raise LedgerError(f"currency {currency!r} is not a code like USD")
+            raise LedgerRefusedError(f"currency {currency!r} is not a code like USD")
         wanted = Account(account_id, cast(AccountKind, kind), may_go_negative, currency)
         self._reader().open_account(wanted)
         account = self.account(account_id)
         if account.kind != kind:
-            raise LedgerError(f"account {account_id!r} exists as a {account.kind}, not a {kind}")
+            raise LedgerRefusedError(
+                f"account {account_id!r} exists as a {account.kind}, not a {kind}"
+            )
         if account.may_go_negative is not may_go_negative:
             may = "may" if account.may_go_negative else "may not"
-            raise LedgerError(f"account {account_id!r} exists and {may} go negative")
+            raise LedgerRefusedError(f"account {account_id!r} exists and {may} go negative")
         if account.currency != currency:
-            raise LedgerError(f"account {account_id!r} exists in {account.currency}")
+            raise LedgerRefusedError(f"account {account_id!r} exists in {account.currency}")
         return account
 
     def deposit(self, account_id: str, amount_nano: int, transfer_id: str) -> Transfer:
@@ -232,7 +239,7 @@ class Ledger:
         """
         self.account(account_id)
         if amount_nano <= 0:
-            raise LedgerError(f"a deposit must be above 0, not {amount_nano} nano-units")
+            raise LedgerRefusedError(f"a deposit must be above 0, not {amount_nano} nano-units")
         self.transact(
             plain(
                 id=transfer_id,
@@ -322,16 +329,19 @@ class Ledger:
         return integrity.problems(self._reader().everything())
 
     def _reader(self) -> Storage:
-        refusal = self._foreign() or ("the ledger is closed" if self._closed else "")
-        if refusal:
-            raise LedgerError(refusal)
+        if foreign := self._foreign():
+            raise foreign
+        if self._closed:
+            raise LedgerUnavailableError("the ledger is closed")
         return self._storage
 
-    def _foreign(self) -> str:
-        """Why this process cannot use the ledger; empty when it can."""
+    def _foreign(self) -> LedgerError | None:
+        """Why this process cannot use the ledger, if it cannot."""
         if os.getpid() == self._process:
-            return ""
-        return "the ledger was opened by another process, before a fork; open it in this one"
+            return None
+        return LedgerError(
+            "the ledger was opened by another process, before a fork; open it in this one"
+        )
 
 
 def storage_of(place: Path | str) -> Storage:

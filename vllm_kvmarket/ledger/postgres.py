@@ -13,7 +13,7 @@ from typing import Any
 import msgspec
 
 from vllm_kvmarket.core import sqlite
-from vllm_kvmarket.core.errors import LedgerError
+from vllm_kvmarket.core.errors import LedgerError, LedgerUnavailableError
 from vllm_kvmarket.ledger import postgres_schema
 from vllm_kvmarket.ledger.group_commit import malformed, unavailable
 from vllm_kvmarket.ledger.model import Account, Result, Transfer
@@ -237,7 +237,7 @@ class PostgresStorage:
             yield
         except (psycopg.Error, psycopg_pool.PoolTimeout) as error:
             reason = " ".join(str(error).split())
-            raise LedgerError(
+            raise LedgerUnavailableError(
                 f"the ledger's database {self._place} cannot be used ({reason}); see whether "
                 "PostgreSQL runs there and lets this user in"
             ) from error

@@ -11,7 +11,7 @@ from pathlib import Path
 import apsw
 
 from vllm_kvmarket.core import sqlite
-from vllm_kvmarket.core.errors import LedgerError
+from vllm_kvmarket.core.errors import LedgerUnavailableError
 from vllm_kvmarket.ledger import tables
 from vllm_kvmarket.ledger.group_commit import malformed, unavailable
 from vllm_kvmarket.ledger.model import Account, Result, Transfer
@@ -179,6 +179,6 @@ class SqliteStorage:
         try:
             yield
         except apsw.Error as error:
-            raise LedgerError(
+            raise LedgerUnavailableError(
                 f"the market's database {self._path} cannot be used ({error}); see `kvmarket env`"
             ) from error

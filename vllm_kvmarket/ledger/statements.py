@@ -16,7 +16,7 @@ from typing import Literal
 
 import msgspec
 
-from vllm_kvmarket.core.errors import LedgerError, NotFoundError
+from vllm_kvmarket.core.errors import LedgerRefusedError, NotFoundError
 from vllm_kvmarket.core.pricing import format_nano
 from vllm_kvmarket.ledger import PROVIDER, WORLD, Account, Ledger, Outcome, Receipt, Transfer, plain
 
@@ -264,15 +264,15 @@ def payout(
     """
     account = ledger.account(account_id)
     if account_id == WORLD:
-        raise LedgerError(f"{WORLD} is the world outside; name the account that is paid out")
+        raise LedgerRefusedError(f"{WORLD} is the world outside; name the account that is paid out")
     if not reference.strip():
-        raise LedgerError("a payout needs a reference; give the payment's, such as a bank's")
+        raise LedgerRefusedError("a payout needs a reference; give the payment's, such as a bank's")
     transfer_id = f"payout:{account_id}:{reference}"
     before = _find(ledger, transfer_id)
     if before is None:
         amount = account.available_nano if amount_nano is None else amount_nano
         if amount <= 0:
-            raise LedgerError(f"account {account_id!r} has nothing to pay out")
+            raise LedgerRefusedError(f"account {account_id!r} has nothing to pay out")
         operation = plain(
             id=transfer_id,
             debit=account_id,
@@ -288,12 +288,12 @@ def payout(
         before = _find(ledger, transfer_id)
         if before is None:
             reason = result.outcome.name.lower().replace("_", " ")
-            raise LedgerError(
+            raise LedgerRefusedError(
                 f"{format_nano(amount)} of account {account_id!r} cannot be paid out: {reason} "
                 f"({format_nano(account.available_nano)} is available)"
             )
     if amount_nano is not None and amount_nano != before.amount_nano:
-        raise LedgerError(
+        raise LedgerRefusedError(
             f"reference {reference!r} was used for {format_nano(before.amount_nano)}; "
             "give another payment another reference"
         )

@@ -8,22 +8,15 @@ from typing import Protocol
 
 import msgspec
 
-from vllm_kvmarket.core.errors import LedgerError
+from vllm_kvmarket.core.errors import LedgerRefusedError
 from vllm_kvmarket.ledger.model import Account, Operation, Outcome, Result, Transfer
 from vllm_kvmarket.ledger.receipts import Receipt
 from vllm_kvmarket.ledger.rules import Books, apply
 from vllm_kvmarket.ledger.working_set import Wanted
 
 
-class MalformedBatchError(LedgerError):
+class MalformedBatchError(LedgerRefusedError):
     """What a batch contains cannot be kept, now or ever; nothing of its group took effect."""
-
-
-class UnavailableError(LedgerError):
-    """The database could not be written; whether the group took effect may be unknown.
-
-    The same group may be written again: its ids say what took effect before.
-    """
 
 
 class Batch(msgspec.Struct, frozen=True):
@@ -58,7 +51,7 @@ class Storage(Protocol):
     def write(self, group: Sequence[Batch]) -> list[list[Result]]:
         """Apply a group in one transaction, durable on return.
 
-        Raises MalformedBatchError or UnavailableError.
+        Raises MalformedBatchError or LedgerUnavailableError.
         """
 
     def open_account(self, account: Account) -> None:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from vllm_kvmarket.catalogue import Match
-from vllm_kvmarket.core.errors import LedgerError
+from vllm_kvmarket.core.errors import LedgerBusyError, LedgerUnavailableError
 from vllm_kvmarket.core.pricing import Terms
 from vllm_kvmarket.ledger import (
     PROVIDER,
@@ -24,7 +24,6 @@ from vllm_kvmarket.ledger import (
     Outcome,
     Receipt,
     Result,
-    UnavailableError,
     pending,
     plain,
     post,
@@ -33,10 +32,9 @@ from vllm_kvmarket.ledger import (
 
 logger = logging.getLogger(__name__)
 
-# Of these, LedgerError itself is a batch that the ledger did not take: too many wait.
 _REASON_OF_ERROR: dict[type[BaseException], str] = {
-    LedgerError: "ledger_busy",
-    UnavailableError: "ledger_unavailable",
+    LedgerBusyError: "ledger_busy",
+    LedgerUnavailableError: "ledger_unavailable",
 }
 # What has been earned is booked whenever the database is back, as long as this process lives.
 NEVER_GIVE_UP_S = math.inf

@@ -14,7 +14,12 @@ from typing import Any
 import msgspec
 
 from vllm_kvmarket.catalogue import Catalogue, Listing
-from vllm_kvmarket.core.errors import CatalogueError, KVMarketError, LedgerError, NotFoundError
+from vllm_kvmarket.core.errors import (
+    CatalogueRefusedError,
+    KVMarketError,
+    LedgerError,
+    NotFoundError,
+)
 from vllm_kvmarket.core.model_identity import pack_tokens, unpack_tokens
 from vllm_kvmarket.ledger import Ledger
 from vllm_kvmarket.store import Tiers, bucket_listings
@@ -113,7 +118,7 @@ class Directory:
             return False
         entry = msgspec.msgpack.decode(encoded, type=Entry)
         if entry.format != FORMAT or entry.document_id != document_id:
-            raise CatalogueError("not an entry of this format and name")
+            raise CatalogueRefusedError("not an entry of this format and name")
         tokens = unpack_tokens(entry.tokens)
         facts: dict[str, Any] = msgspec.structs.asdict(entry)
         del facts["format"], facts["tokens"]

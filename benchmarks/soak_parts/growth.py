@@ -15,8 +15,8 @@ import psutil
 
 from soak_parts.plan import Story
 from soak_parts.server import Soaked
+from vllm_kvmarket.core.durable_files import OS_FILES
 from vllm_kvmarket.store import CHUNKS_FOLDER
-from vllm_kvmarket.store.files import OS_FILES
 from vllm_kvmarket.store.quota import Quota
 
 INTERVAL_S = 1.0

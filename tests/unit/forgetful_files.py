@@ -7,8 +7,7 @@ import shutil
 from pathlib import Path
 from typing import NamedTuple
 
-from vllm_kvmarket.store.chunk_format import PreparedChunk
-from vllm_kvmarket.store.files import Files
+from vllm_kvmarket.core.durable_files import Content, Files
 from vllm_kvmarket.store.quota import RECORD_NAME
 
 SECTOR_BYTES = 512
@@ -56,10 +55,10 @@ class ForgetfulFiles(Files):
         """Changes with each power cut."""
         return str(self.boots)
 
-    def create(self, path: Path) -> int:
+    def create(self, path: Path, mode: int = 0o600) -> int:
         """Make a file, with a number of its own."""
         self._step()
-        descriptor = super().create(path)
+        descriptor = super().create(path, mode)
         self._numbers += 1
         self._now[path] = self._numbers
         self._change(Change(path.parent, None, path, self._numbers))
@@ -70,10 +69,10 @@ class ForgetfulFiles(Files):
         self._step()
         super().allocate(descriptor, size)
 
-    def write(self, descriptor: int, chunk: PreparedChunk) -> None:
+    def write(self, descriptor: int, content: Content) -> None:
         """Write it; nothing of it is durable yet."""
         self._step()
-        super().write(descriptor, chunk)
+        super().write(descriptor, content)
 
     def record(self, descriptor: int, content: bytes) -> None:
         """Overwrite the record; never durable, as nobody syncs it."""

@@ -345,11 +345,11 @@ def test_a_failed_export_leaves_the_file_as_it_was(seller, bundle, tmp_path):
 
 def test_what_a_killed_export_left_goes_with_the_next(seller, bundle, tmp_path):
     """A draft whose writer is dead has no lock; other files are not touched."""
-    (tmp_path / ".handbook.kvb.draft-0123").write_bytes(b"half")
-    (tmp_path / ".other.kvb.draft-0123").write_bytes(b"half")
+    (tmp_path / ".draft-0123-handbook.kvb").write_bytes(b"half")
+    (tmp_path / ".draft-0123-other.kvb").write_bytes(b"half")
     bundles.export(seller, seller.catalogue.listings()[0].document_id, bundle)
     left = sorted(path.name for path in tmp_path.iterdir())
-    assert left == [".other.kvb.draft-0123", "handbook.kvb", "seller"]
+    assert left == [".draft-0123-other.kvb", "handbook.kvb", "seller"]
 
 
 def test_a_place_that_cannot_be_written_is_named(seller, tmp_path):

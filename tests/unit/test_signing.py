@@ -112,7 +112,7 @@ def test_what_a_dead_process_left_is_swept(keys, tmp_path):
     """A draft of a key, left by a crash, is no key and goes when the next one is made."""
     folder = tmp_path / "home" / "signing"
     folder.mkdir(parents=True)
-    (folder / ".0123.pem").write_bytes(b"half a k")
+    (folder / ".draft-0123-x.pem").write_bytes(b"half a k")
     keys.current()
     assert len(files_of(folder)) == 2
 

@@ -6,12 +6,13 @@ else's account nor publish, whatever it writes into its body.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import hmac
-import os
 import secrets
 from pathlib import Path
 
+from vllm_kvmarket.core.durable_files import write_durably
 from vllm_kvmarket.core.errors import ConfigError
 
 SECRET_FILE = "operator.key"  # noqa: S105  # its name, not the secret
@@ -41,20 +42,9 @@ class Credentials:
         path = home / SECRET_FILE
         home.mkdir(parents=True, exist_ok=True)
         if not path.exists():
-            draft = home / f".{SECRET_FILE}.{os.getpid()}.{secrets.token_hex(4)}"
-            descriptor = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-            try:
-                os.write(descriptor, secrets.token_bytes(SECRET_BYTES))
-                os.fsync(descriptor)
-            finally:
-                os.close(descriptor)
-            try:
-                # link, unlike rename, never replaces a secret that another process made meanwhile.
-                os.link(draft, path)
-            except FileExistsError:
-                pass
-            finally:
-                draft.unlink()
+            # A secret that another process makes meanwhile stays.
+            with contextlib.suppress(FileExistsError):
+                write_durably(path, secrets.token_bytes(SECRET_BYTES), replace=False)
         secret = path.read_bytes()
         if len(secret) != SECRET_BYTES:
             raise ConfigError(

@@ -9,16 +9,12 @@ from __future__ import annotations
 
 import base64
 import binascii
-import contextlib
-import fcntl
 import hashlib
 import json
-import os
 import re
-import secrets
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -30,6 +26,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import (
     Ed25519PublicKey,
 )
 
+from vllm_kvmarket.core.durable_files import locked, sweep_drafts, sync_path, write_durably
 from vllm_kvmarket.core.errors import ConfigError, NotFoundError
 
 KEYS_FOLDER = "signing"
@@ -39,7 +36,6 @@ KEY_SUFFIX = ".pem"
 JWK_SUFFIX = ".jwk"
 MAX_JWK_BYTES = 1 << 20
 _PUBLIC_BYTES = 32
-_LOCK_FILE = ".lock"
 _SERIAL = re.compile(rb"Serial: ([0-9]{1,9})\n")
 _KID = re.compile(r"[A-Za-z0-9_-]{43}")
 # A folder's time of change may be this coarse: what was read sooner after it may be out of date.
@@ -163,14 +159,14 @@ class SigningKeys:
         keys = self._all()
         if keys:
             return keys[0]
-        with self._changing():
+        with locked(self._folder):
             # Another process may have been faster: then its key is the home's.
             keys = self._all()
             return keys[0] if keys else self._make(1)
 
     def rotate(self) -> SigningKey:
         """Make a new key, which signs from now on; older ones still verify. Raises ConfigError."""
-        with self._changing():
+        with locked(self._folder):
             keys = self._all()
             return self._make(keys[0].serial + 1 if keys else 1)
 
@@ -201,28 +197,13 @@ class SigningKeys:
                 self._as_of_ns = changed_ns if settled else None
             return self._keys
 
-    @contextlib.contextmanager
-    def _changing(self) -> Iterator[None]:
-        """Let one process and thread at a time make keys; the folder is there inside."""
-        self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        descriptor = os.open(
-            self._folder / _LOCK_FILE, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600
-        )
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-            # Whoever died while making a key left it here; nobody else is making one now.
-            for draft in self._folder.glob(f".*{KEY_SUFFIX}"):
-                draft.unlink(missing_ok=True)
-            yield
-        finally:
-            os.close(descriptor)
-
     def _make(self, serial: int) -> SigningKey:
+        sweep_drafts(self._folder)
         key = SigningKey(Ed25519PrivateKey.generate(), serial)
         while key.kid.startswith("-"):
             # On a command line such a name would be taken for an option.
             key = SigningKey(Ed25519PrivateKey.generate(), serial)
-        _write_durably(self._folder / f"{key.kid}{KEY_SUFFIX}", key.pem(), 0o600)
+        write_durably(self._folder / f"{key.kid}{KEY_SUFFIX}", key.pem())
         return key
 
 
@@ -239,30 +220,6 @@ def _read_key(file: Path) -> SigningKey:
             "away (what it signed then cannot be verified here)"
         )
     return SigningKey(private, int(serial[1]) if serial else 0)
-
-
-def _write_durably(path: Path, content: bytes, mode: int) -> None:
-    """Write a whole file, or none; it is durable afterwards."""
-    draft = path.with_name(f".{secrets.token_hex(8)}{path.suffix}")
-    try:
-        descriptor = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
-        with os.fdopen(descriptor, "wb") as stream:
-            stream.write(content)
-            stream.flush()
-            os.fsync(descriptor)
-        draft.replace(path)
-    finally:
-        draft.unlink(missing_ok=True)
-    sync_folder(path.parent)
-
-
-def sync_folder(folder: Path) -> None:
-    """Make names in a folder durable."""
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def read_jwks(path: Path) -> list[PublicKey]:
@@ -301,7 +258,7 @@ class TrustedKeys:
             return False
         self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         content = json.dumps(key.jwk(), indent=2) + "\n"
-        _write_durably(self._folder / f"{key.kid}{JWK_SUFFIX}", content.encode(), 0o644)
+        write_durably(self._folder / f"{key.kid}{JWK_SUFFIX}", content.encode(), mode=0o644)
         return True
 
     def remove(self, kid: str) -> None:
@@ -312,7 +269,7 @@ class TrustedKeys:
             raise NotFoundError(f"no trusted key {kid!r}{hint}; see `kvmarket trust list`")
         for file in files:
             file.unlink(missing_ok=True)
-        sync_folder(self._folder)
+        sync_path(self._folder)
 
     def _files(self) -> list[tuple[Path, PublicKey]]:
         found = []

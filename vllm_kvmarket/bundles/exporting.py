@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import fcntl
-import glob
 import os
-import secrets
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,7 +12,7 @@ from pathlib import Path
 import msgspec
 from blake3 import blake3
 
-from vllm_kvmarket.auth.signing_keys import SIGNATURE_BYTES, SigningKeys, sync_folder
+from vllm_kvmarket.auth.signing_keys import SIGNATURE_BYTES, SigningKeys
 from vllm_kvmarket.bundles.format import (
     BLOCK,
     FORMAT,
@@ -34,6 +31,7 @@ from vllm_kvmarket.bundles.format import (
     pieces,
     write,
 )
+from vllm_kvmarket.core.durable_files import durable_file
 from vllm_kvmarket.core.errors import BundleError, ChunkMissingError, StoreError
 from vllm_kvmarket.core.model_identity import pack_tokens
 from vllm_kvmarket.market.market import Market
@@ -168,30 +166,10 @@ def _with_digests(manifest: Manifest, digests: dict[tuple[bytes, int, int], str]
 
 @contextlib.contextmanager
 def _written_whole(path: Path) -> Iterator[int]:
-    """A descriptor whose file takes `path`'s place at the end, durably, or leaves no trace."""
-    prefix = f".{path.name}.draft-"
-    draft = path.with_name(prefix + secrets.token_hex(8))
     try:
-        for old in path.parent.glob(f"{glob.escape(prefix)}*"):
-            _sweep(old)
-        descriptor = os.open(draft, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
-        try:
-            # Whoever finds a draft without this lock knows that its writer is dead.
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        with durable_file(path, mode=0o644) as descriptor:
             yield descriptor
-            os.fsync(descriptor)
-            draft.replace(path)
-        finally:
-            draft.unlink(missing_ok=True)
-            os.close(descriptor)
-        sync_folder(path.parent)
     except OSError as error:
         raise BundleError(
             f"cannot write {path} ({error.strerror}); make room, or name another file"
         ) from error
-
-
-def _sweep(draft: Path) -> None:
-    with contextlib.suppress(OSError), draft.open("rb") as stream:
-        fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        draft.unlink()

@@ -12,7 +12,6 @@ import os
 import re
 import struct
 import sys
-import tempfile
 from array import array
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -21,6 +20,7 @@ from typing import Any
 import msgspec
 from blake3 import blake3
 
+from vllm_kvmarket.core.durable_files import write_durably
 from vllm_kvmarket.core.errors import ConfigError
 
 CHUNK_TOKENS = 256
@@ -245,7 +245,4 @@ def _read_cache(cache_file: Path) -> dict[str, str]:
 
 def _write_cache(cache_file: Path, cache: Mapping[str, str]) -> None:
     cache_file.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=cache_file.parent) as folder:
-        draft = Path(folder) / cache_file.name
-        draft.write_text(json.dumps(cache, indent=0))
-        draft.replace(cache_file)
+    write_durably(cache_file, json.dumps(cache, indent=0).encode())

@@ -27,13 +27,13 @@ import msgspec
 from blake3 import blake3
 
 from vllm_kvmarket.auth.operator_tokens import SECRET_FILE
-from vllm_kvmarket.auth.signing_keys import KEYS_FOLDER, TRUSTED_FOLDER, sync_folder
+from vllm_kvmarket.auth.signing_keys import KEYS_FOLDER, TRUSTED_FOLDER
 from vllm_kvmarket.catalogue import Catalogue
 from vllm_kvmarket.core import sqlite
+from vllm_kvmarket.core.durable_files import sync_path, write_durably
 from vllm_kvmarket.core.errors import NotFoundError, ProofError, StoreError
 from vllm_kvmarket.ledger import Ledger
 from vllm_kvmarket.market.market import DATABASE_FILE, Market
-from vllm_kvmarket.proofs.files import write_whole
 from vllm_kvmarket.proofs.ledger_check import LedgerCheck, check_ledger
 from vllm_kvmarket.proofs.log import CHECKPOINTS_FILE, LOG_FOLDER
 from vllm_kvmarket.proofs.replay import replay
@@ -116,8 +116,8 @@ def backup(
         chunks_missing=missing,
     )
     encoded = msgspec.json.format(msgspec.json.encode(manifest))
-    write_whole(folder / MANIFEST, encoded, 0o600)
-    sync_folder(folder.absolute().parent)
+    write_durably(folder / MANIFEST, encoded)
+    sync_path(folder.absolute().parent)
     report = check_backup(folder, must_have=[each.id for each in newest])
     return _report(folder, market.home, manifest, report)
 
@@ -154,7 +154,7 @@ def restore(
         draft.rename(home)
     finally:
         _remove(draft)
-    sync_folder(home.parent)
+    sync_path(home.parent)
     return _report(folder, home, manifest, report)
 
 
@@ -216,7 +216,7 @@ def _into_one_file(path: Path) -> None:
     with contextlib.closing(apsw.Connection(str(path))) as db:
         db.pragma("journal_mode", "delete")
     path.chmod(0o600)
-    _sync(path)
+    sync_path(path)
 
 
 def _copy_chunks(market: Market, folder: Path, copier: _Copier) -> list[str]:
@@ -301,7 +301,7 @@ def _unpack(
         if on_progress is not None:
             on_progress(file.name)
     for place, _, _ in os.walk(home):
-        sync_folder(Path(place))
+        sync_path(Path(place))
 
 
 def _read_manifest(folder: Path) -> Manifest:
@@ -354,14 +354,6 @@ def _copy(source: Path, target: Path, mode: int) -> tuple[int, str]:
             stream.flush()
             os.fsync(descriptor)
     return size, digest.hexdigest()
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _remove(folder: Path) -> None:

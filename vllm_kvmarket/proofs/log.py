@@ -25,10 +25,10 @@ from typing import Self
 import msgspec
 
 from vllm_kvmarket.auth.signing_keys import PublicKey, SigningKeys
+from vllm_kvmarket.core.durable_files import append_line, locked, write_durably
 from vllm_kvmarket.core.errors import ProofError
 from vllm_kvmarket.ledger import Ledger
 from vllm_kvmarket.proofs import leaves, merkle
-from vllm_kvmarket.proofs.files import append_line, locked, write_whole
 from vllm_kvmarket.proofs.leaves import entry_of
 from vllm_kvmarket.proofs.notes import (
     ORIGIN_PREFIX,
@@ -251,7 +251,7 @@ class TransparencyLog:
             if tree.size > head.size:
                 tree.sync()
                 grown = Head(tree.size, tree.root().hex())
-                write_whole(self.folder / HEAD_FILE, msgspec.json.encode(grown))
+                write_durably(self.folder / HEAD_FILE, msgspec.json.encode(grown))
             yield tree
 
     def _head(self) -> Head:

@@ -9,6 +9,7 @@ import stat
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from vllm_kvmarket.core.durable_files import DRAFT_PREFIX, OS_FILES, Files, draft_path
 from vllm_kvmarket.core.errors import (
     ChunkDamagedError,
     ChunkMissingError,
@@ -20,16 +21,9 @@ from vllm_kvmarket.store.chunk_format import Bytes
 from vllm_kvmarket.store.chunk_reader import StoredChunk, open_chunk
 from vllm_kvmarket.store.codec import CODEC_RAW
 from vllm_kvmarket.store.drafts import Draft
-from vllm_kvmarket.store.files import OS_FILES, Files
 from vllm_kvmarket.store.folder import ChunkFolder
 from vllm_kvmarket.store.layout import ChunkLayout
-from vllm_kvmarket.store.names import (
-    SUFFIX,
-    TEMPORARY_PREFIX,
-    chunk_name,
-    share_of,
-    temporary,
-)
+from vllm_kvmarket.store.names import SUFFIX, chunk_name, share_of
 from vllm_kvmarket.store.quarantine import Quarantine, Quarantined
 from vllm_kvmarket.store.quota import Held, Quota, StoreUsage
 from vllm_kvmarket.store.recency import LeastRecentlyUsed
@@ -218,7 +212,7 @@ class DiskStore(ChunkFolder):
                         self._files.unlink(file)
                     except IsADirectoryError:
                         # Its bytes stay counted, as nobody knows whether they were.
-                        draft = temporary(file)
+                        draft = draft_path(file)
                         self._files.rename(file, draft)
                         self._files.remove_tree(draft)
                     else:
@@ -261,7 +255,7 @@ class DiskStore(ChunkFolder):
             chunk_files=sum(1 for _ in self._chunk_files()),
             quarantined_files=len(quarantined),
             quarantined_bytes=sum(entry.bytes for entry in quarantined),
-            drafts=sum(1 for _ in self.root.glob(f"??/{TEMPORARY_PREFIX}*")),
+            drafts=sum(1 for _ in self.root.glob(f"??/{DRAFT_PREFIX}*")),
         )
 
     def bytes_held(self) -> int:

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import fcntl
 import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from vllm_kvmarket.store.files import Files
-from vllm_kvmarket.store.names import TEMPORARY_PREFIX, temporary
+from vllm_kvmarket.core.durable_files import DRAFT_PREFIX, Files, draft_path, is_being_written
 from vllm_kvmarket.store.quota import Held
 
 
@@ -34,7 +32,7 @@ class Draft:
 
 def begin(files: Files, held: Held, target: Path, size: int) -> Draft:
     """Make a draft of `size` bytes beside `target`. Raises OSError, and leaves nothing then."""
-    path = temporary(target)
+    path = draft_path(target)
     held.grow(size)
     descriptor = -1
     try:
@@ -62,10 +60,10 @@ def discard(files: Files, held: Held, path: Path, size: int) -> None:
 def sweep(files: Files, held: Held, root: Path, older_than_s: float) -> int:
     """Remove drafts that nobody writes any more, and count anew; how many. Raises OSError."""
     swept = 0
-    for path in root.glob(f"??/{TEMPORARY_PREFIX}*"):
+    for path in root.glob(f"??/{DRAFT_PREFIX}*"):
         # Under the store's lock only somebody else's hand removes them.
         with contextlib.suppress(FileNotFoundError):
-            if time.time() - path.lstat().st_mtime < older_than_s or _is_being_written(path):
+            if time.time() - path.lstat().st_mtime < older_than_s or is_being_written(path):
                 continue
             if path.is_dir() and not path.is_symlink():
                 files.remove_tree(path)
@@ -75,20 +73,3 @@ def sweep(files: Files, held: Held, root: Path, older_than_s: float) -> int:
     # What died between counting and writing left no file behind.
     held.recount()
     return swept
-
-
-def _is_being_written(path: Path) -> bool:
-    """Whether a living process holds the draft's lock; True when nobody can tell."""
-    flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOFOLLOW
-    try:
-        descriptor = os.open(path, flags)
-    except OSError as error:
-        # A link is no draft of ours, and can go.
-        return error.errno not in (errno.ELOOP, errno.ENOENT)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        return True
-    finally:
-        os.close(descriptor)
-    return False

@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from vllm_kvmarket.store.files import Files
+from vllm_kvmarket.core.durable_files import Files
 from vllm_kvmarket.store.names import chunk_name, is_chunk_file, share_of
 
 

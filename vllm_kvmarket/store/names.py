@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import re
-import secrets
-from pathlib import Path
 
 SUFFIX = ".kv"
-TEMPORARY_PREFIX = ".draft-"
 _NAME = re.compile(r"([0-9a-f]{64})(?:\.(\d+)of(\d+))?" + re.escape(SUFFIX))
 
 
@@ -34,8 +31,3 @@ def share_of(name: str) -> tuple[int, int] | None:
     rank, world_size = int(found[2] or 0), int(found[3] or 1)
     canonical = chunk_name(bytes.fromhex(found[1]), rank, world_size)[3:]
     return (rank, world_size) if rank < world_size and name == canonical else None
-
-
-def temporary(path: Path) -> Path:
-    """Make up a name beside `path`: random, as containers on one disk may share process ids."""
-    return path.with_name(f"{TEMPORARY_PREFIX}{secrets.token_hex(8)}-{path.name}")

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import quote, unquote
 
-from vllm_kvmarket.store.files import Files
+from vllm_kvmarket.core.durable_files import Files
 from vllm_kvmarket.store.quota import Held, tree_bytes
 
 QUARANTINE_FOLDER = "quarantine"

@@ -22,7 +22,7 @@ from pathlib import Path
 
 import xxhash
 
-from vllm_kvmarket.store.files import Files
+from vllm_kvmarket.core.durable_files import Files
 
 RECORD_NAME = ".usage"
 _MAGIC = b"KVMUSAGE"

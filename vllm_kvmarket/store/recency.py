@@ -9,7 +9,7 @@ import os
 from collections import deque
 from pathlib import Path
 
-from vllm_kvmarket.store.files import Files
+from vllm_kvmarket.core.durable_files import Files
 from vllm_kvmarket.store.names import is_chunk_file
 from vllm_kvmarket.store.quota import Held
 

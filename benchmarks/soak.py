@@ -7,7 +7,7 @@ never), leave on the way, and ask what nobody published; two of them have funds,
 way, one never had any, some have no key. Publishers publish, reprice, withdraw and repair. The
 paged cache is too small for all of them, so that vLLM preempts; the disk quota holds a third of the
 documents, so that they are evicted. Meanwhile a seeded fault injector damages chunk files and stops
-processes, and an operator runs gc, fsck, repair, audit-ledger and log checkpoint.
+processes, and an operator runs store gc, check and repair, ledger check and log checkpoint.
 
 Afterwards: a sample of greedy answers, those cut off included, is compared with full prefill token
 by token (`--oracle engine`: an engine without kvmarket; `--oracle server`: the same server, nothing

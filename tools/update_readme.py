@@ -21,7 +21,7 @@ RESULTS = FOLDER / "prefill_vs_reuse.json"
 
 def command_table() -> str:
     """One row a command, as the code has them."""
-    return "\n".join(f"| `kvmarket {name}` | {meaning} |" for name, meaning in commands())
+    return "\n".join(f"| `kvmarket {each.name}` | {each.help} |" for each in commands())
 
 
 def replaced(text: str, name: str, content: str) -> str:

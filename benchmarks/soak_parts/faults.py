@@ -131,30 +131,30 @@ class Operator:
 
     def gc(self) -> None:
         """Collect garbage."""
-        self.execute("gc", good={0})
+        self.execute("store", "gc", good={0})
 
     def fsck(self) -> None:
         """Check everything: only chunks may be bad."""
-        report = self.execute("fsck", good={0, 1})
+        report = self.execute("store", "check", good={0, 1})
         self._story.counts["found by fsck"] += report.get("chunks_damaged", 0)
         for problem in report.get("problems", []):
             if not problem.startswith("store: "):
-                self._story.fail(f"kvmarket fsck: {problem}")
+                self._story.fail(f"kvmarket store check: {problem}")
 
     def repair(self) -> None:
         """Verify everything; what is damaged needs an engine, which is the publishers' part."""
-        report = self.execute("repair", good={0, 1})
+        report = self.execute("store", "repair", good={0, 1})
         self._story.counts["found by repair"] += report.get("chunks_damaged", 0)
         self._story.counts["healed by repair"] += len(report.get("healed", []))
         for name, reason in report.get("failed", {}).items():
             if "give --model" not in reason and " is " not in reason:
-                self._story.fail(f"kvmarket repair: {name}: {reason}")
+                self._story.fail(f"kvmarket store repair: {name}: {reason}")
 
     def audit(self) -> None:
         """Recompute the books."""
-        report = self.execute("audit-ledger", good={0})
+        report = self.execute("ledger", "check", good={0})
         for problem in report.get("problems", []):
-            self._story.fail(f"kvmarket audit-ledger: {problem}")
+            self._story.fail(f"kvmarket ledger check: {problem}")
 
     def checkpoint(self) -> None:
         """Sign the log as it stands, for the proofs at the end."""
@@ -167,7 +167,7 @@ class Operator:
     def execute(self, *command: str, good: set[int]) -> dict[str, Any]:
         """Run a command, whose exit code must be `good`; what it reports, or nothing."""
         code, printed = self._server.command(*command, "--json")
-        self._story.counts[f"kvmarket {command[0]}"] += 1
+        self._story.counts[f"kvmarket {' '.join(command)}"] += 1
         if code not in good:
             said = printed[-300:]
             self._story.fail(f"kvmarket {' '.join(command)}: exit code {code}: {said}")

@@ -59,7 +59,7 @@ def repair(server: Soaked, library: Library, story: Story) -> dict[str, Any]:
             break
         time.sleep(0.2)
     operator.gc()
-    report = operator.execute("fsck", good={0})  # here nothing may be bad
+    report = operator.execute("store", "check", good={0})  # here nothing may be bad
     return {
         "published_again": len(names),
         "chunks_verified": report.get("chunks_verified"),

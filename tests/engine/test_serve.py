@@ -302,12 +302,12 @@ def test_the_command_line_publishes_what_a_new_engine_reuses(tiny, tmp_path):
         assert done.returncode == 0, done.stderr[-2000:]
         return json.loads(done.stdout)
 
-    kvmarket("publish", str(text), "--model", str(tiny(1)), "--publisher", "moon")
-    (listed,) = kvmarket("list")["documents"]
+    kvmarket("document", "publish", str(text), "--model", str(tiny(1)), "--publisher", "moon")
+    (listed,) = kvmarket("document", "list")["documents"]
     assert listed["publisher"] == "moon"
-    assert kvmarket("show", listed["document_id"])["state"] == "live"
-    kvmarket("fsck")
-    kvmarket("delist", listed["document_id"])
+    assert kvmarket("document", "show", listed["document_id"])["state"] == "live"
+    kvmarket("store", "check")
+    kvmarket("document", "delist", listed["document_id"])
 
 
 def test_an_unknown_connector_ends_the_server_with_one_clear_line(tiny):

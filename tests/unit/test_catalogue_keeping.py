@@ -139,7 +139,7 @@ def test_the_store_learns_which_chunks_are_needed(catalogue):
 def test_unknown_documents_are_an_error(catalogue):
     """Reading what is not there says so, and how to find what is."""
     for read in (catalogue.get, catalogue.tokens_of):
-        with pytest.raises(NotFoundError, match="kvmarket list"):
+        with pytest.raises(NotFoundError, match="kvmarket document list"):
             read("kvd_unknown")
 
 

@@ -255,7 +255,7 @@ def test_failing_touches_only_what_is_being_published(catalogue):
     live = publish(catalogue, DOCUMENT)
     catalogue.fail(live.document_id, "too late")
     assert catalogue.get(live.document_id) == live
-    with pytest.raises(NotFoundError, match="kvmarket list"):
+    with pytest.raises(NotFoundError, match="kvmarket document list"):
         catalogue.fail("kvd_unknown", "why")
 
 

@@ -138,7 +138,7 @@ def test_the_readme_names_the_first_commands(command):
 def test_the_readme_names_every_command():
     """A command that the README does not show is found by nobody."""
     text = (ROOT / "README.md").read_text("utf-8")
-    assert [entry for entry, _ in commands() if f"kvmarket {entry}" not in text] == []
+    assert [each.name for each in commands() if f"kvmarket {each.name}" not in text] == []
 
 
 def test_the_readme_has_the_configuration_as_it_is():

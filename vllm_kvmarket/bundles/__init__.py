@@ -2,7 +2,7 @@
 
 Importing believes nothing before the signature holds, and stores nothing before every byte of the
 file is known to be what was signed. What a trusted exporter signed is believed to be the KV of
-these tokens, as nothing but computing it again (`kvmarket audit`) can tell.
+these tokens, as nothing but computing it again (`kvmarket document audit`) can tell.
 """
 
 from vllm_kvmarket.bundles.exporting import Exported, export

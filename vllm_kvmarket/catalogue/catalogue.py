@@ -166,7 +166,7 @@ class Catalogue(Offers):
         with self._db.snapshot() as db:
             usage = upkeep.usage_of(db, document_id)
         if usage is None:
-            raise NotFoundError(f"there is no document {document_id}; see `kvmarket list`")
+            raise NotFoundError(f"there is no document {document_id}; see `kvmarket document list`")
         return usage
 
     def record_audit(self, audit: Audit) -> None:

@@ -107,7 +107,7 @@ def match(
     payee = rows(db, _PAYEE, asked)[0][0]
     payees = read_listings(db, "listed = ?", (payee,))
     if not payees:
-        raise CatalogueError(f"chunk {keys[-1].hex()} is nobody's; run `kvmarket fsck`")
+        raise CatalogueError(f"chunk {keys[-1].hex()} is nobody's; run `kvmarket store check`")
     chunks = tuple(
         MatchedChunk(
             key=key,

@@ -247,7 +247,7 @@ class View:
     def _read(db: apsw.Connection, document_id: str) -> Listing:
         listing = queries.find_listing(db, document_id)
         if listing is None:
-            raise NotFoundError(f"there is no document {document_id}; see `kvmarket list`")
+            raise NotFoundError(f"there is no document {document_id}; see `kvmarket document list`")
         return listing
 
     def expire(self, now_s: float | None = None) -> list[str]:

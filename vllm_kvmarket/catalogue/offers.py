@@ -49,7 +49,7 @@ class Offers(View):
         if [(chunk.key, chunk.tokens) for chunk in queries.chunks_of(db, name)] != chunks:
             raise CatalogueError(
                 f"{name}: other tokens are stored under one of its keys; this must never be: run "
-                "`kvmarket fsck`"
+                "`kvmarket store check`"
             )
         return existing
 

@@ -1,4 +1,4 @@
-"""The command line, `kvmarket`: what a user does with a market without writing Python."""
+"""The command line, `kvmarket`: a market without writing Python."""
 
 from vllm_kvmarket.cli.app import commands, main
 

@@ -1,74 +1,37 @@
-"""The parser over all commands, and what becomes of their errors."""
+"""The parser over all commands, and the exit codes of their errors."""
 
 from __future__ import annotations
 
 import argparse
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from importlib import import_module
 from typing import NoReturn
 
-from vllm_kvmarket.cli import (
-    accounts,
-    apikeys,
-    audit,
-    books,
-    bundles,
-    codecs,
-    documents,
-    economics,
-    environment,
-    fsck,
-    keep,
-    proofs,
-    publish,
-    statements,
-)
-from vllm_kvmarket.cli.command import Command, UsageError, count
+from vllm_kvmarket.cli.command import Command, UsageError
 from vllm_kvmarket.cli.output import complain
 from vllm_kvmarket.core.errors import ConfigError, KVMarketError
 
 OK, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
-
-
-def _configure_demo(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", help="model folder or hub name (default: the demo's own)")
-    parser.add_argument("--output", help="folder for result.json (default: .demo)")
-    parser.add_argument("--max-model-len", type=count, help="context of the engine, in tokens")
-
-
-def _run_demo(args: argparse.Namespace) -> int:
-    from vllm_kvmarket.cli.demo import run
-
-    return run(args)
-
-
-DEMO = Command(
-    "demo", "publish, reuse and charge for a real document, end to end", _run_demo, _configure_demo
+# The first word of a command, the module with its commands, and a line for `kvmarket --help`. A
+# module is imported when its word is used, so that `kvmarket --help` is quick.
+NOUNS = (
+    ("document", "document_commands", "publish documents and manage what is on offer"),
+    ("bundle", "archive_commands", "move documents between markets as signed files"),
+    ("account", "ledger_commands", "open accounts and move money in and out"),
+    ("ledger", "ledger_commands", "look at the money and check that it adds up"),
+    ("receipt", "proof_commands", "show receipts and check signed ones"),
+    ("log", "proof_commands", "prove what the ledger's transparency log holds"),
+    ("apikey", "key_commands", "let clients in over HTTP"),
+    ("key", "key_commands", "the key that this market signs with"),
+    ("trust", "key_commands", "whose bundles this market imports"),
+    ("store", "store_commands", "check, clean and repair the stored chunks"),
+    ("backup", "archive_commands", "copy a whole market and bring it back"),
+    ("economics", "economics", "what prefill, reuse and shipping cost for many readers"),
+    ("env", "environment", "show versions and paths, and what is wrong with them"),
+    ("demo", "demo", "publish, reuse and charge for a real document, end to end"),
 )
-COMMANDS: tuple[Command, ...] = (
-    *publish.COMMANDS,
-    *documents.COMMANDS,
-    *audit.COMMANDS,
-    *bundles.COMMANDS,
-    *accounts.COMMANDS,
-    *apikeys.COMMANDS,
-    *books.COMMANDS,
-    *proofs.COMMANDS,
-    *statements.COMMANDS,
-    *fsck.COMMANDS,
-    *keep.COMMANDS,
-    *codecs.COMMANDS,
-    *economics.COMMANDS,
-    *environment.COMMANDS,
-    DEMO,
-)
-GROUPS = {
-    "account": "open accounts and bring money in",
-    **bundles.GROUPS,
-    **proofs.GROUPS,
-    **apikeys.GROUPS,
-}
 
 
 class _Parser(argparse.ArgumentParser):
@@ -80,7 +43,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 class _Version(argparse.Action):
-    """Looks the version up when it is asked for; package metadata takes a while to read."""
+    """Reads the version only when it is asked for: package metadata takes a while to read."""
 
     def __call__(self, parser: argparse.ArgumentParser, *_: object) -> NoReturn:
         from importlib.metadata import version
@@ -89,35 +52,59 @@ class _Version(argparse.Action):
         parser.exit()
 
 
-def commands() -> list[tuple[str, str]]:
-    """List every command with its one-line help, in the order of `kvmarket --help`."""
-    return [(command.name, command.help) for command in COMMANDS]
+def commands_of(noun: str) -> Iterator[Command]:
+    """Import a noun's module and go through its commands."""
+    (module,) = [module for name, module, _ in NOUNS if name == noun]
+    for command in import_module(f"vllm_kvmarket.cli.{module}").COMMANDS:
+        if command.name.partition(" ")[0] == noun:
+            yield command
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """Build the parser; a parsed command has its Command in `args.command`."""
+def commands() -> list[Command]:
+    """List every command, in the order of `kvmarket --help`; imports all their modules."""
+    return [command for noun, _, _ in NOUNS for command in commands_of(noun)]
+
+
+def build_parser(noun: str | None) -> argparse.ArgumentParser:
+    """Build the parser with all nouns, and with the commands of `noun`.
+
+    A parsed command has its Command in `args.command`.
+    """
     parser = _Parser(
         prog="kvmarket",
         description="A market for KV caches inside vLLM: publish documents, sell their reuse.",
         allow_abbrev=False,
     )
     parser.add_argument("--version", action=_Version, nargs=0, help="show the version and exit")
-    rooms = {"": _subcommands(parser)}
-    for command in COMMANDS:
-        group, _, name = command.name.rpartition(" ")
-        if group not in rooms:
-            parent = rooms[""].add_parser(
-                group, help=GROUPS[group], description=GROUPS[group], allow_abbrev=False
+    nouns = _subcommands(parser)
+    for name, _, text in NOUNS:
+        room = nouns.add_parser(name, help=text, description=text, allow_abbrev=False)
+        if name == noun:
+            _add_commands(room, noun)
+    return parser
+
+
+def _add_commands(parser: argparse.ArgumentParser, noun: str) -> None:
+    verbs = None
+    for command in commands_of(noun):
+        leaf = parser
+        if command.name != noun:
+            verbs = verbs or _subcommands(parser)
+            leaf = verbs.add_parser(
+                command.name.partition(" ")[2],
+                help=command.help,
+                description=command.help,
+                allow_abbrev=False,
             )
-            rooms[group] = _subcommands(parent)
-        leaf = rooms[group].add_parser(
-            name, help=command.help, description=command.help, allow_abbrev=False
-        )
         if command.configure:
             command.configure(leaf)
-        _add_common(leaf)
+        common = leaf.add_argument_group("on every command")
+        common.add_argument("--json", action="store_true", help="print one JSON document")
+        common.add_argument("--home", help="folder of the market (default: the configuration's)")
+        common.add_argument(
+            "--config", help="a JSON object, or the path of a .json or .toml file with one"
+        )
         leaf.set_defaults(command=command)
-    return parser
 
 
 def _subcommands(
@@ -126,27 +113,20 @@ def _subcommands(
     return parser.add_subparsers(metavar="COMMAND", required=True, title="commands")
 
 
-def _add_common(parser: argparse.ArgumentParser) -> None:
-    common = parser.add_argument_group("on every command")
-    common.add_argument("--json", action="store_true", help="print one JSON document")
-    common.add_argument("--home", help="folder of the market (default: the configuration's home)")
-    common.add_argument(
-        "--config", help="a JSON object, or the path of a .json or .toml file (see README)"
-    )
-
-
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; 0 when it worked, 1 when it failed, 2 when it was asked for wrongly."""
+    """Run one command; returns 0 when it worked, 1 when it failed, 2 for a wrong call."""
+    words = sys.argv[1:] if argv is None else argv
     try:
-        args = build_parser().parse_args(argv)
+        noun = next((word for word in words if not word.startswith("-")), None)
+        args = build_parser(noun).parse_args(words)
     except SystemExit as stop:
-        # argparse has printed what there is to say.
+        # argparse has printed the help or the error.
         return int(stop.code or OK)
     try:
         code = int(args.command.run(args))
         sys.stdout.flush()
     except BrokenPipeError:
-        # Whoever read our output has enough; the interpreter must not complain on its way out.
+        # The reader of our output stopped early; the interpreter must not complain when it exits.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = FAILED
     except (UsageError, ConfigError) as error:

@@ -1,8 +1,4 @@
-"""What every command is made of: a name, its options, how it opens the market.
-
-Modules of commands import what they work with inside their functions, so that `kvmarket --help` is
-quick and works without vLLM.
-"""
+"""The parts of every command: its name, its options, and the market that it opens."""
 
 from __future__ import annotations
 
@@ -11,7 +7,7 @@ import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -32,7 +28,7 @@ class UsageError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Command:
-    """One command: `name` may have two words, `run` gives the exit code (0 ok, 1 failed)."""
+    """One command: its name ("noun verb", or one word), and `run`, which returns the exit code."""
 
     name: str
     help: str
@@ -40,9 +36,16 @@ class Command:
     configure: Callable[[argparse.ArgumentParser], None] | None = None
 
 
+def home_of(args: argparse.Namespace) -> Path:
+    """The folder that --home and --config name; it may hold no market."""
+    from vllm_kvmarket.core import config
+
+    return Path(args.home or config.load(args.config).home).expanduser()
+
+
 @contextmanager
 def open_market(args: argparse.Namespace, *, create: bool = False) -> Iterator[Market]:
-    """Open the market that --home and --config name; `create` one where there is none.
+    """Open the market that --home and --config name; with `create`, make one where there is none.
 
     Raises NotFoundError where there is none, so that a mistyped home is not an empty market, and
     KVMarketError when its database cannot be read or written.
@@ -52,8 +55,7 @@ def open_market(args: argparse.Namespace, *, create: bool = False) -> Iterator[M
     from vllm_kvmarket.core import config
     from vllm_kvmarket.market.market import DATABASE_FILE, Market
 
-    chosen = config.load(args.config)
-    home = Path(args.home or chosen.home).expanduser()
+    home = home_of(args)
     database = home / DATABASE_FILE
     if not create and not database.exists():
         raise NotFoundError(
@@ -61,12 +63,28 @@ def open_market(args: argparse.Namespace, *, create: bool = False) -> Iterator[M
             "or name another with --home"
         )
     try:
-        with Market.open(home, chosen) as market:
+        with Market.open(home, config.load(args.config)) as market:
             yield market
     except apsw.Error as error:
         raise KVMarketError(
-            f"the market's database {database}: {error}; look at it with `kvmarket fsck`"
+            f"the market's database {database}: {error}; look at it with `kvmarket store check`"
         ) from error
+
+
+def add_document_id(parser: argparse.ArgumentParser) -> None:
+    """Add the argument that names one document."""
+    parser.add_argument("document_id", metavar="ID", help="the document's id, kvd_...")
+
+
+def add_engine_options(parser: argparse.ArgumentParser, *, model_required: bool = True) -> None:
+    """Add the options that an engine is started with."""
+    parser.add_argument(
+        "--model", required=model_required, help="model folder or hub name, as for vLLM"
+    )
+    parser.add_argument("--max-model-len", type=count, help="context of the engine, in tokens")
+    parser.add_argument(
+        "--dtype", help="number format of the engine, as for vLLM (float32 suits most CPUs)"
+    )
 
 
 def amount(text: str) -> int:
@@ -110,3 +128,14 @@ def span_s(text: str) -> float:
             f"expected a span like 90s, 15m, 12h, 7d or 4w, not {text!r}"
         )
     return timedelta(**{_UNITS[match.group(2)]: int(match.group(1))}).total_seconds()
+
+
+def time_s(text: str) -> float:
+    """Read an option's time: a day, which begins at midnight UTC, or a moment of ISO 8601."""
+    try:
+        read = datetime.fromisoformat(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"expected a day like 2026-11-01 or a time like 2026-11-01T12:00:00Z, not {text!r}"
+        ) from None
+    return (read if read.tzinfo else read.replace(tzinfo=UTC)).timestamp()

@@ -1,4 +1,4 @@
-"""`kvmarket demo`: a document is published, bought by three, refused to one, and paid for."""
+"""`kvmarket demo`: publish a document, sell it to three buyers, refuse one without funds."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vllm_kvmarket.cli import engine, output
+from vllm_kvmarket.cli.command import Command, count
 from vllm_kvmarket.core.errors import KVMarketError
 from vllm_kvmarket.core.pricing import format_nano
 from vllm_kvmarket.market.market import Market
@@ -47,8 +48,14 @@ class Sale:
     prefill: Answer
 
 
+def _configure(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", help="model folder or hub name (default: the demo's own)")
+    parser.add_argument("--output", help="folder for result.json (default: .demo)")
+    parser.add_argument("--max-model-len", type=count, help="context of the engine, in tokens")
+
+
 def run(args: argparse.Namespace) -> int:
-    """Run the demo; 0 when every promise held."""
+    """Run the demo; 0 when every promise is kept."""
     folder = Path(args.output or ".demo").resolve()
     home = Path(args.home or folder / "home").resolve()
     if args.home is None:
@@ -78,16 +85,16 @@ def run(args: argparse.Namespace) -> int:
         target.write_text(json.dumps(result, indent=2) + "\n")
         output.emit(args, result, lambda console: show(console, result, sales))
         say(f"wrote {target}")
-    held = (
+    kept = (
         result["greedy_equal"] == result["greedy_total"]
         and result["reused_tokens"] == result["tokens"]
         and result["ledger_balanced"]
     )
-    return 0 if held else 1
+    return 0 if kept else 1
 
 
 def say(text: str) -> None:
-    """Show what is going on, on stderr."""
+    """Report a step on stderr."""
     print(f"kvmarket demo: {text}", file=sys.stderr, flush=True)
 
 
@@ -103,9 +110,9 @@ def write_document(path: Path, model: str) -> None:
 
 def publish(document: Path, model: str, home: Path, context: int) -> None:
     """Publish the file as a user would: with the command. Raises KVMarketError."""
-    command = [sys.executable, "-m", "vllm_kvmarket.cli", "publish", str(document)]
-    command += ["--model", model, "--home", str(home), "--max-model-len", str(context)]
-    command += ["--title", TITLE, "--publisher", PUBLISHER]
+    command = [sys.executable, "-m", "vllm_kvmarket.cli", "document", "publish"]
+    command += [str(document), "--model", model, "--home", str(home)]
+    command += ["--max-model-len", str(context), "--title", TITLE, "--publisher", PUBLISHER]
     done = subprocess.run(command, check=False, stdout=subprocess.DEVNULL)
     if done.returncode:
         raise KVMarketError(f"publishing failed with exit code {done.returncode}; see above")
@@ -143,7 +150,7 @@ def sell(llm: Any, market: Market, document_id: str) -> tuple[list[Sale], list[A
 def report(
     market: Market, model: str, tokens: int, sales: list[Sale], hits: list[Answer]
 ) -> dict[str, Any]:
-    """What `.demo/result.json` says."""
+    """The contents of `.demo/result.json`."""
     receipts = [
         market.receipt(sale.reuse.market["receipt_id"])
         for sale in sales
@@ -209,3 +216,8 @@ def show(console: Console, result: dict[str, Any], sales: list[Sale]) -> None:
             ("took", f"{result['seconds']} s"),
         ],
     )
+
+
+COMMANDS = (
+    Command("demo", "publish, reuse and charge for a real document, end to end", run, _configure),
+)

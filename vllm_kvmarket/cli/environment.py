@@ -1,4 +1,4 @@
-"""`env`: what is installed, where things are, what is wrong and what to do about it."""
+"""`kvmarket env`: versions, paths, problems and their remedies."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def version(distribution: str) -> str | None:
 
 
 def supported(vllm: str) -> bool:
-    """Tell whether this version of vLLM is one that kvmarket works with."""
+    """Whether kvmarket works with this version of vLLM."""
     major, minor = [*vllm.split("."), "0"][:2]
     return major.isdigit() and minor.isdigit() and OLDEST <= (int(major), int(minor)) < BELOW
 

@@ -1,4 +1,4 @@
-"""What commands show: one JSON document or tables on stdout; errors and progress on stderr."""
+"""What commands read and print: JSON or tables on stdout; errors and progress on stderr."""
 
 from __future__ import annotations
 
@@ -7,7 +7,10 @@ import json
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
+
+from vllm_kvmarket.core.errors import KVMarketError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -45,8 +48,8 @@ def table(
 ) -> None:
     """Print rows under headings, or `empty` where there are none.
 
-    `>` before a heading aligns its column to the right; `~` lets it be cut to what a terminal has
-    room for. Every other column keeps its full width: ids are there to be copied.
+    `>` before a heading aligns its column to the right; `~` lets it be cut to the terminal's width.
+    Every other column keeps its full width, so that ids can be copied.
     """
     from rich.cells import cell_len
     from rich.table import Table
@@ -61,18 +64,18 @@ def table(
     flexible = [number for number, column in enumerate(columns) if column.startswith("~")]
     if flexible and where.is_terminal:
         fixed = sum(widths) - sum(widths[number] for number in flexible) + GAP * len(columns)
-        room = max(MIN_WIDTH, (where.width - fixed) // len(flexible))
+        most = max(MIN_WIDTH, (where.width - fixed) // len(flexible))
         for number in flexible:
-            widths[number] = min(widths[number], room)
+            widths[number] = min(widths[number], most)
     made = Table(box=None, pad_edge=False, padding=(0, GAP, 0, 0), header_style="bold")
     for name, column, width in zip(names, columns, widths, strict=True):
         justify: Literal["left", "right"] = "right" if column.startswith(">") else "left"
         made.add_column(name, justify=justify, width=width, no_wrap=True, overflow="ellipsis")
     for row in cells:
         made.add_row(*map(Text, row))
-    kept, where.width = where.width, max(where.width, sum(widths) + GAP * len(widths))
+    before, where.width = where.width, max(where.width, sum(widths) + GAP * len(widths))
     where.print(made)
-    where.width = kept
+    where.width = before
 
 
 def pairs(where: Console, facts: Iterable[tuple[str, object]]) -> None:
@@ -86,8 +89,18 @@ def pairs(where: Console, facts: Iterable[tuple[str, object]]) -> None:
     where.print(made)
 
 
+def read_text(path: Path) -> str:
+    """A file's text, or stdin's for -. Raises KVMarketError when it is not text."""
+    try:
+        return sys.stdin.read() if str(path) == "-" else path.read_text("utf-8")
+    except UnicodeDecodeError:
+        raise KVMarketError(
+            f"{path} is not text; give a receipt, a checkpoint or a proof"
+        ) from None
+
+
 def progress() -> Progress:
-    """Make a progress bar on stderr; without a terminal only what its console prints shows."""
+    """Make a progress bar on stderr; without a terminal it shows only its console's output."""
     from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
     where = console(stderr=True)
@@ -104,12 +117,12 @@ def progress() -> Progress:
 
 
 def complain(message: object) -> None:
-    """Print one line on stderr, whatever line breaks the message has."""
+    """Print one line on stderr; line breaks in the message become blanks."""
     print(f"kvmarket: {clean(' '.join(str(message).split()))}", file=sys.stderr)
 
 
 def clean(value: object) -> str:
-    """Replace what a terminal would obey: titles come from publishers."""
+    """Replace control characters, which a terminal would obey: publishers write the titles."""
     return "".join(
         char if char.isprintable() else "\N{REPLACEMENT CHARACTER}" for char in str(value)
     )

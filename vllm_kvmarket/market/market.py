@@ -129,7 +129,7 @@ class Market(EngineOperations):
     # Taking off the market
 
     def delist(self, document_id: str) -> None:
-        """Take a document off the market at once; `kvmarket gc` frees its room.
+        """Take a document off the market at once; `kvmarket store gc` frees its room.
 
         Raises NotFoundError, and StoreError when a shared object store could not be told.
         """

@@ -5,8 +5,8 @@ an RFC 9162 Merkle tree (`leaves`, `log`), whose root the market signs in checkp
 buyer's receipt is a JWS (`receipts`) that names the leaves of its charge and its royalty.
 
 **How a publisher checks that its royalties count all sales shown to buyers.** It needs the market's
-public keys (`kvmarket key show --all`), its statement (`kvmarket statement`) and receipts: those of
-its own test purchases, and those that buyers show.
+public keys (`kvmarket key show --all`), its statement (`kvmarket ledger statement`) and receipts:
+those of its own test purchases, and those that buyers show.
 
 1. Each receipt's signature holds (`kvmarket receipt verify`): the market says that it sold so many
    tokens of this document, for this charge, with this royalty, in these transfers.
@@ -19,7 +19,7 @@ its own test purchases, and those that buyers show.
    that shows two people different logs, or changes the past, cannot give that proof.
 
 Hashes prove that what was shown was booked; a sale that nobody shows is not found by them. Whoever
-may read the whole ledger, an auditor, counts those: `kvmarket audit-ledger --checkpoint FILE`
+may read the whole ledger, an auditor, counts those: `kvmarket ledger check --checkpoint FILE`
 recomputes every balance, and the root of every checkpoint, from the transfers.
 """
 

@@ -102,7 +102,7 @@ class StoredHashes:
         position = merkle.stored_position(level, number) * merkle.HASH_BYTES
         found = os.pread(self._descriptor, merkle.HASH_BYTES, position)
         if len(found) != merkle.HASH_BYTES:
-            raise ProofError(f"{self._path} is shorter than its log; see `kvmarket audit-ledger`")
+            raise ProofError(f"{self._path} is shorter than its log; see `kvmarket ledger check`")
         return found
 
     def append(self, leaves: Iterable[bytes]) -> None:
@@ -226,7 +226,7 @@ class TransparencyLog:
             if before.size > tree.size or tree.root(before.size) != before.root:
                 raise ProofError(
                     f"the first {before.size} transfers do not give the root that was signed: the "
-                    "ledger was changed or is an older one; see `kvmarket audit-ledger`, and "
+                    "ledger was changed or is an older one; see `kvmarket ledger check`, and "
                     "restore a backup"
                 )
             if before.size == tree.size and is_signed_by(before.note, key.public):

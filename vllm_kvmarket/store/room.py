@@ -35,7 +35,7 @@ class Room:
             raise StoreFullError(
                 f"{path.name}: no room for its {size} bytes, as {held.used} bytes of the quota of "
                 f"{limit} are used in {path.parent.parent}; raise disk_quota_bytes, or delist "
-                "documents and run `kvmarket gc`"
+                "documents and run `kvmarket store gc`"
             )
 
     def give_up(self, held: Held, missing: int) -> None:

@@ -1,23 +1,13 @@
-"""`export`, `import`, `trust` and `key`: a document goes from one home to another."""
+"""`bundle`, `trust` and `key`: a document goes from one home to another."""
 
 import json
 
 import pytest
 
-from vllm_kvmarket.cli import app, bundles
-
-
-@pytest.fixture(autouse=True)
-def commands(monkeypatch):
-    """The commands are there, whether or not the application has hooked them up."""
-    if not set(bundles.COMMANDS) <= set(app.COMMANDS):
-        monkeypatch.setattr(app, "COMMANDS", (*app.COMMANDS, *bundles.COMMANDS))
-        monkeypatch.setattr(app, "GROUPS", {**app.GROUPS, **bundles.GROUPS})
-
 
 @pytest.fixture
 def bundle(run, sold, tmp_path):
-    run("export", sold.document_id, tmp_path / "licence.kvb")
+    run("bundle", "export", sold.document_id, tmp_path / "licence.kvb")
     return tmp_path / "licence.kvb"
 
 
@@ -37,39 +27,43 @@ def key_file(run, bundle, tmp_path):
 def test_a_document_goes_to_another_home(run, run_json, bundle, other, key_file):
     """Refused before the exporter is trusted, listed afterwards, with every chunk."""
     kid = json.loads(key_file.read_text())["kid"]
-    done = run("import", bundle, *other, code=1)
+    done = run("bundle", "import", bundle, *other, code=1)
     assert f"signed by {kid}" in done.err
     assert "`kvmarket trust add FILE`" in done.err
-    assert run_json("list", *other)["documents"] == []
+    assert run_json("document", "list", *other)["documents"] == []
     assert f"trusted: {kid}" in run("trust", "add", key_file, *other).out
-    document = run_json("import", bundle, *other)
+    document = run_json("bundle", "import", bundle, *other)
     assert (document["state"], document["title"]) == ("live", "The Licence")
-    assert run_json("fsck", *other)["chunks_verified"] == 3
-    assert "The Licence" in run("import", bundle, *other).out, "once more is fine"
+    assert run_json("store", "check", *other)["chunks_verified"] == 3
+    assert "The Licence" in run("bundle", "import", bundle, *other).out, "once more is fine"
 
 
 def test_export_says_what_it_wrote(run, run_json, sold, tmp_path):
     """Path, size and the key that signed."""
     path = tmp_path / "a.kvb"
-    document = run_json("export", sold.document_id, path)
+    document = run_json("bundle", "export", sold.document_id, path)
     assert document == {
         "document_id": sold.document_id,
         "file": str(path),
         "bytes": path.stat().st_size,
         "kid": run_json("key", "show")["kid"],
     }
-    assert str(path) in run("export", sold.document_id, path).out
-    assert "there is no document" in run("export", "kvd_none", path, code=1).err
+    assert str(path) in run("bundle", "export", sold.document_id, path).out
+    assert "there is no document" in run("bundle", "export", "kvd_none", path, code=1).err
     missing = tmp_path / "none" / "a.kvb"
-    assert f"cannot write {missing}" in run("export", sold.document_id, missing, code=1).err
+    assert (
+        f"cannot write {missing}" in run("bundle", "export", sold.document_id, missing, code=1).err
+    )
 
 
 def test_trust_may_be_given_once(run, run_json, bundle, other, key_file):
     """--trust counts for this import only; the publisher's account can be named."""
-    document = run_json("import", bundle, "--trust", key_file, "--publisher", "partner", *other)
+    document = run_json(
+        "bundle", "import", bundle, "--trust", key_file, "--publisher", "partner", *other
+    )
     assert document["publisher"] == "partner"
     assert run_json("trust", "list", *other)["keys"] == []
-    assert "nobody is trusted" in run("trust", "list", *other).out
+    assert "no key is trusted" in run("trust", "list", *other).out
 
 
 def test_trust_is_listed_and_removed(run, run_json, bundle, other, key_file):
@@ -81,7 +75,7 @@ def test_trust_is_listed_and_removed(run, run_json, bundle, other, key_file):
     assert kid in run("trust", "list", *other).out
     run("trust", "remove", *other, "--", kid)
     assert "no trusted key" in run("trust", "remove", *other, "--", kid, code=1).err
-    assert "does not trust" in run("import", bundle, *other, code=1).err
+    assert "does not trust" in run("bundle", "import", bundle, *other, code=1).err
 
 
 def test_a_file_that_is_no_key_makes_no_market(run, bundle, other, tmp_path):
@@ -97,17 +91,17 @@ def test_a_tampered_bundle_is_refused_with_the_reason(run, run_json, bundle, oth
     position = content.index(b"chunks/") + 600
     content[position] ^= 1
     bundle.write_bytes(content)
-    done = run("import", bundle, "--trust", key_file, *other, code=1)
+    done = run("bundle", "import", bundle, "--trust", key_file, *other, code=1)
     assert "is not what its exporter signed" in done.err
     assert done.err.count("\n") == 1
-    assert run_json("list", *other)["documents"] == []
+    assert run_json("document", "list", *other)["documents"] == []
 
 
 def test_a_delisted_document_needs_relist(run, run_json, bundle, sold):
     """A home takes back what it exported, when it is told to."""
-    run("delist", sold.document_id)
-    assert "--relist" in run("import", bundle, code=1).err
-    assert run_json("import", bundle, "--relist")["state"] == "live"
+    run("document", "delist", sold.document_id)
+    assert "--relist" in run("bundle", "import", bundle, code=1).err
+    assert run_json("bundle", "import", bundle, "--relist")["state"] == "live"
 
 
 def test_keys_rotate(run, run_json, bundle, other, key_file):
@@ -121,7 +115,7 @@ def test_keys_rotate(run, run_json, bundle, other, key_file):
     assert [key["kid"] for key in json.loads(both)["keys"]][1:] == [after["kid"], before["kid"]]
     key_file.write_text(both)
     assert run_json("trust", "add", key_file, *other)["added"] == 3
-    assert run_json("import", bundle, *other)["state"] == "live"
+    assert run_json("bundle", "import", bundle, *other)["state"] == "live"
 
 
 def test_a_home_without_a_market_has_no_key(run, other, tmp_path):

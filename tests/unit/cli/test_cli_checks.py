@@ -1,4 +1,4 @@
-"""`fsck`, `env` and `economics`."""
+"""`store check`, `env` and `economics`."""
 
 import argparse
 import json
@@ -15,13 +15,13 @@ from vllm_kvmarket.market.market import DATABASE_FILE, Market
 
 def test_fsck_finds_a_good_market_good(run, run_json, sold, home):
     """Ledger, catalogue and every chunk are checked; a chunk of no listing is only counted."""
-    report = run_json("fsck")
+    report = run_json("store", "check")
     assert report["ok"]
     assert (report["problems"], report["chunks_verified"]) == ([], 3)
     assert report["stored_bytes"] > 0
-    run("delist", sold.document_id)
-    assert run_json("fsck")["chunks_unlisted"] == 3
-    assert run("fsck").out.startswith("good: 0 chunks verified, 0 problems")
+    run("document", "delist", sold.document_id)
+    assert run_json("store", "check")["chunks_unlisted"] == 3
+    assert run("store", "check").out.startswith("good: 0 chunks verified, 0 problems")
 
 
 def test_fsck_finds_damage_in_the_store(run, run_json, sold, home):
@@ -32,11 +32,11 @@ def test_fsck_finds_damage_in_the_store(run, run_json, sold, home):
     content[-1] ^= 1
     first.write_bytes(content)
     second.unlink()
-    report = run_json("fsck", code=1)
+    report = run_json("store", "check", code=1)
     assert not report["ok"]
     assert (report["chunks_damaged"], len(report["problems"])) == (2, 2)
     assert all(sold.document_id in problem for problem in report["problems"])
-    shown = run("fsck", code=1).out
+    shown = run("store", "check", code=1).out
     assert first.name in shown
     assert "publish the damaged documents again" in shown
 
@@ -46,9 +46,9 @@ def test_fsck_finds_books_that_do_not_add_up(run_json, sold, home):
     database = apsw.Connection(str(home / DATABASE_FILE))
     database.execute("UPDATE account SET credits_posted = credits_posted + 1 WHERE id = 'alice'")
     database.close()
-    report = run_json("fsck", code=1)
+    report = run_json("store", "check", code=1)
     assert any(problem.startswith("ledger: ") for problem in report["problems"])
-    assert not run_json("ledger", code=1)["balanced"]
+    assert not run_json("ledger", "show", code=1)["balanced"]
 
 
 def test_the_environment_is_described_without_importing_vllm(home):

@@ -8,8 +8,8 @@ from vllm_kvmarket.market.market import Market
 
 def test_list_and_show_tell_prices_and_sales(run, run_json, sold):
     """A listing's terms, the charge for one reuse, and what was sold so far."""
-    (listed,) = run_json("list")["documents"]
-    shown = run_json("show", sold.document_id)
+    (listed,) = run_json("document", "list")["documents"]
+    shown = run_json("document", "show", sold.document_id)
     assert {key: shown[key] for key in listed} == listed
     assert (listed["title"], listed["state"], listed["token_count"]) == ("The Licence", "live", 600)
     assert (listed["charge_nano"], listed["recompute_nano"]) == (300_000, 3_000_000)
@@ -21,30 +21,36 @@ def test_list_and_show_tell_prices_and_sales(run, run_json, sold):
         "charge_nano": 300_000,
         "royalty_nano": 150_000,
     }
-    assert sold.document_id in run("list").out
-    assert "0.0003; computing it 0.003" in run("show", sold.document_id).out
+    assert sold.document_id in run("document", "list").out
+    assert "0.0003; computing it 0.003" in run("document", "show", sold.document_id).out
 
 
 def test_list_filters_by_state_and_text(run, run_json, sold):
     """--state and --search narrow the list; a list of nothing says what to do."""
-    assert len(run_json("list", "--search", "licence", "--state", "live")["documents"]) == 1
-    assert run_json("list", "--search", "nothing like it") == {"documents": []}
-    assert "publish one with `kvmarket publish`" in run("list", "--state", "failed").out
+    assert (
+        len(run_json("document", "list", "--search", "licence", "--state", "live")["documents"])
+        == 1
+    )
+    assert run_json("document", "list", "--search", "nothing like it") == {"documents": []}
+    assert (
+        "publish one with `kvmarket document publish`"
+        in run("document", "list", "--state", "failed").out
+    )
 
 
 def test_delisting_takes_a_document_off_the_market(run, run_json, sold):
     """A delisted document is no longer live; delisting it again is an error."""
-    assert run_json("delist", sold.document_id)["state"] == "delisted"
-    assert run_json("list", "--state", "live") == {"documents": []}
-    assert "delisted" in run("delist", sold.document_id, code=1).err
-    assert "no document kvd_nothing" in run("delist", "kvd_nothing", code=1).err
+    assert run_json("document", "delist", sold.document_id)["state"] == "delisted"
+    assert run_json("document", "list", "--state", "live") == {"documents": []}
+    assert "delisted" in run("document", "delist", sold.document_id, code=1).err
+    assert "no document kvd_nothing" in run("document", "delist", "kvd_nothing", code=1).err
 
 
 def test_a_title_cannot_command_the_terminal(run, home, list_document):
     """Escape sequences and markup in a publisher's title are shown, not obeyed."""
     with Market.open(home) as market:
         list_document(market, list(range(20)), title="\x1b[2Jbold [red]move[/red]")
-    assert "\ufffd[2Jbold [red]move[/red]" in run("list").out
+    assert "\ufffd[2Jbold [red]move[/red]" in run("document", "list").out
 
 
 def test_accounts_are_created_funded_and_listed(run, run_json):
@@ -77,23 +83,23 @@ def test_a_deposit_under_the_same_id_happens_once(run, run_json):
         (["account", "create", "press"], "press"),
         (["account", "deposit", "nobody", "5"], "nobody"),
         (["account", "deposit", "press", "0"], "above 0"),
-        (["ledger", "--account", "nobody"], "nobody"),
-        (["receipts", "--account", "nobody"], "nobody"),
+        (["ledger", "show", "--account", "nobody"], "nobody"),
+        (["receipt", "list", "--account", "nobody"], "nobody"),
     ],
 )
 def test_what_the_ledger_refuses_is_one_line_that_names_it(run, argv, message):
     """A refused operation ends with exit code 1 and changes nothing."""
     run("account", "create", "press", "--kind", "publisher")
-    before = run("ledger", "--json").out
+    before = run("ledger", "show", "--json").out
     done = run(*argv, code=1)
     assert message in done.err
     assert done.err.count("\n") == 1
-    assert run("ledger", "--json").out == before
+    assert run("ledger", "show", "--json").out == before
 
 
 def test_the_ledger_shows_transfers_and_its_balance(run, run_json, sold):
     """Deposit, reservation, charge and royalty, newest first; debits equal credits."""
-    books = run_json("ledger")
+    books = run_json("ledger", "show")
     assert [transfer["kind"] for transfer in books["transfers"]] == [
         "plain",
         "post",
@@ -109,18 +115,18 @@ def test_the_ledger_shows_transfers_and_its_balance(run, run_json, sold):
         "publisher": 150_000,
         "world": -NANO,
     }
-    assert len(run_json("ledger", "--limit", "2")["transfers"]) == 2
-    mine = run_json("ledger", "--account", "publisher")["transfers"]
+    assert len(run_json("ledger", "show", "--limit", "2")["transfers"]) == 2
+    mine = run_json("ledger", "show", "--account", "publisher")["transfers"]
     assert [transfer["code"] for transfer in mine] == ["royalty"]
-    assert "debits 1.00045 = credits 1.00045" in run("ledger").out
+    assert "debits 1.00045 = credits 1.00045" in run("ledger", "show").out
 
 
 def test_receipts_say_what_was_reused_and_charged(run, run_json, sold):
     """One receipt for alice's reuse, none for the publisher."""
-    (receipt,) = run_json("receipts")["receipts"]
+    (receipt,) = run_json("receipt", "list")["receipts"]
     assert (receipt["account"], receipt["tokens_reused"]) == ("alice", 600)
     assert (receipt["charge_nano"], receipt["recompute_nano"]) == (300_000, 3_000_000)
     assert receipt["document_id"] == sold.document_id
-    assert run_json("receipts", "--account", "alice")["receipts"] == [receipt]
-    assert "0.0027" in run("receipts").out
-    assert "no receipts yet" in run("receipts", "--account", "publisher").out
+    assert run_json("receipt", "list", "--account", "alice")["receipts"] == [receipt]
+    assert "0.0027" in run("receipt", "list").out
+    assert "no receipts yet" in run("receipt", "list", "--account", "publisher").out

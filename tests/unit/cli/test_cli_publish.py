@@ -1,13 +1,14 @@
-"""`publish`, on an engine that is none, and `demo`."""
+"""`document publish`, on an engine that is none, and `demo`."""
 
 import io
 import json
 import sys
 import types
+from dataclasses import replace
 
 import pytest
 
-from vllm_kvmarket import cli
+from vllm_kvmarket.cli import demo
 from vllm_kvmarket.core.errors import KVMarketError
 from vllm_kvmarket.market.market import Market
 
@@ -16,7 +17,15 @@ def test_publish_lists_many_files_on_one_engine(run, run_json, home, tmp_path, f
     """Title from heading or file name, price and royalty exact, the publisher's account made."""
     (tmp_path / "a.md").write_text("# The First Document #\n\n" + "words " * 100)
     (tmp_path / "b.txt").write_text("plain words " * 60)
-    words = ["publish", tmp_path / "a.md", tmp_path / "b.txt", "--model", "tiny", "--dtype"]
+    words = [
+        "document",
+        "publish",
+        tmp_path / "a.md",
+        tmp_path / "b.txt",
+        "--model",
+        "tiny",
+        "--dtype",
+    ]
     words += ["float32", "--max-model-len", "4k", "--publisher", "press", "--price", "0.1"]
     done = run(*words, "--royalty", "0.25", "--json")
     first, second = json.loads(done.out)["documents"]
@@ -42,7 +51,7 @@ def tokens_of(home, name):
 def test_publishing_again_lists_nothing_new(run, run_json, tmp_path, fake_engine):
     """A document that is listed already comes back as it is."""
     (tmp_path / "a.txt").write_text("words " * 100)
-    words = ["publish", tmp_path / "a.txt", "--model", "tiny"]
+    words = ["document", "publish", tmp_path / "a.txt", "--model", "tiny"]
     (first,) = run_json(*words)["documents"]
     (again,) = run_json(*words, "--title", "another title")["documents"]
     assert (again["status"], again["title"]) == ("listed already", "a")
@@ -55,20 +64,22 @@ def test_a_document_that_fails_does_not_stop_the_others(run, tmp_path, fake_engi
     texts = {"short": "hi", "long": "words " * 999, "good": "words " * 100}
     for name, text in texts.items():
         (tmp_path / name).write_text(text)
-    words = ["publish", *(tmp_path / name for name in texts), "--model", "tiny"]
+    words = ["document", "publish", *(tmp_path / name for name in texts), "--model", "tiny"]
     done = run(*words, "--json", code=1)
     documents = json.loads(done.out)["documents"]
     assert [document["status"] for document in documents] == ["failed", "failed", "published"]
     assert "fewer than one block" in documents[0]["error"]
     assert f"{tmp_path / 'long'}: failed: " in done.err
-    assert "good" in run("list").out
+    assert "good" in run("document", "list").out
 
 
 def test_publish_reads_standard_input(run_json, monkeypatch, fake_engine):
     """- is standard input; a byte order mark is not part of the document."""
     text = "\ufeffwords from a pipe " * 20
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(text.encode())))
-    (document,) = run_json("publish", "-", "--model", "tiny", "--title", "A pipe")["documents"]
+    (document,) = run_json("document", "publish", "-", "--model", "tiny", "--title", "A pipe")[
+        "documents"
+    ]
     assert (document["file"], document["title"]) == ("standard input", "A pipe")
     assert document["token_count"] == len(text.encode()) - 3
 
@@ -84,7 +95,7 @@ def test_a_file_without_text_is_found_before_an_engine_starts(
     file = tmp_path / "document"
     if content is not None:
         file.write_bytes(content)
-    done = run("publish", file, "--model", "tiny", code=1)
+    done = run("document", "publish", file, "--model", "tiny", code=1)
     assert message in done.err
     assert str(file) in done.err
     assert fake_engine == []
@@ -108,18 +119,16 @@ def test_an_engine_that_does_not_start_is_one_line(run, tmp_path, monkeypatch, e
     fake.open_llm = open_llm
     monkeypatch.setitem(sys.modules, fake.__name__, fake)
     (tmp_path / "a").write_text("words")
-    done = run("publish", tmp_path / "a", "--model", "tiny", code=1)
+    done = run("document", "publish", tmp_path / "a", "--model", "tiny", code=1)
     assert message in done.err
     assert done.err.count("\n") == 1
 
 
 def test_demo_is_dispatched_with_its_options(run, monkeypatch, tmp_path):
-    """`kvmarket demo` calls cli.demo.run with what was given, and its result is the exit code."""
+    """`kvmarket demo` runs with the given options, and its result is the exit code."""
     seen = []
-    fake = types.ModuleType("vllm_kvmarket.cli.demo")
-    fake.run = lambda args: seen.append(args) or 1
-    monkeypatch.setitem(sys.modules, fake.__name__, fake)
-    monkeypatch.setattr(cli, "demo", fake, raising=False)
+    command = replace(demo.COMMANDS[0], run=lambda args: seen.append(args) or 1)
+    monkeypatch.setattr(demo, "COMMANDS", (command,))
     run("demo", "--model", "m", "--output", tmp_path, "--max-model-len", "512", code=1)
     assert (seen[0].model, seen[0].output, seen[0].max_model_len) == ("m", str(tmp_path), 512)
     assert (seen[0].home, seen[0].json) == (None, False)

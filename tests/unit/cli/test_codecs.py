@@ -1,4 +1,4 @@
-"""`kvmarket codecs`: ratio and speed on a stored document, and which codec pays where."""
+"""`kvmarket store codecs`: ratio and speed on a stored document, and which codec pays where."""
 
 import itertools
 import math
@@ -7,8 +7,7 @@ import numpy as np
 import pytest
 
 from vllm_kvmarket.catalogue import Listing
-from vllm_kvmarket.cli import codecs
-from vllm_kvmarket.cli.codecs import Speeds, winners
+from vllm_kvmarket.cli.store_commands import Speeds, winners
 from vllm_kvmarket.core.model_identity import ROOT, chunk_keys, document_id, pack_tokens
 from vllm_kvmarket.market.market import Market
 from vllm_kvmarket.store import ChunkLayout, LayerLayout
@@ -53,7 +52,7 @@ def document(home):
 
 def test_ratio_and_speed_of_every_codec(run_json, document):
     """Each codec has a ratio and speeds, measured on the document's own pages."""
-    measured = run_json("codecs", "--measure", document, "--threads", 3)
+    measured = run_json("store", "codecs", document, "--threads", 3)
     assert (measured["document_id"], measured["tokens"]) == (document, 512)
     assert (measured["dtype"], measured["threads"]) == ("bfloat16", 3)
     assert measured["sampled_bytes"] == 2 * 2 * 16 * 4096
@@ -70,7 +69,7 @@ def test_ratio_and_speed_of_every_codec(run_json, document):
 
 def test_the_table_says_where_each_codec_pays(run, document):
     """The table names the codecs; a line each says from which source which of them is fastest."""
-    shown = run("codecs", "--measure", document).out
+    shown = run("store", "codecs", document).out
     assert "512 tokens of bfloat16" in shown
     assert "raw " in shown
     assert "zstd-exponent loads fastest from a source of 0 B/s up to " in shown
@@ -79,18 +78,18 @@ def test_the_table_says_where_each_codec_pays(run, document):
 def test_a_sample_is_bounded(run_json, document):
     """No more pages are taken into memory than --sample, but one layer at least."""
     for limit, expected in ((1, 65536), (65536, 65536), (200_000, 196_608)):
-        measured = run_json("codecs", "--measure", document, "--sample", limit)
+        measured = run_json("store", "codecs", document, "--sample", limit)
         assert measured["sampled_bytes"] == expected
 
 
 def test_what_cannot_be_measured(run, document, home):
     """An unknown document, and one whose chunks are gone, are errors with a remedy."""
-    assert "kvd_" in run("codecs", "--measure", "kvd_" + "0" * 32, code=1).err
+    assert "kvd_" in run("store", "codecs", "kvd_" + "0" * 32, code=1).err
     with Market.open(home) as market:
         for key in list(market.store.keys()):
             market.store.delete(key)
-    assert "publish it again" in run("codecs", "--measure", document, code=1).err
-    run("codecs", code=2)
+    assert "publish it again" in run("store", "codecs", document, code=1).err
+    run("store", "codecs", code=2)
 
 
 def test_a_codec_wins_below_what_its_threads_decode():
@@ -127,5 +126,4 @@ def test_a_codec_that_is_not_exact_is_an_error(monkeypatch, run, document):
         args[-1][0].fill(0)
 
     monkeypatch.setattr("vllm_kvmarket.store.codec.decode_into", forgetful)
-    assert "is not exact here" in run("codecs", "--measure", document, code=1).err
-    assert codecs.COMMANDS[0].name == "codecs"
+    assert "is not exact here" in run("store", "codecs", document, code=1).err

@@ -1,27 +1,63 @@
-"""`receipt ...`, `log ...`, `audit-ledger`: what others can check, and the check of everything."""
+"""`kvmarket receipt ...` and `kvmarket log ...`: what others can check for themselves."""
 
 from __future__ import annotations
 
 import argparse
+import base64
+import json
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vllm_kvmarket.cli.command import Command, UsageError, open_market
-from vllm_kvmarket.cli.output import clean, emit, moment, pairs, progress
+import msgspec
+
+from vllm_kvmarket import proofs
+from vllm_kvmarket.auth.signing_keys import PublicKey, SigningKeys, TrustedKeys, read_jwks
+from vllm_kvmarket.cli.command import Command, UsageError, home_of, open_market
+from vllm_kvmarket.cli.ledger_commands import add_limit
+from vllm_kvmarket.cli.output import clean, emit, moment, pairs, read_text, table
+from vllm_kvmarket.core.pricing import format_nano
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from vllm_kvmarket.auth.signing_keys import PublicKey
-    from vllm_kvmarket.proofs import LedgerCheck, SignedReceipt
+# receipts
 
 
-def home_of(args: argparse.Namespace) -> Path:
-    """The folder that --home and --config name; there need not be a market in it."""
-    from vllm_kvmarket.core import config
+def _configure_list(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--account", help="only receipts of this buyer")
+    add_limit(parser, "receipts")
 
-    return Path(args.home or config.load(args.config).home).expanduser()
+
+def _run_list(args: argparse.Namespace) -> int:
+    with open_market(args) as market:
+        if args.account:
+            market.ledger.account(args.account)
+        receipts = market.receipts(args.account, args.limit)
+    document = {"receipts": msgspec.to_builtins(receipts)}
+    emit(args, document, lambda where: _show_receipts(where, document["receipts"]))
+    return 0
+
+
+def _show_receipts(where: Console, receipts: list[dict[str, Any]]) -> None:
+    table(
+        where,
+        ["time", "account", "~title", ">reused", ">computed", ">charge", ">saved", "~receipt"],
+        [
+            (
+                moment(receipt["created_at_s"]),
+                receipt["account"],
+                receipt["title"],
+                receipt["tokens_reused"],
+                receipt["tokens_computed"],
+                format_nano(receipt["charge_nano"]),
+                format_nano(receipt["recompute_nano"] - receipt["charge_nano"]),
+                receipt["id"],
+            )
+            for receipt in receipts
+        ],
+        empty="no receipts yet",
+    )
 
 
 def _add_jwks(parser: argparse.ArgumentParser) -> None:
@@ -35,8 +71,6 @@ def _add_jwks(parser: argparse.ArgumentParser) -> None:
 
 
 def _keys(args: argparse.Namespace) -> list[PublicKey]:
-    from vllm_kvmarket.auth.signing_keys import SigningKeys, TrustedKeys, read_jwks
-
     if args.jwks:
         return read_jwks(args.jwks)
     home = home_of(args)
@@ -44,16 +78,6 @@ def _keys(args: argparse.Namespace) -> list[PublicKey]:
     if not keys:
         raise UsageError(f"there are no keys at {home}; give the market's with --jwks")
     return keys
-
-
-def _read(path: Path) -> str:
-    """A file's text, or what is on stdin for -. Raises ProofError for what is no text."""
-    from vllm_kvmarket.proofs import ProofError
-
-    try:
-        return sys.stdin.read() if str(path) == "-" else path.read_text("utf-8")
-    except UnicodeDecodeError:
-        raise ProofError(f"{path} is no text; give a receipt, checkpoint or proof") from None
 
 
 def _configure_show(parser: argparse.ArgumentParser) -> None:
@@ -64,12 +88,8 @@ def _configure_show(parser: argparse.ArgumentParser) -> None:
 
 
 def _run_show(args: argparse.Namespace) -> int:
-    import msgspec
-
-    from vllm_kvmarket import proofs
-
     with open_market(args) as market:
-        market.ledger.receipt(args.receipt_id)  # one that is not there is not waited for
+        market.ledger.receipt(args.receipt_id)  # do not wait for one that does not exist
         receipt = proofs.signed_receipt(market, args.receipt_id)
     if args.jws:
         print(receipt.jws)
@@ -83,9 +103,7 @@ def _run_show(args: argparse.Namespace) -> int:
     return 0
 
 
-def _show_receipt(where: Console, receipt: SignedReceipt) -> None:
-    from vllm_kvmarket.core.pricing import format_nano
-
+def _show_receipt(where: Console, receipt: proofs.SignedReceipt) -> None:
     sale = receipt.payload.kvmarket
     pairs(
         where,
@@ -122,16 +140,12 @@ def _configure_verify(parser: argparse.ArgumentParser) -> None:
 
 
 def _run_verify(args: argparse.Namespace) -> int:
-    import msgspec
-
-    from vllm_kvmarket import proofs
-
     keys = _keys(args)
     try:
-        receipt = proofs.verify(proofs.read_jws(_read(args.file)), keys)
+        receipt = proofs.verify(proofs.read_jws(read_text(args.file)), keys)
         logged = []
         for path in args.proof:
-            proof = proofs.read_inclusion(_read(path))
+            proof = proofs.read_inclusion(read_text(path))
             number = proofs.verify_with_proof(receipt, proof, keys)
             logged.append(receipt.payload.kvmarket.transfers[number].id)
     except proofs.ProofError as error:
@@ -154,19 +168,17 @@ def _run_verify(args: argparse.Namespace) -> int:
 
 
 def _refused(args: argparse.Namespace, error: Exception) -> int:
-    """What does not hold: the reason as JSON, or for `main` to print."""
+    """Report a proof that does not hold: as JSON, or by raising its error."""
     if not args.json:
         raise error
     emit(args, {"valid": False, "reason": str(error)}, lambda _: None)
     return 1
 
 
+# the log
+
+
 def _run_checkpoint(args: argparse.Namespace) -> int:
-    import base64
-
-    from vllm_kvmarket import proofs
-    from vllm_kvmarket.auth.signing_keys import SigningKeys
-
     with open_market(args) as market:
         checkpoint = proofs.TransparencyLog(market.ledger, market.home).checkpoint()
         key = SigningKeys(market.home).current().public
@@ -190,10 +202,6 @@ def _configure_prove(parser: argparse.ArgumentParser) -> None:
 
 
 def _run_prove(args: argparse.Namespace) -> int:
-    import json
-
-    from vllm_kvmarket import proofs
-
     with open_market(args) as market:
         proof = proofs.TransparencyLog(market.ledger, market.home).prove(args.transfer_id)
     if not args.json:
@@ -219,10 +227,6 @@ def _configure_consistency(parser: argparse.ArgumentParser) -> None:
 
 
 def _run_consistency(args: argparse.Namespace) -> int:
-    import msgspec
-
-    from vllm_kvmarket import proofs
-
     with open_market(args) as market:
         log = proofs.TransparencyLog(market.ledger, market.home)
         known = log.public_keys()
@@ -234,21 +238,19 @@ def _run_consistency(args: argparse.Namespace) -> int:
         old_checkpoint=old_note or proof.old_checkpoint,
         new_checkpoint=new_note or proof.new_checkpoint,
     )
-    # What somebody kept may not be what this log has now.
+    # The caller's checkpoint may differ from what this log has now.
     proof.verify(known)
-    # JSON in either way: the output is a file for those who shall check it.
+    # JSON with and without --json: the output is a file for others.
     print(msgspec.json.format(msgspec.json.encode(proof), indent=2).decode())
     return 0
 
 
 def _size(text: str, keys: list[PublicKey]) -> tuple[int, str]:
-    """A number of leaves and, where it was given as a file, the checkpoint that says so."""
-    from vllm_kvmarket.proofs import verify_checkpoint
-
+    """A number of leaves and, if `text` names a file, the checkpoint in it."""
     if text.isascii() and text.isdigit() and len(text) < 19:
         return int(text), ""
-    note = _read(Path(text))
-    return verify_checkpoint(note, keys).size, note
+    note = read_text(Path(text))
+    return proofs.verify_checkpoint(note, keys).size, note
 
 
 def _configure_log_verify(parser: argparse.ArgumentParser) -> None:
@@ -262,22 +264,16 @@ def _configure_log_verify(parser: argparse.ArgumentParser) -> None:
 
 
 def _run_log_verify(args: argparse.Namespace) -> int:
-    from vllm_kvmarket.proofs import ProofError
-
     keys = _keys(args)
     try:
-        document = _check(_read(args.file), keys)
-    except ProofError as error:
+        document = _check(read_text(args.file), keys)
+    except proofs.ProofError as error:
         return _refused(args, error)
     emit(args, document, lambda where: where.print(clean(f"good: {document['says']}")))
     return 0
 
 
 def _check(text: str, keys: list[PublicKey]) -> dict[str, Any]:
-    import msgspec
-
-    from vllm_kvmarket import proofs
-
     if text.startswith("{"):
         try:
             proof = msgspec.json.decode(text, type=proofs.ConsistencyProof)
@@ -306,88 +302,31 @@ def _check(text: str, keys: list[PublicKey]) -> dict[str, Any]:
     return {"valid": True, "kind": "checkpoint", "says": says, "size": checkpoint.size}
 
 
-def _configure_audit(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--checkpoint",
-        metavar="FILE",
-        type=Path,
-        action="append",
-        default=[],
-        help="also check this checkpoint that somebody kept; may be repeated",
-    )
-    parser.add_argument(
-        "--backup", metavar="FOLDER", type=Path, help="check this backup, not the market"
-    )
-
-
-def _run_audit(args: argparse.Namespace) -> int:
-    import msgspec
-
-    from vllm_kvmarket import proofs
-
-    given = [_read(path) for path in args.checkpoint]
-    if args.backup:
-        report = proofs.check_backup(args.backup, given)
-    else:
-        with open_market(args) as market, progress() as bar:
-            task = bar.add_task("hashing transfers", total=None, note="")
-            report = proofs.check_ledger(
-                market.ledger,
-                market.home,
-                given,
-                lambda count: bar.update(task, note=str(count)),
-            )
-    emit(args, msgspec.to_builtins(report), lambda where: show_check(where, report))
-    return 0 if report.ok else 1
-
-
-def show_check(where: Console, report: LedgerCheck) -> None:
-    """Print the result of a check."""
-    from vllm_kvmarket.core.pricing import format_nano
-
-    for problem in report.problems:
-        where.print(clean(problem))
-    where.print(
-        f"{'good' if report.ok else 'BAD'}: {report.accounts} accounts, {report.transfers} "
-        f"transfers, {report.receipts} receipts, {report.checkpoints} checkpoints, "
-        f"{len(report.problems)} problems"
-    )
-    debits, credits_ = format_nano(report.debits_nano), format_nano(report.credits_nano)
-    where.print(f"debits {debits}, credits {credits_}, root {report.root}")
-
-
-GROUPS = {
-    "receipt": "receipts that others can check",
-    "log": "the transparency log over all transfers",
-}
 COMMANDS = (
     Command(
-        "receipt show", "show a receipt, or sign it to be given away", _run_show, _configure_show
+        "receipt list",
+        "list receipts: the reused tokens and the charge",
+        _run_list,
+        _configure_list,
+    ),
+    Command(
+        "receipt show", "show a receipt, or its signed form for others", _run_show, _configure_show
     ),
     Command(
         "receipt verify",
-        "check a signed receipt, with the market's public keys alone",
+        "check a signed receipt with nothing but the market's public keys",
         _run_verify,
         _configure_verify,
     ),
     Command("log checkpoint", "sign the log's size and root", _run_checkpoint),
     Command("log prove", "prove that a transfer is in the log", _run_prove, _configure_prove),
     Command(
-        "log consistency",
-        "prove that the log only grew",
-        _run_consistency,
-        _configure_consistency,
+        "log consistency", "prove that the log only grew", _run_consistency, _configure_consistency
     ),
     Command(
         "log verify",
-        "check a checkpoint or proof, with the market's public keys alone",
+        "check a checkpoint or proof with nothing but the market's public keys",
         _run_log_verify,
         _configure_log_verify,
-    ),
-    Command(
-        "audit-ledger",
-        "recompute every balance and signed root from the transfers",
-        _run_audit,
-        _configure_audit,
     ),
 )

@@ -46,28 +46,28 @@ lint: $(READY)
 	$(BIN)/lint-imports
 
 bench: $(READY) $(MODEL_READY)
-	$(BIN)/python benchmarks/prefill_vs_reuse.py --model $(MODEL)
-	$(BIN)/python benchmarks/store.py --model $(MODEL)
-	$(BIN)/python benchmarks/ledger.py
+	$(BIN)/python -m benchmarks.prefill_vs_reuse --model $(MODEL)
+	$(BIN)/python -m benchmarks.store --model $(MODEL)
+	$(BIN)/python -m benchmarks.ledger
 
 # The paper's claims, one after the other.
 bench-paper: $(READY) $(MODEL_READY)
-	$(BIN)/python benchmarks/paper.py --model $(MODEL)
+	$(BIN)/python -m benchmarks.paper --model $(MODEL)
 
 # Beside the peers, which it installs into folders of their own under .cache.
 bench-peers: $(READY) $(MODEL_READY)
-	$(BIN)/python benchmarks/peers.py --model $(MODEL)
+	$(BIN)/python -m benchmarks.peers --model $(MODEL)
 
 # The catalogue at a million documents (as many as a third of the free memory holds), and a simulated
 # market that takes each part's capacity from the results of the others.
 bench-market: $(READY)
-	$(BIN)/python benchmarks/catalogue.py
-	$(BIN)/python benchmarks/cdn_simulation.py
+	$(BIN)/python -m benchmarks.catalogue
+	$(BIN)/python -m benchmarks.cdn_simulation
 
 # Half an hour of everything at once on a real server: make soak MINUTES=5 SEED=1
 MINUTES ?= 30
 soak: $(READY) $(CONVERTED)
-	$(BIN)/python benchmarks/soak.py --minutes $(MINUTES) $(if $(SEED),--seed $(SEED))
+	$(BIN)/python -m benchmarks.soak --minutes $(MINUTES) $(if $(SEED),--seed $(SEED))
 
 env: $(READY)
 	$(BIN)/kvmarket env

@@ -1,6 +1,6 @@
 """How far the catalogue reaches: memory a token, match latency, opening, and matches in a database.
 
-    python benchmarks/catalogue.py [--documents 1000000] [--memory-share 0.8] [--postgres URL]
+    python -m benchmarks.catalogue [--documents 1000000] [--memory-share 0.8] [--postgres URL]
 
 Documents of random tokens, ten chunks each; a tenth begins with one of a thousand shared stems.
 The tree is the market's own. What would not fit into a share of the free memory (a third; 16 GB
@@ -35,10 +35,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from database_match import measure_databases
-from ledger import percentiles
-from machine import describe_machine
 
+from benchmarks.database_match import measure_databases
+from benchmarks.ledger import percentiles
+from benchmarks.machine import describe_machine
 from vllm_kvmarket.catalogue import Catalogue
 from vllm_kvmarket.catalogue.listing import Listing
 from vllm_kvmarket.catalogue.prefix_tree import PrefixTree
@@ -316,7 +316,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=RESULTS)
     args = parser.parse_args()
     result: dict[str, Any] = {
-        "command": "python benchmarks/catalogue.py " + " ".join(sys.argv[1:]),
+        "command": "python -m benchmarks.catalogue " + " ".join(sys.argv[1:]),
         "note": args.note,
         "machine": describe_machine(),
         "python": platform.python_version(),

@@ -1,6 +1,6 @@
 """A market at the size of the internet, simulated: eviction, routing, copies, money, limits.
 
-    python benchmarks/cdn_simulation.py [--trace FILE ...] [--reads 30000]
+    python -m benchmarks.cdn_simulation [--trace FILE ...] [--reads 30000]
 
 Discrete events, seeded. Matching (PrefixTree), eviction, tariff and economics are the market's own
 code. Workloads are populations of agents made from the seed, and traces of Mooncake's format
@@ -46,13 +46,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from machine import describe_machine
-from simulation.fleet import ROUTES, Engine, replicated, simulate
-from simulation.limits import known_rates_share
-from simulation.reads import Population, Workload, read_trace
-from simulation.replay import POLICIES, PUBLISHED, Outcome, money, replay
-from simulation.scaling import ENGINES, Demand, breaking_points, measured_parts, table
-
+from benchmarks.machine import describe_machine
+from benchmarks.simulation.fleet import ROUTES, Engine, replicated, simulate
+from benchmarks.simulation.limits import known_rates_share
+from benchmarks.simulation.reads import Population, Workload, read_trace
+from benchmarks.simulation.replay import POLICIES, PUBLISHED, Outcome, money, replay
+from benchmarks.simulation.scaling import ENGINES, Demand, breaking_points, measured_parts, table
 from vllm_kvmarket.core.economics import PAPER_AGENTS, PAPER_KV_BYTES_PER_TOKEN
 from vllm_kvmarket.core.pricing import Tariff
 
@@ -340,7 +339,7 @@ def main() -> None:
     started = time.perf_counter()
     traces = "".join(f" --trace {path.name}" for path in args.trace)
     result: dict[str, Any] = {
-        "command": f"python benchmarks/cdn_simulation.py{traces} --reads {args.reads} "
+        "command": f"python -m benchmarks.cdn_simulation{traces} --reads {args.reads} "
         f"--seed {args.seed}",
         "note": args.note,
         "machine": describe_machine(),

@@ -21,8 +21,8 @@ from typing import Any
 
 import apsw
 import numpy as np
-from ledger import percentiles, postgres_places
 
+from benchmarks.ledger import percentiles, postgres_places
 from vllm_kvmarket.catalogue.prefix_tree import common_tokens
 from vllm_kvmarket.core.model_identity import CHUNK_TOKENS, ROOT, chunk_keys, pack_tokens
 

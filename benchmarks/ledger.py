@@ -1,6 +1,6 @@
 """How many reuses the ledger books a second, durably, and what a scheduler callback spends in it.
 
-    python benchmarks/ledger.py [--postgres URL] [--pairs 8000] [--repeats 3]
+    python -m benchmarks.ledger [--postgres URL] [--pairs 8000] [--repeats 3]
 
 A pair is what one request costs: a reservation (one pending transfer), and once that is durable its
 settlement (a post, the royalty, the receipt; one transaction). So many pairs are kept in flight.
@@ -20,7 +20,6 @@ import math
 import os
 import queue
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -29,8 +28,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from machine import describe_machine
-
+from benchmarks.machine import describe_machine
 from vllm_kvmarket.ledger import Ledger, Operation, Receipt, Result, pending, plain, post
 
 ROOT = Path(__file__).parents[1]
@@ -238,8 +236,7 @@ def postgres_places(url: str | None) -> Iterator[Any]:
     try:
         import psycopg
 
-        sys.path[:0] = [str(ROOT / "tests" / "servers"), str(ROOT / "tests")]
-        from postgres import PostgreSQL, binaries
+        from tests.support.postgres import PostgreSQL, binaries
     except ImportError:
         yield None
         return

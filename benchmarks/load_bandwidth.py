@@ -1,6 +1,6 @@
 """How fast stored chunks come into memory, verified, beside memcpy in the same run.
 
-    python benchmarks/load_bandwidth.py --home MARKET [--json]
+    python -m benchmarks.load_bandwidth --home MARKET [--json]
 
 Loads every chunk of the market's longest document, from the page cache, into preallocated memory
 laid out like a paged cache, with two threads, as the connector does.
@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from machine import memcpy_bytes_per_s
 
+from benchmarks.machine import memcpy_bytes_per_s
 from vllm_kvmarket import Market
 from vllm_kvmarket.store import ChunkHeader
 from vllm_kvmarket.store.chunk_reader import aligned_empty, open_chunk

@@ -1,6 +1,6 @@
 """The paper, reproduced: 'Can I Buy Your KV Cache?', arXiv 2606.13361, claim by claim.
 
-    python benchmarks/paper.py [--only N ...] [--model FOLDER] [--seed 0] [--quick]
+    python -m benchmarks.paper [--only N ...] [--model FOLDER] [--seed 0] [--quick]
 
 1  exactness: reuse gives the tokens and log-probabilities of full prefill and of vLLM's own hit
 2  prefill against reuse over length, and after how many reuses publishing has paid
@@ -26,10 +26,9 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from machine import describe_machine
-from paper_sections import exactness, growth, hosting, incompressible, pictures, prize
-from paper_sections.inputs import add_prices, read_prices
-
+from benchmarks.machine import describe_machine
+from benchmarks.paper_sections import exactness, growth, hosting, incompressible, pictures, prize
+from benchmarks.paper_sections.inputs import add_prices, read_prices
 from vllm_kvmarket import Market
 from vllm_kvmarket.cli.engine import engine_output
 
@@ -80,7 +79,7 @@ def facts(args: argparse.Namespace) -> Result:
         except metadata.PackageNotFoundError:
             versions[name] = None
     return {
-        "command": shlex.join(["python", "benchmarks/paper.py", *sys.argv[1:]]),
+        "command": shlex.join(["python", "-m", "benchmarks.paper", *sys.argv[1:]]),
         "model": Path(args.model).name,
         "seed": args.seed,
         "quick": args.quick,

@@ -1,6 +1,6 @@
 """kvmarket beside its peers, on one machine, one vLLM, one model, one run.
 
-    python benchmarks/peers.py [--systems none,example,...] [--tokens 512,1024,2048,4000]
+    python -m benchmarks.peers [--systems none,example,...] [--tokens 512,1024,2048,4000]
         [--repeats 3] [--skip-faults] [--skip-timing] [--cold] [--seed 1]
 
 Each system's engine is a process of its own that may hang or die: that is a result then. Engines
@@ -23,11 +23,11 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from machine import describe_machine
-from peer_systems import faults, report, timing
-from peer_systems.installing import install
-from peer_systems.processes import Bench
-from peer_systems.systems import BY_NAME, System
+from benchmarks.machine import describe_machine
+from benchmarks.peer_systems import faults, report, timing
+from benchmarks.peer_systems.installing import install
+from benchmarks.peer_systems.processes import Bench
+from benchmarks.peer_systems.systems import BY_NAME, System
 
 RESULTS = Path(__file__).parents[1] / "docs" / "results"
 MODEL = Path(__file__).parents[1] / ".cache" / "models" / "SmolLM2-135M-Instruct"
@@ -106,7 +106,7 @@ def main() -> None:
                 str(length): timing.columns(found["seconds"], plain["seconds"], length)
                 for length in args.tokens
             }
-        found["command"] = "python benchmarks/peers.py " + " ".join(sys.argv[1:])
+        found["command"] = "python -m benchmarks.peers " + " ".join(sys.argv[1:])
         report.merge(path, name, found)
     facts = {
         "model": Path(args.model).name,

@@ -1,6 +1,6 @@
 """Prefill against reuse, over length: `make bench`.
 
-    python benchmarks/prefill_vs_reuse.py --model FOLDER [--repeats 5] [--lengths 256,512,...]
+    python -m benchmarks.prefill_vs_reuse --model FOLDER [--repeats 5] [--lengths 256,512,...]
 
 Three engines, one after another, on one market:
 
@@ -27,8 +27,7 @@ from importlib import metadata, resources
 from pathlib import Path
 from typing import Any
 
-from machine import describe_machine, memcpy_bytes_per_s
-
+from benchmarks.machine import describe_machine, memcpy_bytes_per_s
 from vllm_kvmarket import Market
 from vllm_kvmarket.cli.engine import engine_output
 from vllm_kvmarket.connector.engine import close_llm, open_llm
@@ -190,9 +189,8 @@ def show(result: dict[str, Any]) -> None:
 
 def measure_load(market: Market) -> dict[str, Any]:
     """Load bandwidth of the longest document's chunks beside memcpy, in a process of its own."""
-    script = Path(__file__).with_name("load_bandwidth.py")
     done = subprocess.run(
-        [sys.executable, str(script), "--home", str(market.home), "--json"],
+        [sys.executable, "-m", "benchmarks.load_bandwidth", "--home", str(market.home), "--json"],
         check=True,
         capture_output=True,
         text=True,
@@ -255,7 +253,7 @@ def main() -> None:
                 print(f"benchmark: {part.__doc__}", file=sys.stderr, flush=True)
                 part()
         result = {
-            "command": "python benchmarks/prefill_vs_reuse.py " + " ".join(sys.argv[1:]),
+            "command": "python -m benchmarks.prefill_vs_reuse " + " ".join(sys.argv[1:]),
             "model": Path(args.model).name,
             "repeats": args.repeats,
             "machine": describe_machine(),

@@ -1,6 +1,6 @@
 """A soak on a real `vllm serve --kv-connector kvmarket`: everything at once, for a long time.
 
-    python benchmarks/soak.py [--minutes 30] [--seed N] [--model FOLDER | --model SmolLM2]
+    python -m benchmarks.soak [--minutes 30] [--seed N] [--model FOLDER | --model SmolLM2]
 
 Clients buy (whole, streamed, by id, several choices, with a bounded price, with reuse required or
 never), leave on the way, and ask what nobody published; two of them have funds, one's end on the
@@ -33,16 +33,18 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-from machine import describe_machine
-from soak_parts import money, oracle
-from soak_parts.clients import Client
-from soak_parts.documents import Library
-from soak_parts.faults import FaultInjector, Operator
-from soak_parts.growth import FLATTER, WARM_UP_SHARE, Sampler
-from soak_parts.plan import Plan, Story, kv_bytes_per_token
-from soak_parts.publishers import Publisher
-from soak_parts.server import PUBLISHERS, Soaked, account_facts, soaked, stop
-from soak_parts.settling import evidence, missing, repair, scan_log
+
+from benchmarks.machine import describe_machine
+from benchmarks.soak_parts import money, oracle
+from benchmarks.soak_parts.clients import Client
+from benchmarks.soak_parts.documents import Library
+from benchmarks.soak_parts.faults import FaultInjector, Operator
+from benchmarks.soak_parts.growth import FLATTER, WARM_UP_SHARE, Sampler
+from benchmarks.soak_parts.plan import Plan, Story, kv_bytes_per_token
+from benchmarks.soak_parts.publishers import Publisher
+from benchmarks.soak_parts.server import PUBLISHERS, Soaked, account_facts, soaked, stop
+from benchmarks.soak_parts.settling import evidence, missing, repair, scan_log
+from tools.make_tiny_model import make_tiny_model
 
 ROOT = Path(__file__).parents[1]
 SMOLLM = ROOT / ".cache" / "models" / "SmolLM2-135M-Instruct"
@@ -117,7 +119,7 @@ def soak(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
         "quota_bytes": plan.quota_bytes,
         "machine": describe_machine(),
         "vllm": metadata.version("vllm"),
-        "command": f"python benchmarks/soak.py --minutes {args.minutes} --seed {args.seed} "
+        "command": f"python -m benchmarks.soak --minutes {args.minutes} --seed {args.seed} "
         f"--model {args.model} --oracle {args.oracle}",
     }
     with soaked(plan) as server:
@@ -171,9 +173,6 @@ def _model(args: argparse.Namespace, folder: Path) -> Path:
         return SMOLLM
     if args.model != "tiny":
         return Path(args.model)
-    sys.path.insert(0, str(ROOT / "tools"))
-    from make_tiny_model import make_tiny_model
-
     return make_tiny_model(1, SMOLLM, folder / "tiny")
 
 

@@ -1,6 +1,6 @@
 """How fast chunks are stored and loaded, by tier and codec, beside what the machine can do.
 
-    python benchmarks/store.py [--model FOLDER] [--tokens 2048] [--repeats 7] [--folder DISK]
+    python -m benchmarks.store [--model FOLDER] [--tokens 2048] [--repeats 7] [--folder DISK]
 
 The KV of a real model (the licence text through --model, which transformers runs) is stored and
 loaded by the connector's own code, in blocks of 128 tokens, with two threads. Bytes are those of
@@ -18,7 +18,6 @@ import argparse
 import json
 import os
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -29,8 +28,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from machine import describe_machine
 
+from benchmarks.machine import describe_machine
 from vllm_kvmarket.connector.chunk_io import Chunks
 from vllm_kvmarket.connector.messages import ChunkLoad, ChunkSave
 from vllm_kvmarket.connector.metrics import Tally
@@ -230,8 +229,7 @@ class Bench:
 @contextmanager
 def object_tier(folder: Path) -> Iterator[ObjectTier | None]:
     """SeaweedFS with an empty bucket, or None where it is not installed."""
-    sys.path.insert(0, str(ROOT_FOLDER / "tests" / "servers"))
-    import seaweed
+    from tests.support import seaweed
 
     if seaweed.WEED is None:
         yield None

@@ -1,6 +1,6 @@
 """Choose the eviction policy's constants, on workloads that the results do not use.
 
-    python benchmarks/tune_eviction.py [--trace FILE ...]
+    python -m benchmarks.tune_eviction [--trace FILE ...]
 
 Populations from seeds 101 to 103 (benchmarks/cdn_simulation.py reports others), and the first half
 of each trace (it reports the second). For each choice: prefill time spared, as a share of what
@@ -17,10 +17,9 @@ from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
 
-from cdn_simulation import BUDGETS, populations
-from simulation.reads import Workload, read_trace
-from simulation.replay import replay
-
+from benchmarks.cdn_simulation import BUDGETS, populations
+from benchmarks.simulation.reads import Workload, read_trace
+from benchmarks.simulation.replay import replay
 from vllm_kvmarket.catalogue import eviction_policy
 
 SEEDS = (101, 102, 103)

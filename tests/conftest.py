@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 
+pytest.register_assert_rewrite("tests.support")
+
 
 @pytest.fixture(scope="session")
 def repository() -> Path:

@@ -1,6 +1,6 @@
 """Make a small, randomly initialised Qwen3 model: for tests in which the weights do not matter.
 
-Usage: python tools/make_tiny_model.py SEED OUT [TOKENIZER_FOLDER]
+Usage: python -m tools.make_tiny_model SEED OUT [TOKENIZER_FOLDER]
 """
 
 from __future__ import annotations

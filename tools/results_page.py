@@ -1,6 +1,6 @@
 """Write docs/RESULTS.md from the measured results in docs/results: what has no result is left out.
 
-python tools/results_page.py
+python -m tools.results_page
 """
 
 from __future__ import annotations
@@ -9,7 +9,8 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
-from results_paper import (
+from benchmarks.peer_systems import report
+from tools.results_paper import (
     RESULTS,
     Result,
     exactness,
@@ -44,13 +45,6 @@ NOT_PROVEN = """## What is not proven
 
 def peers(found: Result) -> str:
     """The systems side by side."""
-    sys_path = str(ROOT / "benchmarks")
-    import sys
-
-    if sys_path not in sys.path:
-        sys.path.insert(0, sys_path)
-    from peer_systems import report
-
     text = """## Beside the peers
 
 `make bench-peers`: the same machine, vLLM, model, documents and questions; each system in processes of its own.
@@ -110,7 +104,7 @@ def store(found: Result) -> str:
         )
     return f"""## Loading at the speed of memory
 
-`python benchmarks/store.py`: GB/s of KV, verified, two threads, and the share of memcpy in the same round; disk is
+`python -m benchmarks.store`: GB/s of KV, verified, two threads, and the share of memcpy in the same round; disk is
 in the page cache, cold is not, objects is SeaweedFS on the same machine.
 
 {table(("KV", "memcpy", *parts), rows)}
@@ -135,7 +129,7 @@ def ledger(found: Result) -> str:
     head = ("backend", "1 in flight", "8", "64", "512", "raw fdatasync/s", "callback p99")
     return f"""## Money, durably
 
-`python benchmarks/ledger.py`: pairs of a reservation and its settlement (charge, royalty, receipt) a second, each
+`python -m benchmarks.ledger`: pairs of a reservation and its settlement (charge, royalty, receipt) a second, each
 committed to disk before it counts.
 
 {table(head, rows)}
@@ -149,7 +143,7 @@ def catalogue(found: Result) -> str:
     databases = found.get("in_a_database", {})
     return f"""## A catalogue in memory
 
-`python benchmarks/catalogue.py`: {tokens["documents"]:,} documents, {tokens["chunks"]:,} chunks,
+`python -m benchmarks.catalogue`: {tokens["documents"]:,} documents, {tokens["chunks"]:,} chunks,
 {tokens["bytes_per_token"]:.2f} bytes a token (aim 8); a match of 4,000 tokens p50 {match["4k"]["p50"]:.0f} us, p99
 {match["4k"]["p99"]:.0f} us (aim 200); of 32,000 p50 {match["32k"]["p50"]:.0f} us, p99 {match["32k"]["p99"]:,.0f} us of
 which CPU {match["32k"]["cpu_p99"]:.0f} us (aim 2,000); opening
@@ -229,7 +223,7 @@ def simulation(found: Result) -> str:
     )  # fmt: skip
     return f"""## Eviction, and a fleet of engines
 
-`python benchmarks/cdn_simulation.py` (two public traces by `--trace`, their second halves; three synthetic
+`python -m benchmarks.cdn_simulation` (two public traces by `--trace`, their second halves; three synthetic
 populations): share of prefill time spared, by storage as a share of all that is read. The constants of our policy were
 chosen on other seeds and the traces' first halves.
 {picture("cdn_simulation.png", "prefill time spared by storage budget and policy")}

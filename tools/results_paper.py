@@ -28,7 +28,7 @@ def exactness(at: Result) -> str:
     lengths = [each["tokens"] for each in at["documents"]]
     text = f"""## Reuse is exact
 
-`python benchmarks/paper.py --only 1`: {len(lengths)} documents ({", ".join(kinds)}) of {
+`python -m benchmarks.paper --only 1`: {len(lengths)} documents ({", ".join(kinds)}) of {
         min(lengths):,} to
 {max(lengths):,} tokens, three questions each, {
         told["new_tokens"]
@@ -86,7 +86,7 @@ def growth(at: Result) -> str:
     )  # fmt: skip
     return f"""## Reuse beats prefill, the more the longer
 
-`python benchmarks/paper.py --only 2`, medians of {at["repeats"]}. The paper: 8.6x at 255 tokens, 49.7x at 3,774,
+`python -m benchmarks.paper --only 2`, medians of {at["repeats"]}. The paper: 8.6x at 255 tokens, 49.7x at 3,774,
 break-even after 1.02 to 1.13 reads.
 {picture("paper_prefill_reuse.png", "time to first token of prefill and reuse over length")}
 {table(head, rows)}
@@ -105,7 +105,7 @@ def incompressible(at: Result) -> str:
 
     return f"""## KV compresses a little, if one knows how
 
-`python benchmarks/paper.py --only 3`: lossless ratios on the model's own KV. The paper calls KV nearly
+`python -m benchmarks.paper --only 3`: lossless ratios on the model's own KV. The paper calls KV nearly
 incompressible; mantissas are, exponents are not, and `zstd-exponent` (ours) takes them apart. It is for slow disks:
 decoding costs more than reading from a fast one.
 {picture("paper_codecs.png", "ratio and speed of lossless codecs by type of number")}
@@ -125,7 +125,7 @@ def hosting(at: Result) -> str:
     ratios = list(at["by_input_price"][0]["pays_up_to_nano_per_gb"])
     return f"""## KV is hosted where it is read
 
-`python benchmarks/paper.py --only 4`: {at["kv_bytes_per_token"] / 1e6:.3f} MB a token (Qwen3-4B in fp16). Shipping
+`python -m benchmarks.paper --only 4`: {at["kv_bytes_per_token"] / 1e6:.3f} MB a token (Qwen3-4B in fp16). Shipping
 pays only where a GB of egress costs less than this, by the price of a million input tokens and compression:
 {picture("paper_shipping.png", "cost of shipping over the prefill it saves, by egress price")}
 {table(("input, a million tokens", *(f"{name}: up to, a GB" for name in ratios)), limits)}
@@ -157,7 +157,7 @@ def prize(at: Result) -> str:
     ]
     return f"""## What it is worth
 
-`python benchmarks/paper.py --only 5`: {at["agents"]:,} reads of {at["tokens"]:,} tokens at
+`python -m benchmarks.paper --only 5`: {at["agents"]:,} reads of {at["tokens"]:,} tokens at
 {at["input_nano_per_mtok"] / 1e9:g} a million: {found["prefill_nano"] / 1e15:.2f} M of computing without reuse,
 {found["reuse_nano"] / 1e15:.3f} M with (ratio {found["prefill_to_reuse"]:.1f}, {found["measured_by"]}).
 {picture("paper_margin.png", "the provider's margin and the publisher's income over the tariff")}

@@ -18,11 +18,18 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from prefill_vs_reuse import BATCHED_TOKENS, CONTEXT
-
-from paper_sections import texts
-from paper_sections.tables import table
-from paper_sections.traces import NEW_TOKENS, TOP, Comparison, Trace, compare, is_explained, trace
+from benchmarks.paper_sections import texts
+from benchmarks.paper_sections.tables import table
+from benchmarks.paper_sections.traces import (
+    NEW_TOKENS,
+    TOP,
+    Comparison,
+    Trace,
+    compare,
+    is_explained,
+    trace,
+)
+from benchmarks.prefill_vs_reuse import BATCHED_TOKENS, CONTEXT
 from vllm_kvmarket import Market
 from vllm_kvmarket.connector.engine import close_llm, open_llm
 from vllm_kvmarket.market.timed_requests import ask, empty_prefix_cache

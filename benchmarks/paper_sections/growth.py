@@ -16,11 +16,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from prefill_vs_reuse import BATCHED_TOKENS, CONTEXT, documents, question
-
-from paper_sections.clocks import EngineClock
-from paper_sections.inputs import PAPER_BREAK_EVEN, PAPER_POINTS
-from paper_sections.tables import table
+from benchmarks.paper_sections.clocks import EngineClock
+from benchmarks.paper_sections.inputs import PAPER_BREAK_EVEN, PAPER_POINTS
+from benchmarks.paper_sections.tables import table
+from benchmarks.prefill_vs_reuse import BATCHED_TOKENS, CONTEXT, documents, question
 from vllm_kvmarket import Market
 from vllm_kvmarket.connector.engine import close_llm, open_llm
 from vllm_kvmarket.market.timed_requests import REST_S, ask, empty_prefix_cache

@@ -13,8 +13,8 @@ from dataclasses import asdict, replace
 from fractions import Fraction
 from typing import Any
 
-from paper_sections.inputs import PAPER_MODEL, PAPER_POINTS, SOURCES, Prices, units
-from paper_sections.tables import table
+from benchmarks.paper_sections.inputs import PAPER_MODEL, PAPER_POINTS, SOURCES, Prices, units
+from benchmarks.paper_sections.tables import table
 from vllm_kvmarket.core.economics import GB, PAPER_KV_BYTES_PER_TOKEN, PAPER_TOKENS, Economics
 from vllm_kvmarket.core.pricing import NANO, Tariff
 

@@ -15,9 +15,9 @@ from typing import Any
 
 import numpy as np
 import zstandard
-from store import real_kv
 
-from paper_sections.tables import table
+from benchmarks.paper_sections.tables import table
+from benchmarks.store import real_kv
 from vllm_kvmarket.store import aligned_empty
 from vllm_kvmarket.store import codec as codecs
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from paper_sections.growth import paper_figures
+from benchmarks.paper_sections.growth import paper_figures
 from vllm_kvmarket.core.pricing import NANO, PPM
 
 Result = dict[str, Any]

@@ -9,8 +9,8 @@ from __future__ import annotations
 from fractions import Fraction
 from typing import Any
 
-from paper_sections.inputs import SOURCES, Prices, units
-from paper_sections.tables import table
+from benchmarks.paper_sections.inputs import SOURCES, Prices, units
+from benchmarks.paper_sections.tables import table
 from vllm_kvmarket.core.economics import (
     PAPER_AGENTS,
     PAPER_PREFILL_TO_REUSE,

@@ -7,8 +7,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from peer_systems.processes import Bench, Run
-from peer_systems.timing import WARM_UP, Step, is_data
+from benchmarks.peer_systems.processes import Bench, Run
+from benchmarks.peer_systems.timing import WARM_UP, Step, is_data
 
 LENGTH, LONG = 1024, 3968
 TOKENS = 24

@@ -9,7 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from peer_systems.systems import System
+from benchmarks.peer_systems.systems import System
 
 ROOT = Path(__file__).parents[2] / ".cache" / "peers"
 

@@ -17,9 +17,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from peer_systems.systems import System
+from benchmarks.peer_systems.systems import System
 
-HERE = Path(__file__).parent
+ROOT = Path(__file__).parents[2]
+ENGINE = [sys.executable, "-m", "benchmarks.peer_systems.engine"]
 SHARED = Path("/dev/shm")  # noqa: S108 - where the kernel puts it
 PEERS_NAMES = ("vllm_offload_", "lmcache_l1_pool_kvmarket-peers-")
 Watch = Callable[["Run"], bool]
@@ -103,7 +104,7 @@ class Bench:
 
     def environment(self) -> dict[str, str]:
         """This process's environment with the system's own packages and variables."""
-        paths = [str(HERE.parent), *([str(self.packages)] if self.packages else [])]
+        paths = [str(ROOT), *([str(self.packages)] if self.packages else [])]
         own = {k: v.format(folder=self.folder) for k, v in self.system.environment.items()}
         quiet = {"DO_NOT_TRACK": "1", "LMCACHE_TRACK_USAGE": "false"}  # some report home otherwise
         return {**os.environ, "PYTHONPATH": os.pathsep.join(paths), **quiet, **own}
@@ -155,7 +156,7 @@ class Bench:
             "steps": steps,
         }
         name.with_suffix(".json").write_text(json.dumps(plan))
-        command = [*self._prefix, sys.executable, str(HERE / "engine.py")]
+        command = [*self._prefix, *ENGINE]
         with run.log.open("wb") as output:
             process = subprocess.Popen(
                 [*command, str(name.with_suffix(".json")), str(run.results)],

@@ -7,7 +7,7 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from peer_systems.systems import SYSTEMS
+from benchmarks.peer_systems.systems import SYSTEMS
 
 FAULTS = {
     "byte": "a byte flipped",

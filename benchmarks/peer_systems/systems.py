@@ -62,7 +62,7 @@ def offloading(folder: Path) -> dict[str, Any]:
     return transfer(
         "OffloadingConnector",
         spec_name="MemcpyTieringSpec",
-        spec_module_path="peer_systems.memcpy_offload",
+        spec_module_path="benchmarks.peer_systems.memcpy_offload",
         cpu_bytes_to_use=2 * GIB,
         secondary_tiers=[{"type": "fs", "root_dir": str(folder / "stored")}],
     )

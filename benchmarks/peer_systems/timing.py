@@ -7,7 +7,7 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
-from peer_systems.processes import Bench, Run
+from benchmarks.peer_systems.processes import Bench, Run
 
 Step = dict[str, Any]
 WARM_UP: list[Step] = [

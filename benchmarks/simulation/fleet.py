@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from simulation.reads import Workload
-from simulation.replay import Outcome
+from benchmarks.simulation.reads import Workload
+from benchmarks.simulation.replay import Outcome
 from vllm_kvmarket.catalogue.eviction_policy import recompute_tokens
 from vllm_kvmarket.core.economics import PAPER_KV_BYTES_PER_TOKEN
 

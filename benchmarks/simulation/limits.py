@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from simulation.reads import DAY_S, Population, Workload
+from benchmarks.simulation.reads import DAY_S, Population, Workload
 from vllm_kvmarket.catalogue.eviction_policy import recompute_tokens
 
 LOOKED_AT_EVERY = 20  # reads

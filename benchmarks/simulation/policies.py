@@ -17,7 +17,7 @@ from collections import Counter, OrderedDict
 from collections.abc import Container
 from typing import Literal
 
-from simulation.reads import Read
+from benchmarks.simulation.reads import Read
 from vllm_kvmarket.catalogue.eviction_policy import recompute_tokens
 
 Queue = OrderedDict[int, int]

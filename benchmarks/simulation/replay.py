@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from simulation.policies import Published, published
-from simulation.reads import Workload
-from simulation.stores import Belady, ChunkLru, DocumentStore, Store
+from benchmarks.simulation.policies import Published, published
+from benchmarks.simulation.reads import Workload
+from benchmarks.simulation.stores import Belady, ChunkLru, DocumentStore, Store
 from vllm_kvmarket.catalogue.eviction_policy import recompute_tokens
 from vllm_kvmarket.core.economics import (
     GB,

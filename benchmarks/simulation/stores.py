@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from simulation.reads import Read, Workload
+from benchmarks.simulation.reads import Read, Workload
 from vllm_kvmarket.catalogue import eviction_policy
 from vllm_kvmarket.catalogue.listing import Listing
 from vllm_kvmarket.catalogue.prefix_tree import PrefixTree

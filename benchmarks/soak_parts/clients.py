@@ -10,9 +10,9 @@ from typing import Any
 
 import httpx
 
-from soak_parts.documents import Document, Library, random_text, random_tokens
-from soak_parts.plan import CONTEXT, MODEL_NAME, Asked, Story
-from soak_parts.server import Soaked
+from benchmarks.soak_parts.documents import Document, Library, random_text, random_tokens
+from benchmarks.soak_parts.plan import CONTEXT, MODEL_NAME, Asked, Story
+from benchmarks.soak_parts.server import Soaked
 
 # Longer than any pause, queue and answer together; what takes longer hangs.
 ANSWERS_WITHIN_S = 180.0

@@ -15,8 +15,8 @@ from typing import Any
 
 import psutil
 
-from soak_parts.plan import Story
-from soak_parts.server import Soaked
+from benchmarks.soak_parts.plan import Story
+from benchmarks.soak_parts.server import Soaked
 from vllm_kvmarket.store import CHUNKS_FOLDER
 
 Damage = Callable[[Path, random.Random], None]

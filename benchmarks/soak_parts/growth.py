@@ -13,8 +13,8 @@ from typing import Any
 
 import psutil
 
-from soak_parts.plan import Story
-from soak_parts.server import Soaked
+from benchmarks.soak_parts.plan import Story
+from benchmarks.soak_parts.server import Soaked
 from vllm_kvmarket.core.durable_files import OS_FILES
 from vllm_kvmarket.store import CHUNKS_FOLDER
 from vllm_kvmarket.store.quota import Quota

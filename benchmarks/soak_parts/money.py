@@ -7,8 +7,8 @@ import time
 from collections import defaultdict
 from typing import Any
 
-from soak_parts.plan import BLOCK_TOKENS, Asked, Story
-from soak_parts.server import Soaked
+from benchmarks.soak_parts.plan import BLOCK_TOKENS, Asked, Story
+from benchmarks.soak_parts.server import Soaked
 from vllm_kvmarket.auth.signing_keys import SigningKeys
 from vllm_kvmarket.core.errors import KVMarketError
 from vllm_kvmarket.core.pricing import MTOK, PPM

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 import httpx
 
-from soak_parts.plan import CONTEXT, MODEL_NAME, Asked, Plan, Story
+from benchmarks.soak_parts.plan import CONTEXT, MODEL_NAME, Asked, Plan, Story
 
 # Sums of the same float32 numbers in another order: where the two best tokens' log-probabilities
 # are nearer than this, which one is best is decided by rounding.

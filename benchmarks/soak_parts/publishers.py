@@ -8,9 +8,9 @@ from typing import Any
 
 import httpx
 
-from soak_parts.documents import Document, Library
-from soak_parts.plan import NANO, Story
-from soak_parts.server import Soaked
+from benchmarks.soak_parts.documents import Document, Library
+from benchmarks.soak_parts.plan import NANO, Story
+from benchmarks.soak_parts.server import Soaked
 
 DEAREST_NANO_PER_MTOK = 5 * NANO  # the input price: dearer is refused
 ROUTE = "/v1/kvmarket/documents"

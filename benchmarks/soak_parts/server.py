@@ -17,7 +17,7 @@ from typing import Any
 import httpx
 import psutil
 
-from soak_parts.plan import (
+from benchmarks.soak_parts.plan import (
     BLOCKS,
     CONTEXT,
     MODEL_NAME,

@@ -8,11 +8,11 @@ from typing import Any
 
 import httpx
 
-from soak_parts.documents import Library
-from soak_parts.faults import Operator
-from soak_parts.plan import Plan, Story
-from soak_parts.publishers import ROUTE
-from soak_parts.server import Soaked
+from benchmarks.soak_parts.documents import Library
+from benchmarks.soak_parts.faults import Operator
+from benchmarks.soak_parts.plan import Plan, Story
+from benchmarks.soak_parts.publishers import ROUTE
+from benchmarks.soak_parts.server import Soaked
 from vllm_kvmarket.catalogue import Listing
 
 REPAIRED_WITHIN_S = 90.0

@@ -2,25 +2,16 @@
 
 from __future__ import annotations
 
-import gc
 import os
-import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.support.engines import NANO, SMOLLM, running
+from tools.make_tiny_model import make_tiny_model
 from vllm_kvmarket import Market
-from vllm_kvmarket.connector.engine import close_llm, open_llm
-
-ROOT = Path(__file__).parents[2]
-SMOLLM = ROOT / ".cache" / "models" / "SmolLM2-135M-Instruct"
-NANO = 1_000_000_000
-
-sys.path.insert(0, str(ROOT / "tools"))
-from make_tiny_model import make_tiny_model  # noqa: E402
 
 # Small caches: several engines share 24 GiB, and few blocks make preemption easy to provoke.
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
@@ -31,18 +22,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if "tests/engine" in str(item.path):
             item.add_marker(pytest.mark.engine)
-
-
-@contextmanager
-def running(model: Path, market: Market, **engine_args: Any) -> Iterator[Any]:
-    """An engine on a market that is gone, process and all, afterwards."""
-    llm = open_llm(str(model), market, **{"max_model_len": 4096, **engine_args})
-    try:
-        yield llm
-    finally:
-        close_llm(llm)
-        del llm
-        gc.collect()
 
 
 @pytest.fixture(scope="session")
@@ -87,13 +66,3 @@ def llm(tiny: Callable[[int], Path], market: Market) -> Iterator[Any]:
         disable_log_stats=False,
     ) as engine:
         yield engine
-
-
-def words(seed: int, count: int) -> list[int]:
-    """Distinct pseudo-random token ids: a document that no other test uses."""
-    state = seed * 2654435761 % 2**32 or 1
-    tokens = []
-    for _ in range(count):
-        state = (state * 1664525 + 1013904223) % 2**32
-        tokens.append(1000 + state // 65536 % 40000)
-    return tokens

@@ -9,7 +9,9 @@ import time
 from urllib.parse import urlsplit
 
 import pytest
-from browser import (
+from playwright.sync_api import expect
+
+from tests.support.browser import (
     DESK,
     PHONE,
     SCHEMES,
@@ -23,11 +25,9 @@ from browser import (
     serious,
     visiting,
 )
-from browser_story import OTHERS, TEXT, TITLE, buy, publish
-from conftest import NANO
-from playwright.sync_api import expect
-from serving import serving
-
+from tests.support.browser_story import OTHERS, TEXT, TITLE, buy, publish
+from tests.support.engines import NANO
+from tests.support.serving import serving
 from vllm_kvmarket.ledger import PROVIDER
 
 DOCUMENT_URL = re.compile(r"/kvmarket/documents/kvd_\w+$")

@@ -9,11 +9,11 @@ from __future__ import annotations
 import dataclasses
 
 import pytest
-from asking import Bill, Requests, sold, spent, wait_until
-from conftest import NANO, words
 from vllm import SamplingParams
 from vllm.sampling_params import BeamSearchParams, RequestOutputKind
 
+from tests.support.asking import Bill, Requests, sold, spent, wait_until
+from tests.support.engines import NANO, words
 from vllm_kvmarket.market.garbage_collection import collect_garbage
 from vllm_kvmarket.market.timed_requests import ask, empty_prefix_cache
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import pytest
-from asking import Bill, Requests, sold, wait_until
-from conftest import NANO, running, words
 
+from tests.support.asking import Bill, Requests, sold, wait_until
+from tests.support.engines import NANO, running, words
 from vllm_kvmarket import Market
 from vllm_kvmarket.market.timed_requests import ask, empty_prefix_cache
 

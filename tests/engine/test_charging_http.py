@@ -8,10 +8,10 @@ import time
 from urllib.parse import urlsplit
 
 import pytest
-from asking import Bill, wait_until
-from conftest import words
-from test_serve import server  # noqa: F401  # a fixture: this module starts a server of its own
 
+from tests.engine.test_serve import server  # noqa: F401  # a fixture: this module starts a server of its own
+from tests.support.asking import Bill, wait_until
+from tests.support.engines import words
 from vllm_kvmarket import Market
 
 

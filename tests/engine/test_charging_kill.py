@@ -8,10 +8,8 @@ import subprocess
 import sys
 import time
 from contextlib import suppress
-from pathlib import Path
 
-from conftest import NANO
-
+from tests.support.engines import NANO
 from vllm_kvmarket import Market
 
 TIMEOUT_S = 3
@@ -20,14 +18,13 @@ TIMEOUT_S = 3
 # when told to, loads for another and is killed.
 CHILD = """
 import sys, time
-sys.path.insert(0, sys.argv[3])
-from asking import Requests
-from conftest import words
+from tests.support.asking import Requests
+from tests.support.engines import words
 from vllm_kvmarket import Market
 from vllm_kvmarket.connector.engine import open_llm
 from vllm_kvmarket.market.timed_requests import empty_prefix_cache
 
-market = Market.open(sys.argv[2], {"reservation_timeout_s": int(sys.argv[4])})
+market = Market.open(sys.argv[2], {"reservation_timeout_s": int(sys.argv[3])})
 llm = open_llm(sys.argv[1], market, max_model_len=4096)
 document = words(7000, 600)
 market.publish(llm, token_ids=document, publisher="pat")
@@ -38,7 +35,7 @@ for name in ("long", "killed"):
     requests.start(name, document + words(1, 9), market.params("alice"), max_tokens=3000)
     requests.until_tokens(name, 3)
     print("answering", name, flush=True)
-    while time.monotonic() < started + 2 * int(sys.argv[4]):
+    while time.monotonic() < started + 2 * int(sys.argv[3]):
         requests.until_tokens(name, requests._tokens[name] + 1)
     requests.abort(name)
     requests.finish()
@@ -55,7 +52,7 @@ def test_a_hold_lives_as_long_as_its_engine_and_no_longer(smollm, tmp_path):
         market.create_account("alice")
         market.deposit("alice", NANO, "d")
         command = [sys.executable, "-c", CHILD, str(smollm), str(tmp_path)]
-        command += [str(Path(__file__).parent), str(TIMEOUT_S)]
+        command += [str(TIMEOUT_S)]
         with subprocess.Popen(
             command,
             stdin=subprocess.PIPE,

@@ -8,11 +8,12 @@ import random
 from collections import Counter
 
 import httpx
-from conftest import words
-from serving import DOCUMENT, MODEL, PRICE_NANO, cached, sold
-from test_gate_http import events_of
 
-pytest_plugins = ("clients_server",)
+from tests.engine.test_gate_http import events_of
+from tests.support.engines import words
+from tests.support.serving import DOCUMENT, MODEL, PRICE_NANO, cached, sold
+
+pytest_plugins = ("tests.support.clients_server",)
 
 REQUESTS = 96
 AT_ONCE = 12

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import pytest
-from asking import PRICE_NANO, Bill, Requests, sold
-from conftest import words
 
+from tests.support.asking import PRICE_NANO, Bill, Requests, sold
+from tests.support.engines import words
 from vllm_kvmarket.market.timed_requests import empty_prefix_cache
 
 

@@ -8,13 +8,14 @@ import itertools
 import httpx
 import pytest
 import schemathesis
-from conftest import words
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis.errors import Unsatisfiable
 from schemathesis import GenerationMode
 from schemathesis.specs.openapi import checks
 
-pytest_plugins = ("clients_server",)
+from tests.support.engines import words
+
+pytest_plugins = ("tests.support.clients_server",)
 
 OURS = "/v1/kvmarket"
 EXAMPLES = 6

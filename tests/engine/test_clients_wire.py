@@ -10,11 +10,12 @@ import time
 
 import httpx
 import pytest
-from conftest import words
 from openai import AsyncOpenAI, AuthenticationError, OpenAI
-from serving import DOCUMENT, MODEL, PRICE_NANO, cached
 
-pytest_plugins = ("clients_server",)
+from tests.support.engines import words
+from tests.support.serving import DOCUMENT, MODEL, PRICE_NANO, cached
+
+pytest_plugins = ("tests.support.clients_server",)
 
 WHOLE = 600 * PRICE_NANO
 GENERATING = (

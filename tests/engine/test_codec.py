@@ -9,9 +9,10 @@ import pytest
 import torch
 import transformers
 
+from tests.support import ROOT
 from vllm_kvmarket.store.codec import CODEC_EXPONENT, decode_into, encode
 
-DOCUMENT = Path(__file__).parents[2] / "vllm_kvmarket" / "cli" / "gpl-3.0.txt"
+DOCUMENT = ROOT / "vllm_kvmarket" / "cli" / "gpl-3.0.txt"
 TOKENS, CHUNK_TOKENS = 2048, 256
 
 

@@ -6,8 +6,8 @@ from importlib import resources
 from itertools import product
 
 import pytest
-from conftest import running
 
+from tests.support.engines import running
 from vllm_kvmarket import Market
 from vllm_kvmarket.market.timed_requests import ask, empty_prefix_cache
 

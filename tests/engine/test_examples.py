@@ -8,9 +8,9 @@ import re
 import subprocess
 import sys
 
-from conftest import ROOT
+from tests.support import ROOT
 
-pytest_plugins = ("clients_server",)
+pytest_plugins = ("tests.support.clients_server",)
 
 EXAMPLE = ROOT / "examples" / "offline_preloaded_documents.py"
 

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import msgspec
 import pytest
-from conftest import words
 
+from tests.support.engines import words
 from vllm_kvmarket import Market
 from vllm_kvmarket.core.model_identity import chunk_key
 from vllm_kvmarket.market.timed_requests import ask, empty_prefix_cache

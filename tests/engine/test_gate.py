@@ -7,11 +7,12 @@ import time
 import httpx
 import pytest
 from anthropic import Anthropic
-from conftest import words
 from openai import AuthenticationError, OpenAI
-from serving import DOCUMENT, MODEL, PRICE_NANO, TEXT, cached, sold
 
-pytest_plugins = ("gate_server",)
+from tests.support.engines import words
+from tests.support.serving import DOCUMENT, MODEL, PRICE_NANO, TEXT, cached, sold
+
+pytest_plugins = ("tests.support.gate_server",)
 
 
 # Keys

@@ -11,10 +11,11 @@ from concurrent.futures import ThreadPoolExecutor
 import httpx
 import pytest
 from anthropic import Anthropic
-from conftest import words
-from serving import DOCUMENT, MODEL, PRICE_NANO, sold
 
-pytest_plugins = ("gate_server",)
+from tests.support.engines import words
+from tests.support.serving import DOCUMENT, MODEL, PRICE_NANO, sold
+
+pytest_plugins = ("tests.support.gate_server",)
 
 
 def events_of(response):

@@ -8,8 +8,9 @@ import signal
 import httpx
 import psutil
 import pytest
-from conftest import words
-from serving import DOCUMENT, MODEL, PRICE_NANO, serving, sold
+
+from tests.support.engines import words
+from tests.support.serving import DOCUMENT, MODEL, PRICE_NANO, serving, sold
 
 QUESTION = words(7400, 12)
 

@@ -17,8 +17,8 @@ from pathlib import Path
 
 import psutil
 import pytest
-from conftest import NANO
 
+from tests.support.engines import NANO
 from vllm_kvmarket import Market
 from vllm_kvmarket.core.errors import StoreError
 from vllm_kvmarket.market.garbage_collection import collect_garbage
@@ -30,8 +30,7 @@ FIXED = 7000  # the document that every round publishes again
 # Publishes and buys long documents without end: most moments are in the midst of something.
 CHILD = """
 import sys
-sys.path.insert(0, sys.argv[4])
-from conftest import words
+from tests.support.engines import words
 from vllm_kvmarket import Market
 from vllm_kvmarket.connector.engine import open_llm
 from vllm_kvmarket.market.timed_requests import ask, empty_prefix_cache
@@ -58,7 +57,7 @@ while True:
 def run_until_killed(model: Path, home: Path, number: int, pause_s: float) -> list[str]:
     """One engine's life: started, at work, killed `pause_s` after it was ready; its answer."""
     log = home / "child.log"
-    facts = [str(model), str(home), str(number), str(Path(__file__).parent)]
+    facts = [str(model), str(home), str(number)]
     with log.open("w") as errors:
         process = subprocess.Popen(
             [sys.executable, "-c", CHILD, *facts],

@@ -9,8 +9,8 @@ from types import SimpleNamespace
 import msgspec
 import pytest
 import torch
-from conftest import NANO, running, words
 
+from tests.support.engines import NANO, running, words
 from vllm_kvmarket import Market
 from vllm_kvmarket.connector.paged_cache import layout_tag, proven_packing
 from vllm_kvmarket.market.timed_requests import ask, empty_prefix_cache

@@ -3,20 +3,15 @@
 from __future__ import annotations
 
 import signal
-import sys
 import threading
 import time
-from pathlib import Path
 
 import pytest
-from conftest import NANO, running, words
 
+from tests.support.engines import NANO, running, words
+from tests.support.postgres import PostgreSQL, needed_binaries
 from vllm_kvmarket import Market
 from vllm_kvmarket.market.timed_requests import ask, empty_prefix_cache
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "servers"))
-
-from postgres import PostgreSQL, needed_binaries
 
 DOCUMENT = words(6300, 600)
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import pytest
-from conftest import words
 
+from tests.support.engines import words
 from vllm_kvmarket import Market, NotPublishableError
 from vllm_kvmarket.market.timed_requests import ask, empty_prefix_cache
 

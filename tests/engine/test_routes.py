@@ -7,9 +7,9 @@ import time
 
 import httpx
 import pytest
-from conftest import NANO, words
-from serving import serving
 
+from tests.support.engines import NANO, words
+from tests.support.serving import serving
 from vllm_kvmarket.api.publishing import CLOSED, LOST
 from vllm_kvmarket.auth.signing_keys import PublicKey
 from vllm_kvmarket.proofs import read_inclusion, verify, verify_with_proof

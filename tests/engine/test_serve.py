@@ -12,10 +12,11 @@ import urllib.error
 import urllib.request
 
 import pytest
-from conftest import ROOT, words
 from openai import OpenAI
 from prometheus_client.parser import text_string_to_metric_families
 
+from tests.support import ROOT
+from tests.support.engines import words
 from vllm_kvmarket.auth.api_keys import Keys
 from vllm_kvmarket.connector.housekeeping import INTERVAL_S
 from vllm_kvmarket.connector.metric_definitions import FIGURES, PREFIX

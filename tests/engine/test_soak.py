@@ -7,13 +7,11 @@ import subprocess
 import sys
 
 import pytest
-from conftest import NANO, ROOT
 
+from benchmarks.soak_parts import growth, money, oracle
+from benchmarks.soak_parts.plan import Asked, Story
+from tests.support.engines import NANO
 from vllm_kvmarket.ledger import Receipt
-
-sys.path.insert(0, str(ROOT / "benchmarks"))
-from soak_parts import growth, money, oracle
-from soak_parts.plan import Asked, Story
 
 MINUTES = 1.25
 SEED = 20
@@ -24,7 +22,7 @@ def report(smollm, tmp_path_factory):
     """What a short soak reports; it compares with the server's own prefill, to save a start."""
     folder = tmp_path_factory.mktemp("soak")
     out = folder / "soak.json"
-    command = [sys.executable, str(ROOT / "benchmarks" / "soak.py"), "--minutes", str(MINUTES)]
+    command = [sys.executable, "-m", "benchmarks.soak", "--minutes", str(MINUTES)]
     command += ["--seed", str(SEED), "--oracle", "server", "--compare", "150"]
     command += ["--out", str(out), "--keep", str(folder / "kept")]
     done = subprocess.run(command, capture_output=True, text=True, timeout=540, check=False)

@@ -7,8 +7,8 @@ import time
 from collections.abc import Iterator
 
 import pytest
-from conftest import NANO, running, words
 
+from tests.support.engines import NANO, running, words
 from vllm_kvmarket import Market
 from vllm_kvmarket.connector.metrics import PREFIX
 from vllm_kvmarket.market.timed_requests import ask, empty_prefix_cache

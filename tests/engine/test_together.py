@@ -7,8 +7,8 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from conftest import NANO, running, words
 
+from tests.support.engines import NANO, running, words
 from vllm_kvmarket import Market
 from vllm_kvmarket.market.garbage_collection import collect_garbage
 from vllm_kvmarket.market.timed_requests import ask, empty_prefix_cache

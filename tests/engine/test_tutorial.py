@@ -10,7 +10,8 @@ import subprocess
 from pathlib import Path
 
 import psutil
-from conftest import ROOT
+
+from tests.support import ROOT
 
 TUTORIAL = ROOT / "docs" / "TUTORIAL.md"
 BLOCK = re.compile(r"(?:^<!-- ([^>]+) -->\n)?^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)

@@ -6,8 +6,8 @@ import os
 import time
 
 import pytest
-from conftest import NANO, running, words
 
+from tests.support.engines import NANO, running, words
 from vllm_kvmarket import Market, PublishFailedError
 from vllm_kvmarket.core.errors import PinError
 from vllm_kvmarket.market.timed_requests import ask, empty_prefix_cache

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import pytest
-from conftest import NANO, running, words
 
+from tests.support.engines import NANO, running, words
 from vllm_kvmarket import Market
 from vllm_kvmarket.market.timed_requests import ask, empty_prefix_cache
 

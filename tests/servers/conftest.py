@@ -4,23 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
+from tests.support.machines import Machine
+from tests.support.missing import skip_without
+from tests.support.proxy import Proxy
+from tests.support.seaweed import WEED, SeaweedFS
 from vllm_kvmarket.store.disk import DiskStore
 from vllm_kvmarket.store.object_tier import ObjectTier
 from vllm_kvmarket.store.tiers import Tiers
-
-# The store's own helpers make chunks here too.
-sys.path.insert(0, str(Path(__file__).parents[1] / "unit"))
-
-from machines import Machine
-from missing import skip_without
-from proxy import Proxy
-from seaweed import WEED, SeaweedFS
 
 _numbers = itertools.count()
 

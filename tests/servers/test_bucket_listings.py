@@ -5,9 +5,9 @@ from __future__ import annotations
 import time
 
 import pytest
-from machines import Machine, objects_of
-from store_chunks import layout_of, sample
 
+from tests.support.machines import Machine, objects_of
+from tests.support.store_chunks import layout_of, sample
 from vllm_kvmarket.store import bucket_listings
 from vllm_kvmarket.store.names import chunk_name
 

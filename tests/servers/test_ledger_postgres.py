@@ -11,17 +11,17 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
 import pytest
-from ledger_books import NANO, fresh_number, funded_ledger, hold, receipt
-from ledger_conformance import *  # noqa: F403  # its tests run here, on this module's places
-from ledger_keeping import *  # noqa: F403
-from ledger_processes import *  # noqa: F403
-from ledger_processes import writer
 
+from tests.support.ledger_books import NANO, fresh_number, funded_ledger, hold, receipt
+from tests.support.ledger_conformance import *  # noqa: F403  # its tests run here, on this module's places
+from tests.support.ledger_keeping import *  # noqa: F403
+from tests.support.ledger_processes import *  # noqa: F403
+from tests.support.ledger_processes import writer
 from vllm_kvmarket import LedgerError
 from vllm_kvmarket.ledger import Ledger, Outcome, plain, post
 
 psycopg = pytest.importorskip("psycopg", reason="pip install vllm-kvmarket[postgres]")
-from postgres import PostgreSQL, needed_binaries  # noqa: E402  # needs psycopg
+from tests.support.postgres import PostgreSQL, needed_binaries  # noqa: E402  # needs psycopg
 
 
 def running():

@@ -12,9 +12,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from proxy import Proxy
-from seaweed import SeaweedFS, free_ports
 
+from tests.support.proxy import Proxy
+from tests.support.seaweed import SeaweedFS, free_ports
 from vllm_kvmarket.core.errors import ConfigError, StoreError
 from vllm_kvmarket.store import object_tier
 from vllm_kvmarket.store.breaker import Breaker

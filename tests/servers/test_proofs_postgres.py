@@ -1,8 +1,8 @@
 """Log, check, statement and payout over a ledger in PostgreSQL: the same as over SQLite."""
 
 import pytest
-from ledger_books import NANO, fresh_number, funded_ledger, hold
 
+from tests.support.ledger_books import NANO, fresh_number, funded_ledger, hold
 from vllm_kvmarket.ledger import post
 from vllm_kvmarket.ledger.statements import payout, statement
 from vllm_kvmarket.market.market import Market
@@ -16,7 +16,7 @@ from vllm_kvmarket.proofs import (
 )
 
 psycopg = pytest.importorskip("psycopg", reason="pip install vllm-kvmarket[postgres]")
-from postgres import PostgreSQL, needed_binaries  # noqa: E402  # needs psycopg
+from tests.support.postgres import PostgreSQL, needed_binaries  # noqa: E402  # needs psycopg
 
 
 @pytest.fixture(scope="module")

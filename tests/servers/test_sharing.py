@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from seaweed import SeaweedFS
 
+from tests.support.seaweed import SeaweedFS
 from vllm_kvmarket import Market
 from vllm_kvmarket.catalogue import Listing
 from vllm_kvmarket.core.errors import StoreError

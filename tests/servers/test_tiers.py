@@ -11,11 +11,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from machines import Machine, load, objects_of
-from proxy import Proxy
-from seaweed import SeaweedFS, free_ports
-from store_chunks import NAMESPACE, files_in, layout_of, sample
 
+from tests.support.machines import Machine, load, objects_of
+from tests.support.proxy import Proxy
+from tests.support.seaweed import SeaweedFS, free_ports
+from tests.support.store_chunks import NAMESPACE, files_in, layout_of, sample
 from vllm_kvmarket.core.errors import (
     ChunkDamagedError,
     ChunkMissingError,

@@ -80,7 +80,7 @@ def test_the_sources_are_found():
 
 
 def test_no_file_is_long():
-    """A file of more than 600 lines is two files."""
+    """A file of more than 600 lines holds more than one idea."""
     lengths = {name(path): len(path.read_text("utf-8").splitlines()) for path in SOURCES}
     assert {file: lines for file, lines in lengths.items() if lines > MAX_FILE_LINES} == {}
 

@@ -1,0 +1,6 @@
+"""What tests, benchmarks and tools share: small fakes, servers, engines, documents."""
+
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+"""The repository's folder; a child process finds this package there, by PYTHONPATH."""

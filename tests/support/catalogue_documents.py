@@ -1,0 +1,116 @@
+"""Documents for the catalogue's tests: listings that fit their tokens, published in one call."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import random
+import subprocess
+import sys
+from collections.abc import Sequence
+
+import numpy as np
+
+from tests.support import ROOT as REPOSITORY
+from vllm_kvmarket.catalogue import Catalogue, Listing
+from vllm_kvmarket.core.model_identity import ROOT, chunk_keys, document_id, pack_tokens
+from vllm_kvmarket.market.market import Market
+from vllm_kvmarket.store import ChunkLayout, LayerLayout
+
+NAMESPACE = bytes(range(32))
+OTHER_NAMESPACE = bytes(32)
+LAYOUT = ChunkLayout("test", "uint8", 16, (LayerLayout("layer", (64,), 64),))
+
+
+def tokens(count: int, seed: int = 0) -> list[int]:
+    """Make a document's token ids from a seed."""
+    return random.Random(seed).choices(range(1, 50_000), k=count)
+
+
+def listing_of(token_ids: Sequence[int], chunk_tokens: int = 256, **terms: object) -> Listing:
+    """Make the listing of a document, with the id that its tokens give it."""
+    keys = chunk_keys(NAMESPACE, token_ids, chunk_tokens)
+    listing = Listing(
+        document_id=document_id(keys[-1]),
+        namespace=NAMESPACE,
+        title="a document",
+        publisher="publisher",
+        token_count=len(token_ids),
+        chunk_keys=tuple(keys),
+    )
+    return dataclasses.replace(listing, **terms)
+
+
+def publish(
+    catalogue: Catalogue, token_ids: Sequence[int], chunk_tokens: int = 256, **terms: object
+) -> Listing:
+    """Publish a document: begin and commit; returns the live listing."""
+    begun = catalogue.begin(listing_of(token_ids, chunk_tokens, **terms), token_ids)
+    return catalogue.commit(begun.document_id, stored_bytes=1000)
+
+
+def store_and_list(market: Market, token_ids: Sequence[int], **terms: object) -> Listing:
+    """Store a document's chunks, each of 64 bytes a page, and put it on offer, without a model."""
+    width = market.config.chunk_tokens
+    listing = listing_of(token_ids, width, **terms)
+    stored = 0
+    if market.catalogue.begin(listing, token_ids).state == "publishing":
+        for number, key in enumerate(listing.chunk_keys):
+            part = token_ids[number * width : (number + 1) * width]
+            pages = np.full(LAYOUT.page_count(len(part)) * 64, number, dtype=np.uint8)
+            stored += market.store.put(
+                key=key,
+                parent=listing.chunk_keys[number - 1] if number else ROOT,
+                namespace=NAMESPACE,
+                tokens=pack_tokens(part),
+                layout=LAYOUT,
+                layers=[[pages]],
+            )
+        market.catalogue.heal_all(listing.chunk_keys)
+        market.catalogue.commit(listing.document_id, stored)
+    return market.catalogue.get(listing.document_id)
+
+
+def matched(catalogue: Catalogue, token_ids: Sequence[int]) -> int:
+    """Count the tokens of a request that a catalogue matches."""
+    match = catalogue.match(NAMESPACE, token_ids)
+    return match.token_count if match else 0
+
+
+def start_process(script: str, *arguments: object) -> subprocess.Popen[str]:
+    """Run a script in a process of its own that talks over stdin and stdout.
+
+    Everything of this module is imported already, and `home` is its first argument as a path.
+    """
+    preamble = (
+        "import sys, time, os\n"
+        "from pathlib import Path\n"
+        "from tests.support.catalogue_documents import *\n"
+        "home = Path(sys.argv[1])\n"
+    )
+    return subprocess.Popen(
+        [sys.executable, "-c", preamble + script, *map(str, arguments)],
+        env=os.environ | {"PYTHONPATH": str(REPOSITORY)},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+
+
+def heard(process: subprocess.Popen[str]) -> str:
+    """Wait for the next line that a process says."""
+    assert process.stdout is not None
+    return process.stdout.readline().strip()
+
+
+def tell(process: subprocess.Popen[str], line: str = "") -> None:
+    """Say a line to a process."""
+    assert process.stdin is not None
+    process.stdin.write(line + "\n")
+    process.stdin.flush()
+
+
+def ended(process: subprocess.Popen[str]) -> int:
+    """Close the pipes and wait for a process; returns its exit code."""
+    process.communicate(timeout=60)
+    return process.returncode

@@ -1,0 +1,48 @@
+"""Fixtures, as a plugin of pytest: one server for all modules that try it with clients."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.support.engines import NANO
+from tests.support.serving import DOCUMENT, serving
+
+
+@pytest.fixture(scope="session")
+def shop(tiny, tmp_path_factory):
+    """A server that publishes over HTTP for nothing, and sells."""
+    home = tmp_path_factory.mktemp("clients") / "home"
+    arguments = ["--generation-config", "vllm"]
+    with serving(tiny(1), home, *arguments, config={"max_body_bytes": 1 << 20}) as running:
+        yield running
+
+
+@pytest.fixture(scope="session")
+def admin(shop):
+    """A key of the operator's."""
+    return shop.keys.create("boss", ["admin"])[0]
+
+
+@pytest.fixture(scope="session")
+def pat(shop):
+    """A publisher's key."""
+    shop.market.create_account("pat", "publisher")
+    return shop.keys.create("pat", ["publisher"])[0]
+
+
+@pytest.fixture(scope="session")
+def ann(shop):
+    """A buyer's key."""
+    return shop.key("ann", funds_nano=10 * NANO)
+
+
+@pytest.fixture(scope="session")
+def ben(shop):
+    """Another buyer's."""
+    return shop.key("ben", funds_nano=10 * NANO)
+
+
+@pytest.fixture(scope="session")
+def tokens_on_offer(shop):
+    """A document of 600 tokens, published as text."""
+    return shop.publish(DOCUMENT, "tokens")

@@ -1,0 +1,38 @@
+"""Real engines for tests, and documents to give them."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from tests.support import ROOT
+from vllm_kvmarket import Market
+from vllm_kvmarket.connector.engine import close_llm, open_llm
+
+SMOLLM = ROOT / ".cache" / "models" / "SmolLM2-135M-Instruct"
+NANO = 1_000_000_000
+
+
+@contextmanager
+def running(model: Path, market: Market, **engine_args: Any) -> Iterator[Any]:
+    """An engine on a market that is gone, process and all, afterwards."""
+    llm = open_llm(str(model), market, **{"max_model_len": 4096, **engine_args})
+    try:
+        yield llm
+    finally:
+        close_llm(llm)
+        del llm
+        gc.collect()
+
+
+def words(seed: int, count: int) -> list[int]:
+    """Distinct pseudo-random token ids: a document that no other test uses."""
+    state = seed * 2654435761 % 2**32 or 1
+    tokens = []
+    for _ in range(count):
+        state = (state * 1664525 + 1013904223) % 2**32
+        tokens.append(1000 + state // 65536 % 40000)
+    return tokens

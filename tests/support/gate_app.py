@@ -1,0 +1,39 @@
+"""A small app behind the gate, on a real market: its routes answer with what reaches them."""
+
+from __future__ import annotations
+
+import json
+from types import SimpleNamespace
+
+from fastapi import FastAPI, Request
+from fastapi.responses import StreamingResponse
+
+from tests.support.catalogue_documents import NAMESPACE
+from vllm_kvmarket.api.gate import Gate
+from vllm_kvmarket.api.gate.routes import ROUTES
+
+
+def make_app(market, keys, tokenizer=None):
+    """An app with every route of the gate's table."""
+    app = FastAPI(openapi_url=None)
+    app.state.reached = []
+
+    async def answer(request: Request):
+        body = await request.body()
+        app.state.reached.append(request.url.path)
+        told = {"body": json.loads(body) if body else None, "headers": request.headers.items()}
+        if told["body"] and told["body"].get("stream"):
+            events = ["data: {}\n\n", "data: [DONE]\n\n"]
+            return StreamingResponse((each for each in events), media_type="text/event-stream")
+        return told
+
+    for path, method in ROUTES:
+        app.add_api_route(path, answer, methods=[method])
+    app.add_api_route("/v9/dream", answer, methods=["POST"])
+    renderer = SimpleNamespace(get_tokenizer=lambda: tokenizer)
+    app.state.online_renderer = SimpleNamespace(renderer=renderer)
+    app.state.kvmarket_service = SimpleNamespace(
+        market=market, keys=keys, tokens=SimpleNamespace(namespace=NAMESPACE)
+    )
+    app.add_middleware(Gate)
+    return app

@@ -1,0 +1,324 @@
+"""What a ledger does, on whatever database: test modules import this and bring a `place`.
+
+Fixtures that they define: `place`, a path or URL of a new, empty database; `by_hand`, which
+executes SQL there and raises what `refusals` lists when the schema refuses it; `held_up`, a context
+in which another process holds the write lock, so that batches gather.
+"""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+
+import msgspec
+import pytest
+
+from tests.support.ledger_books import NANO, funded_ledger, hold, receipt
+from vllm_kvmarket import LedgerError, NotFoundError
+from vllm_kvmarket.core.errors import LedgerUnavailableError
+from vllm_kvmarket.ledger import Ledger, Outcome, plain, post, void
+
+
+@pytest.fixture
+def ledger(place):
+    with funded_ledger(place) as opened:
+        yield opened
+
+
+def test_a_reservation_is_posted_in_part_with_its_receipt(ledger):
+    """The rest is released; the receipt is there with the transfer."""
+    assert ledger.submit([hold("h", 500)]).result()[0].outcome is Outcome.OK
+    assert ledger.account("alice").available_nano == NANO - 500
+    batch = [
+        post(id="p", pending_id="h", amount_nano=300),
+        plain(id="r", debit="provider", credit="pat", amount_nano=150, code="royalty"),
+    ]
+    for _ in range(2):
+        results = ledger.submit(batch, receipt=receipt("kvr_1", 300, "p")).result()
+        assert all(result.outcome.good for result in results)
+    assert ledger.account("alice").available_nano == NANO - 300
+    assert ledger.account("pat").balance_nano == 150
+    assert [each.id for each in ledger.receipts(account="alice")] == ["kvr_1"]
+    assert ledger.receipt("kvr_1").charge_nano == 300
+    assert [transfer.id for transfer in ledger.transfers(limit=2)] == ["r", "p"]
+    assert ledger.check_integrity() == []
+
+
+def test_a_refused_batch_leaves_no_receipt(ledger):
+    """All of it or none."""
+    results = ledger.submit(
+        [post(id="p", pending_id="none", amount_nano=1)], receipt=receipt("kvr_2", 1, "p")
+    ).result()
+    assert results[0].outcome is Outcome.PENDING_NOT_FOUND
+    with pytest.raises(NotFoundError, match="kvr_2"):
+        ledger.receipt("kvr_2")
+
+
+def test_accounts_have_one_kind_and_a_well_formed_id(ledger):
+    """The message says what to do."""
+    assert ledger.create_account("alice", "buyer").balance_nano == NANO
+    with pytest.raises(LedgerError, match="exists as a buyer"):
+        ledger.create_account("alice", "publisher")
+    with pytest.raises(LedgerError, match="1 to 128"):
+        ledger.create_account("a b", "buyer")
+    with pytest.raises(LedgerError, match="none of buyer"):
+        ledger.create_account("x", "bank")
+    with pytest.raises(NotFoundError, match="kvmarket account create"):
+        ledger.account("nobody")
+    with pytest.raises(LedgerError, match="above 0"):
+        ledger.deposit("alice", 0, "d2")
+    with pytest.raises(LedgerError, match="exists and may not go negative"):
+        ledger.create_account("alice", "buyer", may_go_negative=True)
+
+
+def test_a_deposit_is_made_once_for_its_id(ledger):
+    """A retry changes nothing, another amount under the same id is refused."""
+    ledger.deposit("alice", NANO, "d1")
+    assert ledger.account("alice").balance_nano == NANO
+    with pytest.raises(LedgerError, match="amount_nano"):
+        ledger.deposit("alice", 2 * NANO, "d1")
+
+
+def test_a_retry_leaves_one_receipt(ledger):
+    """Also under another receipt id: what took effect before is not receipted again."""
+    ledger.submit([hold("h", 5)]).result()
+    batch = [post(id="p", pending_id="h", amount_nano=3)]
+    for id in ("kvr_1", "kvr_1", "kvr_2"):
+        assert ledger.submit(batch, receipt=receipt(id, 3, "p")).result()[0].outcome.good
+    assert [each.id for each in ledger.receipts()] == ["kvr_1"]
+    other = [post(id="p2", pending_id="none", amount_nano=3), hold("h2", 1)]
+    results = ledger.submit(other, linked=False, receipt=receipt("kvr_3", 1, "h2")).result()
+    assert [each.outcome for each in results] == [Outcome.PENDING_NOT_FOUND, Outcome.OK]
+    assert [each.id for each in ledger.receipts()] == ["kvr_1"]
+    assert ledger.check_integrity() == []
+
+
+def test_a_free_reuse_is_a_post_of_nothing(ledger):
+    """A charge of 0 has its transfer and its receipt, and the hold is released."""
+    ledger.submit([hold("h", 5)]).result()
+    batch = [post(id="p", pending_id="h", amount_nano=0)]
+    assert ledger.submit(batch, receipt=receipt("kvr_1", 0, "p")).result()[0].outcome is Outcome.OK
+    assert ledger.account("alice").available_nano == NANO
+    assert ledger.transfer("p").kind == "post"
+    assert ledger.receipt("kvr_1").charge_nano == 0
+    assert ledger.check_integrity() == []
+
+
+def test_totals_are_equal(ledger):
+    """What one account is debited, another is credited."""
+    ledger.submit([hold("h", 5), post(id="p", pending_id="h", amount_nano=3)]).result()
+    assert ledger.totals() == (NANO + 3, NANO + 3)
+
+
+def test_a_closed_ledger_says_so(place):
+    """Reading, too, ends with a plain word."""
+    ledger = Ledger.open(place)
+    ledger.close()
+    ledger.close()
+    with pytest.raises(LedgerError, match="closed"):
+        ledger.accounts()
+    with pytest.raises(LedgerError, match="closed"):
+        ledger.create_account("alice", "buyer")
+
+
+def test_holds_expire_by_the_clock(place):
+    """A crashed engine does not lock funds for good."""
+    now = [1000.0]
+    with Ledger.open(place, clock=lambda: now[0]) as ledger:
+        ledger.create_account("alice", "buyer")
+        ledger.deposit("alice", 100, "d")
+        ledger.submit([hold("h", 60, timeout_s=10)]).result()
+        assert ledger.expire_pending() == 0
+        now[0] += 10
+        assert ledger.expire_pending() == 1
+        assert ledger.expire_pending() == 0
+        assert ledger.account("alice").available_nano == 100
+        late = ledger.submit([post(id="p", pending_id="h", amount_nano=60)]).result()
+        assert late[0].outcome is Outcome.EXPIRED
+        assert ledger.check_integrity() == []
+
+
+def test_closing_writes_what_is_queued_and_then_refuses(place):
+    """Nothing that was submitted is lost."""
+    ledger = Ledger.open(place)
+    ledger.create_account("alice", "buyer")
+    ledger.deposit("alice", NANO, "d")
+    futures = [ledger.submit([hold(f"h{i}", 1)]) for i in range(200)]
+    ledger.close()
+    assert all(future.result()[0].outcome is Outcome.OK for future in futures)
+    with pytest.raises(LedgerError, match="closed"):
+        ledger.submit([void(id="v", pending_id="h1")]).result()
+    with Ledger.open(place) as again:
+        assert again.account("alice").debits_pending == 200
+
+
+def test_many_threads_submit_at_once(ledger):
+    """Batches of many threads apply one after another; no nano-unit is spent twice."""
+
+    def spend(number):
+        (result,) = ledger.submit([hold(f"h{number}", NANO // 50)]).result(timeout=30)
+        return result.outcome
+
+    with ThreadPoolExecutor(8) as pool:
+        outcomes = list(pool.map(spend, range(80)))
+    assert outcomes.count(Outcome.OK) == 50
+    assert outcomes.count(Outcome.EXCEEDS_CREDITS) == 30
+    assert ledger.account("alice").available_nano == 0
+    assert ledger.check_integrity() == []
+
+
+def test_no_future_is_left_without_an_answer_by_close(place):
+    """Whatever is submitted while another thread closes is written or refused."""
+    for round_number in range(20):
+        ledger = Ledger.open(place)
+        with ThreadPoolExecutor(4) as pool:
+            batches = [[hold(f"{round_number}-{number}", 0)] for number in range(200)]
+            submitted = [pool.submit(ledger.submit, batch) for batch in batches]
+            ledger.close()
+            answers = [each.result().exception(timeout=10) for each in submitted]
+        assert {type(answer) for answer in answers} <= {type(None), LedgerUnavailableError}
+
+
+@pytest.mark.parametrize("malformed", ["", "a b", "a/b", "\u00e9", "a\n", "a" * 129])
+def test_a_malformed_account_id_is_refused(ledger, malformed):
+    """Account ids go into URLs, logs and file names: 1 to 128 of a few characters."""
+    with pytest.raises(LedgerError, match="is not 1 to 128"):
+        ledger.create_account(malformed, "buyer")
+    ledger.create_account("Acme:eu-1_x.y@z" + "a" * 113, "publisher")
+
+
+def test_unknown_accounts_and_transfers_are_named(ledger):
+    """Nobody can be paid who has no account; what is asked for in vain is named."""
+    with pytest.raises(NotFoundError, match="nobody"):
+        ledger.deposit("nobody", 1, "d2")
+    paid = plain(id="t", debit="alice", credit="nobody", amount_nano=1, code="x")
+    (result,) = ledger.submit([paid]).result()
+    assert (result.outcome, result.detail) == (Outcome.UNKNOWN_ACCOUNT, "nobody")
+    with pytest.raises(LedgerError, match="transfer t: unknown account nobody"):
+        ledger.transact(paid)
+    with pytest.raises(NotFoundError, match="'t'"):
+        ledger.transfer("t")
+
+
+def test_receipts_are_found_by_what_they_say(ledger):
+    """By account, request and document, newest first, as many as asked for."""
+    for number in range(3):
+        kept = msgspec.structs.replace(receipt(f"kvr_{number}", 1, f"h{number}"), request_id="q")
+        ledger.submit([hold(f"h{number}", 1)], receipt=kept).result()
+    found = [each.id for each in ledger.receipts(account="alice", request_id="q", limit=2)]
+    assert found == ["kvr_2", "kvr_1"]
+    assert len(ledger.receipts(document_id="kvd_x")) == 3
+    assert ledger.receipts(account="pat") == []
+    assert [each.id for each in ledger.transfers(account="alice")] == ["h2", "h1", "h0", "d1"]
+    assert ledger.transfers(account="pat") == []
+
+
+def test_the_audit_reads_receipts(ledger):
+    """A receipt that says another amount than was charged is a problem; a free one is none."""
+    free = msgspec.structs.replace(receipt("kvr_free", 0, ""), transfer_ids=())
+    ledger.submit([hold("h1", 5)], receipt=free).result()
+    assert ledger.check_integrity() == []
+    ledger.submit([hold("h2", 5)], receipt=receipt("kvr_wrong", 6, "h2")).result()
+    ledger.submit([hold("h3", 5)], receipt=receipt("kvr_lost", 5, "none")).result()
+    ledger.submit([hold("h4", 5)], receipt=receipt("kvr_again", 5, "h1")).result()
+    ledger.submit([hold("h5", 5)], receipt=receipt("kvr_twice", 5, "h1")).result()
+    stolen = msgspec.structs.replace(receipt("kvr_stolen", 5, "h5"), account="pat")
+    ledger.submit([hold("h6", 5)], receipt=stolen).result()
+    assert sorted(ledger.check_integrity()) == [
+        "receipt kvr_lost: transfer none is missing",
+        "receipt kvr_stolen: is pat's, paid by alice",
+        "receipt kvr_twice: is for transfer h1, as kvr_again is",
+        "receipt kvr_wrong: says 6, charged otherwise",
+    ]
+
+
+def test_a_living_engine_renews_its_holds(place):
+    """A renewed hold outlives its timeout, is not expired, and can be posted; others are told."""
+    now = [1000.0]
+    with funded_ledger(place, clock=lambda: now[0]) as ledger:
+        ledger.submit([hold("h", 60, timeout_s=10)]).result()
+        ledger.submit([hold("g", 60, timeout_s=10)]).result()
+        assert ledger.due_at_s("h") == 1010
+        now[0] += 5
+        (renewed, missing) = ledger.renew(["h", "none"], 10).result()
+        assert (renewed.outcome, missing.outcome) == (Outcome.OK, Outcome.PENDING_NOT_FOUND)
+        assert ledger.due_at_s("h") == 1015
+        now[0] += 5
+        assert ledger.expire_pending() == 1
+        assert ledger.due_at_s("g") is None
+        assert ledger.renew(["g"], 10).result()[0].outcome is Outcome.EXPIRED
+        posted = ledger.submit([post(id="p", pending_id="h", amount_nano=60)]).result()
+        assert posted[0].outcome is Outcome.OK
+        assert ledger.renew(["h"], 10).result()[0].outcome is Outcome.ALREADY_POSTED
+        assert ledger.account("alice").available_nano == NANO - 60
+        assert ledger.check_integrity() == []
+
+
+def test_many_holds_expire_at_once(place):
+    """More than fit into one batch, those of others among them; what is not due stays."""
+    now = [1000.0]
+    with funded_ledger(place, clock=lambda: now[0]) as ledger:
+        holds = [hold(f"h{number}", 1, timeout_s=10) for number in range(1100)]
+        ledger.submit([*holds, hold("later", 1, timeout_s=11)]).result()
+        ledger.submit([void(id="v", pending_id="h7")]).result()
+        now[0] += 10
+        with Ledger.open(place, clock=lambda: now[0]) as other, ThreadPoolExecutor(2) as pool:
+            counts = [pool.submit(each.expire_pending) for each in (ledger, other)]
+            assert sum(each.result() for each in counts) == 1099
+        assert ledger.account("alice").debits_pending == 1
+        assert ledger.check_integrity() == []
+
+
+def test_a_batch_counts_at_the_time_of_its_submission(place, held_up):
+    """A settlement in time is not too late because the database was slow."""
+    now = [1000.0]
+    with funded_ledger(place, clock=lambda: now[0]) as ledger:
+        ledger.submit([hold("h", 60, timeout_s=10)]).result()
+        with held_up():
+            now[0] += 9
+            posted = ledger.submit([post(id="p", pending_id="h", amount_nano=60)])
+            now[0] += 9
+        assert posted.result()[0].outcome is Outcome.OK
+        assert ledger.transfer("p").created_at_s == 1009
+        assert ledger.check_integrity() == []
+
+
+def test_money_stays_in_its_currency(place):
+    """Accounts have a currency, and a transfer has one; a ledger opens in its own."""
+    with funded_ledger(place) as ledger:
+        erik = ledger.create_account("erik", "publisher", currency="EUR")
+        assert (erik.currency, ledger.account("alice").currency) == ("EUR", "USD")
+        with pytest.raises(LedgerError, match="different currencies USD, EUR"):
+            ledger.deposit("erik", 1, "d2")
+        with pytest.raises(LedgerError, match="exists in EUR"):
+            ledger.create_account("erik", "publisher")
+        with pytest.raises(LedgerError, match="is not a code like USD"):
+            ledger.create_account("x", "buyer", currency="usd")
+    with pytest.raises(LedgerError, match="'provider' exists in USD"):
+        Ledger.open(place, currency="EUR")
+
+
+def test_a_queue_that_grows_without_end_is_refused(place, held_up, monkeypatch):
+    """While the database is away, what waits is bounded; what was taken is written."""
+    monkeypatch.setattr("vllm_kvmarket.ledger.group_commit.MAX_QUEUED", 20)
+    with funded_ledger(place) as ledger:
+        with held_up():
+            futures = [ledger.submit([hold(f"h{number}", 1)]) for number in range(60)]
+            told = [future.exception(0) for future in futures if future.done()]
+            assert len(told) >= 20
+            assert all("behind" in str(error) for error in told)
+        taken = [future for future in futures if future.exception(30) is None]
+        assert len(taken) == 60 - len(told) >= 20
+        assert ledger.account("alice").debits_pending == len(taken)
+
+
+def test_transfers_are_numbered_in_the_order_of_effect(ledger):
+    """From 1, without gaps: what was refused or came again has no number."""
+    ledger.submit([hold("h1", 1)]).result()
+    ledger.submit([hold("h2", 2 * NANO)]).result()
+    ledger.submit([hold("h1", 1), hold("h3", 1)]).result()
+    assert [ledger.sequence_of(id) for id in ("d1", "h1", "h3")] == [1, 2, 3]
+    assert [each.id for each in ledger.transfers_after(0, 2)] == ["d1", "h1"]
+    assert [each.id for each in ledger.transfers_after(2, 9)] == ["h3"]
+    assert ledger.transfers_after(3, 9) == []
+    with pytest.raises(NotFoundError, match="'h2'"):
+        ledger.sequence_of("h2")

@@ -1,0 +1,262 @@
+"""The gate before a small app: what reaches a route, and what does not."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from fastapi.testclient import TestClient
+
+from tests.support.catalogue_documents import store_and_list, tokens
+from tests.support.gate_app import make_app
+from vllm_kvmarket import Market
+from vllm_kvmarket.api.gate.routes import ROUTES, Kind
+from vllm_kvmarket.auth.api_keys import Keys
+from vllm_kvmarket.auth.operator_tokens import OPERATOR, account_subject
+from vllm_kvmarket.market.market import DATABASE_FILE
+
+GENERATING = sorted(path for (path, _), kind in ROUTES.items() if kind.generates)
+SALTED = {path for (path, _), kind in ROUTES.items() if kind is Kind.SALTED}
+
+
+@pytest.fixture
+def market(tmp_path):
+    with Market.open(tmp_path / "home") as opened:
+        opened.create_account("alice")
+        opened.deposit("alice", 10**9, "first")
+        yield opened
+
+
+@pytest.fixture
+def keys(market):
+    opened = Keys.open(market.home / DATABASE_FILE)
+    yield opened
+    opened.close()
+
+
+@pytest.fixture
+def app(market, keys):
+    return make_app(market, keys)
+
+
+@pytest.fixture
+def client(app):
+    with TestClient(app) as opened:
+        yield opened
+
+
+@pytest.fixture
+def alice(keys):
+    return {"authorization": f"Bearer {keys.create('alice')[0]}"}
+
+
+def reached(response):
+    assert response.status_code == 200, response.text
+    return response.json()["body"]
+
+
+@pytest.mark.parametrize("path", GENERATING)
+def test_every_generating_route_is_told_the_account_by_the_server_alone(
+    client, market, alice, path
+):
+    """What the client wrote there is gone; the salt is the account's."""
+    theirs = {"kvmarket": {"account": "bob"}, "prompt_token_ids": [1]}
+    body = {"kv_transfer_params": theirs, "cache_salt": "x", "ec_transfer_params": {"a": 1}}
+    body |= {"prompt": "a", "vllm_xargs": {"kv_transfer_params": "x", "mine": 1}}
+    body |= {"sampling_params": {"extra_args": {"kv_transfer_params": {"kvmarket": {}}}}}
+    got = reached(client.post(path, json=body, headers=alice))
+    token = market.credentials.token(account_subject("alice"))
+    told = {"kvmarket": {"account": "alice", "token": token}}
+    assert got.get("kv_transfer_params") == (None if path in SALTED else told)
+    assert got["cache_salt"] == market.credentials.token("salt:account:alice")
+    assert "ec_transfer_params" not in got
+    assert got["vllm_xargs"] == {"mine": 1}
+    assert got["sampling_params"] == {"extra_args": {}}
+    assert got["prompt"] == "a"
+
+
+@pytest.mark.parametrize("path", GENERATING)
+def test_without_a_key_no_route_is_told_an_account(client, path):
+    """And each request has a salt of its own, long enough that nobody meets another's."""
+    body = {"kv_transfer_params": {"kvmarket": {"account": "alice"}}, "cache_salt": "x"}
+    salts = set()
+    for _ in range(3):
+        got = reached(client.post(path, json=body))
+        assert "kv_transfer_params" not in got
+        salts.add(got["cache_salt"])
+    assert len(salts) == 3
+    assert min(map(len, salts)) == 64
+
+
+def test_parameters_signed_by_the_operator_are_heard(client, market, alice):
+    """An account's token buys; the operator's publishes; neither beside a key, nor a false one."""
+    token = market.credentials.token(account_subject("bob"))
+    account = {"kvmarket": {"account": "bob", "token": token}}
+    got = reached(client.post("/v1/completions", json={"kv_transfer_params": account}))
+    assert got["kv_transfer_params"] == account
+    operator = {"kvmarket": {"preload": True, "token": market.credentials.token(OPERATOR)}}
+    got = reached(client.post("/v1/completions", json={"kv_transfer_params": operator}))
+    assert got["kv_transfer_params"] == operator
+    got = reached(
+        client.post("/v1/completions", json={"kv_transfer_params": account}, headers=alice)
+    )
+    assert got["kv_transfer_params"]["kvmarket"]["account"] == "alice"
+    false = {"kvmarket": {"account": "alice", "token": token}}
+    got = reached(client.post("/v1/completions", json={"kv_transfer_params": false}))
+    assert "kv_transfer_params" not in got
+
+
+def test_a_server_may_refuse_whoever_has_no_key(tmp_path, keys):
+    """On all routes that work, and on none that only reads."""
+    with Market.open(tmp_path / "home", {"anonymous": "refuse"}) as market:
+        client = TestClient(make_app(market, keys))
+        for (path, method), kind in ROUTES.items():
+            status = client.request(method, path, json={}).status_code
+            assert status == (200 if kind is Kind.OPEN else 401), path
+
+
+def test_a_route_that_is_not_known_is_for_admins_only(app, client, keys, alice):
+    """A new generating route of vLLM cannot slip by."""
+    admin = {"x-api-key": keys.create("root", ["admin"])[0]}
+    assert client.post("/v9/dream", json={}).status_code == 401
+    assert client.post("/v9/dream", json={}, headers=alice).status_code == 403
+    assert app.state.reached == []
+    assert client.post("/v9/dream", json={}, headers=admin).status_code == 200
+
+
+def test_a_market_that_is_not_open_lets_nothing_through(app, client):
+    """The engine is on one, but the server could not open it."""
+    from types import SimpleNamespace
+
+    app.state.kvmarket_service = None
+    transfer = SimpleNamespace(kv_connector="kvmarket")
+    app.state.vllm_config = SimpleNamespace(kv_transfer_config=transfer)
+    assert client.post("/v1/completions", json={}).status_code == 503
+    assert client.get("/health").status_code == 200
+    app.state.vllm_config = SimpleNamespace(kv_transfer_config=None)
+    assert client.post("/v1/completions", json={}).status_code == 200
+
+
+def test_keys_that_cannot_be_read_let_nobody_in(app, client, keys, alice):
+    """503: one may have been revoked meanwhile."""
+    keys.close()
+    app.state.kvmarket_service.keys = keys
+    assert client.post("/v1/completions", json={}, headers=alice).status_code == 503
+    assert app.state.reached == []
+
+
+def ask(client, headers, prompt, **wish):
+    body = {"prompt": prompt, "kvmarket": wish or None}
+    return client.post("/v1/completions", json=body, headers=headers)
+
+
+def test_what_is_wanted_of_reuse_is_read_from_one_field(client, alice):
+    """And does not reach the route."""
+    for wish, told in (({"reuse": "never"}, False), ({"reuse": "prefer"}, True), ({}, True)):
+        got = reached(ask(client, alice, [1], **wish))
+        assert "kvmarket" not in got
+        if told:
+            assert got["kv_transfer_params"]["kvmarket"]["account"] == "alice"
+        else:
+            assert got["kv_transfer_params"] == {"kvmarket": {"declined": "never"}}
+
+
+def test_a_document_is_put_in_front_of_tokens(client, alice, market):
+    """Of a prompt, of several, and of what takes nothing but tokens; not on all routes."""
+    document = tokens(300)
+    name = store_and_list(market, document).document_id
+    assert reached(ask(client, alice, [1, 2], document=name))["prompt"] == [*document, 1, 2]
+    got = reached(ask(client, alice, [[1], [2, 3]], document=name))
+    assert got["prompt"] == [[*document, 1], [*document, 2, 3]]
+    body = {"token_ids": [1], "kvmarket": {"document": name}}
+    got = reached(client.post("/inference/v1/generate", json=body, headers=alice))
+    assert got["token_ids"] == [*document, 1]
+    for path in SALTED:
+        assert client.post(path, json=body, headers=alice).status_code == 400
+    for wrong in (None, [], [None], [1, "a"], {"a": 1}):
+        assert ask(client, alice, wrong, document=name).status_code == 400
+
+
+def test_a_document_that_is_not_on_offer_is_not_placed(client, alice, market):
+    """From the moment on that it is taken off the market."""
+    name = store_and_list(market, tokens(300)).document_id
+    reached(ask(client, alice, [1], document=name))
+    market.delist(name)
+    told = ask(client, alice, [1], document=name)
+    assert (told.status_code, told.json()["error"]["code"]) == (404, "document_not_on_offer")
+
+
+def test_reuse_has_a_limit(client, alice, market):
+    """Above it: computed, or 402 with the quote where reuse is required."""
+    prompt = [*tokens(300), 1]
+    name = store_and_list(market, prompt[:-1]).document_id
+    price = 300 * 500
+    for most, told in ((price, True), (price - 1, False)):
+        got = reached(ask(client, alice, prompt, max_price_nano=most))["kv_transfer_params"]
+        assert (got == {"kvmarket": {"declined": "max_price"}}) is not told
+        assert ("account" in got["kvmarket"]) is told
+    reached(ask(client, alice, prompt, reuse="require", max_price_nano=price))
+    told = ask(client, alice, prompt, reuse="require", max_price_nano=price - 1)
+    assert told.status_code == 402
+    assert told.json()["quote"] == {
+        "document_id": name,
+        "prompt_tokens": 301,
+        "matched_tokens": 300,
+        "charge_nano": price,
+        "without_reuse_nano": 10 * price,
+        "available_nano": 10**9,
+    }
+    assert ask(client, alice, [1, 2], reuse="require").status_code == 404
+
+
+def test_a_server_may_refuse_whoever_cannot_pay(tmp_path, keys):
+    """402; what matches nothing costs nothing, and is computed."""
+    with Market.open(tmp_path / "home", {"unfunded": "refuse"}) as market:
+        prompt = [*tokens(300), 1]
+        store_and_list(market, prompt[:-1])
+        client = TestClient(make_app(market, keys))
+        poor = {"authorization": f"Bearer {keys.create('poor')[0]}"}
+        told = ask(client, poor, prompt)
+        assert (told.status_code, told.json()["error"]["code"]) == (402, "insufficient_funds")
+        reached(ask(client, poor, [1, 2]))
+        reached(ask(client, poor, prompt, reuse="never"))
+
+
+def test_a_request_has_one_id_that_its_receipts_have_too(client, alice):
+    """The client's, or the server's; a bad one or two are refused."""
+    given = client.post("/v1/completions", json={}, headers=alice | {"x-request-id": "mine"})
+    assert dict(given.json()["headers"])["x-request-id"] == "mine"
+    made = client.post("/v1/completions", json={}, headers=alice)
+    assert len(dict(made.json()["headers"])["x-request-id"]) == 32
+    for wrong in ("a b", "a" * 300):
+        told = client.post("/v1/completions", json={}, headers=alice | {"x-request-id": wrong})
+        assert told.status_code == 400
+
+
+def test_responses_are_not_stored(client, alice):
+    """Whoever knew an id could go on with another's conversation."""
+    got = reached(client.post("/v1/responses", json={"input": "a", "store": True}, headers=alice))
+    assert got["store"] is False
+    for field in ({"previous_response_id": "resp_1"}, {"background": True}):
+        told = client.post("/v1/responses", json={"input": "a", **field}, headers=alice)
+        assert told.status_code == 400
+
+
+def test_a_stream_has_one_more_event_at_its_end(client, alice):
+    """For an account; what came before is as it was."""
+    told = client.post("/v1/completions", json={"stream": True}, headers=alice).text
+    assert told.startswith("data: {}\n\ndata: [DONE]\n\nevent: kvmarket\ndata: ")
+    event = json.loads(told.rsplit("data: ", 1)[1])
+    assert (event["type"], event["receipts"]) == ("kvmarket", [])
+    assert client.post("/v1/completions", json={"stream": True}).text == (
+        "data: {}\n\ndata: [DONE]\n\n"
+    )
+
+
+def test_errors_have_the_shape_of_the_api_that_was_asked(client):
+    """OpenAI's, and Anthropic's for messages."""
+    headers = {"x-api-key": "kvm_wrong"}
+    told = client.post("/v1/chat/completions", json={}, headers=headers).json()
+    assert set(told["error"]) == {"message", "type", "param", "code"}
+    told = client.post("/v1/messages", json={}, headers=headers).json()
+    assert (told["type"], told["error"]["type"]) == ("error", "authentication_error")

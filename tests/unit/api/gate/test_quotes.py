@@ -1,0 +1,60 @@
+"""What is quoted, what is not, and what the engine is told of a quote's limit."""
+
+from __future__ import annotations
+
+import threading
+from types import SimpleNamespace
+
+import pytest
+
+from tests.support.catalogue_documents import store_and_list, tokens
+from tests.unit.api.gate.test_gate import alice, app, client, keys, market, reached  # noqa: F401  # fixtures
+from vllm_kvmarket.market.market import Market
+
+
+def ask(client, headers, model, **wish):  # noqa: F811
+    body = {"model": model, "prompt": [*tokens(300), 1], "kvmarket": wish}
+    return client.post("/v1/completions", json=body, headers=headers)
+
+
+def test_the_engine_is_told_the_most_that_it_may_reserve(client, alice, market):  # noqa: F811
+    """A price may have changed since the gate looked; without a limit there is none."""
+    store_and_list(market, tokens(300))
+    most = 300 * 500
+    for wish in ({"reuse": "require"}, {}):
+        told = reached(ask(client, alice, "m", max_price_nano=most, **wish))
+        assert told["kv_transfer_params"]["kvmarket"]["max_price_nano"] == most
+    told = reached(ask(client, alice, "m"))
+    assert "max_price_nano" not in told["kv_transfer_params"]["kvmarket"]
+
+
+@pytest.mark.parametrize("wish", [{"reuse": "require"}, {"document": "kvd_any"}])
+def test_nothing_is_promised_of_an_adapter(app, client, alice, market, wish):  # noqa: F811
+    """Its KV is another than the model's: what is on offer of that is no offer for it."""
+    app.state.openai_serving_models = SimpleNamespace(lora_requests={"legal": object()})
+    store_and_list(market, tokens(300))
+    told = ask(client, alice, "legal", **wish)
+    assert (told.status_code, told.json()["error"]["code"]) == (400, "adapter_not_quoted")
+    # Its limit is the engine's to keep, which knows what it matches.
+    got = reached(ask(client, alice, "legal", max_price_nano=1))
+    assert got["kv_transfer_params"]["kvmarket"]["max_price_nano"] == 1
+
+
+def test_what_is_beyond_memory_is_quoted_too(client, alice, market):  # noqa: F811
+    """Not on the event loop: that would wait for the database."""
+    name = store_and_list(market, tokens(300)).document_id
+    settings = {"home": str(market.home), "catalogue_chunks_in_memory": 0}
+    with Market.open(config=settings) as beyond:
+        market.catalogue, whole = beyond.catalogue, market.catalogue
+        threads = []
+        match = beyond.catalogue.match_later
+        beyond.catalogue.match_later = lambda *asked: (
+            threads.append(threading.current_thread()) or match(*asked)
+        )
+        try:
+            assert ask(client, alice, "m", reuse="require").status_code == 200
+            assert ask(client, alice, "m", document=name).status_code == 200
+        finally:
+            market.catalogue = whole
+    assert threads
+    assert all(thread.name.startswith("asyncio_") for thread in threads)

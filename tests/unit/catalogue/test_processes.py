@@ -1,0 +1,379 @@
+"""Several processes and threads on one catalogue see the same listings, whole, and soon."""
+
+from __future__ import annotations
+
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
+
+from tests.support.catalogue_documents import (
+    NAMESPACE,
+    ended,
+    heard,
+    listing_of,
+    matched,
+    publish,
+    start_process,
+    tell,
+    tokens,
+)
+from vllm_kvmarket.catalogue import Catalogue, queries
+from vllm_kvmarket.core.errors import CatalogueError
+
+DOCUMENT = tokens(700)
+SEEN_WITHIN_S = 1.0
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "market.sqlite"
+
+
+def seconds_until(condition: Callable[[], bool], at_most_s: float = 10.0) -> float:
+    started = time.monotonic()
+    while not condition():
+        if time.monotonic() - started > at_most_s:
+            pytest.fail(f"it did not happen within {at_most_s} s")
+        time.sleep(0.005)
+    return time.monotonic() - started
+
+
+# Other processes
+
+CHANGE_ON_COMMAND = """
+with Catalogue.open(home / "market.sqlite") as catalogue:
+    document = tokens(700)
+    listing = listing_of(document)
+    print("ready", flush=True)
+    for command in sys.stdin:
+        match command.strip():
+            case "publish": publish(catalogue, document)
+            case "damage": catalogue.report_damage(listing.chunk_keys[1])
+            case "heal": catalogue.heal(listing.chunk_keys[1])
+            case "delist": catalogue.delist(listing.document_id)
+        print("done", flush=True)
+"""
+
+
+def test_what_another_process_changes_is_seen_within_a_second(path):
+    """Its listings, delistings, damage and healing reach a watching process unasked."""
+    expected = {"publish": 700, "damage": 256, "heal": 700, "delist": 0}
+    with Catalogue.open(path) as catalogue:
+        catalogue.watch()
+        process = start_process(CHANGE_ON_COMMAND, path.parent)
+        assert heard(process) == "ready"
+        for command, count in expected.items():
+            tell(process, command)
+            assert heard(process) == "done"
+            took_s = seconds_until(lambda count=count: matched(catalogue, DOCUMENT) == count)
+            assert took_s < SEEN_WITHIN_S, command
+        assert ended(process) == 0
+        assert catalogue.check_integrity() == []
+
+
+READ_UNTIL_TOLD = """
+import threading
+told = threading.Event()
+threading.Thread(target=lambda: (sys.stdin.readline(), told.set()), daemon=True).start()
+documents = [tokens(2000, seed) for seed in range(30)]
+halves = seen = 0
+with Catalogue.open(home / "market.sqlite") as catalogue:
+    print("ready", flush=True)
+    last = False
+    while not last:
+        last = told.is_set()
+        catalogue.refresh()
+        for document in documents:
+            match = catalogue.match(NAMESPACE, document)
+            seen = max(seen, len(catalogue.listings("live")))
+            if match is not None and match.token_count != 2000:
+                halves += 1
+        for listing in catalogue.listings():
+            count = len(catalogue.tokens_of(listing.document_id))
+            halves += (len(listing.chunk_keys), count) != (8, 2000)
+        halves += len(catalogue.check_integrity())
+print(halves, seen, flush=True)
+"""
+
+
+def test_another_process_never_sees_half_a_listing(path):
+    """A listing appears whole or not at all, to matching and to reading, while it is written."""
+    with Catalogue.open(path) as catalogue:
+        process = start_process(READ_UNTIL_TOLD, path.parent)
+        assert heard(process) == "ready"
+        for seed in range(30):
+            publish(catalogue, tokens(2000, seed))
+        tell(process, "last round")
+        assert heard(process) == "0 30"
+        assert ended(process) == 0
+
+
+def test_several_processes_may_publish_at_once(path):
+    """Each one's listings are there in the end, and each has a place in line of its own."""
+    script = """
+with Catalogue.open(home / "market.sqlite") as catalogue:
+    for index in range(15):
+        publish(catalogue, [*tokens(300), int(sys.argv[2]), index])
+"""
+    processes = [start_process(script, path.parent, number) for number in range(3)]
+    assert [ended(process) for process in processes] == [0, 0, 0]
+    with Catalogue.open(path) as catalogue:
+        assert len(catalogue.listings("live")) == 45
+        assert catalogue.check_integrity() == []
+        for number in range(3):
+            assert matched(catalogue, [*tokens(300), number, 14]) == 302
+
+
+# Refreshing
+
+
+def test_refreshing_says_whether_anything_was_new(path):
+    """True once for each batch of changes; other rooms' commits in the database are none."""
+    with Catalogue.open(path) as mine, Catalogue.open(path) as theirs:
+        assert mine.refresh() is False
+        listing = publish(theirs, DOCUMENT)
+        assert mine.refresh() is True
+        assert mine.refresh() is False
+        assert matched(mine, DOCUMENT) == 700
+        with theirs._db.transaction() as db:
+            db.execute("CREATE TABLE another_room (x)")
+        assert mine.refresh() is False
+        theirs.report_damage(listing.chunk_keys[2])
+        theirs.report_damage(listing.chunk_keys[1])
+        assert mine.refresh() is True
+        assert matched(mine, DOCUMENT) == 256
+
+
+def test_what_a_process_does_itself_matches_at_once(path):
+    """No refresh is needed after one's own commit and delisting."""
+    with Catalogue.open(path) as catalogue:
+        listing = publish(catalogue, DOCUMENT)
+        assert matched(catalogue, DOCUMENT) == 700
+        catalogue.delist(listing.document_id)
+        assert matched(catalogue, DOCUMENT) == 0
+
+
+def test_matching_goes_on_while_listings_come_and_go(path):
+    """A thread that matches all the time gets whole answers, and those of others stay."""
+    stem = tokens(600)
+    wrong: list[object] = []
+    stop = threading.Event()
+    rounds = 0
+
+    def match_all_the_time(catalogue: Catalogue) -> None:
+        nonlocal rounds
+        while not stop.is_set():
+            match = catalogue.match(NAMESPACE, [*stem, 1, 2, 3])
+            rounds += 1
+            if (
+                match.token_count not in (600, 602)
+                or sum(chunk.matched for chunk in match.chunks) != match.token_count
+            ):
+                wrong.append(match)
+
+    with Catalogue.open(path) as matching, Catalogue.open(path) as writing:
+        publish(writing, stem)
+        matching.watch(interval_s=0.001)
+        seconds_until(lambda: matched(matching, stem) == 600)
+        thread = threading.Thread(target=match_all_the_time, args=(matching,))
+        thread.start()
+        for _ in range(60):
+            writing.delist(publish(writing, [*stem, 1, 2]).document_id)
+        stop.set()
+        thread.join()
+    assert wrong == []
+    assert rounds > 60
+
+
+# A watcher that meets errors
+
+
+def test_a_database_that_is_gone_is_reported_and_watched_for(path, caplog):
+    """What was read stays matchable, the error is there to see, and all is well once it is back."""
+    with Catalogue.open(path) as catalogue:
+        listing = publish(catalogue, DOCUMENT)
+        catalogue.watch(interval_s=0.01)
+        away = path.with_name("away.sqlite")
+        path.rename(away)
+        seconds_until(lambda: catalogue.last_error is not None)
+        assert isinstance(catalogue.last_error, CatalogueError)
+        assert "is gone" in str(catalogue.last_error)
+        assert matched(catalogue, DOCUMENT) == 700
+        with pytest.raises(CatalogueError, match="is gone"):
+            catalogue.delist(listing.document_id)
+        with pytest.raises(CatalogueError, match="is gone"):
+            catalogue.get(listing.document_id)
+        time.sleep(0.1)
+        away.rename(path)
+        seconds_until(lambda: catalogue.last_error is None)
+        catalogue.delist(listing.document_id)
+        assert matched(catalogue, DOCUMENT) == 0
+    assert caplog.text.count("the catalogue is not up to date") == 1
+
+
+def test_a_database_that_was_replaced_is_not_written_to(path):
+    """Another file under the name: neither read from the deleted one nor written into it."""
+    with Catalogue.open(path) as catalogue:
+        publish(catalogue, DOCUMENT)
+        path.rename(path.with_name("old.sqlite"))
+        path.touch()
+        with pytest.raises(CatalogueError, match="was replaced; restart"):
+            catalogue.refresh()
+        with pytest.raises(CatalogueError, match="was replaced; restart"):
+            catalogue.begin(listing_of(tokens(10)), tokens(10))
+        assert path.stat().st_size == 0
+
+
+def test_the_watcher_survives_any_error(path, monkeypatch):
+    """Even one that nobody thought of is kept, and the next round tries again."""
+    with Catalogue.open(path) as catalogue, Catalogue.open(path) as other:
+        catalogue.watch(interval_s=0.01)
+        with monkeypatch.context() as patch:
+            patch.setattr(queries, "revision", lambda _: 1 / 0)
+            publish(other, DOCUMENT)
+            assert isinstance(other.last_error, ZeroDivisionError)
+            seconds_until(lambda: catalogue.last_error is not None)
+        seconds_until(lambda: matched(catalogue, DOCUMENT) == 700)
+        seconds_until(lambda: catalogue.last_error is None)
+
+
+def test_closing_ends_the_watcher(path):
+    """Watching twice is watching once, and no thread outlives its catalogue."""
+    before = threading.active_count()
+    catalogue = Catalogue.open(path)
+    catalogue.watch(interval_s=60)
+    catalogue.watch()
+    assert threading.active_count() == before + 1
+    catalogue.close()
+    assert threading.active_count() == before
+
+
+# Against a naive model
+
+
+class TwoViews(RuleBasedStateMachine):
+    """One catalogue writes, another one only refreshes; both must answer as the model does."""
+
+    CHUNK = 4
+    documents = st.builds(
+        lambda stem, rest: (7,) * stem + tuple(rest),
+        st.sampled_from([1, 3, 4, 5, 8, 9]),
+        st.lists(st.integers(0, 1), max_size=3),
+    )
+    which = st.integers(0, 1000)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.folder = tempfile.TemporaryDirectory()
+        path = Path(self.folder.name) / "market.sqlite"
+        self.writing = Catalogue.open(path, chunk_tokens=self.CHUNK)
+        self.reading = Catalogue.open(path, chunk_tokens=self.CHUNK)
+        self.line: list[tuple[int, ...]] = []
+        self.damaged: set[bytes] = set()
+        self.requests: list[tuple[int, ...]] = []
+
+    def teardown(self) -> None:
+        assert self.writing.check_integrity() == self.reading.check_integrity() == []
+        self.writing.close()
+        self.reading.close()
+        self.folder.cleanup()
+
+    def keys(self, document) -> tuple[bytes, ...]:
+        return listing_of(document, self.CHUNK).chunk_keys
+
+    @rule(document=documents)
+    def publish(self, document) -> None:
+        for key in self.keys(document):
+            if key in self.damaged:
+                self.writing.heal(key)
+                self.damaged.discard(key)
+        self.writing.expire()
+        publish(self.writing, document, self.CHUNK)
+        if document not in self.line:
+            self.line.append(document)
+
+    @rule(which=which)
+    def delist(self, which) -> None:
+        if self.line:
+            document = self.line.pop(which % len(self.line))
+            self.writing.delist(listing_of(document, self.CHUNK).document_id)
+
+    @rule(which=which)
+    def evict(self, which) -> None:
+        if self.line:
+            document = self.line.pop(which % len(self.line))
+            assert self.writing.evict(listing_of(document, self.CHUNK).document_id, "no room")
+
+    @rule(which=which, known=st.booleans())
+    def end(self, which, known) -> None:
+        """The time is over; the database may know it or not."""
+        if self.line:
+            document = self.line.pop(which % len(self.line))
+            name = listing_of(document, self.CHUNK).document_id
+            self.writing.set_expiry(name, 1.0)
+            if known:
+                assert name in self.writing.expire()
+
+    @rule(document=documents)
+    def adopt(self, document) -> None:
+        listing = listing_of(document, self.CHUNK)
+        self.writing.expire()
+        adopted = self.writing.adopt(listing, document, force=True)
+        damaged = self.damaged & set(listing.chunk_keys)
+        assert adopted.state == ("damaged" if damaged else "live")
+        if document not in self.line:
+            self.line.append(document)
+
+    @rule(which=which)
+    def damage(self, which) -> None:
+        if self.line:
+            keys = self.keys(self.line[which % len(self.line)])
+            self.writing.report_damage(keys[which % len(keys)])
+            self.damaged.add(keys[which % len(keys)])
+
+    @rule(which=which)
+    def heal(self, which) -> None:
+        if self.damaged:
+            key = sorted(self.damaged)[which % len(self.damaged)]
+            self.writing.heal(key)
+            self.damaged.discard(key)
+
+    @rule(request=documents)
+    def ask(self, request) -> None:
+        self.requests = [request, *self.line]
+
+    @invariant()
+    def both_answer_as_the_model(self) -> None:
+        self.reading.refresh()
+        for request in self.requests:
+            for catalogue in (self.writing, self.reading):
+                match = catalogue.match(NAMESPACE, request)
+                answer = (match.token_count, match.listing.document_id) if match else None
+                assert answer == self.expected(request)
+
+    def expected(self, request) -> tuple[int, str] | None:
+        reach = {}
+        for document in self.line:
+            count = 0
+            for index, (a, b) in enumerate(zip(document, request, strict=False)):
+                if a != b or self.keys(document)[index // self.CHUNK] in self.damaged:
+                    break
+                count += 1
+            reach[document] = count
+        total = max(reach.values(), default=0)
+        if total == 0:
+            return None
+        holders = [document for document in self.line if reach[document] == total]
+        whole = [document for document in holders if len(document) == total]
+        return total, listing_of((whole or holders)[0], self.CHUNK).document_id
+
+
+TestTwoViews = TwoViews.TestCase
+TestTwoViews.settings = settings(max_examples=30, stateful_step_count=20, deadline=None)

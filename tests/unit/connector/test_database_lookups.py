@@ -1,0 +1,237 @@
+"""Requests whose documents are beyond memory, called as vLLM's scheduler calls the half."""
+
+from __future__ import annotations
+
+import time
+from concurrent.futures import Future
+from types import SimpleNamespace
+
+import pytest
+from vllm.v1.request import RequestStatus
+
+from tests.support.catalogue_documents import NAMESPACE, store_and_list, tokens
+from tests.support.scheduler_half import CACHED, DOCUMENT, half_of, opened_market, request_of
+from vllm_kvmarket.core.errors import CatalogueError
+
+PROMPT = [*DOCUMENT, 7, 8]
+
+
+@pytest.fixture
+def market(tmp_path):
+    with opened_market(tmp_path) as opened:
+        yield opened
+
+
+@pytest.fixture
+def new_half(market, monkeypatch):
+    """Make a scheduler half with so many chunks in memory."""
+    made = []
+
+    def new(chunks: int | None, **settings):
+        made.append(half_of(market, monkeypatch, catalogue_chunks_in_memory=chunks, **settings))
+        return made[-1]
+
+    yield new
+    for half in made:
+        half.close()
+
+
+def asked(half, request) -> tuple[int, int] | None:
+    """One look of vLLM's scheduler: the local and the external tokens it goes on with, if it does.
+
+    It looks into its cache first, and takes nothing else for what may not read that.
+    """
+    local = 0 if request.skip_reading_prefix_cache else CACHED
+    external, _ = half.num_external_tokens(request, local)
+    if request.skip_reading_prefix_cache:
+        external = 0
+    return None if external is None else (local, external)
+
+
+def admitted(half, request) -> tuple[int, int]:
+    """Look until the request can go on."""
+    deadline = time.monotonic() + 10
+    while (found := asked(half, request)) is None:
+        assert time.monotonic() < deadline
+        half.take_instructions()
+        time.sleep(0.001)
+    return found
+
+
+def end(half, request, external=0):
+    blocks = SimpleNamespace(get_block_ids=lambda: (list(range(1, 6)),))
+    half.allocated(request, blocks, external)
+    loads = half.take_instructions().loads
+    return loads, (half.finished(request, [1, 2, 3, 4, 5])[1] or {}).get("kvmarket", {})
+
+
+@pytest.mark.parametrize("chunks", [0, 3])
+def test_a_document_beyond_memory_is_sold_as_any_other(new_half, market, chunks):
+    """To the token, charged once; also where another one fills the memory."""
+    store_and_list(market, tokens(600, 1), publisher="pat")
+    half = new_half(chunks)
+    for number, prompt in enumerate((PROMPT, [*tokens(600, 1), 7, 8])):
+        request = request_of(prompt, market.params("alice"), f"r-{number}")
+        half.on_new_request(request)
+        assert admitted(half, request) == (CACHED, 600 - CACHED)
+        # Here vLLM has no room to load, and goes on with what it has cached.
+        _, answer = end(half, request)
+        assert answer["document_id"] == market.match(NAMESPACE, prompt).listing.document_id
+        assert (answer["matched_tokens"], answer["charge_nano"]) == (600, CACHED * 500)
+        assert market.receipt(answer["receipt_id"]).charge_nano == CACHED * 500
+    assert market.ledger.account("alice").debits_posted == 2 * CACHED * 500
+    assert half._lookups._under_way == {}
+
+
+def test_what_is_loaded_are_the_documents_own_chunks(new_half, market):
+    """From the first token that vLLM has not cached."""
+    half = new_half(0)
+    request = request_of(PROMPT, market.params("alice"))
+    half.on_new_request(request)
+    local, external = admitted(half, request)
+    (plan,), _ = end(half, request, external)
+    keys = market.match(NAMESPACE, PROMPT).listing.chunk_keys
+    assert [chunk.key for chunk in plan.chunks] == list(keys[local // 256 :])
+
+
+def test_what_nobody_published_goes_on_with_vllms_own_cache(new_half, market):
+    """And leaves nothing behind."""
+    half = new_half(0)
+    for number, params in enumerate(({}, market.params("alice"))):
+        request = request_of(tokens(600, 5), params, f"r-{number}")
+        half.on_new_request(request)
+        assert admitted(half, request) == (CACHED, 0)
+        end(half, request)
+    assert half._lookups._under_way == half._states == {}
+
+
+@pytest.mark.parametrize(
+    ("params", "told"),
+    [
+        (lambda _: {}, "names no account"),
+        (lambda market: market.params("poor"), "poor"),
+        (lambda _: wish(declined="never"), "wants no reuse"),
+        (lambda _: wish(account="alice", max_price_nano=1), "max_price_nano"),
+        (lambda _: wish(nonsense=1), "malformed"),
+    ],
+)
+def test_who_may_not_reuse_it_has_it_from_no_cache(new_half, market, params, told):
+    """What vLLM had found before the database answered is not taken either."""
+    half = new_half(0)
+    request = request_of(PROMPT, params(market))
+    half.on_new_request(request)
+    assert admitted(half, request) == (0, 0)
+    assert request.skip_reading_prefix_cache
+    _, answer = end(half, request)
+    assert told in answer["declined"]
+    assert (answer["reused_tokens"], answer["charge_nano"]) == (0, 0)
+    assert market.ledger.account("alice").debits_posted == 0
+
+
+def wish(**fields):
+    return {"kv_transfer_params": {"kvmarket": fields}}
+
+
+def test_nothing_is_decided_while_the_lookup_is_under_way(new_half, market, monkeypatch):
+    """Whatever vLLM has cached: it is asked again until the database has answered."""
+    half = new_half(0)
+    catalogue = half._market.catalogue
+    found: Future = Future()
+    monkeypatch.setattr(catalogue, "match_later", lambda *_: found)
+    request = request_of(PROMPT, market.params("alice"))
+    half.on_new_request(request)
+    for _ in range(3):
+        assert asked(half, request) is None
+        half.take_instructions()
+    assert half._purchases.held() == []
+    found.set_result(market.match(NAMESPACE, PROMPT))
+    assert admitted(half, request) == (CACHED, 600 - CACHED)
+
+
+@pytest.mark.parametrize("error", [CatalogueError("locked"), ValueError("a bug")])
+def test_a_lookup_that_fails_is_a_request_that_is_computed(new_half, market, monkeypatch, error):
+    """In full: what could not be looked up may have been published."""
+    half = new_half(0)
+    failed: Future = Future()
+    failed.set_exception(error)
+    monkeypatch.setattr(half._market.catalogue, "match_later", lambda *_: failed)
+    for number, params in enumerate(({}, market.params("alice"))):
+        request = request_of(PROMPT, params, f"r-{number}")
+        half.on_new_request(request)
+        assert admitted(half, request) == (0, 0)
+        _, answer = end(half, request)
+        assert answer.get("charge_nano", 0) == 0
+    assert answer["declined"] == "what is on offer could not be looked up"
+    assert half._lookups._under_way == half._states == {}
+
+
+def test_an_aborted_request_leaves_nothing(new_half, market, monkeypatch):
+    """Neither a lookup nor a reservation, and the future need not be worked on any more."""
+    half = new_half(0)
+    waiting: Future = Future()
+    monkeypatch.setattr(half._market.catalogue, "match_later", lambda *_: waiting)
+    request = request_of(PROMPT, market.params("alice"))
+    half.on_new_request(request)
+    assert asked(half, request) is None
+    request.status = RequestStatus.FINISHED_ABORTED
+    assert half.finished(request, []) == (False, None)
+    assert waiting.cancelled()
+    assert half._lookups._under_way == half._states == {}
+    assert half._purchases.held() == []
+
+
+def test_publishing_finds_what_is_published_beyond_memory(new_half, market):
+    """The part that is there is loaded, and the document is begun once the database has said so."""
+    half = new_half(0)
+    longer = [*DOCUMENT[:512], *tokens(200, 3)]
+    request = request_of(longer, wish(publish={"title": "longer"}))
+    half.on_new_request(request)
+    assert half._states == {}
+    assert admitted(half, request) == (CACHED, 0)
+    assert half._states[request.request_id].limit == 512
+    assert market.catalogue.listings("publishing")[0].title == "longer"
+
+
+@pytest.mark.parametrize("chunks", [None, 100])
+def test_without_documents_beyond_memory_nothing_is_looked_up(
+    new_half, market, monkeypatch, chunks
+):
+    """Not one extra step."""
+    half = new_half(chunks)
+    monkeypatch.setattr(half._market.catalogue, "match_later", None)
+    request = request_of(PROMPT, market.params("alice"))
+    half.on_new_request(request)
+    assert half._states[request.request_id].purchase is not None
+    assert admitted(half, request) == (CACHED, 600 - CACHED)
+
+
+def test_the_samples_of_one_request_share_one_charge(new_half, market):
+    """Each is looked up, and joins the purchase of the first."""
+    half = new_half(0)
+    samples = [request_of(PROMPT, market.params("alice")) for _ in range(3)]
+    for number, request in enumerate(samples):
+        request.request_id = f"{number}_cmpl"
+        request.arrival_time = samples[0].arrival_time
+        half.on_new_request(request)
+    for request in samples:
+        assert admitted(half, request) == (CACHED, 600 - CACHED)
+    assert len(half._purchases.held()) == 1
+
+
+def test_a_pinned_document_is_held_once_memory_knows_that_it_is_pinned(
+    new_half, market, monkeypatch
+):
+    """Or the next step would let go of what the database was the first to say."""
+    half = new_half(0, refresh_interval_s=60)
+    held = []
+    monkeypatch.setattr(half.pins, "pin", lambda name, *_: held.append(name) or "")
+    name = market.match(NAMESPACE, PROMPT).listing.document_id
+    market.catalogue.set_pinned(name, pinned=True)
+    for number, expected in enumerate(([], [name])):
+        request = request_of(PROMPT, market.params("alice"), f"r-{number}")
+        half.on_new_request(request)
+        admitted(half, request)
+        half._states[request.request_id].reused = 600
+        end(half, request)
+        assert held == expected
+        half._market.catalogue.refresh()

@@ -1,0 +1,338 @@
+"""The worker's transfers over the tiers: what comes from where, and how each failure ends."""
+
+from __future__ import annotations
+
+import threading
+import time
+
+import pytest
+
+from tests.support.paged import (
+    CHUNK_TOKENS,
+    NAMESPACE,
+    PLENTY,
+    Bench,
+    GatedObjects,
+    assert_loaded,
+    chunk_save,
+    content,
+    fill,
+    into,
+    paged_cache,
+    same,
+    stored,
+    until,
+)
+from vllm_kvmarket.connector.messages import ChunkLoad, ChunkPrefetch
+
+
+@pytest.fixture
+def bench(tmp_path):
+    with Bench(tmp_path, host_bytes=PLENTY) as opened:
+        yield opened
+
+
+@pytest.mark.parametrize("tokens", [CHUNK_TOKENS, 37, 16, 3])
+def test_what_was_saved_is_loaded_bit_for_bit(bench, tokens):
+    """Into other blocks, whatever its length, from the disk."""
+    chunk = stored(bench, tokens=tokens)
+    load = into(chunk, 20)
+    report = bench.load(load)
+    assert report.failures == {}
+    assert_loaded(bench, chunk, load)
+    page_bytes = sum(layer.page_bytes for layer in bench.cache.layout.layers)
+    assert report.loaded_bytes == page_bytes * len(load.block_ids)
+    assert bench.count("chunks_loaded/disk") == 1
+    assert bench.count("chunks_saved") == 1
+
+
+def test_a_host_tier_without_room_for_a_chunk_changes_nothing(tmp_path):
+    """The chunk goes straight into the paged cache, each time."""
+    with Bench(tmp_path, host_bytes=100) as bench:
+        chunk = stored(bench)
+        for _ in range(3):
+            load = into(chunk, 20)
+            assert bench.load(load).failures == {}
+            assert_loaded(bench, chunk, load)
+        assert bench.count("chunks_loaded/disk") == 3
+
+
+@pytest.mark.parametrize("place", ["header", "payload", "length", "empty", "directory"])
+def test_a_damaged_chunk_is_quarantined_and_its_blocks_reported(bench, place):
+    """Nobody meets the file again, and no unverified byte stays in the blocks."""
+    chunk = stored(bench)
+    path = bench.store.path(chunk.key)
+    whole = bytearray(path.read_bytes())
+    if place in {"header", "payload"}:
+        whole[40 if place == "header" else -3] ^= 1
+    path.write_bytes({"length": whole[:-1], "empty": b""}.get(place, whole))
+    if place == "directory":
+        path.unlink()
+        path.mkdir()
+    load = into(chunk, 20)
+    fill(bench.cache, load.block_ids, seed=9)
+    untouched = content(bench.cache, load.block_ids, CHUNK_TOKENS)
+    report = bench.load(load)
+    assert report.reasons == {"damaged": 1}
+    assert report.damaged == {chunk.key} == set(report.failures)
+    assert bench.bad_blocks == set(load.block_ids)
+    assert bench.count("chunks_quarantined") == 1
+    assert not path.exists()
+    now = content(bench.cache, load.block_ids, CHUNK_TOKENS)
+    assert same(now, untouched) or not any(layer.any() for layer in now)
+    assert bench.load(load).reasons == {"missing": 1}
+    assert bench.save(chunk).stored_bytes > 0
+    assert bench.load(load).failures == {}
+    assert_loaded(bench, chunk, load)
+
+
+def test_one_bad_chunk_does_not_spoil_the_others(bench):
+    """Failures are counted by kind, each with its blocks."""
+    good, missing, damaged = stored(bench, 1), stored(bench, 2, first_block=4), stored(bench, 3)
+    bench.store.delete(missing.key)
+    bench.store.path(damaged.key).write_bytes(b"nonsense")
+    fill(bench.cache, good.block_ids, 1)
+    loads = [into(good, 20), into(missing, 30), into(damaged, 40)]
+    report = bench.load(*loads)
+    assert report.reasons == {"missing": 1, "damaged": 1}
+    assert report.damaged == {missing.key, damaged.key}
+    assert bench.bad_blocks == {*loads[1].block_ids, *loads[2].block_ids}
+    assert_loaded(bench, good, loads[0])
+
+
+def test_a_damaged_chunk_leaves_host_memory_too(bench):
+    """What is not sold any more need not be kept."""
+    chunk = stored(bench)
+    bench.load(into(chunk, 20))
+    bench.load(into(chunk, 20))
+    until(lambda: bench.host.has(chunk.key))
+    bench.store.path(chunk.key).write_bytes(b"nonsense")
+    assert bench.audit(chunk).unread == 1
+    assert not bench.host.has(chunk.key)
+
+
+@pytest.mark.parametrize(("theirs", "ours"), [(16, 32), (32, 16), (64, 16), (16, 64)])
+@pytest.mark.parametrize("tokens", [CHUNK_TOKENS, 37])
+def test_a_chunk_of_another_block_size_is_converted(tmp_path, theirs, ours, tokens):
+    """From the disk, and from host memory once it is there; saving it again writes nothing."""
+    with Bench(tmp_path, paged_cache(theirs)) as publisher:
+        chunk = stored(publisher, tokens=tokens)
+        expected = content(publisher.cache, chunk.block_ids, tokens)
+    with Bench(tmp_path, paged_cache(ours), host_bytes=PLENTY) as buyer:
+        blocks = tuple(range(5, 5 + buyer.cache.layout.page_count(tokens)))
+        for _ in range(3):
+            fill(buyer.cache, blocks, seed=9)
+            assert buyer.load(ChunkLoad(chunk.key, 0, blocks)).failures == {}
+            assert same(content(buyer.cache, blocks, tokens), expected)
+        assert buyer.count("chunks_converted") == 2
+        assert buyer.count("chunks_loaded/host") == 1
+        again = buyer.save(chunk_save(1, tokens, blocks))
+        assert (again.failure, again.stored_bytes) == ("", 0)
+
+
+def test_a_layout_that_cannot_be_converted_is_a_miss_with_its_reason(tmp_path):
+    """Not damage: others can use the chunk, so it stays where it is, until it is published anew."""
+    with Bench(tmp_path, paged_cache(layers=2)) as publisher:
+        chunk = stored(publisher)
+    with Bench(tmp_path, paged_cache(layers=3)) as buyer:
+        load = into(chunk, 20)
+        report = buyer.load(load)
+        assert report.reasons == {"layout": 1}
+        assert report.damaged == set()
+        assert buyer.bad_blocks == set(load.block_ids)
+        assert buyer.store.has(chunk.key)
+        assert buyer.count("load_failures/layout") == 1
+        assert buyer.save(chunk).stored_bytes > 0
+        assert buyer.load(load).failures == {}
+
+
+# Reading ahead
+
+
+def test_what_was_read_ahead_is_loaded_from_host_memory(bench):
+    """The disk is not asked again."""
+    chunks = [stored(bench, seed, first_block=4 * seed) for seed in (1, 2)]
+    bench.transfers.prefetch(ChunkPrefetch(NAMESPACE, tuple(chunk.key for chunk in chunks)))
+    bench.wait_for_count("prefetches/done", 2)
+    for chunk in chunks:
+        bench.store.delete(chunk.key)
+    loads = [into(chunks[0], 20), into(chunks[1], 30)]
+    assert bench.load(*loads).failures == {}
+    for chunk, load in zip(chunks, loads, strict=True):
+        assert_loaded(bench, chunk, load)
+    bench.transfers.prefetch(ChunkPrefetch(NAMESPACE, (chunks[0].key,)))
+    bench.wait_for_count("prefetches/present")
+
+
+def test_reading_ahead_what_is_not_there_ends_quietly(bench):
+    """The load that follows reports it; a damaged file is quarantined already."""
+    chunk = stored(bench)
+    bench.store.path(chunk.key).write_bytes(b"nonsense")
+    bench.transfers.prefetch(ChunkPrefetch(NAMESPACE, (bytes(32), chunk.key)))
+    bench.wait_for_count("prefetches/failed", 2)
+    assert bench.count("chunks_quarantined") == 1
+    assert bench.load(into(chunk, 20)).reasons == {"missing": 1}
+
+
+def test_a_long_queue_is_cut(bench):
+    """More than can be read before the requests are scheduled is not even queued."""
+    keys = tuple(number.to_bytes(32, "little") for number in range(5000))
+    bench.transfers.prefetch(ChunkPrefetch(NAMESPACE, keys))
+    assert bench.count("prefetches/dropped") > 4000
+
+
+def test_closing_forgets_what_was_to_be_read_ahead(tmp_path):
+    """An engine that ends does not first read hundreds of chunks."""
+    bench = Bench(tmp_path, host_bytes=PLENTY)
+    keys = tuple(number.to_bytes(32, "little") for number in range(500))
+    with bench:
+        bench.transfers.prefetch(ChunkPrefetch(NAMESPACE, keys))
+    assert bench.count("prefetches/failed") < 500
+
+
+# With an object store
+
+
+@pytest.fixture
+def objects():
+    tier = GatedObjects()
+    yield tier
+    tier.gate.set()
+
+
+def on_this_disk_no_more(bench, *chunks):
+    for chunk in chunks:
+        bench.store.delete(chunk.key)
+
+
+def test_a_chunk_that_is_only_in_the_object_store_is_fetched(tmp_path, objects):
+    """Once: afterwards it is on the disk."""
+    with Bench(tmp_path, objects=objects) as bench:
+        chunk = stored(bench)
+        on_this_disk_no_more(bench, chunk)
+        for _ in range(2):
+            load = into(chunk, 20)
+            assert bench.load(load).failures == {}
+            assert_loaded(bench, chunk, load)
+        assert bench.count("chunks_loaded/objects") == 1
+        assert bench.count("chunks_loaded/disk") == 1
+        assert len(objects.downloads) == 1
+
+
+def test_a_damaged_file_is_fetched_again(tmp_path, objects):
+    """The request does not notice; the file is in quarantine."""
+    with Bench(tmp_path, objects=objects) as bench:
+        chunk = stored(bench)
+        path = bench.store.path(chunk.key)
+        path.write_bytes(path.read_bytes()[:-1] + b"?")
+        load = into(chunk, 20)
+        assert bench.load(load).failures == {}
+        assert_loaded(bench, chunk, load)
+        assert bench.count("chunks_quarantined") == 1
+
+
+def test_a_chunk_that_is_nowhere_is_missing(tmp_path, objects):
+    """Not an error of the object store."""
+    with Bench(tmp_path, objects=objects) as bench:
+        report = bench.load(ChunkLoad(bytes(32), 0, (1, 2)))
+        assert report.reasons == {"missing": 1}
+        assert report.damaged == {bytes(32)}
+
+
+def test_an_object_store_that_does_not_answer_costs_one_deadline(tmp_path, objects):
+    """What is on this machine is loaded meanwhile and counts; blocks that were given back are not
+    written to when the object arrives after all."""
+    with Bench(tmp_path, objects=objects, threads=2, timeout_s=0.4) as bench:
+        far = [stored(bench, seed, first_block=4 * seed) for seed in range(6)]
+        near = stored(bench, 9, first_block=60 - 4)
+        on_this_disk_no_more(bench, *far)
+        objects.gate.clear()
+        slow = bench.start_load(
+            into(near, 50), *[into(chunk, 25 + 4 * n) for n, chunk in enumerate(far)]
+        )
+        until(lambda: len(objects.downloads) > 0)
+        # Both threads for far chunks are waiting: this one must not wait behind them.
+        quick = into(near, 50)
+        assert bench.load(quick).failures == {}
+        assert slow not in bench.reports
+        report = bench.end_load(slow)
+        assert report.reasons == {"io": 6}
+        assert report.damaged == set()
+        assert report.seconds < 5
+        late = tuple(range(25, 25 + 24))
+        assert bench.bad_blocks == set(late)
+        fill(bench.cache, late, seed=77)
+        before = content(bench.cache, late, 24 * 16)
+        objects.gate.set()
+        until(lambda: bench.store.disk.has(far[0].key))
+        time.sleep(0.05)
+        assert same(content(bench.cache, late, 24 * 16), before)
+        assert bench.load(into(far[0], 25)).failures == {}
+
+
+def test_closing_does_not_wait_for_the_object_store(tmp_path, objects):
+    """Loads that wait for it end as failed."""
+    bench = Bench(tmp_path, objects=objects, timeout_s=60)
+    with bench:
+        chunks = [stored(bench, seed, first_block=4 * seed) for seed in range(6)]
+        on_this_disk_no_more(bench, *chunks)
+        objects.gate.clear()
+        bench.start_load(*[into(chunk, 30) for chunk in chunks])
+        until(lambda: len(objects.downloads) > 0)
+        # The store answers when closing is under way, or all six might be through before it.
+        answering = threading.Timer(1.0, objects.gate.set)
+        answering.start()
+    answering.join()
+    assert len(objects.downloads) < 6
+
+
+def test_reading_ahead_without_host_memory_brings_chunks_onto_the_disk(tmp_path, objects):
+    """From the object store; what is on the disk is left alone."""
+    with Bench(tmp_path, objects=objects) as bench:
+        chunk = stored(bench)
+        bench.transfers.prefetch(ChunkPrefetch(NAMESPACE, (chunk.key,)))
+        bench.wait_for_count("prefetches/present")
+        on_this_disk_no_more(bench, chunk)
+        bench.transfers.prefetch(ChunkPrefetch(NAMESPACE, (chunk.key,)))
+        bench.wait_for_count("prefetches/done")
+        assert bench.store.disk.has(chunk.key)
+
+
+def test_a_load_waits_for_the_chunk_that_is_being_read_ahead(tmp_path, objects):
+    """It is downloaded once, and comes from host memory."""
+    with Bench(tmp_path, objects=objects, host_bytes=PLENTY) as bench:
+        chunk = stored(bench)
+        on_this_disk_no_more(bench, chunk)
+        objects.gate.clear()
+        bench.transfers.prefetch(ChunkPrefetch(NAMESPACE, (chunk.key,)))
+        until(lambda: len(objects.downloads) == 1)
+        load = into(chunk, 20)
+        request = bench.start_load(load)
+        time.sleep(0.05)
+        objects.gate.set()
+        assert bench.end_load(request).failures == {}
+        assert_loaded(bench, chunk, load)
+        assert len(objects.downloads) == 1
+        assert bench.count("chunks_loaded/host") == 1
+
+
+def test_a_load_takes_its_chunks_off_the_queue_of_reading_ahead(tmp_path, objects):
+    """What is loaded is not read a second time; nothing is begun while a load is under way."""
+    with Bench(tmp_path, objects=objects, host_bytes=PLENTY, threads=1) as bench:
+        first, second = stored(bench, 1), stored(bench, 2, first_block=4)
+        on_this_disk_no_more(bench, first, second)
+        objects.gate.clear()
+        request = bench.start_load(into(first, 20))
+        until(lambda: len(objects.downloads) == 1)
+        bench.transfers.prefetch(ChunkPrefetch(NAMESPACE, (first.key, second.key)))
+        both = bench.start_load(into(second, 30))
+        time.sleep(0.05)
+        assert len(objects.downloads) == 1
+        objects.gate.set()
+        assert bench.end_load(request).failures == {}
+        assert bench.end_load(both).failures == {}
+        assert len(objects.downloads) == 2
+        # The first was queued behind its own load; the second was taken off.
+        bench.wait_for_count("prefetches/done")
+        time.sleep(0.05)
+        assert bench.count("prefetches/done") == 1

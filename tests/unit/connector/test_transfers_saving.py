@@ -1,0 +1,129 @@
+"""What the worker stores, what it finds when it compares, and how its reports add up."""
+
+from __future__ import annotations
+
+import shutil
+
+import numpy as np
+import pytest
+
+from tests.support.paged import (
+    CHUNK_TOKENS,
+    NAMESPACE,
+    PLENTY,
+    Bench,
+    chunk_save,
+    content,
+    into,
+    paged_cache,
+    stored,
+)
+from vllm_kvmarket.connector.messages import ChunkLoad, LoadReport, SavePlan, WorkerReport
+
+
+@pytest.fixture
+def bench(tmp_path):
+    with Bench(tmp_path, host_bytes=PLENTY) as opened:
+        yield opened
+
+
+def test_a_full_store_is_reported_as_full(tmp_path):
+    """What fitted is there, a prefix of the document, and loads go on."""
+    with Bench(tmp_path / "measured") as bench:
+        size = bench.save(chunk_save(1, CHUNK_TOKENS, range(4))).stored_bytes
+    with Bench(tmp_path / "small", quota_bytes=int(2.9 * size)) as bench:
+        chunks = [chunk_save(seed, CHUNK_TOKENS, range(4)) for seed in range(4)]
+        report = bench.save(*chunks)
+        assert report.is_full
+        assert "quota" in report.failure
+        assert [bench.store.has(chunk.key) for chunk in chunks] == [True, True, False, False]
+        assert bench.count("save_failures/full") == 1
+        assert bench.load(into(chunks[0], 20)).failures == {}
+
+
+def test_closing_finishes_a_save(tmp_path):
+    """A document of many chunks is stored whole when the engine ends."""
+    chunks = tuple(chunk_save(seed, CHUNK_TOKENS, range(4)) for seed in range(10))
+    bench = Bench(tmp_path)
+    with bench:
+        bench.transfers.save(SavePlan("r", NAMESPACE, chunks))
+    assert all(bench.store.has(chunk.key) for chunk in chunks)
+
+
+def test_a_store_that_has_gone_fails_the_save_with_the_reason(tmp_path):
+    """The engine goes on."""
+    with Bench(tmp_path / "store") as bench:
+        shutil.rmtree(tmp_path / "store")
+        (tmp_path / "store").write_text("in the way")
+        report = bench.save(chunk_save(1, CHUNK_TOKENS, range(4)))
+        assert report.failure
+        assert not report.is_full
+        (tmp_path / "store").unlink()
+
+
+# Comparing
+
+
+def test_an_audit_finds_equal_pages_exact_whatever_lies_behind_the_last_token(bench):
+    """The last page of a document is partly filled; what is in its other slots means nothing."""
+    whole, short = stored(bench, 1), stored(bench, 2, tokens=37, first_block=8)
+    page = bench.cache.rows[0].numpy()[short.block_ids[-1]].view(np.float32)
+    tokens = content(bench.cache, short.block_ids, 48)[0][37:].view(np.float32)
+    page[np.isin(page, tokens)] = 5.0
+    report = bench.audit(whole, short)
+    assert (report.exact, report.close, report.different, report.unread) == (2, 0, 0, 0)
+    assert report.worst_difference == 0.0
+    assert report.details == []
+
+
+@pytest.mark.parametrize(
+    ("change", "result"),
+    [(1e-6, "close"), (1.0, "different"), (float("nan"), "different"), (np.inf, "different")],
+)
+def test_an_audit_tells_rounding_from_poison(bench, change, result):
+    """Rounding is far below a layer's largest value, poison is not; the difference is reported."""
+    chunk = stored(bench)
+    bench.cache.rows[1].numpy()[chunk.block_ids[2]].view(np.float32)[7] += change
+    report = bench.audit(chunk)
+    assert report.chunks[chunk.key].result == result
+    assert getattr(report, result) == 1
+    assert "layer.1" in report.details[0]
+    if np.isfinite(change):
+        assert report.worst_difference == pytest.approx(change, rel=0.2)
+    else:
+        assert report.worst_difference == np.inf
+
+
+def test_an_audit_compares_across_block_sizes(tmp_path):
+    """Another engine's chunk is converted first."""
+    with Bench(tmp_path, paged_cache(32)) as publisher:
+        chunk = stored(publisher, tokens=37)
+    with Bench(tmp_path, paged_cache(16)) as auditor:
+        blocks = (3, 4, 5)
+        auditor.load(ChunkLoad(chunk.key, 0, blocks))
+        again = chunk_save(1, 37, blocks)
+        assert auditor.audit(again).exact == 1
+        auditor.cache.rows[0].numpy()[3].view(np.float32)[:] += 1
+        assert auditor.audit(again).different == 1
+
+
+def test_an_audit_of_what_is_not_there_is_no_verdict(bench):
+    """It says why."""
+    report = bench.audit(chunk_save(1, CHUNK_TOKENS, range(4)))
+    assert (report.exact, report.unread) == (0, 1)
+    assert "no such chunk" in report.details[0]
+
+
+# Messages
+
+
+def test_reports_of_ranks_add_up():
+    """Bytes add up, the slowest rank's time stands, and a chunk's worst audit."""
+    first = WorkerReport(loads={"a": LoadReport(10, 1.0, {b"k": "x"}, {b"k"}, {"damaged": 1})})
+    second = WorkerReport(loads={"a": LoadReport(5, 2.0, {b"l": "y"}, set(), {"damaged": 1})})
+    assert WorkerReport().is_empty
+    assert not first.is_empty
+    merged = first.aggregate(second).loads["a"]
+    assert (merged.loaded_bytes, merged.seconds) == (15, 2.0)
+    assert merged.reasons == {"damaged": 2}
+    assert set(merged.failures) == {b"k", b"l"}

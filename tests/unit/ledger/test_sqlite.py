@@ -1,0 +1,243 @@
+"""The ledger on a real SQLite file: what every database does, and what is SQLite's own."""
+
+from __future__ import annotations
+
+import math
+import sqlite3
+import sys
+from contextlib import contextmanager
+
+import apsw
+import pytest
+
+from tests.support.ledger_books import NANO, fresh_number, funded_ledger, hold, receipt
+from tests.support.ledger_conformance import *  # noqa: F403  # its tests run here, on this module's places
+from tests.support.ledger_keeping import *  # noqa: F403
+from tests.support.ledger_processes import *  # noqa: F403
+from vllm_kvmarket import ConfigError, LedgerError
+from vllm_kvmarket.core import sqlite
+from vllm_kvmarket.ledger import Ledger, Outcome, plain, post, tables
+
+
+@pytest.fixture
+def new_place(tmp_path):
+    return lambda: tmp_path / f"market-{fresh_number()}.sqlite"
+
+
+@pytest.fixture
+def place(new_place):
+    return new_place()
+
+
+@pytest.fixture
+def refusals():
+    return apsw.ConstraintError
+
+
+@pytest.fixture
+def by_hand(place):
+    def execute(statement):
+        db = apsw.Connection(str(place))
+        db.pragma("foreign_keys", True)
+        try:
+            db.execute(statement)
+        finally:
+            db.close()
+
+    return execute
+
+
+@pytest.fixture
+def held_up(place):
+    @contextmanager
+    def hold_up():
+        other = apsw.Connection(str(place))
+        other.execute("BEGIN IMMEDIATE")
+        yield
+        other.execute("COMMIT")
+        other.close()
+
+    return hold_up
+
+
+COLUMNS = "kind, debit, credit, 7, pending_id, timeout_s, code, user_data, created_at_s"
+
+
+@pytest.mark.parametrize(
+    "statement",
+    [
+        f"INSERT OR REPLACE INTO transfer SELECT sequence, id, {COLUMNS} FROM transfer",
+        f"INSERT OR REPLACE INTO transfer SELECT NULL, id, {COLUMNS} FROM transfer",
+        f"INSERT OR REPLACE INTO transfer SELECT sequence, id || 'x', {COLUMNS} FROM transfer",
+        "INSERT OR REPLACE INTO transfer SELECT 99, 'x', 'void', debit, credit, 0, pending_id, 0, "
+        "'', '', 0 FROM transfer WHERE kind = 'post'",
+        "REPLACE INTO receipt SELECT sequence, id, request_id, account, document_id, 7, body "
+        "FROM receipt",
+    ],
+)
+def test_nothing_is_replaced(ledger, by_hand, statement):
+    """INSERT OR REPLACE deletes without asking the triggers that forbid deleting."""
+    batch = [hold("h", 1), post(id="p", pending_id="h", amount_nano=1)]
+    ledger.submit(batch, receipt=receipt("kvr_1", 1, "p")).result()
+    before = ledger.transfers(), ledger.receipts()
+    with pytest.raises(apsw.ConstraintError):
+        by_hand(statement)
+    assert (ledger.transfers(), ledger.receipts()) == before
+
+
+def test_the_audit_names_transfers_out_of_nothing(ledger, place):
+    """Whoever takes the schema's guards down and forges rows is found, not crashed on."""
+    db = apsw.Connection(str(place))
+    db.execute(
+        "DROP TRIGGER transfer_names_an_open_hold; INSERT INTO transfer (id, kind, debit, credit, "
+        "amount_nano, pending_id, timeout_s, code, user_data, created_at_s) VALUES "
+        "('p', 'post', 'ghost', 'alice', 1, 'gone', 0, '', '', 0)"
+    )
+    db.close()
+    problems = ledger.check_integrity()
+    assert "transfer p: account ghost is missing" in problems
+    assert "transfer p: cannot resolve gone" in problems
+    assert f"account alice: credits_posted is {NANO}, transfers say {NANO + 1}" in problems
+
+
+def test_a_locked_database_is_told_and_got_over(place, monkeypatch):
+    """Who waits too long for another process' transaction gets LedgerError, and may try again."""
+    monkeypatch.setattr(sqlite, "BUSY_TIMEOUT_MS", 50)
+    with funded_ledger(place) as ledger:
+        other = apsw.Connection(str(place))
+        other.execute("BEGIN IMMEDIATE")
+        futures = [ledger.submit([hold(f"h{number}", 1)], patience_s=0) for number in range(3)]
+        for future in futures:
+            with pytest.raises(LedgerError, match=r"could not be written.*locked"):
+                future.result(timeout=30)
+        with pytest.raises(LedgerError, match="cannot be used"):
+            ledger.create_account("bob", "buyer")
+        other.execute("ROLLBACK")
+        other.close()
+        again = ledger.submit([hold("h0", 1)]).result(timeout=30)
+        assert again[0].outcome is Outcome.OK
+        assert ledger.check_integrity() == []
+
+
+def test_a_full_disk_is_told_and_got_over(place, monkeypatch):
+    """No part of a batch that found no room is there; the writer goes on when there is room."""
+    opened = []
+
+    def connect(place, honest=sqlite.connect):
+        opened.append(honest(place))
+        return opened[-1]
+
+    monkeypatch.setattr(sqlite, "connect", connect)
+    with funded_ledger(place) as ledger:
+        pages = opened[0].pragma("page_count")
+        for connection in opened:
+            connection.pragma("max_page_count", pages + 4)
+        bulky = [
+            plain(
+                id=f"t{number}",
+                debit="alice",
+                credit="provider",
+                amount_nano=1,
+                code="x",
+                user_data="u" * 3000,
+            )
+            for number in range(20)
+        ]
+        with pytest.raises(LedgerError, match=r"could not be written.*full"):
+            ledger.submit(bulky, patience_s=0).result(timeout=30)
+        assert ledger.account("alice").balance_nano == NANO
+        assert len(ledger.transfers()) == 1
+        for connection in opened:
+            connection.pragma("max_page_count", 10_000)
+        assert ledger.submit(bulky).result(timeout=30)[-1].outcome is Outcome.OK
+        assert ledger.account("alice").balance_nano == NANO - 20
+        assert ledger.check_integrity() == []
+
+
+def test_a_database_that_is_none_is_told(place):
+    """Whatever lies under that name, the answer is one of ours."""
+    place.write_text("no database at all, and long enough to be looked at" * 100)
+    with pytest.raises(LedgerError, match="cannot be used"):
+        Ledger.open(place)
+
+
+def test_a_lock_that_is_let_go_in_time_costs_nobody_anything(place, monkeypatch, held_up):
+    """While callers have patience, the writer tries again; they are answered in order."""
+    monkeypatch.setattr(sqlite, "BUSY_TIMEOUT_MS", 10)
+    with funded_ledger(place) as ledger:
+        with held_up():
+            impatient = ledger.submit([hold("h0", 1)], patience_s=0)
+            patient = [ledger.submit([hold(f"h{n}", 1)], patience_s=math.inf) for n in (1, 2)]
+            with pytest.raises(LedgerError, match="submit the same again"):
+                impatient.result(timeout=30)
+            assert not any(each.done() for each in patient)
+        for each in patient:
+            assert each.result(timeout=30)[0].outcome is Outcome.OK
+        assert [each.id for each in ledger.transfers()] == ["h2", "h1", "d1"]
+
+
+def test_books_of_version_2_are_kept(place):
+    """The third version gives accounts a currency and holds a table; nothing else changes."""
+    old = sqlite.connect(place)
+    sqlite.migrate(old, tables.ROOM, tables.MIGRATIONS[:2])
+    facts = "debit, credit, amount_nano, pending_id, timeout_s, code, user_data, created_at_s"
+    old.execute(
+        f"""
+        INSERT INTO account (id, kind, may_go_negative) VALUES
+            ('world', 'world', 1), ('provider', 'provider', 0), ('alice', 'buyer', 0);
+        INSERT INTO transfer (id, kind, {facts}) VALUES
+            ('d', 'plain', 'world', 'alice', 100, NULL, 0, 'deposit', '', 1.5),
+            ('h', 'pending', 'alice', 'provider', 9, NULL, 60, 'reuse', 'doc', 2.5),
+            ('p', 'post', 'alice', 'provider', 4, 'h', 0, 'reuse', 'doc', 3.5),
+            ('g', 'pending', 'alice', 'provider', 7, NULL, 60, 'reuse', 'doc', 4.5);
+        UPDATE account SET debits_posted = 100 WHERE id = 'world';
+        UPDATE account SET credits_posted = 4, credits_pending = 7 WHERE id = 'provider';
+        UPDATE account SET credits_posted = 100, debits_posted = 4, debits_pending = 7
+            WHERE id = 'alice';
+        """
+    )
+    before = old.execute("SELECT * FROM transfer").fetchall()
+    old.close()
+    with Ledger.open(place, clock=lambda: 5.0) as ledger:
+        assert ledger.check_integrity() == []
+        assert ledger.account("alice").currency == "USD"
+        assert ledger.due_at_s("g") == 64.5
+        assert ledger.due_at_s("h") is None
+        ledger.submit([post(id="q", pending_id="g", amount_nano=7)]).result()
+        assert ledger.account("provider").balance_nano == 11
+        assert ledger.check_integrity() == []
+    with sqlite3.connect(place) as plain_reader:
+        assert plain_reader.execute("SELECT * FROM transfer").fetchall()[:-1] == before
+        assert plain_reader.execute("PRAGMA foreign_key_check").fetchall() == []
+    plain_reader.close()
+
+
+def test_books_of_a_newer_version_are_refused_and_left_alone(place):
+    """Older code would spoil them: it says which version to install, and writes nothing."""
+    Ledger.open(place).close()
+    connection = apsw.Connection(str(place))
+    connection.execute("UPDATE schema_version SET version = 99 WHERE room = 'ledger'")
+    with pytest.raises(ConfigError, match=r"made by a newer kvmarket \(version 99"):
+        Ledger.open(place)
+    (kept,) = connection.execute("SELECT version FROM schema_version WHERE room = 'ledger'")
+    assert kept == (99,)
+    connection.close()
+
+
+def test_due_holds_are_found_by_an_index(ledger, place):
+    """Looking for them costs the same among millions of resolved ones."""
+    db = apsw.Connection(str(place))
+    plan = db.execute(
+        "EXPLAIN QUERY PLAN SELECT pending_id FROM hold WHERE due_at_s <= 1 "
+        "ORDER BY due_at_s LIMIT 5"
+    ).fetchall()
+    db.close()
+    assert [row[-1] for row in plan] == ["SEARCH hold USING COVERING INDEX hold_due (due_at_s<?)"]
+
+
+def test_a_url_of_postgresql_needs_its_driver(monkeypatch):
+    """Who did not install it is told how; SQLite works without it."""
+    monkeypatch.setitem(sys.modules, "psycopg", None)
+    monkeypatch.delitem(sys.modules, "vllm_kvmarket.ledger.postgres", raising=False)
+    with pytest.raises(LedgerError, match=r"pip install vllm-kvmarket\[postgres\]"):
+        Ledger.open("postgresql://localhost/market")

@@ -1,0 +1,193 @@
+"""Statements and payouts: what an account sees of its money."""
+
+import csv
+import io
+import threading
+
+import pytest
+
+from tests.support.proof_market import open_shop, sell
+from vllm_kvmarket.core.errors import LedgerError, NotFoundError
+from vllm_kvmarket.core.pricing import NANO, format_nano
+from vllm_kvmarket.ledger import PROVIDER, Ledger, plain
+from vllm_kvmarket.ledger.statements import as_csv, payout, statement
+
+
+@pytest.fixture
+def market(tmp_path):
+    with open_shop(tmp_path / "home") as market:
+        yield market
+
+
+@pytest.fixture
+def clock():
+    return [1_000.0]
+
+
+@pytest.fixture
+def ledger(tmp_path, clock):
+    """Pat earned 10 at 1000, 20 at 2000 and 30 at 3000."""
+    with Ledger.open(tmp_path / "ledger.sqlite", clock=lambda: clock[0]) as ledger:
+        ledger.create_account("pat", "publisher")
+        for number in (1, 2, 3):
+            clock[0] = 1000.0 * number
+            ledger.deposit("pat", 10 * number, f"d{number}")
+        yield ledger
+
+
+def test_a_publisher_sees_its_sales_and_royalties(market):
+    """Each royalty with the sale that it is a share of."""
+    sales = [sell(market, "p1"), sell(market, "p2", 256)]
+    made = statement(market.ledger, "pat")
+    assert [line.kind for line in made.lines] == ["royalty", "royalty"]
+    assert [line.amount_nano for line in made.lines] == [sale.royalty_nano for sale in sales]
+    assert [line.sale_nano for line in made.lines] == [sale.charge_nano for sale in sales]
+    assert [line.receipt_id for line in made.lines] == [sale.id for sale in sales]
+    assert (made.sales, made.tokens_sold) == (2, 856)
+    assert made.sold_nano == sum(sale.charge_nano for sale in sales)
+    assert made.totals_nano == {"royalty": market.ledger.account("pat").balance_nano}
+    assert "alice" not in str(made), "who bought it is the market's to know"
+
+
+def test_a_buyer_sees_deposits_and_purchases(market):
+    """What is reserved and not charged is not there."""
+    receipt = sell(market, "p1", 256)
+    payout(market.ledger, "alice", "refund 7", 5)
+    made = statement(market.ledger, "alice")
+    assert [line.kind for line in made.lines] == ["deposit", "purchase", "payout"]
+    assert [line.amount_nano for line in made.lines] == [NANO, -receipt.charge_nano, -5]
+    assert made.lines[1].title == "The Licence"
+    assert made.lines[2].reference == "refund 7"
+    assert made.closing_nano == market.ledger.account("alice").balance_nano
+    assert made.sales == 0
+
+
+def test_the_provider_sees_every_sale_and_the_royalties_that_it_paid(market):
+    """Its lines add up to its balance."""
+    receipt = sell(market, "p1")
+    made = statement(market.ledger, PROVIDER)
+    assert made.totals_nano == {"sale": receipt.charge_nano, "royalty": -receipt.royalty_nano}
+    assert (made.sales, made.sold_nano) == (1, receipt.charge_nano)
+
+
+def test_sales_that_brought_nothing_are_told(market):
+    """Without a royalty there is no transfer to the publisher; the sale is on its statement."""
+    receipt = sell(market, "p1", 0)
+    assert receipt.royalty_nano == 0
+    listing = market.catalogue.listings()[0]
+    made = statement(market.ledger, "pat", documents=[listing.document_id])
+    assert [(line.kind, line.amount_nano, line.receipt_id) for line in made.lines] == [
+        ("sale", 0, receipt.id)
+    ]
+    assert made.sales == 1
+
+
+@pytest.mark.parametrize(
+    ("from_s", "to_s", "brought_forward", "amounts"),
+    [
+        (None, None, 0, [10, 20, 30]),
+        (1000.0, None, 0, [10, 20, 30]),
+        (1000.1, None, 10, [20, 30]),
+        (2000.0, 3000.0, 10, [20]),
+        (2000.0, 3000.1, 10, [20, 30]),
+        (None, 1000.0, 0, []),
+        (5000.0, None, 60, []),
+    ],
+)
+def test_the_balance_is_brought_forward(ledger, from_s, to_s, brought_forward, amounts):
+    """A period has its beginning and not its end, so that periods add up."""
+    made = statement(ledger, "pat", from_s, to_s)
+    assert made.brought_forward_nano == brought_forward
+    assert [line.amount_nano for line in made.lines] == amounts
+    assert made.closing_nano == brought_forward + sum(amounts)
+    if made.lines:
+        assert made.lines[-1].balance_nano == made.closing_nano
+    if to_s is not None:
+        assert statement(ledger, "pat", to_s).brought_forward_nano == made.closing_nano
+
+
+def test_an_unknown_account_has_no_statement(ledger):
+    """A mistyped name is not an empty statement."""
+    with pytest.raises(NotFoundError):
+        statement(ledger, "bob")
+
+
+def test_a_statement_is_written_as_csv(ledger):
+    """In currency units, brought forward first and closing last; formulas are disarmed."""
+    ledger.transact(
+        plain(
+            id='=HYPERLINK("x")', debit="world", credit="pat", amount_nano=NANO // 2, code="deposit"
+        )
+    )
+    made = statement(ledger, "pat", 1500.0)
+    rows = list(csv.DictReader(io.StringIO(as_csv(made), newline="")))
+    assert [row["kind"] for row in rows] == ["brought forward", *["deposit"] * 3, "closing"]
+    assert rows[0]["balance"] == format_nano(10)
+    assert rows[-1]["balance"] == format_nano(made.closing_nano) == "0.50000006"
+    assert rows[1]["at"] == "1970-01-01T00:33:20.000+00:00"
+    assert (rows[3]["amount"], rows[3]["currency"]) == ("0.50", "USD")
+    assert rows[3]["transfer_id"] == '\'=HYPERLINK("x")'
+
+
+def test_a_payout_moves_the_balance_out_once(ledger):
+    """The same reference again changes nothing, whatever has come in since."""
+    transfer, is_new = payout(ledger, "pat", "bank 1")
+    assert (transfer.amount_nano, transfer.user_data, is_new) == (60, "bank 1", True)
+    assert (transfer.debit, transfer.credit) == ("pat", "world")
+    assert payout(ledger, "pat", "bank 1") == (transfer, False), "with nothing left"
+    ledger.deposit("pat", 5, "d4")
+    assert payout(ledger, "pat", "bank 1") == (transfer, False)
+    assert payout(ledger, "pat", "bank 1", 60) == (transfer, False)
+    assert ledger.account("pat").balance_nano == 5
+    assert payout(ledger, "pat", "bank 2", 3)[0].amount_nano == 3
+    with pytest.raises(LedgerError, match="was used for"):
+        payout(ledger, "pat", "bank 2", 2)
+    assert ledger.account("pat").balance_nano == 2
+    assert ledger.check_integrity() == []
+
+
+@pytest.mark.parametrize(
+    ("account", "reference", "amount", "reason"),
+    [
+        ("pat", "r", 61, "exceeds credits .*0.00000006 is available"),
+        ("pat", "r", 0, "nothing to pay out"),
+        ("pat", " ", 1, "needs a reference"),
+        ("world", "r", 1, "world outside"),
+        ("provider", "r", None, "nothing to pay out"),
+        ("pat", "r\0", 1, "invalid field"),
+    ],
+)
+def test_a_payout_that_cannot_be_is_refused(ledger, account, reference, amount, reason):
+    """Nothing is moved."""
+    with pytest.raises(LedgerError, match=reason):
+        payout(ledger, account, reference, amount)
+    assert ledger.account("pat").balance_nano == 60
+
+
+def test_what_is_reserved_is_not_paid_out(market):
+    """A hold on the account is not available."""
+    from vllm_kvmarket.ledger import pending
+
+    market.ledger.transact(
+        pending(
+            id="h", debit="alice", credit=PROVIDER, amount_nano=NANO - 7, timeout_s=60, code="reuse"
+        )
+    )
+    assert payout(market.ledger, "alice", "r")[0].amount_nano == 7
+
+
+def test_two_payouts_at_once_are_one(ledger):
+    """Under one reference, from many threads: one transfer, and everyone is told of it."""
+    answers = []
+    threads = [
+        threading.Thread(target=lambda: answers.append(payout(ledger, "pat", "bank 1")))
+        for _ in range(8)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len({transfer.id for transfer, _ in answers}) == 1
+    assert [is_new for _, is_new in answers].count(True) == 1
+    assert len(answers) == 8
+    assert ledger.account("pat").balance_nano == 0

@@ -1,0 +1,318 @@
+"""Keeping a market's store in order: room for new documents, checks and repair."""
+
+from __future__ import annotations
+
+import itertools
+import time
+from pathlib import Path
+
+import apsw
+import pytest
+
+from tests.support.catalogue_documents import matched, store_and_list, tokens
+from vllm_kvmarket.catalogue import Use
+from vllm_kvmarket.core.errors import NotFoundError, NotPublishableError, StoreFullError
+from vllm_kvmarket.market import check_and_repair, eviction, garbage_collection
+from vllm_kvmarket.market.market import DATABASE_FILE, Market
+
+LENGTH = 600
+
+
+@pytest.fixture
+def home(tmp_path: Path) -> Path:
+    return tmp_path / "home"
+
+
+@pytest.fixture
+def market(home: Path):
+    with Market.open(home) as market:
+        yield market
+        assert market.catalogue.check_integrity() == []
+
+
+def store(market: Market, seed: int, **terms):
+    return store_and_list(market, tokens(LENGTH, seed), **terms)
+
+
+def damage(market: Market, key: bytes) -> None:
+    path = market.store.path(key)
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+
+
+def file_bytes(market: Market, keys) -> int:
+    return sum(market.store.path(key).stat().st_size for key in keys)
+
+
+# Room
+
+
+@pytest.fixture
+def limited(home: Path):
+    """A market whose quota has room for four documents and a bit."""
+    with Market.open(home) as market:
+        size = file_bytes(market, store(market, 0).chunk_keys)
+    with Market.open(home, {"disk_quota_bytes": 4 * size + size // 2}) as market:
+        for seed in (1, 2, 3):
+            store(market, seed)
+        yield market, size
+        assert market.store.usage().bytes_used <= market.config.disk_quota_bytes
+        assert market.catalogue.check_integrity() == []
+        assert check_and_repair.check(market).problems == []
+
+
+def live(market: Market) -> set[int]:
+    names = {
+        listing.document_id: seed
+        for seed in range(10)
+        for listing in market.catalogue.listings("live")
+        if listing.token_count == LENGTH
+        and market.catalogue.tokens_of(listing.document_id) == tokens(LENGTH, seed)
+    }
+    return set(names.values())
+
+
+def name_of(market: Market, seed: int) -> str:
+    match = market.catalogue.match(bytes(range(32)), tokens(LENGTH, seed))
+    return match.listing.document_id
+
+
+def test_room_is_made_for_one_document_by_one(limited):
+    """The one that was reused least goes, as a whole; then the new one fits."""
+    market, size = limited
+    now_s = time.time()
+    market.catalogue.note_uses(
+        [Use(name_of(market, seed), LENGTH, 0, now_s) for seed in (0, 1, 1, 3, 3)]
+    )
+    with pytest.raises(StoreFullError):
+        store(market, 4)
+    assert eviction.make_room(market, size) >= size
+    assert live(market) == {0, 1, 3}
+    (evicted,) = market.catalogue.listings("evicted")
+    assert evicted.reason == f"the store needed {size} bytes"
+    assert not any(market.store.has(key) for key in evicted.chunk_keys)
+    assert store(market, 4).state == "live"
+    assert matched(market.catalogue, tokens(LENGTH, 4)) == LENGTH
+
+
+def test_nothing_is_evicted_while_there_is_room(limited):
+    """Unlisted chunks go first, and suffice."""
+    market, size = limited
+    assert eviction.make_room(market, size // 4) >= size // 4
+    assert live(market) == {0, 1, 2, 3}
+    market.delist(name_of(market, 2))
+    assert eviction.make_room(market, size) >= size
+    assert live(market) == {0, 1, 3}
+
+
+def test_pinned_and_protected_documents_stay(limited):
+    """However little they are worth; what cannot fit beside them evicts nothing."""
+    market, size = limited
+    market.catalogue.set_pinned(name_of(market, 0), pinned=True)
+    protect = {name_of(market, 1)}
+    assert eviction.make_room(market, 3 * size, protect) < size
+    assert live(market) == {0, 1, 2, 3}
+    assert eviction.make_room(market, 2 * size, protect) >= 2 * size
+    assert live(market) == {0, 1}
+    assert eviction.make_room(market, 99 * size, protect) < 3 * size
+    assert live(market) == {0, 1}
+
+
+def test_room_is_made_by_the_configured_policy(limited, home):
+    """Under lru the oldest use decides, whatever a document is worth."""
+    market, size = limited
+    now_s = time.time()
+    uses = [Use(name_of(market, 0), LENGTH, 10**9, now_s + 1)] * 50
+    uses += [Use(name_of(market, seed), LENGTH, 0, now_s + 1 + seed) for seed in (1, 2, 3)]
+    market.catalogue.note_uses(uses)
+    config = {"disk_quota_bytes": market.config.disk_quota_bytes, "eviction": "lru"}
+    with Market.open(home, config) as by_use:
+        eviction.make_room(by_use, size)
+        assert live(by_use) == {1, 2, 3}
+
+
+def test_the_same_market_gives_the_same_victims(tmp_path):
+    """Ties are broken by the documents' ids, not by chance."""
+    gone = set()
+    for number in range(3):
+        with Market.open(tmp_path / str(number)) as market:
+            for seed in (0, 1, 2, 3) if number % 2 else (3, 1, 0, 2):
+                size = file_bytes(market, store(market, seed).chunk_keys)
+        config = {"disk_quota_bytes": 4 * size}
+        with Market.open(tmp_path / str(number), config) as market:
+            eviction.make_room(market, 2 * size)
+            gone.add(frozenset(each.document_id for each in market.catalogue.listings("evicted")))
+    assert len(gone) == 1
+    assert len(next(iter(gone))) == 2
+
+
+def test_without_a_quota_nothing_is_evicted(market):
+    """The device is shared with others, who would take what is freed."""
+    store(market, 1)
+    assert eviction.make_room(market, 1 << 60) < 1 << 60
+    assert live(market) == {1}
+
+
+def test_a_cache_makes_room_by_itself(tmp_path):
+    """What is in the bucket need not leave the market for the disk's sake."""
+    (tmp_path / "bucket").mkdir()
+    config = {"object_store_url": (tmp_path / "bucket").as_uri(), "disk_quota_bytes": 100_000}
+    with Market.open(tmp_path / "a", config) as market:
+        store(market, 1)
+        assert eviction.make_room(market, 99_999) < 100_000
+        assert live(market) == {1}
+
+
+# Time to live
+
+
+def test_the_end_of_a_document_can_be_set(market):
+    """For a time, or for good."""
+    name = store(market, 1).document_id
+    assert eviction.set_time_to_live(market, name, 9e9).expires_at_s == 9e9
+    assert eviction.set_time_to_live(market, name, None).expires_at_s is None
+    with pytest.raises(NotFoundError):
+        eviction.set_time_to_live(market, "kvd_unknown", None)
+
+
+# Checks
+
+
+def test_a_check_tells_what_is_wrong_and_changes_nothing(market, home):
+    """Damage, a missing file, books that do not add up; progress is told; quarantine is shown."""
+    good, bad = store(market, 1), store(market, 2)
+    steps: list[tuple[int, int]] = []
+    report = check_and_repair.check(market, on_progress=lambda *step: steps.append(step))
+    assert report.ok
+    assert steps == [(number, 6) for number in range(1, 7)]
+    assert (report.chunks_verified, report.quarantined, report.quota_bytes) == (6, [], None)
+    assert report.used_bytes >= report.stored_bytes > 0
+    damage(market, bad.chunk_keys[0])
+    market.store.path(bad.chunk_keys[1]).unlink()
+    report = check_and_repair.check(market)
+    assert (report.ok, report.chunks_damaged, len(report.problems)) == (False, 2, 2)
+    assert all(bad.document_id in problem for problem in report.problems)
+    assert market.catalogue.get(bad.document_id).state == "live"
+    assert check_and_repair.check(market, verify=False).ok
+    damage(market, good.chunk_keys[0])
+    assert market.store.quarantine(good.chunk_keys[0], 0, 1, "its checksum is wrong")
+    report = check_and_repair.check(market)
+    assert [file["reason"] for file in report.quarantined] == ["its checksum is wrong"]
+    database = apsw.Connection(str(home / DATABASE_FILE))
+    database.execute(
+        "UPDATE listing SET token_count = 599 WHERE document_id = ?", (good.document_id,)
+    )
+    assert any("catalogue" in problem for problem in check_and_repair.check(market).problems)
+    database.execute(
+        "UPDATE listing SET token_count = 600 WHERE document_id = ?", (good.document_id,)
+    )
+    database.close()
+
+
+def test_what_is_delisted_during_a_check_is_not_missed(market):
+    """Its chunks may go under the check's eyes."""
+    first, second = store(market, 1), store(market, 2)
+
+    def lose(done: int, _: int) -> None:
+        if done == 1:
+            for listing in (first, second):
+                market.delist(listing.document_id)
+            garbage_collection.collect_garbage(market)
+
+    assert check_and_repair.check(market, on_progress=lose).ok
+
+
+# Repair
+
+
+def republish(market: Market):
+    """Stand in for an engine: stores a document's chunks again."""
+    calls: list[str] = []
+
+    def publish(document_id: str):
+        calls.append(document_id)
+        return store_and_list(market, market.catalogue.tokens_of(document_id))
+
+    return publish, calls
+
+
+def test_damaged_documents_are_published_again(market):
+    """Those that miss something, and only those; what was damaged is set aside."""
+    good, bad, lost = store(market, 1), store(market, 2), store(market, 3)
+    damage(market, bad.chunk_keys[1])
+    market.store.path(lost.chunk_keys[0]).unlink()
+    publish, calls = republish(market)
+    report = check_and_repair.repair(market, None, publish)
+    assert (report.chunks_verified, report.chunks_damaged) == (9, 2)
+    assert sorted(report.repaired) == sorted(calls) == sorted([bad.document_id, lost.document_id])
+    assert (report.healed, report.failed) == ([], {})
+    assert len(market.store.quarantined()) == 1
+    assert market.catalogue.get(good.document_id) == good
+    assert check_and_repair.check(market).ok
+    assert len(market.catalogue.listings("live")) == 3
+
+
+def test_a_chunk_that_is_whole_heals_without_an_engine(market):
+    """It could not be read for a moment, or came back from a backup."""
+    listing = store(market, 1)
+    market.catalogue.report_damage(listing.chunk_keys[1], "it could not be read")
+    publish, calls = republish(market)
+    report = check_and_repair.repair(market, None, publish)
+    assert (report.healed, report.repaired, calls) == ([listing.document_id], [], [])
+    assert market.catalogue.get(listing.document_id) == listing
+
+
+def test_documents_that_share_what_is_lost_are_repaired_once(market):
+    """The first one's publishing makes the second whole."""
+    one = store(market, 1)
+    two = store_and_list(market, tokens(LENGTH, 1)[:512])
+    damage(market, one.chunk_keys[0])
+    publish, calls = republish(market)
+    report = check_and_repair.repair(market, None, publish)
+    assert (len(calls), len(report.repaired), len(report.healed)) == (1, 1, 1)
+    assert {*report.repaired, *report.healed} == {one.document_id, two.document_id}
+    assert check_and_repair.check(market).ok
+
+
+def test_what_fails_is_told_and_stops_nothing(market):
+    """Each with its reason; documents that are off the market are not brought back."""
+    first, second, off = store(market, 1), store(market, 2), store(market, 3)
+    market.delist(off.document_id)
+    evicted = store(market, 4)
+    market.catalogue.evict(evicted.document_id, "no room")
+    for listing in (first, second):
+        damage(market, listing.chunk_keys[0])
+    publish, _ = republish(market)
+
+    def choosy(document_id: str):
+        if document_id == first.document_id:
+            raise NotPublishableError("another model's")
+        return publish(document_id)
+
+    chosen = [each.document_id for each in (first, second, off, evicted)]
+    report = check_and_repair.repair(market, chosen, choosy)
+    assert report.failed == {
+        first.document_id: "another model's",
+        off.document_id: "it is delisted; publish it again",
+    }
+    assert report.repaired == [second.document_id, evicted.document_id]
+    with pytest.raises(NotFoundError):
+        check_and_repair.repair(market, ["kvd_unknown"], publish)
+
+
+def test_publishing_that_lists_nothing_is_no_repair(market):
+    """The state afterwards decides, not that nothing was raised."""
+    listing = store(market, 1)
+    damage(market, listing.chunk_keys[0])
+    report = check_and_repair.repair(market, [listing.document_id], market.catalogue.get)
+    assert "it is damaged still" in report.failed[listing.document_id]
+
+
+def test_every_step_of_a_repair_is_told(market):
+    """As many as there are different chunks."""
+    store(market, 1)
+    store_and_list(market, tokens(LENGTH, 1)[:512])
+    steps: list[tuple[int, int]] = []
+    check_and_repair.repair(market, None, market.catalogue.get, lambda *step: steps.append(step))
+    assert steps == list(itertools.zip_longest(range(1, 4), [], fillvalue=3))

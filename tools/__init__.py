@@ -1,0 +1,1 @@
+"""What builds the environment, the models and the generated documents."""

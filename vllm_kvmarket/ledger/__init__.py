@@ -6,6 +6,7 @@ from vllm_kvmarket.ledger.model import (
     Account,
     Operation,
     Outcome,
+    Receipt,
     Result,
     Transfer,
     expire,
@@ -15,7 +16,6 @@ from vllm_kvmarket.ledger.model import (
     renew,
     void,
 )
-from vllm_kvmarket.ledger.receipts import Receipt
 
 __all__ = [
     "ACCOUNT_ID",

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable
 
-from vllm_kvmarket.ledger.model import Account, Transfer
-from vllm_kvmarket.ledger.receipts import Receipt
+from vllm_kvmarket.ledger.model import Account, Receipt, Transfer
 from vllm_kvmarket.ledger.rules import ENDS
 from vllm_kvmarket.ledger.storage import Everything
 

@@ -26,13 +26,13 @@ from vllm_kvmarket.ledger.model import (
     AccountKind,
     Operation,
     Outcome,
+    Receipt,
     Result,
     Transfer,
     expire,
     plain,
     renew,
 )
-from vllm_kvmarket.ledger.receipts import Receipt
 from vllm_kvmarket.ledger.storage import Batch, Storage
 
 PROVIDER = "provider"

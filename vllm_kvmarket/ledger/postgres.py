@@ -16,8 +16,7 @@ from vllm_kvmarket.core import sqlite
 from vllm_kvmarket.core.errors import LedgerError, LedgerUnavailableError
 from vllm_kvmarket.ledger import postgres_schema
 from vllm_kvmarket.ledger.group_commit import malformed, unavailable
-from vllm_kvmarket.ledger.model import Account, Result, Transfer
-from vllm_kvmarket.ledger.receipts import Receipt
+from vllm_kvmarket.ledger.model import Account, Receipt, Result, Transfer
 from vllm_kvmarket.ledger.storage import Batch, Everything, apply_group, wanted
 from vllm_kvmarket.ledger.working_set import Found, GroupBooks
 
@@ -50,8 +49,9 @@ WRITER_SETTINGS = (
     "SET synchronous_commit = on; SET idle_in_transaction_session_timeout = '5s'; "
     "SET lock_timeout = '10s'"
 )
-# Serialises those who migrate; any number of ours.
-MIGRATION_LOCK = 0x6B766D61726B6574
+SCHEMA_VERSION = 1
+# Only one process at a time makes the tables; the number is arbitrary.
+SCHEMA_LOCK = 0x6B766D61726B6574
 ACCOUNT_COLUMNS = ", ".join(Account.__struct_fields__)
 TRANSFER_COLUMNS = ", ".join(
     "coalesce(pending_id, '') AS pending_id" if field == "pending_id" else field
@@ -77,7 +77,7 @@ class PostgresStorage:
         self._writing: psycopg.Connection[Any] | None = None
         with self._reported():
             with self._writer().transaction():
-                _migrate(self._writer())
+                _make_tables(self._writer())
             self._pool = psycopg_pool.ConnectionPool(
                 url,
                 kwargs={**CONNECTION, "autocommit": True},
@@ -255,22 +255,18 @@ def _is_away(error: Exception) -> bool:
     return isinstance(error, psycopg.Error) and not isinstance(error, refused)
 
 
-def _migrate(db: psycopg.Connection[Any]) -> None:
-    """Bring the tables to the newest version, in one transaction; one process at a time."""
-    db.execute("SELECT pg_advisory_xact_lock(%s)", (MIGRATION_LOCK,))
+def _make_tables(db: psycopg.Connection[Any]) -> None:
+    """Make the tables where there are none, in one transaction; one process at a time."""
+    db.execute("SELECT pg_advisory_xact_lock(%s)", (SCHEMA_LOCK,))
     db.execute(postgres_schema.VERSION_TABLE)
     row = db.execute(
         "SELECT version FROM kvmarket.schema_version WHERE room = %s", (ROOM,)
     ).fetchone()
     version = row[0] if row else 0
-    sqlite.refuse_newer(ROOM, version, len(postgres_schema.MIGRATIONS))
-    for migration in postgres_schema.MIGRATIONS[version:]:
-        db.execute(sql.SQL(migration))
-    db.execute(
-        "INSERT INTO kvmarket.schema_version VALUES (%s, %s) "
-        "ON CONFLICT (room) DO UPDATE SET version = excluded.version",
-        (ROOM, len(postgres_schema.MIGRATIONS)),
-    )
+    sqlite.refuse_newer(ROOM, version, SCHEMA_VERSION)
+    if version < SCHEMA_VERSION:
+        db.execute(sql.SQL(postgres_schema.SCHEMA))
+        db.execute("INSERT INTO kvmarket.schema_version VALUES (%s, %s)", (ROOM, SCHEMA_VERSION))
 
 
 def _accounts(

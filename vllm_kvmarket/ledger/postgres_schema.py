@@ -1,6 +1,6 @@
 """The ledger's tables and functions in PostgreSQL, in the schema `kvmarket`.
 
-The same rules stand in both databases' schemas; see tables.py for SQLite's.
+The same rules stand in both databases' schemas; see sqlite.py for SQLite's.
 """
 
 from __future__ import annotations
@@ -207,4 +207,4 @@ BEGIN
 END $$;
 """
 
-MIGRATIONS = (TABLES + GUARDS + FUNCTIONS,)
+SCHEMA = TABLES + GUARDS + FUNCTIONS

@@ -4,23 +4,132 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import apsw
+import msgspec
 
 from vllm_kvmarket.core import sqlite
 from vllm_kvmarket.core.errors import LedgerUnavailableError
-from vllm_kvmarket.ledger import tables
 from vllm_kvmarket.ledger.group_commit import malformed, unavailable
-from vllm_kvmarket.ledger.model import Account, Result, Transfer
-from vllm_kvmarket.ledger.receipts import Receipt
+from vllm_kvmarket.ledger.model import Account, Receipt, Result, Transfer
 from vllm_kvmarket.ledger.storage import Batch, Everything, apply_group, wanted
 from vllm_kvmarket.ledger.working_set import Found, GroupBooks, Memory, Wanted
 
 WRITER_CACHE_KIB = 65_536  # a group touches pages all over the indexes of random ids
 CHECKPOINT_PAGES = 4000  # a page that many groups change is copied to the file once
+ROOM = "ledger"
+SCHEMA = """
+CREATE TABLE account (
+    id TEXT PRIMARY KEY CHECK (length(id) BETWEEN 1 AND 128),
+    kind TEXT NOT NULL CHECK (kind IN ('buyer', 'publisher', 'provider', 'world')),
+    may_go_negative INTEGER NOT NULL CHECK (may_go_negative IN (0, 1)),
+    currency TEXT NOT NULL CHECK (length(currency) BETWEEN 3 AND 12),
+    debits_pending INTEGER NOT NULL DEFAULT 0 CHECK (debits_pending >= 0),
+    credits_pending INTEGER NOT NULL DEFAULT 0 CHECK (credits_pending >= 0),
+    debits_posted INTEGER NOT NULL DEFAULT 0 CHECK (debits_posted >= 0),
+    credits_posted INTEGER NOT NULL DEFAULT 0 CHECK (credits_posted >= 0),
+    CHECK (may_go_negative OR debits_posted + debits_pending <= credits_posted)
+) STRICT;
+CREATE TABLE transfer (
+    sequence INTEGER PRIMARY KEY,
+    id TEXT NOT NULL UNIQUE CHECK (length(id) BETWEEN 1 AND 512),
+    kind TEXT NOT NULL CHECK (kind IN ('plain', 'pending', 'renew', 'post', 'void', 'expire')),
+    debit TEXT NOT NULL REFERENCES account (id),
+    credit TEXT NOT NULL REFERENCES account (id),
+    amount_nano INTEGER NOT NULL CHECK (amount_nano >= 0),
+    pending_id TEXT REFERENCES transfer (id),
+    timeout_s INTEGER NOT NULL CHECK (timeout_s >= 0),
+    code TEXT NOT NULL,
+    user_data TEXT NOT NULL,
+    created_at_s REAL NOT NULL,
+    CHECK (debit <> credit),
+    CHECK ((pending_id IS NULL) = (kind IN ('plain', 'pending'))),
+    CHECK ((timeout_s > 0) = (kind IN ('pending', 'renew')))
+) STRICT;
+CREATE UNIQUE INDEX transfer_resolution ON transfer (pending_id)
+    WHERE kind IN ('post', 'void', 'expire');
+CREATE INDEX transfer_debit ON transfer (debit);
+CREATE INDEX transfer_credit ON transfer (credit);
+CREATE TABLE hold (
+    pending_id TEXT PRIMARY KEY REFERENCES transfer (id),
+    due_at_s REAL NOT NULL
+) STRICT, WITHOUT ROWID;
+CREATE INDEX hold_due ON hold (due_at_s);
+CREATE TABLE receipt (
+    sequence INTEGER PRIMARY KEY,
+    id TEXT NOT NULL UNIQUE,
+    request_id TEXT NOT NULL,
+    account TEXT NOT NULL REFERENCES account (id),
+    document_id TEXT NOT NULL,
+    charge_nano INTEGER NOT NULL CHECK (charge_nano >= 0),
+    body TEXT NOT NULL
+) STRICT;
+CREATE INDEX receipt_account ON receipt (account);
+CREATE INDEX receipt_request ON receipt (request_id);
+CREATE INDEX receipt_document ON receipt (document_id);
+-- INSERT OR REPLACE deletes without asking the other triggers: those BEFORE INSERT ask first.
+CREATE TRIGGER transfer_is_new BEFORE INSERT ON transfer
+    WHEN EXISTS (SELECT 1 FROM transfer WHERE id = NEW.id)
+        OR EXISTS (SELECT 1 FROM transfer WHERE sequence = NEW.sequence)
+    BEGIN SELECT RAISE (ABORT, 'transfers are never replaced'); END;
+CREATE TRIGGER transfer_is_final BEFORE UPDATE ON transfer
+    BEGIN SELECT RAISE (ABORT, 'transfers never change'); END;
+CREATE TRIGGER transfer_stays BEFORE DELETE ON transfer
+    BEGIN SELECT RAISE (ABORT, 'transfers are never deleted'); END;
+CREATE TRIGGER transfer_names_an_open_hold BEFORE INSERT ON transfer
+    WHEN NEW.pending_id IS NOT NULL AND (
+        EXISTS (SELECT 1 FROM transfer WHERE pending_id = NEW.pending_id
+            AND kind IN ('post', 'void', 'expire'))
+        OR NOT EXISTS (
+            SELECT 1 FROM transfer WHERE id = NEW.pending_id AND kind = 'pending'
+            AND debit = NEW.debit AND credit = NEW.credit
+            AND NEW.amount_nano <= iif(NEW.kind = 'post', amount_nano, 0)))
+    BEGIN SELECT RAISE (ABORT, 'what names a pending transfer fits it, while it is open'); END;
+CREATE TRIGGER transfer_has_one_currency BEFORE INSERT ON transfer
+    WHEN (SELECT currency FROM account WHERE id = NEW.debit)
+        <> (SELECT currency FROM account WHERE id = NEW.credit)
+    BEGIN SELECT RAISE (ABORT, 'both accounts of a transfer have one currency'); END;
+CREATE TRIGGER receipt_is_new BEFORE INSERT ON receipt
+    WHEN EXISTS (SELECT 1 FROM receipt WHERE id = NEW.id OR sequence = NEW.sequence)
+    BEGIN SELECT RAISE (ABORT, 'receipts are never replaced'); END;
+CREATE TRIGGER receipt_is_final BEFORE UPDATE ON receipt
+    BEGIN SELECT RAISE (ABORT, 'receipts never change'); END;
+CREATE TRIGGER receipt_stays BEFORE DELETE ON receipt
+    BEGIN SELECT RAISE (ABORT, 'receipts are never deleted'); END;
+CREATE TRIGGER account_stays BEFORE DELETE ON account
+    BEGIN SELECT RAISE (ABORT, 'accounts are never deleted'); END;
+CREATE TRIGGER account_is_itself BEFORE UPDATE OF id, kind, may_go_negative, currency ON account
+    BEGIN SELECT RAISE (ABORT, 'accounts keep their id, kind, limit and currency'); END;
+"""
+
+ACCOUNT_COLUMNS = ", ".join(Account.__struct_fields__)
+TRANSFER_COLUMNS = ", ".join(Transfer.__struct_fields__)
+# Most transfers resolve nothing: "" in a Transfer, NULL in the table.
+READ_TRANSFER = TRANSFER_COLUMNS.replace("pending_id", "ifnull(pending_id, '')")
+INSERT_TRANSFER = (
+    f"INSERT INTO transfer ({TRANSFER_COLUMNS}) VALUES ",  # noqa: S608  # names are ours
+    "("
+    + ", ".join("nullif(?, '')" if f == "pending_id" else "?" for f in Transfer.__struct_fields__)
+    + ")",
+    "",
+)
+INSERT_HOLD = (
+    "INSERT INTO hold (pending_id, due_at_s) VALUES ",
+    "(?, ?)",
+    " ON CONFLICT (pending_id) DO UPDATE SET due_at_s = excluded.due_at_s",
+)
+INSERT_RECEIPT = (
+    "INSERT INTO receipt (id, request_id, account, document_id, charge_nano, body) VALUES ",
+    "(?, ?, ?, ?, ?, ?)",
+    "",
+)
+# Few sizes, so that the connection's cache of statements holds them all.
+ROWS_AT_ONCE = (128, 16, 4, 1)
+Row = tuple[Any, ...]
 
 
 class SqliteStorage:
@@ -38,7 +147,7 @@ class SqliteStorage:
             self._writing = sqlite.connect(path)
             self._writing.pragma("cache_size", -WRITER_CACHE_KIB)
             self._writing.pragma("wal_autocheckpoint", CHECKPOINT_PAGES)
-            sqlite.migrate(self._writing, tables.ROOM, tables.MIGRATIONS)
+            sqlite.migrate(self._writing, ROOM, (SCHEMA,))
 
     def close(self) -> None:
         """See Storage."""
@@ -66,7 +175,7 @@ class SqliteStorage:
         try:
             books = GroupBooks(self._find(db, looked_for))
             answers, receipts = apply_group(books, group)
-            tables.keep(db, books, receipts)
+            _keep(db, books, receipts)
             db.execute("COMMIT")
             self._memory.learn(books)
         except BaseException:
@@ -84,7 +193,7 @@ class SqliteStorage:
             self._data_version = version
             self._memory.forget()
         known, left = self._memory.divide(looked_for)
-        found = tables.find(db, left)
+        found = _find(db, left)
         return Found(
             known.accounts + found.accounts,
             known.transfers + found.transfers,
@@ -104,27 +213,38 @@ class SqliteStorage:
     def account(self, account_id: str) -> Account | None:
         """See Storage."""
         with self._reading() as db:
-            return next(iter(tables.read_accounts(db, [account_id])), None)
+            return next(iter(_accounts(db, [account_id])), None)
 
     def accounts(self) -> list[Account]:
         """See Storage."""
         with self._reading() as db:
-            return tables.read_accounts(db)
+            return _accounts(db)
 
     def transfer(self, transfer_id: str) -> Transfer | None:
         """See Storage."""
         with self._reading() as db:
-            return next(iter(tables.read_some(db, [transfer_id])), None)
+            return next(iter(_transfers(db, [transfer_id])), None)
 
     def transfers(self, account: str | None, limit: int | None) -> list[Transfer]:
         """See Storage."""
         with self._reading() as db:
-            return tables.read_transfers(db, account, limit)
+            # OR over the two indexes; a condition that also fits "all" would read the whole table.
+            where = "" if account is None else "WHERE debit = ?1 OR credit = ?1 "
+            rows = db.execute(
+                f"SELECT {READ_TRANSFER} FROM transfer {where}ORDER BY sequence DESC LIMIT ?2",  # noqa: S608  # names are ours
+                (account, -1 if limit is None else limit),
+            )
+            return [Transfer(*row) for row in rows]
 
     def transfers_after(self, sequence: int, limit: int) -> list[Transfer]:
         """See Storage."""
         with self._reading() as db:
-            return tables.read_after(db, sequence, limit)
+            rows = db.execute(
+                f"SELECT {READ_TRANSFER} FROM transfer WHERE sequence > ? "  # noqa: S608  # names are ours
+                "ORDER BY sequence LIMIT ?",
+                (sequence, limit),
+            )
+            return [Transfer(*row) for row in rows]
 
     def sequence_of(self, transfer_id: str) -> int | None:
         """See Storage."""
@@ -136,17 +256,21 @@ class SqliteStorage:
     def receipts(self, where: Mapping[str, str], limit: int | None) -> list[Receipt]:
         """See Storage."""
         with self._reading() as db:
-            return tables.read_receipts(db, where, limit)
+            return _receipts(db, where, limit)
 
     def due_at_s(self, pending_id: str) -> float | None:
         """See Storage."""
         with self._reading() as db:
-            return tables.read_dues(db, [pending_id]).get(pending_id)
+            return _dues(db, [pending_id]).get(pending_id)
 
     def overdue(self, now_s: float, limit: int) -> list[str]:
         """See Storage."""
         with self._reading() as db:
-            return tables.overdue_holds(db, now_s, limit)
+            rows = db.execute(
+                "SELECT pending_id FROM hold WHERE due_at_s <= ? ORDER BY due_at_s LIMIT ?",
+                (now_s, limit),
+            )
+            return [held for (held,) in rows]
 
     def everything(self) -> Everything:
         """See Storage."""
@@ -154,10 +278,10 @@ class SqliteStorage:
             db.execute("BEGIN")  # a read transaction: all of it of the same moment
             try:
                 return Everything(
-                    tables.read_accounts(db),
-                    tables.read_transfers(db)[::-1],
-                    tables.read_receipts(db, {})[::-1],
-                    tables.read_dues(db),
+                    _accounts(db),
+                    _transfers(db),
+                    _receipts(db, {})[::-1],
+                    _dues(db),
                 )
             finally:
                 db.execute("ROLLBACK")
@@ -182,3 +306,131 @@ class SqliteStorage:
             raise LedgerUnavailableError(
                 f"the market's database {self._path} cannot be used ({error}); see `kvmarket env`"
             ) from error
+
+
+def _accounts(db: apsw.Connection, ids: Iterable[str] | None = None) -> list[Account]:
+    """Every account, or those with these ids; by id."""
+    some = "" if ids is None else "WHERE id IN (SELECT value FROM json_each(?)) "
+    rows = db.execute(
+        f"SELECT {ACCOUNT_COLUMNS} FROM account {some}ORDER BY id",  # noqa: S608  # names are ours
+        () if ids is None else (_json(ids),),
+    )
+    return [
+        Account(id, kind, bool(may_go_negative), *rest) for id, kind, may_go_negative, *rest in rows
+    ]
+
+
+def _transfers(
+    db: apsw.Connection,
+    ids: Iterable[str] | None = None,
+    column: str = "id",
+    condition: str = "TRUE",
+) -> list[Transfer]:
+    """Transfers whose id or pending_id is among some; all of them in their order otherwise."""
+    some = "" if ids is None else f"WHERE {column} IN (SELECT value FROM json_each(?)) "  # noqa: S608  # names are ours
+    order = "ORDER BY sequence" if ids is None else f"AND {condition}"
+    rows = db.execute(
+        f"SELECT {READ_TRANSFER} FROM transfer {some}{order}",  # noqa: S608  # names are ours
+        () if ids is None else (_json(ids),),
+    )
+    return [Transfer(*row) for row in rows]
+
+
+def _find(db: apsw.Connection, wanted: Wanted) -> Found:
+    """What the rules need to know for a group."""
+    transfers = _transfers(db, wanted.transfer_ids)
+    dues: dict[str, float] = {}
+    resolutions: list[Transfer] = []
+    accounts = set(wanted.account_ids)
+    if wanted.pending_ids:
+        dues = _dues(db, wanted.pending_ids)
+        held = [each for each in transfers if each.kind == "pending"]
+        accounts.update(each.debit for each in held)
+        accounts.update(each.credit for each in held)
+        closed = [each.id for each in held if each.id not in dues]
+        if closed:
+            resolutions = _transfers(db, closed, "pending_id", "kind IN ('post', 'void', 'expire')")
+    return Found(_accounts(db, accounts), transfers, dues, resolutions)
+
+
+def _dues(db: apsw.Connection, pending_ids: Iterable[str] | None = None) -> dict[str, float]:
+    """Until when open holds stand: of all, or of some."""
+    some = "" if pending_ids is None else "WHERE pending_id IN (SELECT value FROM json_each(?))"
+    rows = db.execute(
+        f"SELECT pending_id, due_at_s FROM hold {some}",  # noqa: S608  # names are ours
+        () if pending_ids is None else (_json(pending_ids),),
+    )
+    return dict(list(rows))
+
+
+def _keep(db: apsw.Connection, books: GroupBooks, receipts: Sequence[Receipt]) -> None:
+    """Write what a group changed."""
+    _insert(db, INSERT_TRANSFER, map(msgspec.structs.astuple, books.new_transfers))
+    db.executemany(
+        "UPDATE account SET debits_pending = ?5, credits_pending = ?6, debits_posted = ?7, "
+        "credits_posted = ?8 WHERE id = ?1",
+        [msgspec.structs.astuple(account) for account in books.changed_accounts.values()],
+    )
+    changed = books.changed_dues.items()
+    _insert(db, INSERT_HOLD, [(id, due_at_s) for id, due_at_s in changed if due_at_s is not None])
+    db.execute(
+        "DELETE FROM hold WHERE pending_id IN (SELECT value FROM json_each(?))",
+        (_json(id for id, due_at_s in changed if due_at_s is None),),
+    )
+    _insert(db, INSERT_RECEIPT, map(_receipt_row, _new(db, receipts)))
+
+
+def _new(db: apsw.Connection, receipts: Sequence[Receipt]) -> Iterable[Receipt]:
+    """Receipts under new ids; one with the id of another stays away, so that the first stands."""
+    by_id = {receipt.id: receipt for receipt in reversed(receipts)}
+    kept = db.execute(
+        "SELECT id FROM receipt WHERE id IN (SELECT value FROM json_each(?))", (_json(by_id),)
+    )
+    for (id,) in kept:
+        del by_id[id]
+    return reversed(by_id.values())
+
+
+def _receipt_row(receipt: Receipt) -> Row:
+    body = msgspec.json.encode(receipt).decode()
+    return (
+        receipt.id,
+        receipt.request_id,
+        receipt.account,
+        receipt.document_id,
+        receipt.charge_nano,
+        body,
+    )
+
+
+def _insert(db: apsw.Connection, statement: tuple[str, str, str], rows: Iterable[Row]) -> None:
+    """Insert rows in their order, many a statement.
+
+    Each step of a statement gives the interpreter's lock away, and taking it back from a busy
+    thread takes up to 5 ms: one step a row is what a busy engine would slow down most.
+    """
+    head, row, tail = statement
+    left = list(rows)
+    for size in ROWS_AT_ONCE:
+        while len(left) >= size:
+            db.execute(
+                head + ", ".join([row] * size) + tail,
+                [value for values in left[:size] for value in values],
+            )
+            del left[:size]
+
+
+def _receipts(
+    db: apsw.Connection, where: Mapping[str, str], limit: int | None = None
+) -> list[Receipt]:
+    """Receipts whose columns have these values, newest first."""
+    condition = " AND ".join(f"{column} = ?" for column in where) or "TRUE"
+    rows = db.execute(
+        f"SELECT body FROM receipt WHERE {condition} ORDER BY sequence DESC LIMIT ?",  # noqa: S608  # names are ours
+        (*where.values(), -1 if limit is None else limit),
+    )
+    return [msgspec.json.decode(body, type=Receipt) for (body,) in rows]
+
+
+def _json(ids: Iterable[str]) -> str:
+    return msgspec.json.encode(list(ids)).decode()

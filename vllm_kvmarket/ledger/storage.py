@@ -9,8 +9,7 @@ from typing import Protocol
 import msgspec
 
 from vllm_kvmarket.core.errors import LedgerRefusedError
-from vllm_kvmarket.ledger.model import Account, Operation, Outcome, Result, Transfer
-from vllm_kvmarket.ledger.receipts import Receipt
+from vllm_kvmarket.ledger.model import Account, Operation, Outcome, Receipt, Result, Transfer
 from vllm_kvmarket.ledger.rules import Books, apply
 from vllm_kvmarket.ledger.working_set import Wanted
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import sqlite3
 import sys
 from contextlib import contextmanager
 
@@ -16,7 +15,7 @@ from tests.support.ledger_keeping import *  # noqa: F403
 from tests.support.ledger_processes import *  # noqa: F403
 from vllm_kvmarket import ConfigError, LedgerError
 from vllm_kvmarket.core import sqlite
-from vllm_kvmarket.ledger import Ledger, Outcome, plain, post, tables
+from vllm_kvmarket.ledger import Ledger, Outcome, plain, post
 
 
 @pytest.fixture
@@ -174,42 +173,6 @@ def test_a_lock_that_is_let_go_in_time_costs_nobody_anything(place, monkeypatch,
         for each in patient:
             assert each.result(timeout=30)[0].outcome is Outcome.OK
         assert [each.id for each in ledger.transfers()] == ["h2", "h1", "d1"]
-
-
-def test_books_of_version_2_are_kept(place):
-    """The third version gives accounts a currency and holds a table; nothing else changes."""
-    old = sqlite.connect(place)
-    sqlite.migrate(old, tables.ROOM, tables.MIGRATIONS[:2])
-    facts = "debit, credit, amount_nano, pending_id, timeout_s, code, user_data, created_at_s"
-    old.execute(
-        f"""
-        INSERT INTO account (id, kind, may_go_negative) VALUES
-            ('world', 'world', 1), ('provider', 'provider', 0), ('alice', 'buyer', 0);
-        INSERT INTO transfer (id, kind, {facts}) VALUES
-            ('d', 'plain', 'world', 'alice', 100, NULL, 0, 'deposit', '', 1.5),
-            ('h', 'pending', 'alice', 'provider', 9, NULL, 60, 'reuse', 'doc', 2.5),
-            ('p', 'post', 'alice', 'provider', 4, 'h', 0, 'reuse', 'doc', 3.5),
-            ('g', 'pending', 'alice', 'provider', 7, NULL, 60, 'reuse', 'doc', 4.5);
-        UPDATE account SET debits_posted = 100 WHERE id = 'world';
-        UPDATE account SET credits_posted = 4, credits_pending = 7 WHERE id = 'provider';
-        UPDATE account SET credits_posted = 100, debits_posted = 4, debits_pending = 7
-            WHERE id = 'alice';
-        """
-    )
-    before = old.execute("SELECT * FROM transfer").fetchall()
-    old.close()
-    with Ledger.open(place, clock=lambda: 5.0) as ledger:
-        assert ledger.check_integrity() == []
-        assert ledger.account("alice").currency == "USD"
-        assert ledger.due_at_s("g") == 64.5
-        assert ledger.due_at_s("h") is None
-        ledger.submit([post(id="q", pending_id="g", amount_nano=7)]).result()
-        assert ledger.account("provider").balance_nano == 11
-        assert ledger.check_integrity() == []
-    with sqlite3.connect(place) as plain_reader:
-        assert plain_reader.execute("SELECT * FROM transfer").fetchall()[:-1] == before
-        assert plain_reader.execute("PRAGMA foreign_key_check").fetchall() == []
-    plain_reader.close()
 
 
 def test_books_of_a_newer_version_are_refused_and_left_alone(place):

@@ -30,7 +30,7 @@ from typing import Any
 from benchmarks.machine import describe_machine, memcpy_bytes_per_s
 from vllm_kvmarket import Market
 from vllm_kvmarket.cli.engine import engine_output
-from vllm_kvmarket.connector.engine import close_llm, open_llm
+from vllm_kvmarket.connector.offline_engine import close_llm, open_llm
 from vllm_kvmarket.market.timed_requests import ask, empty_prefix_cache
 
 LENGTHS = (256, 512, 1024, 2048, 3774)

@@ -9,7 +9,7 @@ from pathlib import Path
 from vllm import SamplingParams
 
 from vllm_kvmarket import Market
-from vllm_kvmarket.connector.engine import open_llm
+from vllm_kvmarket.connector.offline_engine import open_llm
 
 MODEL = sys.argv[1] if len(sys.argv) > 1 else ".cache/models/SmolLM2-135M-Instruct"
 TEXT = Path(sys.argv[2] if len(sys.argv) > 2 else "LICENSE").read_text()

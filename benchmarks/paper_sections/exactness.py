@@ -31,7 +31,7 @@ from benchmarks.paper_sections.traces import (
 )
 from benchmarks.prefill_vs_reuse import BATCHED_TOKENS, CONTEXT
 from vllm_kvmarket import Market
-from vllm_kvmarket.connector.engine import close_llm, open_llm
+from vllm_kvmarket.connector.offline_engine import close_llm, open_llm
 from vllm_kvmarket.market.timed_requests import ask, empty_prefix_cache
 
 QUICK = {"prose": (200,), "code": (255,), "json": (230,), "other language": (300,)}

@@ -21,7 +21,7 @@ from benchmarks.paper_sections.inputs import PAPER_BREAK_EVEN, PAPER_POINTS
 from benchmarks.paper_sections.tables import table
 from benchmarks.prefill_vs_reuse import BATCHED_TOKENS, CONTEXT, documents, question
 from vllm_kvmarket import Market
-from vllm_kvmarket.connector.engine import close_llm, open_llm
+from vllm_kvmarket.connector.offline_engine import close_llm, open_llm
 from vllm_kvmarket.market.timed_requests import REST_S, ask, empty_prefix_cache
 
 LENGTHS = (255, 512, 1024, 2048, 3000, 3774)

@@ -106,7 +106,7 @@ class EngineOracle:
 
     def close(self) -> None:
         """End the engine's processes."""
-        from vllm_kvmarket.connector.engine import close_llm
+        from vllm_kvmarket.connector.offline_engine import close_llm
 
         close_llm(self._llm)
 

@@ -21,7 +21,7 @@ import sys, time
 from tests.support.asking import Requests
 from tests.support.engines import words
 from vllm_kvmarket import Market
-from vllm_kvmarket.connector.engine import open_llm
+from vllm_kvmarket.connector.offline_engine import open_llm
 from vllm_kvmarket.market.timed_requests import empty_prefix_cache
 
 market = Market.open(sys.argv[2], {"reservation_timeout_s": int(sys.argv[3])})

@@ -11,8 +11,7 @@ from vllm.engine.arg_utils import AsyncEngineArgs, EngineArgs
 from vllm.entrypoints.launchers.cli_args import make_arg_parser
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
-from vllm_kvmarket import ConfigError, Market
-from vllm_kvmarket.connector import versions
+from vllm_kvmarket import ConfigError, Market, plugin
 from vllm_kvmarket.plugin import register
 
 LONG = {"kv_connector": "kvmarket", "kv_role": "kv_both"}
@@ -125,7 +124,7 @@ def test_registering_again_changes_nothing():
 
 def test_another_vllm_version_is_told_in_one_line(monkeypatch, caplog):
     """The plugin stays out of the way."""
-    monkeypatch.setattr(versions, "installed", lambda: "0.31.2")
+    monkeypatch.setattr(plugin, "installed_vllm", lambda: "0.31.2")
     with caplog.at_level("WARNING", logger="vllm.kvmarket"):
         register()
     (record,) = [each for each in caplog.records if each.name == "vllm.kvmarket"]

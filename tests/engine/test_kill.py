@@ -32,7 +32,7 @@ CHILD = """
 import sys
 from tests.support.engines import words
 from vllm_kvmarket import Market
-from vllm_kvmarket.connector.engine import open_llm
+from vllm_kvmarket.connector.offline_engine import open_llm
 from vllm_kvmarket.market.timed_requests import ask, empty_prefix_cache
 
 model, home, number = sys.argv[1], sys.argv[2], int(sys.argv[3])

@@ -19,7 +19,7 @@ from tests.support import ROOT
 from tests.support.engines import words
 from vllm_kvmarket.auth.api_keys import Keys
 from vllm_kvmarket.connector.housekeeping import INTERVAL_S
-from vllm_kvmarket.connector.metric_definitions import FIGURES, PREFIX
+from vllm_kvmarket.connector.metric_definitions import METRICS, PREFIX
 from vllm_kvmarket.market.market import DATABASE_FILE
 
 VLLM = ROOT / ".venv" / "bin" / "vllm"
@@ -172,7 +172,7 @@ def settled(server):
 
 
 def more(server, before, *names):
-    """By how much figures, named as in FIGURES, have grown."""
+    """By how much figures, named as in METRICS, have grown."""
     now = scrape(server)
     keys = [(exported(name), label) for name, label in names]
     return [now[key] - before[key] for key in keys]
@@ -180,7 +180,7 @@ def more(server, before, *names):
 
 def exported(name):
     """The name that Prometheus knows, without the prefix; of a histogram one names a series."""
-    return FIGURES[name].exported(name).removeprefix(PREFIX) if name in FIGURES else name
+    return METRICS[name].exported(name).removeprefix(PREFIX) if name in METRICS else name
 
 
 def eventually(server, before, name, amount):
@@ -287,7 +287,7 @@ def test_the_dashboard_asks_for_what_a_running_server_exports(server):
             assert asked <= there, panel["title"]
             shown |= asked
     families = {re.sub("_(total|created|bucket|sum|count)$", "", name) for name in there}
-    assert families == set(FIGURES)
+    assert families == set(METRICS)
     assert {re.sub("_(total|bucket|sum|count)$", "", name) for name in shown} == families
 
 

@@ -16,7 +16,7 @@ from vllm.config import KVTransferConfig
 from vllm.engine.arg_utils import AsyncEngineArgs, EngineArgs
 
 from vllm_kvmarket import ConfigError, Market
-from vllm_kvmarket.connector.engine import open_llm
+from vllm_kvmarket.connector.offline_engine import open_llm
 
 SMALL = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "dtype": "float32"}
 HEADS = {"num_attention_heads": 2, "num_key_value_heads": 2}

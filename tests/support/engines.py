@@ -10,7 +10,7 @@ from typing import Any
 
 from tests.support import ROOT
 from vllm_kvmarket import Market
-from vllm_kvmarket.connector.engine import close_llm, open_llm
+from vllm_kvmarket.connector.offline_engine import close_llm, open_llm
 
 SMOLLM = ROOT / ".cache" / "models" / "SmolLM2-135M-Instruct"
 NANO = 1_000_000_000

@@ -70,7 +70,7 @@ def run(args: argparse.Namespace) -> int:
     say(f"1/3 publishing {TITLE!r} in a process of its own (an engine starts, then stops)")
     publish(document, model, home, context)
     say("2/3 a new engine on the same market: three buyers, and one without funds")
-    from vllm_kvmarket.connector.engine import close_llm
+    from vllm_kvmarket.connector.offline_engine import close_llm
 
     with Market.open(home, args.config) as market:
         (listing,) = market.catalogue.listings(state="live")

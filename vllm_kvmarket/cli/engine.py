@@ -45,7 +45,7 @@ def open_engine(model: str, market: Market, max_model_len: int | None, dtype: st
     Raises VersionError without vLLM, and PublishFailedError when the engine does not start.
     """
     try:
-        from vllm_kvmarket.connector.engine import open_llm
+        from vllm_kvmarket.connector.offline_engine import open_llm
 
         return open_llm(model, market, max_model_len=max_model_len, dtype=dtype)
     except ModuleNotFoundError as error:

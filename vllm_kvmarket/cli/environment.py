@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from vllm_kvmarket.cli.command import Command
 from vllm_kvmarket.cli.output import clean, emit, pairs, size
-from vllm_kvmarket.connector.versions import BELOW, OLDEST
 from vllm_kvmarket.core.errors import ConfigError
+from vllm_kvmarket.plugin import BELOW, OLDEST
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -156,7 +156,7 @@ class KVMarketConnector(KVConnectorBase_V1):
         """Whether an engine that has nothing to do shall make a step: it takes the scheduler half's
         figures along. vLLM asks only then, whenever something wakes the engine.
         """
-        return self._scheduler is not None and self._scheduler.meter.has_news
+        return self._scheduler is not None and self._scheduler.metrics.has_news
 
     # The workers' calls
 
@@ -199,9 +199,9 @@ class KVMarketConnector(KVConnectorBase_V1):
         return self.worker.report()
 
     def get_kv_connector_stats(self) -> KVConnectorStats | None:
-        """What this half counted since it was last asked: WorkerHalf.stats, or Meter.take."""
+        """What this half counted since the last call."""
         if self._scheduler is not None:
-            return self._scheduler.meter.take()
+            return self._scheduler.metrics.take()
         return self.worker.stats()
 
     @classmethod
@@ -228,7 +228,7 @@ class KVMarketConnector(KVConnectorBase_V1):
         """Let pinned documents' blocks go: `reset_prefix_cache(reset_connector=True)` asks this."""
         if self._scheduler is not None:
             self._scheduler.pins.unpin_unless(lambda _: False)
-            self._scheduler.meter.pinned(self._scheduler.pins.block_count)
+            self._scheduler.metrics.pinned(self._scheduler.pins.block_count)
         return True
 
     def shutdown(self) -> None:

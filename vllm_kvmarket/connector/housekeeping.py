@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 from vllm.logger import init_logger
 
-from vllm_kvmarket.connector.meter import Meter
+from vllm_kvmarket.connector.scheduler_metrics import SchedulerMetrics
 from vllm_kvmarket.market.market import Market
 from vllm_kvmarket.market.shared_bucket import Directory
 
@@ -21,7 +21,9 @@ class Housekeeping:
     the figures that wait for disk or database.
     """
 
-    def __init__(self, market: Market, meter: Meter, interval_s: float = INTERVAL_S) -> None:
+    def __init__(
+        self, market: Market, metrics: SchedulerMetrics, interval_s: float = INTERVAL_S
+    ) -> None:
         self._market = market
         self._interval_s = interval_s
         directory = Directory(market.store, market.catalogue, market.ledger)
@@ -29,7 +31,7 @@ class Housekeeping:
             "expiring reservations": market.ledger.expire_pending,
             "noting uses": market.flush_uses,
             "following the object store": directory.sync,
-            "taking figures": meter.look,
+            "taking figures": metrics.look,
         }
         self._problems: dict[str, str] = {}
         self._closing = threading.Event()

@@ -1,4 +1,4 @@
-"""Every figure that kvmarket exports: name, kind, unit, meaning. docs/METRICS.md is this table.
+"""Every metric that kvmarket exports: name, kind, unit, meaning. docs/METRICS.md is this table.
 
 The names begin like vLLM's own, which forgets them together when a second engine starts in one
 process.
@@ -30,7 +30,7 @@ COMMIT_BUCKETS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.
 
 
 @dataclass(frozen=True, slots=True)
-class Figure:
+class Metric:
     """One metric. `label` is the name of its one label, "" for none; `values` are what the label
     can say. A histogram has `buckets`, upper ends in its unit.
     """
@@ -47,17 +47,17 @@ class Figure:
         return f"{PREFIX}{name}_total" if self.kind == "counter" else f"{PREFIX}{name}"
 
 
-def _counter(unit: str, meaning: str, label: str = "", values: tuple[str, ...] = ()) -> Figure:
-    return Figure("counter", unit, meaning, label, values)
+def _counter(unit: str, meaning: str, label: str = "", values: tuple[str, ...] = ()) -> Metric:
+    return Metric("counter", unit, meaning, label, values)
 
 
-def _gauge(unit: str, meaning: str, label: str = "", values: tuple[str, ...] = ()) -> Figure:
-    return Figure("gauge", unit, meaning, label, values)
+def _gauge(unit: str, meaning: str, label: str = "", values: tuple[str, ...] = ()) -> Metric:
+    return Metric("gauge", unit, meaning, label, values)
 
 
 # A request that publishes, preloads or audits is the operator's, and in none of the counts of
 # requests' tokens. Each sample of a request with n > 1 is a request of its own.
-FIGURES: dict[str, Figure] = {
+METRICS: dict[str, Metric] = {
     # Requests
     "matched_tokens": _counter("tokens", "Tokens of ended requests that were on offer."),
     "reused_tokens": _counter("tokens", "Matched tokens that were not computed."),
@@ -94,7 +94,7 @@ FIGURES: dict[str, Figure] = {
     ),
     # The ledger
     "ledger_queue_batches": _gauge("batches", "Batches that wait for the ledger's writer."),
-    "ledger_commit_seconds": Figure(
+    "ledger_commit_seconds": Metric(
         "histogram",
         "seconds",
         "How long the ledger's writer took to make a group of batches durable.",
@@ -122,7 +122,7 @@ FIGURES: dict[str, Figure] = {
     "chunk_load_seconds": _counter(
         "seconds", "Threads' time in loading chunks; several load at once.", "tier", TIERS
     ),
-    "load_seconds": Figure(
+    "load_seconds": Metric(
         "histogram", "seconds", "How long a request waited for its chunks.", buckets=LOAD_BUCKETS
     ),
     "chunks_converted": _counter("chunks", "Chunks loaded from another layout."),
@@ -158,17 +158,17 @@ FIGURES: dict[str, Figure] = {
 
 
 def named(kind: str) -> list[str]:
-    """The names of one kind of figure."""
-    return [name for name, figure in FIGURES.items() if figure.kind == kind]
+    """The names of one kind of metric."""
+    return [name for name, metric in METRICS.items() if metric.kind == kind]
 
 
 def table() -> str:
-    """All figures as a table in Markdown, which docs/METRICS.md holds."""
+    """All values as a table in Markdown, which docs/METRICS.md holds."""
     lines = ["| name | type | unit | labels | meaning |", "|---|---|---|---|---|"]
-    for name, figure in FIGURES.items():
-        label = f"`{figure.label}`: {', '.join(figure.values)}" if figure.label else ""
+    for name, metric in METRICS.items():
+        label = f"`{metric.label}`: {', '.join(metric.values)}" if metric.label else ""
         lines.append(
-            f"| `{figure.exported(name)}` | {figure.kind} | {figure.unit} | {label} "
-            f"| {figure.meaning} |"
+            f"| `{metric.exported(name)}` | {metric.kind} | {metric.unit} | {label} "
+            f"| {metric.meaning} |"
         )
     return "\n".join(lines) + "\n"

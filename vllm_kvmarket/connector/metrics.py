@@ -15,7 +15,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.metrics import (
     KVConnectorStats,
 )
 
-from vllm_kvmarket.connector.metric_definitions import FIGURES, PREFIX, named
+from vllm_kvmarket.connector.metric_definitions import METRICS, PREFIX, named
 
 _COUNTS, _DURATIONS, _GAUGES = "counts", "durations", "gauges"
 _HOST_BYTES = "host_cache_bytes"
@@ -26,7 +26,7 @@ MAX_DURATIONS = 10_000
 class MarketStats(KVConnectorStats):
     """Counts since the stats were last taken; `data` is plain JSON.
 
-    `data["counts"]` and `data["gauges"]` map `name` or `name/label value` of a figure to a number,
+    `data["counts"]` and `data["gauges"]` map `name` or `name/label value` of a metric to a number,
     `data["durations"]` maps a histogram's name to seconds, one each an observation.
     """
 
@@ -76,12 +76,12 @@ class MarketStats(KVConnectorStats):
         return self
 
     def reduce(self) -> dict[str, int | float]:
-        """The log line's figures: every count, durations' number and mean, and gauges."""
-        figures: dict[str, int | float] = dict(sorted(self.data[_COUNTS].items()))
+        """The numbers of a log line: every count, durations' number and mean, and gauges."""
+        values: dict[str, int | float] = dict(sorted(self.data[_COUNTS].items()))
         for name, seconds in sorted(self.data[_DURATIONS].items()):
-            figures[f"{name}_count"] = len(seconds)
-            figures[f"{name}_mean"] = round(sum(seconds) / len(seconds), 5)
-        return figures | dict(sorted(self.data[_GAUGES].items()))
+            values[f"{name}_count"] = len(seconds)
+            values[f"{name}_mean"] = round(sum(seconds) / len(seconds), 5)
+        return values | dict(sorted(self.data[_GAUGES].items()))
 
     def is_empty(self) -> bool:
         """Whether there is nothing to tell."""
@@ -136,7 +136,7 @@ class Tally:
 
 
 class MarketPromMetrics(KVConnectorPromMetrics):
-    """Registers every figure with Prometheus and feeds it what both halves counted.
+    """Registers every metric with Prometheus and feeds it what both halves counted.
 
     Series that can be named beforehand begin with 0, so that what happens once is a rate, too.
     """
@@ -155,23 +155,23 @@ class MarketPromMetrics(KVConnectorPromMetrics):
             "histogram": self._histogram_cls,
         }
         self._metrics: dict[str, Any] = {}
-        for name, figure in FIGURES.items():
+        for name, metric in METRICS.items():
             more: dict[str, Any] = {}
-            if figure.kind == "gauge":
+            if metric.kind == "gauge":
                 more["multiprocess_mode"] = "mostrecent"
-            elif figure.kind == "histogram":
-                more["buckets"] = figure.buckets
-            self._metrics[name] = kinds[figure.kind](
+            elif metric.kind == "histogram":
+                more["buckets"] = metric.buckets
+            self._metrics[name] = kinds[metric.kind](
                 name=f"{PREFIX}{name}",
-                documentation=f"kvmarket: {figure.meaning} In {figure.unit}.",
-                labelnames=[*labelnames, figure.label] if figure.label else labelnames,
+                documentation=f"kvmarket: {metric.meaning} In {metric.unit}.",
+                labelnames=[*labelnames, metric.label] if metric.label else labelnames,
                 **more,
             )
         self._counters = {name: self._metrics[name] for name in named("counter")}
         self._gauges = {name: self._metrics[name] for name in named("gauge")}
         for labels in per_engine_labelvalues.values():
-            for name, figure in FIGURES.items():
-                for value in figure.values or ("",):
+            for name, metric in METRICS.items():
+                for value in metric.values or ("",):
                     self._series(self._metrics, f"{name}/{value}" if value else name, labels)
 
     def observe(self, transfer_stats_data: dict[str, Any], engine_idx: int = 0) -> None:
@@ -189,5 +189,5 @@ class MarketPromMetrics(KVConnectorPromMetrics):
     @staticmethod
     def _series(metrics: dict[str, Any], name: str, labels: list[object]) -> Any:
         """The series of `name` or `name/label value` of one engine."""
-        figure, _, label = name.partition("/")
-        return metrics[figure].labels(*labels, label) if label else metrics[figure].labels(*labels)
+        metric, _, label = name.partition("/")
+        return metrics[metric].labels(*labels, label) if label else metrics[metric].labels(*labels)

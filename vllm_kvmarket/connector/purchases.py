@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING
 from blake3 import blake3
 
 from vllm_kvmarket.catalogue import Match, Use
-from vllm_kvmarket.connector.meter import Meter
 from vllm_kvmarket.connector.request_state import client_request_id, ledger_key, purchase_group
+from vllm_kvmarket.connector.scheduler_metrics import SchedulerMetrics
 from vllm_kvmarket.core.model_identity import pack_tokens
 from vllm_kvmarket.market.market import Market
 from vllm_kvmarket.market.purchase import Purchase, PurchaseState, Usage
@@ -95,10 +95,10 @@ class Purchases:
         engine_id: str,
         model: str,
         clock: Callable[[], float] = time.monotonic,
-        meter: Meter | None = None,
+        metrics: SchedulerMetrics | None = None,
     ) -> None:
         self._market = market
-        self._meter = meter or Meter(market)
+        self._metrics = metrics or SchedulerMetrics(market)
         self._engine_id = engine_id
         self._model = model
         self._clock = clock
@@ -182,7 +182,7 @@ class Purchases:
             assert shared.usage is not None
             receipt = purchase.settle(shared.usage)
             assert purchase.settled is not None
-            self._meter.sold(receipt, purchase.settled)
+            self._metrics.sold(receipt, purchase.settled)
             self._market.note_use(
                 Use(receipt.document_id, receipt.tokens_reused, receipt.charge_nano, time.time())
             )

@@ -19,12 +19,12 @@ from vllm_kvmarket.connector.audit_requests import audit_plan, audit_record, sta
 from vllm_kvmarket.connector.database_lookups import Lookup, Lookups
 from vllm_kvmarket.connector.housekeeping import Housekeeping
 from vllm_kvmarket.connector.messages import ChunkPrefetch, Instructions, WorkerReport
-from vllm_kvmarket.connector.meter import Meter
 from vllm_kvmarket.connector.namespaces import Namespaces
 from vllm_kvmarket.connector.pins import PinnedBlocks
 from vllm_kvmarket.connector.publish_requests import EngineFacts, begun, save_plan, start_publishing
 from vllm_kvmarket.connector.purchases import Purchases
 from vllm_kvmarket.connector.request_state import Decision, RequestState
+from vllm_kvmarket.connector.scheduler_metrics import SchedulerMetrics
 from vllm_kvmarket.core.config import MarketConfig
 from vllm_kvmarket.market.market import Market
 from vllm_kvmarket.market.purchase import PurchaseState
@@ -46,14 +46,14 @@ class SchedulerHalf:
         self._market.catalogue.watch(config.refresh_interval_s)
         self._market.store.sweep_temporary()
         self._market.catalogue.fail_abandoned()
-        self.meter = Meter(self._market)
+        self.metrics = SchedulerMetrics(self._market)
         # Its first round expires what an engine that died had reserved.
-        self._housekeeping = Housekeeping(self._market, self.meter)
+        self._housekeeping = Housekeeping(self._market, self.metrics)
         self._housekeeping.start()
         self._namespaces = Namespaces(vllm_config, self._market.home)
         self._config = config
         self._purchases = Purchases(
-            self._market, engine.id, str(vllm_config.model_config.model), meter=self.meter
+            self._market, engine.id, str(vllm_config.model_config.model), metrics=self.metrics
         )
         self._engine = engine
         self._block_tokens = engine.block_tokens
@@ -99,7 +99,7 @@ class SchedulerHalf:
         """Start what the request asks for, now that it is known what it matches; mutates both."""
         if match is not None and not self._market.is_sold(match):
             if isinstance(wish, wishes.RequestParams) and wish.account is not None:
-                self.meter.declined("below_minimum")
+                self.metrics.declined("below_minimum")
             match = None
         if match is None and wish is wishes.NOTHING:
             return
@@ -158,7 +158,7 @@ class SchedulerHalf:
     def _recompute(self, state: RequestState, request: Request, told: str, reason: str) -> None:
         state.declined = told
         if state.match is not None and state.decision is not Decision.RECOMPUTE:
-            self.meter.declined(reason)
+            self.metrics.declined(reason)
         state.decision = Decision.RECOMPUTE
         if state.match is not None:
             # What was published must not be had for nothing from vLLM's own prefix cache either.
@@ -254,7 +254,7 @@ class SchedulerHalf:
         self._renew()
         if self.pins.block_count:
             self.pins.unpin_unless(self._market.catalogue.is_pinned)
-            self.meter.pinned(self.pins.block_count)
+            self.metrics.pinned(self.pins.block_count)
         instructions, self._next = self._next, Instructions()
         return instructions
 
@@ -334,7 +334,7 @@ class SchedulerHalf:
             usage = state.usage(request.num_output_tokens) if answered else None
             charge = self._purchases.leave(request.request_id, usage)
         if not state.is_operators:
-            self.meter.used(state, request.num_output_tokens)
+            self.metrics.used(state, request.num_output_tokens)
         answer = {wishes.FIELD: answer_of(state, request, charge)}
         if state.auditing is not None and request.status in ANSWERED:
             self._next.audits.append(audit_plan(state, block_ids))
@@ -359,7 +359,7 @@ class SchedulerHalf:
             else:
                 whole = listing.token_count // self._block_tokens
                 answer["pinned_tokens"] = whole * self._block_tokens
-                self.meter.pinned(self.pins.block_count)
+                self.metrics.pinned(self.pins.block_count)
 
     def _finish_publishing(
         self, state: RequestState, request: Request, block_ids: list[int]
@@ -390,7 +390,7 @@ class SchedulerHalf:
                 publishing.charge.void()
             else:
                 charge = publishing.charge
-                self.meter.stored(charge.amount_nano, charge.settle())
+                self.metrics.stored(charge.amount_nano, charge.settle())
         done.add_done_callback(_log_failure)
 
 

@@ -115,7 +115,7 @@ def test_an_engine_that_does_not_start_is_one_line(run, tmp_path, monkeypatch, e
     def open_llm(*_, **__):
         raise error
 
-    fake = types.ModuleType("vllm_kvmarket.connector.engine")
+    fake = types.ModuleType("vllm_kvmarket.connector.offline_engine")
     fake.open_llm = open_llm
     monkeypatch.setitem(sys.modules, fake.__name__, fake)
     (tmp_path / "a").write_text("words")

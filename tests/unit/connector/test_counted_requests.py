@@ -35,7 +35,7 @@ class Figures:
         self._stats = MarketStats()
 
     def now(self) -> dict[str, int | float]:
-        if (news := self._half.meter.take()) is not None:
+        if (news := self._half.metrics.take()) is not None:
             assert not news.is_empty()
             self._stats.aggregate(news)
         return self._stats.reduce()
@@ -155,10 +155,10 @@ def test_a_plain_request_has_nothing_to_tell(half, market):
     """No step of an engine carries anything for it, and an idle engine sleeps."""
     figures = Figures(half)
     figures.wait_for("provider_balance_nano")
-    half.meter.take()
+    half.metrics.take()
     assert serve(half, tokens(600, seed=9), {}) is None
-    assert not half.meter.has_news
-    assert half.meter.take() is None
+    assert not half.metrics.has_news
+    assert half.metrics.take() is None
 
 
 def test_the_operators_work_is_not_among_requests(half, market):

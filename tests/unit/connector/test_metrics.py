@@ -12,7 +12,7 @@ from vllm.v1.metrics.prometheus import unregister_vllm_metrics
 
 from tests.support import ROOT
 from vllm_kvmarket.connector import metric_definitions
-from vllm_kvmarket.connector.metric_definitions import FIGURES, PREFIX, named
+from vllm_kvmarket.connector.metric_definitions import METRICS, PREFIX, named
 from vllm_kvmarket.connector.metrics import MAX_DURATIONS, MarketPromMetrics, MarketStats, Tally
 
 
@@ -149,7 +149,7 @@ def test_prometheus_counts_what_both_halves_counted(metrics):
 
 def test_every_series_that_can_be_named_is_there_from_the_start(metrics):
     """A rate over the first occurrence needs the 0 before it."""
-    for name, figure in FIGURES.items():
+    for name, figure in METRICS.items():
         ending = {"counter": "_total", "gauge": "", "histogram": "_count"}[figure.kind]
         for label in figure.values or ("",):
             labels = {figure.label: label} if label else {}
@@ -177,7 +177,7 @@ def test_whatever_is_counted_is_registered_and_the_other_way_round():
     assert len(counted_) > 10
     assert counted_ <= set(named("counter"))
     assert timed == set(named("histogram"))
-    unused = [name for name in FIGURES if not re.search(rf'"{name}[/"]', text)]
+    unused = [name for name in METRICS if not re.search(rf'"{name}[/"]', text)]
     assert unused == []
 
 
@@ -194,7 +194,7 @@ def test_the_dashboard_shows_every_figure_and_no_other(metrics):
     }
     assert asked <= set(REGISTRY._names_to_collectors)
     shown = {re.sub("_(bucket|sum|count)$", "", name) for name in asked}
-    assert shown == {figure.exported(name) for name, figure in FIGURES.items()}
+    assert shown == {figure.exported(name) for name, figure in METRICS.items()}
 
 
 def test_the_documentation_has_the_table_of_figures():

@@ -15,7 +15,7 @@ from vllm_kvmarket.market.purchase import is_booked
 _QUEUE = "ledger_queue_batches"
 
 
-class Meter:
+class SchedulerMetrics:
     """Counts for one engine; thread-safe. Nothing but `look` waits for disk or database."""
 
     def __init__(self, market: Market) -> None:

@@ -8,9 +8,9 @@ import pytest
 
 from tests.support.catalogue_documents import NAMESPACE, store_and_list, tokens
 from vllm_kvmarket.connector.housekeeping import Housekeeping
-from vllm_kvmarket.connector.meter import Meter
-from vllm_kvmarket.connector.metric_definitions import FIGURES
+from vllm_kvmarket.connector.metric_definitions import METRICS
 from vllm_kvmarket.connector.request_state import Decision, RequestState
+from vllm_kvmarket.connector.scheduler_metrics import SchedulerMetrics
 from vllm_kvmarket.core.pricing import NANO
 from vllm_kvmarket.ledger import PROVIDER, pending, plain
 from vllm_kvmarket.market.market import Market
@@ -32,7 +32,7 @@ def market(tmp_path):
 
 @pytest.fixture
 def meter(market):
-    return Meter(market)
+    return SchedulerMetrics(market)
 
 
 def written(market: Market) -> None:
@@ -41,13 +41,13 @@ def written(market: Market) -> None:
         market.ledger.submit([]).result()
 
 
-def told(meter: Meter) -> dict[str, int | float]:
+def told(meter: SchedulerMetrics) -> dict[str, int | float]:
     stats = meter.take()
     if stats is None:
         return {}
     for key in (*stats.data["counts"], *stats.data["gauges"], *stats.data["durations"]):
         name, _, label = key.partition("/")
-        assert label in (FIGURES[name].values or ("",)), key
+        assert label in (METRICS[name].values or ("",)), key
     return stats.reduce()
 
 

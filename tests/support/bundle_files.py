@@ -15,7 +15,7 @@ from blake3 import blake3
 from tests.support.catalogue_documents import NAMESPACE, listing_of, tokens
 from tests.support.store_chunks import layout_of
 from vllm_kvmarket.auth.signing_keys import SigningKeys
-from vllm_kvmarket.bundles.format import MANIFEST, SIGNATURE, Manifest
+from vllm_kvmarket.bundles.bundle_format import MANIFEST, SIGNATURE, Manifest
 from vllm_kvmarket.catalogue import Listing
 from vllm_kvmarket.core.model_identity import ROOT, pack_tokens
 from vllm_kvmarket.market.market import Market

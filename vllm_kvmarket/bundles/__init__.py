@@ -5,7 +5,6 @@ file is known to be what was signed. What a trusted exporter signed is believed 
 these tokens, as nothing but computing it again (`kvmarket document audit`) can tell.
 """
 
-from vllm_kvmarket.bundles.exporting import Exported, export
-from vllm_kvmarket.bundles.importing import import_, trusted_keys
+from vllm_kvmarket.bundles.export_import import Exported, export, import_, trusted_keys
 
 __all__ = ["Exported", "export", "import_", "trusted_keys"]

@@ -22,7 +22,7 @@ from tests.support.bundle_files import (
 )
 from vllm_kvmarket import bundles
 from vllm_kvmarket.auth.signing_keys import SIGNATURE_BYTES, SigningKeys
-from vllm_kvmarket.bundles.format import MANIFEST, MAX_MANIFEST_BYTES, SIGNATURE
+from vllm_kvmarket.bundles.bundle_format import MANIFEST, MAX_MANIFEST_BYTES, SIGNATURE
 from vllm_kvmarket.core.errors import BundleError
 from vllm_kvmarket.core.model_identity import pack_tokens
 

@@ -7,10 +7,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from vllm_kvmarket.api.gate.placing import Documents
-from vllm_kvmarket.api.gate.refusals import Refusal
-from vllm_kvmarket.api.gate.rendering import prompts_of
-from vllm_kvmarket.api.gate.routes import Kind
+from vllm_kvmarket.api.errors import ApiError
+from vllm_kvmarket.api.gate.placement import Documents, prompts_of
+from vllm_kvmarket.api.gate.route_kinds import Kind
 from vllm_kvmarket.market import document_tokens
 
 TEXT = "Ships leave the harbour at dawn. " * 20
@@ -156,7 +155,7 @@ def test_what_would_come_before_a_document_or_show_it_is_refused(app, tokenizer,
     """400, before anything is computed."""
     _, documents = published(tokenizer, TEXT)
     body = {"model": str(app.state.args.model), **BODIES[Kind.CHAT], **change}
-    with pytest.raises(Refusal) as refused:
+    with pytest.raises(ApiError) as refused:
         asyncio.run(documents.place(app, Kind.CHAT, body, "kvd_1"))
     assert refused.value.status == 400
 
@@ -165,5 +164,5 @@ def test_a_text_is_not_put_into_a_chat(app, tokenizer):
     """It has no chat template's words in front."""
     documents = on_offer(list(tokenizer(TEXT)["input_ids"]), tokenizer, rendered_as="text")
     body = {"model": str(app.state.args.model), **BODIES[Kind.CHAT]}
-    with pytest.raises(Refusal, match="published as text"):
+    with pytest.raises(ApiError, match="published as text"):
         asyncio.run(documents.place(app, Kind.CHAT, body, "kvd_1"))

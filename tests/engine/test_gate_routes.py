@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-from vllm_kvmarket.api.gate.routes import ROUTES, Kind, listed
+from vllm_kvmarket.api.gate.route_kinds import ROUTES, Kind, listed
 
 PROGRAM = """
 import json, sys, warnings

@@ -10,7 +10,7 @@ import pytest
 
 from tests.support.engines import NANO, words
 from tests.support.serving import serving
-from vllm_kvmarket.api.publishing import CLOSED, LOST
+from vllm_kvmarket.api.publication_queue import CLOSED, LOST
 from vllm_kvmarket.auth.signing_keys import PublicKey
 from vllm_kvmarket.proofs import read_inclusion, verify, verify_with_proof
 

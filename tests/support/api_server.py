@@ -11,8 +11,9 @@ from fastapi import FastAPI
 from fastapi.testclient import TestClient
 
 from vllm_kvmarket import Market
-from vllm_kvmarket.api.app import build_router, close_with_server, open_service
+from vllm_kvmarket.api.gate import Gate
 from vllm_kvmarket.api.pages import build_pages
+from vllm_kvmarket.api.server import build_router, close_with_server, open_service
 from vllm_kvmarket.catalogue import Listing
 from vllm_kvmarket.core.config import load
 from vllm_kvmarket.core.errors import NotPublishableError
@@ -80,6 +81,7 @@ def running(home, *, engine=True, **settings):
     app = FastAPI()
     app.include_router(build_router())
     app.include_router(build_pages())
+    app.add_middleware(Gate)
     close_with_server(app)
     app.state.kvmarket_service = service
     market = service.market

@@ -10,7 +10,8 @@ from fastapi.responses import StreamingResponse
 
 from tests.support.catalogue_documents import NAMESPACE
 from vllm_kvmarket.api.gate import Gate
-from vllm_kvmarket.api.gate.routes import ROUTES
+from vllm_kvmarket.api.gate.route_kinds import ROUTES
+from vllm_kvmarket.api.service import Service
 
 
 def make_app(market, keys, tokenizer=None):
@@ -32,8 +33,7 @@ def make_app(market, keys, tokenizer=None):
     app.add_api_route("/v9/dream", answer, methods=["POST"])
     renderer = SimpleNamespace(get_tokenizer=lambda: tokenizer)
     app.state.online_renderer = SimpleNamespace(renderer=renderer)
-    app.state.kvmarket_service = SimpleNamespace(
-        market=market, keys=keys, tokens=SimpleNamespace(namespace=NAMESPACE)
-    )
+    frontend = SimpleNamespace(namespace=NAMESPACE)
+    app.state.kvmarket_service = Service(market=market, keys=keys, info={}, frontend=frontend)
     app.add_middleware(Gate)
     return app

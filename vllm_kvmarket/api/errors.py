@@ -1,22 +1,17 @@
-"""Errors as OpenAI's API tells them: {"error": {"message", "type", "param", "code"}}."""
+"""Errors in the shape of OpenAI's API: {"error": {"message", "type", "param", "code"}}."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Coroutine, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-import msgspec
-from fastapi import HTTPException, Request, Response
-from fastapi.concurrency import run_in_threadpool
+from fastapi import HTTPException
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
-from fastapi.routing import APIRoute
 
 from vllm_kvmarket.core import errors
 
-# Longer bodies are parsed beside the event loop.
-QUICK_BODY_BYTES = 1 << 16
 TYPES = {
     401: "authentication_error",
     402: "payment_required",
@@ -26,13 +21,16 @@ TYPES = {
     429: "rate_limit_error",
 }
 RETRY = {"retry-after": "5"}
-JSON_TYPES = ("application/json", "+json")
+BEARER = {"www-authenticate": "Bearer"}
 
 logger = logging.getLogger(__name__)
 
 
 class ApiError(Exception):
-    """A request that is refused, with the answer's status; `code` is a word for programs."""
+    """A request that is refused, with its HTTP status.
+
+    `code` is a word for programs. `quote` says what reuse would cost, as JSON values.
+    """
 
     def __init__(
         self,
@@ -42,6 +40,7 @@ class ApiError(Exception):
         *,
         param: str | None = None,
         headers: Mapping[str, str] | None = None,
+        quote: dict[str, Any] | None = None,
     ) -> None:
         super().__init__(message)
         self.status = status
@@ -49,25 +48,38 @@ class ApiError(Exception):
         self.message = message
         self.param = param
         self.headers = dict(headers or {})
+        self.quote = quote
+
+    def answer(self, path: str = "") -> JSONResponse:
+        """The error as a response, in the shape of the API that `path` belongs to."""
+        kind = TYPES.get(self.status)
+        if kind is None:
+            kind = "invalid_request_error" if self.status < 500 else "server_error"
+        error: dict[str, Any] = {"message": self.message, "type": kind}
+        if path.startswith("/v1/messages"):
+            if self.status >= 500:
+                error["type"] = "api_error"
+            body: dict[str, Any] = {"type": "error", "error": error}
+        else:
+            body = {"error": error | {"param": self.param, "code": self.code}}
+        if self.quote is not None:
+            body["quote"] = self.quote
+        return JSONResponse(body, status_code=self.status, headers=self.headers)
 
 
 def not_found(message: str) -> ApiError:
-    """What is not there, or not to be seen with this key."""
+    """404: it does not exist, or this caller may not see it."""
     return ApiError(404, "not_found", message)
 
 
 def invalid(message: str, param: str | None = None, code: str = "invalid_value") -> ApiError:
-    """A request that makes no sense."""
+    """400: the request is malformed, or asks for something that is not supported."""
     return ApiError(400, code, message, param=param)
 
 
-def answer_of(error: ApiError) -> JSONResponse:
-    """An error as a response."""
-    kind = TYPES.get(error.status)
-    if kind is None:
-        kind = "invalid_request_error" if error.status < 500 else "server_error"
-    told = {"message": error.message, "type": kind, "param": error.param, "code": error.code}
-    return JSONResponse({"error": told}, status_code=error.status, headers=error.headers)
+def missing_key(message: str) -> ApiError:
+    """401: an anonymous request for something that needs an account."""
+    return ApiError(401, "missing_api_key", message, headers=BEARER)
 
 
 _OURS: Sequence[tuple[type[errors.KVMarketError], int, str]] = (
@@ -82,7 +94,7 @@ _OUTAGES = (errors.UnavailableError, errors.StoreError)
 
 
 def translate(error: Exception) -> ApiError | None:
-    """An exception as what the client is told; None for one that is not on purpose."""
+    """An exception as the client sees it; None for a bug."""
     if isinstance(error, ApiError):
         return error
     if isinstance(error, RequestValidationError):
@@ -104,7 +116,7 @@ def translate(error: Exception) -> ApiError | None:
 
 
 def _of_validation(error: RequestValidationError) -> ApiError:
-    """The first of what is wrong, without the value: it may be megabytes or a secret."""
+    """The first problem, without the value, which may be megabytes long or a secret."""
     first = error.errors()[0]
     where = [str(part) for part in first["loc"] if part not in ("body", "query", "path", "header")]
     param = ".".join(where) or None
@@ -114,65 +126,3 @@ def _of_validation(error: RequestValidationError) -> ApiError:
     elif first["type"] == "extra_forbidden":
         message = "there is no such field"
     return invalid(f"{param}: {message}" if param else message, param)
-
-
-class MarketRoute(APIRoute):
-    """A route that reads a bounded body once, and tells its errors as above."""
-
-    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
-        """The handler, wrapped."""
-        handle = super().get_route_handler()
-        has_body = self.body_field is not None
-
-        async def bounded(request: Request) -> Response:
-            try:
-                if has_body:
-                    await _read(request)
-                return await handle(request)
-            except Exception as error:
-                told = translate(error)
-                if told is None:
-                    raise
-                return answer_of(told)
-
-        return bounded
-
-
-async def _read(request: Request) -> None:
-    """Read and parse the body, up to the limit; mutates the request, which then has both."""
-    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    if not kind.endswith(JSON_TYPES):
-        raise ApiError(415, "not_json", "send JSON, with content-type: application/json")
-    limit = request.app.state.kvmarket_service.market.config.max_body_bytes
-    too_long = ApiError(
-        413,
-        "body_too_long",
-        f"the body is longer than {limit} bytes",
-        headers={"connection": "close"},
-    )
-    body = await bounded_body(request, limit, too_long)
-    try:
-        if len(body) > QUICK_BODY_BYTES:
-            parsed = await run_in_threadpool(msgspec.json.decode, body)
-        else:
-            parsed = msgspec.json.decode(body)
-    except (msgspec.DecodeError, RecursionError, UnicodeDecodeError) as error:
-        raise invalid(f"the body is not valid JSON: {error}", code="not_json") from None
-    if not isinstance(parsed, dict):
-        raise invalid("the body must be a JSON object", code="not_json")
-    # Where Starlette keeps them once they were read.
-    request._body = bytes(body)
-    request._json = parsed
-
-
-async def bounded_body(request: Request, limit: int, too_long: ApiError) -> bytearray:
-    """Read a body of up to `limit` bytes. Raises `too_long`, at once where its length is said."""
-    said = request.headers.get("content-length", "")
-    if said.isdigit() and int(said[:20]) > limit:
-        raise too_long
-    body = bytearray()
-    async for part in request.stream():
-        body += part
-        if len(body) > limit:
-            raise too_long
-    return body

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 from blake3 import blake3
 
-from vllm_kvmarket.api.limits import Limiter, Rate
+from vllm_kvmarket.api.rate_limits import Limiter, Rate
 from vllm_kvmarket.auth.api_keys import Keys, Principal
 
 LIFETIME_S = 8 * 3600.0

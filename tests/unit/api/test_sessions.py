@@ -7,7 +7,7 @@ import pytest
 from tests.support.api_server import running
 from tests.support.page_visitor import Forms, Visitor
 from vllm_kvmarket.api import sessions
-from vllm_kvmarket.api.limits import Limiter
+from vllm_kvmarket.api.rate_limits import Limiter
 from vllm_kvmarket.api.sessions import Sessions
 from vllm_kvmarket.auth.api_keys import Keys, Principal
 

@@ -1,52 +1,61 @@
-"""The gate itself: pure ASGI, innermost, so that it sees a request as the router does."""
+"""The gate: the innermost ASGI middleware, in front of every route."""
 
 from __future__ import annotations
 
-import logging
 import re
 import secrets
 from typing import Any
 
-from fastapi import FastAPI
+from fastapi import FastAPI, Request
 
-from vllm_kvmarket.api.gate import bodies, quoting, wishes
-from vllm_kvmarket.api.gate.bodies import Receive, Scope
-from vllm_kvmarket.api.gate.callers import (
-    CONNECTOR,
-    WITHOUT_KEY,
-    Caller,
-    caller_of,
-    need,
-    principal_of,
+from vllm_kvmarket.api import quotes
+from vllm_kvmarket.api.auth import ADMIN, BUYER, Caller, authenticate
+from vllm_kvmarket.api.bodies import (
+    App,
+    ClientGoneError,
+    Receive,
+    Scope,
+    Send,
+    parse_object,
+    read_bounded,
+    replay,
+    single_header,
+    with_body,
 )
-from vllm_kvmarket.api.gate.placing import Documents
-from vllm_kvmarket.api.gate.refusals import Refusal, bad, no_key
-from vllm_kvmarket.api.gate.rendering import prompts_of
-from vllm_kvmarket.api.gate.routes import Kind, kind_of
-from vllm_kvmarket.api.gate.streams import ReceiptSender, Send, ids_of
+from vllm_kvmarket.api.errors import ApiError, invalid, missing_key, translate
+from vllm_kvmarket.api.gate.placement import Documents, prompts_of
+from vllm_kvmarket.api.gate.receipt_events import ReceiptSender, ids_of
+from vllm_kvmarket.api.gate.request_fields import (
+    cache_salt,
+    engine_params,
+    remove_server_fields,
+    sender_of,
+    take_market_field,
+)
+from vllm_kvmarket.api.gate.route_kinds import Kind, kind_of
+from vllm_kvmarket.api.pages.page import BASE, error_page
+from vllm_kvmarket.api.service import CALLER, Service
+from vllm_kvmarket.connector.request_params import FIELD
+from vllm_kvmarket.core.config import MarketConfig
 from vllm_kvmarket.core.errors import KVMarketError
 
 _REQUEST_ID = re.compile(r"[\x21-\x7e]{1,256}")
-
 _PASSED = "kvmarket.passed_the_gate"
-_WATCHER = "kvmarket.watcher"
-
-logger = logging.getLogger("vllm.kvmarket")
 
 
 def install(app: FastAPI) -> None:
-    """Put the gate in front of an app's routes; mutates the app. For attach_router().
+    """Put the gate in front of an app's routes; mutates the app.
 
-    The usage of every answer says how many tokens were reused, whatever the command line says.
+    The usage of every answer then says how many tokens were reused.
     """
     app.state.args.enable_prompt_tokens_details = True
     app.add_middleware(Gate)
 
 
 class Gate:
-    """ASGI middleware. On a server whose engine is on no market it lets everything through."""
+    """ASGI middleware. On a server without a market it lets everything through."""
 
-    def __init__(self, app: Any) -> None:
+    def __init__(self, app: App) -> None:
         self._app = app
         self._documents: Documents | None = None
 
@@ -57,117 +66,120 @@ class Gate:
             await self._app(scope, receive, send)
             return
         try:
-            passed = await self._pass(scope, receive, send)
-        except bodies.Gone:
+            scope, receive, send = await self._admit(scope, receive, send)
+        except ClientGoneError:
             return
-        except Refusal as refusal:
-            await _refuse(refusal, scope, receive, send)
+        except (ApiError, KVMarketError) as error:
+            await _refuse(error, scope, receive, send)
             return
-        except KVMarketError as error:
-            logger.error("kvmarket: %s", error)
-            closed = Refusal(503, "market_unavailable", "the market cannot be used; try again")
-            await _refuse(closed, scope, receive, send)
-            return
-        scope, receive, send = passed
-        # Should the gate be there twice, the second one must not take this for what a client said.
-        try:
-            await self._app({**scope, _PASSED: True}, receive, send)
-        finally:
-            if _WATCHER in scope:
-                scope[_WATCHER].finish()
+        # A second gate, if an app has two, must not take our fields for the client's.
+        await self._app({**scope, _PASSED: True}, receive, send)
 
-    async def _pass(
+    async def _admit(
         self, scope: Scope, receive: Receive, send: Send
     ) -> tuple[Scope, Receive, Send]:
-        """What goes on to the router. Raises Refusal."""
+        """What goes on to the router. Raises ApiError, KVMarketError and ClientGoneError."""
+        service: Service | None = getattr(scope["app"].state, "kvmarket_service", None)
+        config = MarketConfig() if service is None else service.market.config
         kind = kind_of(scope["app"].routes, scope)
-        if kind in (Kind.OPEN, Kind.OURS):
+        caller = Caller()
+        if kind is not Kind.OPEN:
+            if service is None:
+                raise ApiError(
+                    503, "market_unavailable", "the market is not open; see the server's log"
+                )
+            caller = await authenticate(
+                scope, service.keys, anonymous_may_read=service.anonymous_may_read
+            )
+            _check_scope(kind, caller)
+        if scope["type"] == "websocket":
             return scope, receive, send
-        service = getattr(scope["app"].state, "kvmarket_service", None)
-        if service is None:
-            raise Refusal(503, "market_unavailable", "the market is not open; see the server's log")
-        principal = principal_of(service.keys, scope)
-        if kind is Kind.ADMIN:
-            need(principal, "admin")
-        elif principal is not None and kind.generates:
-            need(principal, "buyer")
-        elif principal is None and kind is Kind.WORK:
-            _let_in(Caller(), service)
-        if not kind.generates:
-            return scope, receive, send
-        request_id = bodies.single_header(scope, "x-request-id") or secrets.token_hex(16)
+        content = await read_bounded(scope, receive, config.max_body_bytes)
+        if service is None or not kind.generates:
+            return {**scope, CALLER: caller}, replay(content, receive), send
+        request_id = single_header(scope, "x-request-id") or secrets.token_hex(16)
         if not _REQUEST_ID.fullmatch(request_id):
-            raise bad("X-Request-Id: expected up to 256 visible characters")
-        body = await bodies.read(scope, receive, service.market.config.max_body_bytes)
-        caller = caller_of(principal, service.market.credentials, body)
-        _let_in(caller, service)
-        reuse = await self._prepare(service, _shape(kind, body), caller, body, scope["app"])
+            raise invalid("X-Request-Id: expected up to 256 visible characters")
+        body = await parse_object(scope, content)
+        caller = sender_of(caller, service.market.credentials, body)
+        caller.need_reader()
+        shape = _shape(kind, body)
+        reuse = await self._prepare(service, shape, caller, body, scope["app"])
         if kind is Kind.RESPONSES:
             body["request_id"] = f"resp_{request_id}"
-        passed = await bodies.replace(scope, receive, body, {"x-request-id": request_id})
-        observations = getattr(service, "observations", None)
-        if observations is not None and _prompt_count(body) == 1:
-            send = observations.watch(send)
-            passed[0][_WATCHER] = send
+        scope, receive = await with_body(scope, receive, body, {"x-request-id": request_id})
         if reuse and caller.account is not None and body.get("stream"):
-            ids = ids_of(_shape(kind, body), request_id, _prompt_count(body))
+            ids = ids_of(shape, request_id, _prompt_count(body))
             send = ReceiptSender(send, service.market, caller.account, ids)
-        return *passed, send
+        return scope, receive, send
 
     async def _prepare(
-        self, service: Any, kind: Kind, caller: Caller, body: dict[str, Any], app: Any
+        self, service: Service, kind: Kind, caller: Caller, body: dict[str, Any], app: FastAPI
     ) -> bool:
-        """Write into a body what the server says of it, in the place of what its sender did;
-        mutates it. Whether what is on offer of it is to be reused. Raises Refusal.
+        """Replace what a client wrote of the server's fields by what the server says; mutates.
+
+        Returns whether the request may reuse what is on offer. Raises ApiError.
         """
         market = service.market
-        wish = wishes.read(body.pop(wishes.FIELD, None))
-        bodies.scrub(body)
-        wants = wish.document is not None or wish.reuse == "require"
-        if wants and caller.account is None:
-            raise no_key("reuse is paid on an account; send Authorization: Bearer kvm_...")
-        if wants and kind is Kind.SALTED:
-            raise bad("this route computes every prompt in full", wishes.FIELD)
+        field = take_market_field(body)
+        remove_server_fields(body)
+        if field.is_binding and caller.account is None:
+            raise missing_key("reuse is paid on an account; send Authorization: Bearer kvm_...")
+        if field.is_binding and kind is Kind.SALTED:
+            raise invalid("this route computes every prompt in full", FIELD)
         if kind is Kind.RESPONSES:
             _restrict_responses(body)
-        adapter = quoting.adapter_of(app, body)
-        if wants and adapter is not None:
-            raise quoting.no_quote_for(adapter)
-        if wish.document is not None:
-            await self._documents_of(service, app).place(app, kind, body, wish.document)
-        reuse = wish.reuse != "never" and kind is not Kind.SALTED
-        quoted = wish.needs_quote or market.config.unfunded == "refuse"
-        if reuse and quoted and adapter is None and caller.account is not None:
+        adapter = _adapter_of(app, body)
+        if field.is_binding and adapter is not None:
+            raise quotes.no_quote_for(adapter)
+        if field.document is not None:
+            await self._documents_of(service, app).place(app, kind, body, field.document)
+        reuse = field.reuse != "never" and kind is not Kind.SALTED
+        refuse_unfunded = market.config.unfunded == "refuse"
+        if (
+            reuse
+            and (field.needs_quote or refuse_unfunded)
+            and adapter is None
+            and caller.account is not None
+        ):
             prompts = await prompts_of(app, kind, body)
-            offered = await quoting.quote_soon(market, service.tokens.namespace, prompts)
-            offered = await quoting.with_funds(market, offered, caller.account)
-            reuse = quoting.may_reuse(
-                offered, wish, refuse_unfunded=market.config.unfunded == "refuse"
+            offer = await quotes.offer_of(service, prompts, caller.account)
+            reuse = quotes.may_reuse(
+                offer,
+                required=field.reuse == "require",
+                max_price_nano=field.max_price_nano,
+                refuse_unfunded=refuse_unfunded,
             )
-        declined = None if reuse or kind is Kind.SALTED else wish.reason
-        told = caller.connector_params(
+        params = engine_params(
+            caller,
             market.credentials,
             reuse=reuse,
-            declined=declined,
-            max_price_nano=wish.max_price_nano,
+            declined=None if reuse or kind is Kind.SALTED else field.declines,
+            max_price_nano=field.max_price_nano,
         )
-        if told is not None:
-            body["kv_transfer_params"] = {**body.get("kv_transfer_params", {}), **told}
-        body["cache_salt"] = caller.salt(market.credentials)
+        if params is not None:
+            body["kv_transfer_params"] = {**body.get("kv_transfer_params", {}), **params}
+        body["cache_salt"] = cache_salt(caller, market.credentials)
         return reuse
 
-    def _documents_of(self, service: Any, app: Any) -> Documents:
+    def _documents_of(self, service: Service, app: FastAPI) -> Documents:
         if self._documents is None:
+            assert service.frontend is not None
             tokenizer = app.state.online_renderer.renderer.get_tokenizer()
-            self._documents = Documents(service.market, service.tokens.namespace, tokenizer)
+            self._documents = Documents(service.market, service.frontend.namespace, tokenizer)
         return self._documents
 
 
-async def _refuse(refusal: Refusal, scope: Scope, receive: Receive, send: Send) -> None:
+async def _refuse(error: Exception, scope: Scope, receive: Receive, send: Send) -> None:
+    refused = translate(error)
+    assert refused is not None
     if scope["type"] == "websocket":
-        await send({"type": "websocket.close", "code": 1008, "reason": refusal.code})
-    else:
-        await refusal.answer(scope["path"])(scope, receive, send)
+        await send({"type": "websocket.close", "code": 1008, "reason": refused.code})
+        return
+    path = scope["path"]
+    is_page = path == BASE or path.startswith(f"{BASE}/")
+    answer = error_page(refused, Request(scope)) if is_page else refused.answer(path)
+    await answer(scope, receive, send)
 
 
 def _has_market(state: Any) -> bool:
@@ -176,12 +188,24 @@ def _has_market(state: Any) -> bool:
         return True
     config = getattr(state, "vllm_config", None)
     transfer = getattr(config, "kv_transfer_config", None)
-    return transfer is not None and transfer.kv_connector == CONNECTOR
+    return transfer is not None and transfer.kv_connector == FIELD
 
 
-def _let_in(caller: Caller, service: Any) -> None:
-    if caller.is_anonymous and service.market.config.anonymous == "refuse":
-        raise no_key(WITHOUT_KEY)
+def _check_scope(kind: Kind, caller: Caller) -> None:
+    """Raises ApiError if the caller may not use routes of a kind."""
+    if kind is Kind.ADMIN:
+        caller.need(ADMIN)
+    elif caller.account is not None and kind.generates:
+        caller.need(BUYER)
+    elif kind is Kind.WORK:
+        caller.need_reader()
+
+
+def _adapter_of(app: FastAPI, body: dict[str, Any]) -> str | None:
+    """The adapter (LoRA) that a body's model names, None for the model itself."""
+    loaded = getattr(getattr(app.state, "openai_serving_models", None), "lora_requests", None)
+    model = body.get("model")
+    return model if isinstance(model, str) and model in (loaded or {}) else None
 
 
 def _shape(kind: Kind, body: dict[str, Any]) -> Kind:
@@ -200,7 +224,7 @@ def _prompt_count(body: dict[str, Any]) -> int:
 
 
 def _restrict_responses(body: dict[str, Any]) -> None:
-    """Responses are not stored: whoever knew an id could read and continue them; mutates."""
+    """Responses are not stored, as anyone who knew an id could read and continue them; mutates."""
     if body.get("previous_response_id") or body.get("background"):
-        raise bad("stored responses are not supported here; send the conversation instead")
+        raise invalid("stored responses are not supported here; send the conversation instead")
     body["store"] = False

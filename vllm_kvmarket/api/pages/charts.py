@@ -1,204 +1,206 @@
-"""Charts as pictures: inline SVG, drawn here, that follow the page's light and dark colours.
-
-Colours are classes of the style sheet; a series differs from the next in its dash or pattern too. A
-chart has a title and a description for those who do not see it; its figures stand in a table beside
-it, see templates/figure.html.
-"""
+"""The charts of the pages: break-even, reuse and revenue over time, time to the first token."""
 
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
-from markupsafe import Markup, escape
+from vllm_kvmarket.api.models import Document
+from vllm_kvmarket.api.pages import formatting
+from vllm_kvmarket.api.pages.server_metrics import quantile
+from vllm_kvmarket.api.pages.svg import Figure, Series, columns, lines
+from vllm_kvmarket.ledger import Receipt
 
-WIDTH, HEIGHT = 640, 300
-LEFT, RIGHT, TOP, BOTTOM = 76, 30, 16, 52
-LABEL_GAP = 14
-# A letter of the style sheet's 15 px text is at most so wide; between two labels there is one more.
-LETTER = 9.5
-
-Text = Callable[[float], str]
-
-
-@dataclass(frozen=True, slots=True)
-class Series:
-    """A named line, or the columns of one kind; `kind` is a class of the style sheet."""
-
-    name: str
-    kind: str
-    points: Sequence[tuple[float, float]]
+DAY_S = 86_400
+HOUR_S = 3600
+MOST_COLUMNS = 31
+BREAK_EVEN_READS = 10
 
 
-@dataclass(frozen=True, slots=True)
-class Figure:
-    """A chart with its table: `head` and `rows` have everything that the picture shows."""
-
-    id: str
-    title: str
-    description: str
-    svg: Markup
-    legend: Sequence[tuple[str, str]]
-    head: Sequence[str]
-    rows: Sequence[Sequence[str]]
-
-
-@dataclass(frozen=True, slots=True)
-class Axes:
-    """Where values lie in the picture."""
-
-    x_max: float
-    y_max: float
-    x_text: Text
-    y_text: Text
-    x_name: str
-    y_name: str
-
-    def x(self, value: float) -> float:
-        """Pixels from the left."""
-        return LEFT + (WIDTH - LEFT - RIGHT) * value / self.x_max
-
-    def y(self, value: float) -> float:
-        """Pixels from the top."""
-        return HEIGHT - BOTTOM - (HEIGHT - TOP - BOTTOM) * value / self.y_max
-
-    def drawn(self, x_ticks: Sequence[tuple[float, str]]) -> Markup:
-        """The grid, the ticks and the names."""
-        parts = []
-        for value in ticks(self.y_max):
-            parts.append(_line("grid", LEFT, self.y(value), WIDTH - RIGHT, self.y(value)))
-            parts.append(_text(LEFT - 8, self.y(value) + 4, self.y_text(value), "end"))
-        for value, text in x_ticks:
-            parts.append(_text(self.x(value), HEIGHT - BOTTOM + 24, text, "middle"))
-        parts.append(_line("axis", LEFT, self.y(0), WIDTH - RIGHT, self.y(0)))
-        parts.append(_text((LEFT + WIDTH - RIGHT) / 2, HEIGHT - 6, self.x_name, "middle", "name"))
-        return Markup("").join(parts)
-
-
-def lines(
-    chart_id: str,
-    title: str,
-    description: str,
-    series: Sequence[Series],
-    *,
-    x_name: str,
-    y_name: str,
-    x_text: Text,
-    y_text: Text,
-    mark: tuple[float, float, str] | None = None,
-    dots: bool = False,
-) -> Markup:
-    """Lines over whole numbers from 0; `mark` is a point with a word beside it."""
-    every = [point for each in series for point in each.points]
-    x_max = max((x for x, _ in every), default=0.0) or 1.0
-    y_max = nice(max((y for _, y in every), default=0.0) or 1.0)
-    axes = Axes(x_max, y_max, x_text, y_text, x_name, y_name)
-    x_ticks = [(value, x_text(value)) for value in ticks(x_max) if value <= x_max]
-    parts = [axes.drawn(x_ticks)]
-    for each in series:
-        path = " ".join(
-            f"{'M' if number == 0 else 'L'}{axes.x(x):.1f} {axes.y(y):.1f}"
-            for number, (x, y) in enumerate(each.points)
-        )
-        parts.append(Markup('<path class="stroke {}" d="{}"/>').format(each.kind, path))
-        if dots:
-            parts += [_dot(axes.x(x), axes.y(y), each.kind) for x, y in each.points]
-    if mark is not None:
-        x, y, text = mark
-        parts.append(_dot(axes.x(x), axes.y(y), "mark"))
-        parts.append(_text(axes.x(x), axes.y(y) - LABEL_GAP, text, "middle", "strong"))
-    return _picture(chart_id, title, description, parts)
-
-
-def columns(
-    chart_id: str,
-    title: str,
-    description: str,
-    labels: Sequence[str],
-    series: Sequence[Series],
-    *,
-    x_name: str,
-    y_name: str,
-    y_text: Text,
-) -> Markup:
-    """Columns side by side, or one on the other: `series` are stacked; a point's x is its place."""
-    places = len(labels)
-    heights = [sum(each.points[place][1] for each in series) for place in range(places)]
-    axes = Axes(places or 1, nice(max(heights, default=0.0) or 1.0), str, y_text, x_name, y_name)
-    longest = max((len(label) for label in labels), default=0)
-    fitting = int((WIDTH - LEFT - RIGHT) / ((longest + 1) * LETTER))
-    every = max(1, math.ceil(places / max(fitting, 1)))
-    half = longest * LETTER / 2
-    x_ticks = [
-        (place + 0.5, labels[place])
-        for place in range(0, places, every)
-        if axes.x(place + 0.5) + half <= WIDTH
-    ]
-    parts = [axes.drawn(x_ticks)]
-    width = (WIDTH - LEFT - RIGHT) / max(places, 1)
-    for place in range(places):
-        below = 0.0
-        for each in series:
-            value = each.points[place][1]
-            if value > 0:
-                top, bottom = axes.y(below + value), axes.y(below)
-                parts.append(
-                    Markup(
-                        '<rect class="column {}" x="{:.1f}" y="{:.1f}" width="{:.1f}" '
-                        'height="{:.1f}"/>'
-                    ).format(
-                        each.kind,
-                        axes.x(place) + width * 0.14,
-                        top,
-                        width * 0.72,
-                        max(bottom - top, 0.5),
-                    )
-                )
-            below += value
-    return _picture(chart_id, title, description, parts)
-
-
-def nice(value: float) -> float:
-    """The next of 1, 2, 2.5 and 5 times a power of ten, from `value` (above 0) up."""
-    power = 10.0 ** math.floor(math.log10(value))
-    return next(step * power for step in (1, 2, 2.5, 5, 10) if step * power >= value * 0.999999)
-
-
-def ticks(most: float) -> list[float]:
-    """Four to six round values from 0 to `most`."""
-    step = nice(most / 5)
-    return [number * step for number in range(int(most / step + 1e-6) + 1)]
-
-
-def _picture(chart_id: str, title: str, description: str, parts: Sequence[Markup]) -> Markup:
-    return Markup(
-        '<svg viewBox="0 0 {} {}" role="img" aria-labelledby="{}-title {}-description">'
-        '<title id="{}-title">{}</title><desc id="{}-description">{}</desc>{}</svg>'
-    ).format(
-        WIDTH,
-        HEIGHT,
-        chart_id,
-        chart_id,
-        chart_id,
+def break_even(shown: Document) -> Figure:
+    """What reads of a document cost: computed each time, or computed once and then reused."""
+    once, charge = shown.recompute_nano, shown.charge_nano
+    even = shown.break_even_reuses
+    reads = BREAK_EVEN_READS if even is None else max(BREAK_EVEN_READS, min(2 * even, 1000))
+    computed = [(read, read * once) for read in (0, reads)]
+    reused = [(read, once + read * charge) for read in (0, reads)]
+    if even is None:
+        title = "Reuse costs as much as computing: it never pays back"
+        mark = None
+    else:
+        title = f"Reuse has paid back from read {even} on"
+        mark = (float(even), float(even * once), f"read {even}")
+    description = (
+        f"After {reads} reads, computing the document each time has cost "
+        f"{formatting.exactly(reads * once)}; computing it once and reusing it has cost "
+        f"{formatting.exactly(once + reads * charge)}."
+    )
+    picture = lines(
+        "break-even",
         title,
-        chart_id,
         description,
-        Markup("").join(parts),
+        [Series("Computed for every read", "other", computed), Series("Reused", "main", reused)],
+        x_name="reads",
+        y_name="cost",
+        x_text=lambda value: f"{value:g}",
+        y_text=lambda value: formatting.money(round(value)),
+        mark=mark,
+    )
+    steps = sorted({0, 1, 2, reads // 2, reads, *([even] if even else [])})
+    rows = [
+        [str(read), formatting.exactly(read * once), formatting.exactly(once + read * charge)]
+        for read in steps
+        if read <= reads
+    ]
+    legend = [("other", "computed for every read"), ("main", "computed once, then reused")]
+    head = ["Reads", "Computed for every read", "Computed once, then reused"]
+    return Figure("break-even", title, description, picture, legend, head, rows)
+
+
+def reuse_over_time(receipts: Sequence[Receipt], now_s: float) -> Figure:
+    """How many tokens of a document were reused, by day or by hour."""
+    labels, places = _periods(receipts, now_s)
+    reuses, tokens = [0] * len(labels), [0] * len(labels)
+    for receipt in receipts:
+        place = places(receipt.created_at_s)
+        if place is not None:
+            reuses[place] += 1
+            tokens[place] += receipt.tokens_reused
+    title = "Tokens reused over time"
+    description = (
+        f"{formatting.count(sum(tokens))} tokens in {formatting.count(sum(reuses))} reuses, "
+        f"from {labels[0]} to {labels[-1]}."
+    )
+    points = [(float(place), float(number)) for place, number in enumerate(tokens)]
+    picture = columns(
+        "reuse",
+        title,
+        description,
+        labels,
+        [Series("Tokens reused", "main", points)],
+        x_name="time, UTC",
+        y_name="tokens",
+        y_text=_short,
+    )
+    rows = [
+        [label, formatting.count(number), formatting.count(saved)]
+        for label, number, saved in zip(labels, reuses, tokens, strict=True)
+        if number
+    ]
+    return Figure(
+        "reuse",
+        title,
+        description,
+        picture,
+        [("main", "tokens reused")],
+        ["Time (UTC)", "Reuses", "Tokens reused"],
+        rows,
     )
 
 
-def _line(kind: str, x1: float, y1: float, x2: float, y2: float) -> Markup:
-    return Markup('<path class="{}" d="M{:.1f} {:.1f} L{:.1f} {:.1f}"/>').format(
-        kind, x1, y1, x2, y2
+def revenue_over_time(receipts: Sequence[Receipt], now_s: float) -> Figure:
+    """Revenue from reuse, and the publishers' part of it, by day or by hour."""
+    labels, places = _periods(receipts, now_s)
+    kept, royalties = [0] * len(labels), [0] * len(labels)
+    for receipt in receipts:
+        place = places(receipt.created_at_s)
+        if place is not None:
+            kept[place] += receipt.charge_nano - receipt.royalty_nano
+            royalties[place] += receipt.royalty_nano
+    title = "Revenue and royalties over time"
+    description = (
+        f"Reuse brought {formatting.exactly(sum(kept) + sum(royalties))}, of which publishers had "
+        f"{formatting.exactly(sum(royalties))}, from {labels[0]} to {labels[-1]}."
     )
-
-
-def _text(x: float, y: float, text: str, anchor: str, kind: str = "") -> Markup:
-    return Markup('<text class="{}" x="{:.1f}" y="{:.1f}" text-anchor="{}">{}</text>').format(
-        kind, x, y, anchor, escape(text)
+    picture = columns(
+        "revenue",
+        title,
+        description,
+        labels,
+        [
+            Series("Kept", "main", [(float(at), float(nano)) for at, nano in enumerate(kept)]),
+            Series(
+                "Royalties",
+                "other",
+                [(float(at), float(nano)) for at, nano in enumerate(royalties)],
+            ),
+        ],
+        x_name="time, UTC",
+        y_name="amount",
+        y_text=lambda value: formatting.money(round(value)),
     )
+    rows = [
+        [
+            label,
+            formatting.exactly(own + theirs),
+            formatting.exactly(theirs),
+            formatting.exactly(own),
+        ]
+        for label, own, theirs in zip(labels, kept, royalties, strict=True)
+        if own or theirs
+    ]
+    legend = [("main", "kept by the provider"), ("other", "royalties to publishers")]
+    head = ["Time (UTC)", "Charged", "Royalties", "Kept"]
+    return Figure("revenue", title, description, picture, legend, head, rows)
 
 
-def _dot(x: float, y: float, kind: str) -> Markup:
-    return Markup('<circle class="dot {}" cx="{:.1f}" cy="{:.1f}" r="4"/>').format(kind, x, y)
+def first_tokens(buckets: Sequence[tuple[float, int]]) -> Figure | None:
+    """How long answers took to their first token, by bucket; None if there were none."""
+    total = sum(count for _, count in buckets)
+    if not total:
+        return None
+    used = [number for number, (_, count) in enumerate(buckets) if count]
+    shown = buckets[used[0] : used[-1] + 1]
+    labels = [formatting.seconds(end) if math.isfinite(end) else "more" for end, _ in shown]
+    half, most = (formatting.seconds(quantile(buckets, share)) for share in (0.5, 0.95))
+    title = "Time to the first token"
+    description = f"{formatting.count(total)} answers: half within {half}, 95% within {most}."
+    picture = columns(
+        "ttft",
+        title,
+        description,
+        labels,
+        [Series("Answers", "main", [(float(at), float(n)) for at, (_, n) in enumerate(shown)])],
+        x_name="first token within",
+        y_name="answers",
+        y_text=_short,
+    )
+    rows = [
+        [label, formatting.count(count), formatting.share(count / total)]
+        for label, (_, count) in zip(labels, shown, strict=True)
+    ]
+    head = ["First token within", "Answers", "Share"]
+    return Figure("ttft", title, description, picture, [("main", "answers")], head, rows)
+
+
+def _periods(
+    receipts: Sequence[Receipt], now_s: float
+) -> tuple[list[str], Callable[[float], int | None]]:
+    """The columns from the first receipt to now: days, or hours while the first is not long ago.
+
+    At most MOST_COLUMNS, the last ones. The function gives a time's column.
+    """
+    first_s = min((each.created_at_s for each in receipts), default=now_s)
+    is_young = now_s - first_s < 2 * DAY_S
+    width_s = HOUR_S if is_young else DAY_S
+    last = int(now_s // width_s)
+    start = max(min(int(first_s // width_s), last - 6), last - MOST_COLUMNS + 1)
+    form = "%d %b %H:00" if is_young else "%d %b"
+    labels = [
+        time.strftime(form, time.gmtime(number * width_s)) for number in range(start, last + 1)
+    ]
+
+    def place(at_s: float) -> int | None:
+        number = int(at_s // width_s) - start
+        return number if 0 <= number < len(labels) else None
+
+    return labels, place
+
+
+def _short(value: float) -> str:
+    """A count in few characters."""
+    for size, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if value >= size:
+            return f"{value / size:g}{unit}"
+    return f"{value:g}"

@@ -1,4 +1,4 @@
-"""What every page has: who looks at it, its frame and headers, its forms, its refusals."""
+"""What all pages share: the visitor, frame and headers, forms, and error pages."""
 
 from __future__ import annotations
 
@@ -16,9 +16,11 @@ from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import HTMLResponse, PlainTextResponse, RedirectResponse
 from fastapi.routing import APIRoute
 
-from vllm_kvmarket.api.errors import ApiError, bounded_body, translate
-from vllm_kvmarket.api.pages import words
-from vllm_kvmarket.api.service import Caller, Service, ServiceOf, service_of
+from vllm_kvmarket.api.auth import PUBLISHER, Caller
+from vllm_kvmarket.api.bodies import FORM_TYPE, media_type
+from vllm_kvmarket.api.errors import ApiError, translate
+from vllm_kvmarket.api.pages import formatting
+from vllm_kvmarket.api.service import Service, ServiceOf, service_of
 from vllm_kvmarket.api.sessions import LIFETIME_S, Session, same
 
 BASE = "/kvmarket"
@@ -26,8 +28,7 @@ SESSION_COOKIE = "kvmarket_session"
 FORM_COOKIE = "kvmarket_form"
 CSRF_FIELD = "csrf"
 MOST_FIELDS = 20
-FORM_TYPE = "application/x-www-form-urlencoded"
-# A browser says where a form was: anything but this server's own pages is refused.
+# What a browser says of the site that a form was on.
 _OWN_SITES = ("same-origin", "none")
 _COOKIE = re.compile(r"[A-Za-z0-9_-]{16,128}")
 # Where a sign-in may lead to: this server's pages, and nothing else.
@@ -52,15 +53,15 @@ _templates = jinja2.Environment(
     lstrip_blocks=True,
 )
 _templates.filters.update(
-    count=words.count,
-    money=words.money,
-    exactly=words.exactly,
-    bytes=words.bytes_of,
-    when=words.when,
-    iso=words.iso,
-    day=words.day,
-    seconds=words.seconds,
-    share=words.share,
+    count=formatting.count,
+    money=formatting.money,
+    exactly=formatting.exactly,
+    bytes=formatting.bytes_of,
+    when=formatting.when,
+    iso=formatting.iso,
+    day=formatting.day,
+    seconds=formatting.seconds,
+    share=formatting.share,
 )
 _STATIC = {
     name: ((resources.files(__package__) / "static" / name).read_bytes(), kind)
@@ -79,7 +80,7 @@ def asset(name: str) -> Response:
 
 @dataclass(slots=True)
 class Visitor:
-    """Who looks at a page, and what its forms must bring. `cookie` is a session's, or a form's."""
+    """Who looks at a page. `cookie` is the value of the session's cookie, or else the form's."""
 
     request: Request
     service: Service
@@ -89,7 +90,7 @@ class Visitor:
 
     @property
     def base(self) -> str:
-        """What links begin with: a proxy may serve the pages elsewhere."""
+        """The beginning of links: a proxy may serve the pages under another path."""
         return f"{self.request.scope.get('root_path', '').rstrip('/')}{BASE}"
 
     @property
@@ -98,10 +99,6 @@ class Visitor:
         if self.session is not None:
             return self.session.csrf
         return self.service.market.credentials.token(f"form:{self.cookie}")
-
-    def need_reader(self) -> None:
-        """Refuse whoever is not signed in, where the configuration does. Raises ApiError."""
-        self.caller.need_reader()
 
     def page(
         self,
@@ -112,17 +109,17 @@ class Visitor:
         **facts: Any,
     ) -> HTMLResponse:
         """A page; `facts` are the template's."""
-        told = {
+        values = {
             "base": self.base,
             "here": self.request.url.path,
             "account": self.caller.account,
             "is_admin": self.caller.is_admin,
-            "may_publish": self.caller.has("publisher", "admin"),
+            "may_publish": self.caller.may(PUBLISHER),
             "csrf": self.csrf,
             "csrf_field": CSRF_FIELD,
             **facts,
         }
-        body = _templates.get_template(template).render(told)
+        body = _templates.get_template(template).render(values)
         answer = HTMLResponse(body, status, {**HEADERS, **(headers or {})})
         if self.session is None and f'name="{CSRF_FIELD}"' in body:
             self._set(answer, FORM_COOKIE, self.cookie)
@@ -138,7 +135,7 @@ class Visitor:
         answer.delete_cookie(FORM_COOKIE, path=self.base)
 
     def sign_out(self, answer: Response) -> None:
-        """Take the session from server and browser; mutates both."""
+        """End the session, on the server and in the browser; mutates both."""
         if self.session is not None:
             self.service.sessions.close(self.cookie)
         answer.delete_cookie(SESSION_COOKIE, path=self.base)
@@ -155,16 +152,18 @@ class Visitor:
         )
 
     async def form(self, limit: int = 1 << 16) -> dict[str, str]:
-        """The fields of a form that this visitor was given. Raises ApiError: too long, not a form,
-        or somebody else's.
+        """The fields of a form from this visitor's own page.
+
+        Raises ApiError if it is too long, not a form, or another visitor's.
         """
         site = self.request.headers.get("sec-fetch-site", "same-origin")
         if site not in _OWN_SITES:
             raise _foreign()
-        kind = self.request.headers.get("content-type", "").partition(";")[0].strip().lower()
-        if kind != FORM_TYPE:
+        if media_type(self.request.scope) != FORM_TYPE:
             raise ApiError(415, "not_a_form", "send the page's own form")
-        body = await _body(self.request, limit)
+        body = await self.request.body()
+        if len(body) > limit:
+            raise ApiError(413, "body_too_long", f"this is longer than {limit} bytes")
         try:
             fields = await run_in_threadpool(_fields, body)
         except ValueError:
@@ -178,11 +177,6 @@ def _foreign() -> ApiError:
     return ApiError(
         403, "form_expired", "this form is not from your session; load the page and try again"
     )
-
-
-async def _body(request: Request, limit: int) -> bytes:
-    too_long = ApiError(413, "body_too_long", f"this is longer than {limit} bytes")
-    return bytes(await bounded_body(request, limit, too_long))
 
 
 def _fields(body: bytes) -> dict[str, str]:
@@ -201,22 +195,19 @@ def _fields(body: bytes) -> dict[str, str]:
 
 
 async def visitor_of(request: Request, service: ServiceOf) -> Visitor:
-    """Look at the session, and at the rate. Raises ApiError."""
-    session, caller, cookie = None, Caller(None, _anonymous_may_read(service)), ""
+    """The visitor of a request, with its session; counts the request. Raises ApiError."""
+    session, cookie = None, ""
+    caller = Caller(anonymous_may_read=service.anonymous_may_read)
     given = request.cookies.get(SESSION_COOKIE, "")
     if _COOKIE.fullmatch(given):
         found = await run_in_threadpool(service.sessions.find, given, service.keys)
         if found is not None:
             session, cookie = found[0], given
-            caller = Caller(found[1], True)
+            caller = Caller.of_key(found[1])
     if session is None:
         given = request.cookies.get(FORM_COOKIE, "")
         cookie = given if _COOKIE.fullmatch(given) else secrets.token_urlsafe(24)
-    address = request.client.host if request.client else ""
-    limiter = service.reads if request.method in ("GET", "HEAD") else service.writes
-    wait_s = limiter.wait_s(f"account:{caller.account}" if caller.account else address)
-    if wait_s:
-        raise too_many(wait_s)
+    service.count(request.scope, caller)
     visitor = request.state.visitor = Visitor(request, service, caller, session, cookie)
     return visitor
 
@@ -224,27 +215,13 @@ async def visitor_of(request: Request, service: ServiceOf) -> Visitor:
 VisitorOf = Annotated[Visitor, Depends(visitor_of)]
 
 
-def too_many(wait_s: int) -> ApiError:
-    """Too many requests."""
-    return ApiError(
-        429,
-        "rate_limit_exceeded",
-        f"too many requests; come again in {wait_s} s",
-        headers={"retry-after": str(wait_s)},
-    )
-
-
 def own_page(path: str) -> str:
     """Where to go after signing in: `path` if it is one of ours, else the money page."""
     return path.removeprefix(BASE) if _PAGE.fullmatch(path) and ".." not in path else "/money"
 
 
-def _anonymous_may_read(service: Service) -> bool:
-    return service.market.config.anonymous == "allow"
-
-
 class PageRoute(APIRoute):
-    """A route that tells its errors as pages, and sends who is not signed in to sign in."""
+    """A route that shows errors as pages, and sends visitors who need a session to sign in."""
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
         """The handler, wrapped."""
@@ -254,15 +231,16 @@ class PageRoute(APIRoute):
             try:
                 return await handle(request)
             except Exception as error:
-                told = translate(error)
-                if told is None:
+                refused = translate(error)
+                if refused is None:
                     raise
-                return _told(told, request)
+                return error_page(refused, request)
 
         return shown
 
 
-def _told(error: ApiError, request: Request) -> Response:
+def error_page(error: ApiError, request: Request) -> Response:
+    """An error as a page; without a session, the sign-in page if a session would help."""
     base = f"{request.scope.get('root_path', '').rstrip('/')}{BASE}"
     message = error.message
     if error.code == "missing_api_key":
@@ -274,7 +252,7 @@ def _told(error: ApiError, request: Request) -> Response:
     visitor = getattr(request.state, "visitor", None)
     if visitor is None:
         try:
-            visitor = Visitor(request, service_of(request), Caller(None, True), None, "")
+            visitor = Visitor(request, service_of(request), Caller(), None, "")
         except ApiError:
             return PlainTextResponse(error.message, error.status, {**HEADERS, **headers})
     heading = "Not found" if error.status == 404 else "This did not work"

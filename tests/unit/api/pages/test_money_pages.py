@@ -9,7 +9,7 @@ import pytest
 
 from tests.support.api_server import publish, running, text_of
 from tests.support.page_visitor import Visitor, sell, text_in
-from vllm_kvmarket.api.pages import money
+from vllm_kvmarket.api.pages import money_pages
 from vllm_kvmarket.auth.signing_keys import SigningKeys
 from vllm_kvmarket.core.pricing import format_nano
 from vllm_kvmarket.ledger import PROVIDER
@@ -84,7 +84,7 @@ def test_a_receipt_that_does_not_hold_is_called_so(server, monkeypatch):
     assert "valid" in text_in(visitor.get("/money/receipt", id=sold.id), "verified")
     foreign = SigningKeys(server.market.home / "elsewhere")
     foreign.current()
-    monkeypatch.setattr(money, "SigningKeys", lambda _: foreign)
+    monkeypatch.setattr(money_pages, "SigningKeys", lambda _: foreign)
     page = visitor.get("/money/receipt", id=sold.id)
     assert page.status_code == 200 and "does not verify" in text_in(page, "verified")
 
@@ -132,7 +132,7 @@ def test_a_publisher_sees_its_royalties(server):
 
 def test_receipts_and_transfers_have_pages(server, monkeypatch):
     """Older ones follow, each once, and a list keeps its account."""
-    monkeypatch.setattr(money, "PAGE_ROWS", 2)
+    monkeypatch.setattr(money_pages, "PAGE_ROWS", 2)
     sold = {sell(server, TEXT, key=f"k{number}").id for number in range(5)}
     visitor = visitor_of(server, "admin")
     page, seen = visitor.get("/money", account="bea"), []

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 
 from tests.support.catalogue_documents import store_and_list, tokens
-from tests.unit.api.gate.test_gate import alice, app, client, keys, market, reached  # noqa: F401  # fixtures
+from tests.unit.api.gate.test_middleware import alice, app, client, keys, market, reached  # noqa: F401  # fixtures
 from vllm_kvmarket.market.market import Market
 
 

@@ -10,8 +10,8 @@ import msgspec
 import pytest
 
 from tests.support.api_server import NANO, as_, publish, running, text_of
-from vllm_kvmarket.api.limits import Limiter, Rate
 from vllm_kvmarket.api.paging import newest_first
+from vllm_kvmarket.api.rate_limits import Limiter, Rate
 from vllm_kvmarket.auth.signing_keys import PublicKey
 from vllm_kvmarket.market.purchase import PurchaseState, Usage
 from vllm_kvmarket.proofs import ConsistencyProof, read_inclusion, verify, verify_checkpoint

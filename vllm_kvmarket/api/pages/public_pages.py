@@ -1,4 +1,4 @@
-"""/kvmarket: the catalogue, a document's page, and what they need."""
+"""Pages for everybody: the catalogue, documents, public keys, signing in and out."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ from fastapi import APIRouter, Query, Response
 from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import JSONResponse
 
-from vllm_kvmarket.api.documents import describe, is_on_offer
+from vllm_kvmarket.api.auth import address_of
+from vllm_kvmarket.api.document_routes import describe, find, is_on_offer
 from vllm_kvmarket.api.errors import not_found
 from vllm_kvmarket.api.models import Document
-from vllm_kvmarket.api.pages.figures import break_even, reuse_over_time
-from vllm_kvmarket.api.pages.page import HEADERS, PageRoute, VisitorOf, asset
+from vllm_kvmarket.api.pages.charts import break_even, reuse_over_time
+from vllm_kvmarket.api.pages.page import BASE, HEADERS, PageRoute, VisitorOf, asset, own_page
 from vllm_kvmarket.auth.signing_keys import SigningKeys
-from vllm_kvmarket.core.errors import NotFoundError
 from vllm_kvmarket.ledger import Receipt
 from vllm_kvmarket.market.market import Market
 
 PAGE_ROWS = 50
-# A document's chart is drawn from so many of its newest receipts.
+# A document's chart shows this many of its newest receipts.
 MOST_RECEIPTS = 2000
 
 router = APIRouter(route_class=PageRoute)
@@ -31,8 +31,8 @@ async def catalogue(
     search: Annotated[str, Query(max_length=200)] = "",
     page: Annotated[int, Query(ge=1, le=1_000_000)] = 1,
 ) -> Response:
-    """What is on offer, the newest first."""
-    visitor.need_reader()
+    """The documents on offer, the newest first."""
+    visitor.caller.need_reader()
     market = visitor.service.market
 
     def read() -> tuple[list[Document], int]:
@@ -54,8 +54,8 @@ async def catalogue(
 
 @router.get("/documents/{document_id}")
 async def document(document_id: str, visitor: VisitorOf) -> Response:
-    """One document: what it costs, what was made of it, how to use it."""
-    visitor.need_reader()
+    """One document: its price, its reuse, and how to use it."""
+    visitor.caller.need_reader()
     shown, receipts = await run_in_threadpool(_document, visitor.service.market, document_id)
     url = visitor.request.url
     return visitor.page(
@@ -70,14 +70,10 @@ async def document(document_id: str, visitor: VisitorOf) -> Response:
 
 
 def _document(market: Market, document_id: str) -> tuple[Document, list[Receipt]]:
-    """Raises ApiError: what is not on offer is not told from what never was."""
-    missing = not_found("there is no such document on offer")
-    try:
-        listing = market.catalogue.get(document_id)
-    except NotFoundError:
-        raise missing from None
-    if not is_on_offer(listing):
-        raise missing
+    """Raises ApiError, the same for a withdrawn document as for one that never was."""
+    listing = find(market, document_id)
+    if listing is None or not is_on_offer(listing):
+        raise not_found("there is no such document on offer")
     receipts = market.ledger.receipts(document_id=document_id, limit=MOST_RECEIPTS)
     return describe(market, listing), receipts
 
@@ -85,7 +81,7 @@ def _document(market: Market, document_id: str) -> tuple[Document, list[Receipt]
 @router.get("/keys.jwks")
 async def keys(visitor: VisitorOf) -> Response:
     """The public keys that receipts are verified with."""
-    visitor.need_reader()
+    visitor.caller.need_reader()
 
     def read() -> dict[str, list[dict[str, str]]]:
         own = SigningKeys(visitor.service.market.home)
@@ -99,3 +95,38 @@ async def keys(visitor: VisitorOf) -> Response:
 async def static(name: str) -> Response:
     """A packaged file."""
     return asset(name)
+
+
+@router.get("/signin")
+async def sign_in_form(
+    visitor: VisitorOf, next: Annotated[str, Query(max_length=500)] = ""
+) -> Response:
+    """Ask for a key."""
+    return visitor.page("signin.html", next=BASE + own_page(next), wrong=False)
+
+
+@router.post("/signin")
+async def sign_in(visitor: VisitorOf) -> Response:
+    """Begin a session with a key. The key itself is not kept."""
+    fields = await visitor.form()
+    service = visitor.service
+    service.sessions.attempts.count(address_of(visitor.request.scope))
+    place = own_page(fields.get("next", ""))
+    principal = await run_in_threadpool(service.keys.check, fields.get("key", "").strip())
+    if principal is None:
+        return visitor.page("signin.html", status=401, next=BASE + place, wrong=True)
+    # An earlier session of this browser ends.
+    if visitor.session is not None:
+        service.sessions.close(visitor.cookie)
+    answer = visitor.go(place)
+    visitor.sign_in(answer, service.sessions.open(principal))
+    return answer
+
+
+@router.post("/signout")
+async def sign_out(visitor: VisitorOf) -> Response:
+    """End the session."""
+    await visitor.form()
+    answer = visitor.go("")
+    visitor.sign_out(answer)
+    return answer

@@ -26,7 +26,7 @@ from vllm_kvmarket.proofs import (
 )
 
 PAGE_ROWS = 20
-# Holds and royalties are looked for among so many of an account's newest transfers.
+# Holds and royalties are searched in this many of an account's newest transfers.
 MOST_TRANSFERS = 1000
 MOST_ACCOUNTS = 1000
 
@@ -50,7 +50,7 @@ class _Royalties:
 
 @dataclass(frozen=True, slots=True)
 class Proof:
-    """What a check of a receipt found; `problem` is in words, empty when all holds."""
+    """The result of checking a receipt; `problem` is a sentence, empty if there is none."""
 
     jws: str
     kid: str
@@ -66,7 +66,7 @@ async def money(
     transfers_after: After = None,
     receipts_after: After = None,
 ) -> Response:
-    """One's own account; admins may choose one."""
+    """Your own account; admins may choose one."""
     whose = _whose(visitor, account)
     facts = await run_in_threadpool(
         _facts, visitor.service.market.ledger, whose, transfers_after, receipts_after
@@ -103,7 +103,7 @@ async def jws(visitor: VisitorOf, id: IdQuery) -> Response:
 
 
 def _whose(visitor: Visitor, account: str | None) -> str:
-    """Whose money is shown. Raises ApiError: others' is for admins."""
+    """The account that is shown. Raises ApiError: only admins see those of others."""
     own = visitor.caller.need_key()
     if account in (None, own):
         return own
@@ -147,7 +147,7 @@ def _facts(
 
 
 def _holds(ledger: Ledger, account: Account, newest: list[Transfer]) -> list[_Hold]:
-    """The reservations that stand."""
+    """The holds that are pending."""
     if not account.debits_pending and not account.credits_pending:
         return []
     found = []
@@ -159,7 +159,7 @@ def _holds(ledger: Ledger, account: Account, newest: list[Transfer]) -> list[_Ho
 
 
 def _royalties(whose: str, newest: list[Transfer]) -> list[_Royalties]:
-    """What each of the account's documents earned it, the most first."""
+    """What each document earned its publisher, the most first."""
     earned: dict[str, list[int]] = defaultdict(list)
     for each in newest:
         if each.code == "royalty" and each.credit == whose:
@@ -169,7 +169,7 @@ def _royalties(whose: str, newest: list[Transfer]) -> list[_Royalties]:
 
 
 def _own_receipt(visitor: Visitor, receipt_id: str) -> Receipt:
-    """Raises ApiError: another account's is missing like one that never was."""
+    """Raises ApiError, the same for another account's receipt as for a missing one."""
     own = visitor.caller.need_key()
     missing = not_found("there is no such receipt of this account")
     try:
@@ -182,7 +182,7 @@ def _own_receipt(visitor: Visitor, receipt_id: str) -> Receipt:
 
 
 def prove(market: Market, receipt: Receipt) -> Proof:
-    """Sign a receipt, then check it as its owner would: by the public keys, and by the log."""
+    """Sign a receipt, then check it as its owner would: with the public keys and the log."""
     kid, text, index, size = "", "", None, None
     try:
         keys = SigningKeys(market.home).public_keys()

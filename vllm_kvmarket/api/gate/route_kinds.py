@@ -1,7 +1,7 @@
-"""What each route of vLLM's API server is to the gate.
+"""How the gate treats each route of vLLM's API server.
 
-The gate asks the application's own router which route a request goes to, so that no spelling of a
-path leads around it; and what changes something is closed unless it is listed here.
+The application's own router says which route a request goes to, so no spelling of a path leads
+around the gate. A route that changes something and is not listed here is for admins only.
 """
 
 from __future__ import annotations
@@ -10,9 +10,8 @@ import enum
 from collections.abc import Iterable, MutableMapping
 from typing import Any
 
-# Also what answers a path that is written a little differently: a redirect, or 405.
 READING = frozenset({"GET", "HEAD", "OPTIONS"})
-# They check keys themselves.
+# Their routes say themselves which scope they need.
 OURS = ("/v1/kvmarket", "/kvmarket")
 
 
@@ -25,9 +24,9 @@ class Kind(enum.Enum):
     MESSAGES = "messages"
     TOKENS = "tokens"
     INVOCATIONS = "invocations"
-    # Generates, but takes no parameters of a connector: everything is computed, under a salt.
+    # Generates, but takes no parameters for a connector: computed in full, under a salt.
     SALTED = "salted"
-    # Generates nothing; costs the server some work.
+    # Does not generate, but costs the server some work.
     WORK = "work"
     OPEN = "open"
     OURS = "ours"
@@ -63,7 +62,7 @@ ROUTES: dict[tuple[str, str], Kind] = {
     ("/invocations", "POST"): Kind.INVOCATIONS,
     ("/v1/systemone", "POST"): Kind.SALTED,
     ("/generative_scoring", "POST"): Kind.SALTED,
-    # A stored response is whoever's knows its id: nobody's but the operator's.
+    # Anyone who knows a stored response's id could read it, so only the operator may.
     ("/v1/responses/{response_id}", "GET"): Kind.ADMIN,
     ("/v1/responses/{response_id}/cancel", "POST"): Kind.ADMIN,
     ("/inference/v1/abort_requests", "POST"): Kind.ADMIN,
@@ -94,9 +93,9 @@ ROUTES: dict[tuple[str, str], Kind] = {
 
 
 def kind_of(routes: Iterable[Any], scope: MutableMapping[str, Any]) -> Kind:
-    """How to treat a request, by the first of `routes` that takes it whole, as the router picks it.
+    """How to treat a request: by the first of `routes` that matches it, as the router picks it.
 
-    One that no route takes is OPEN: the router refuses it.
+    OPEN if none matches: the router refuses such a request.
     """
     for route in routes:
         match, _ = route.matches(scope)
@@ -107,9 +106,9 @@ def kind_of(routes: Iterable[Any], scope: MutableMapping[str, Any]) -> Kind:
 
 
 def listed(path: str, method: str) -> Kind:
-    """How a route is treated; one that is not known and does more than read is for admins.
+    """How a route is treated. An unknown one that does more than read is for admins.
 
-    A websocket has no method, and none is known.
+    A websocket has no method, so it is for admins.
     """
     if any(path == ours or path.startswith(f"{ours}/") for ours in OURS):
         return Kind.OURS

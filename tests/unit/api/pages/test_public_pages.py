@@ -9,8 +9,8 @@ import pytest
 from tests.support.api_server import publish, running, text_of
 from tests.support.page_visitor import Visitor, sell
 from vllm_kvmarket.api.models import Document, Prices, Reuse
-from vllm_kvmarket.api.pages import public
-from vllm_kvmarket.api.pages.figures import break_even
+from vllm_kvmarket.api.pages import public_pages
+from vllm_kvmarket.api.pages.charts import break_even
 from vllm_kvmarket.catalogue import Use
 
 
@@ -129,7 +129,7 @@ def test_what_is_not_on_offer_is_not_shown(server, browser):
 
 def test_a_long_catalogue_has_pages(server, browser, monkeypatch):
     """Each page links to the next and the one before, and has its own rows."""
-    monkeypatch.setattr(public, "PAGE_ROWS", 2)
+    monkeypatch.setattr(public_pages, "PAGE_ROWS", 2)
     for name in "abcde":
         publish(server, title=f"Book {name}", text=text_of(40, name))
     pages = [browser.get(page=number).text for number in (1, 2, 3)]

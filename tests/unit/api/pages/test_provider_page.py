@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import time
 
@@ -11,16 +12,14 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 from tests.support.api_server import publish, running, text_of
 from tests.support.page_visitor import Visitor, sell
-from vllm_kvmarket.api.observations import Observation
-from vllm_kvmarket.api.pages import provider
-from vllm_kvmarket.api.pages.counters import Counters
-from vllm_kvmarket.api.pages.figures import (
+from vllm_kvmarket.api.pages.charts import (
     MOST_COLUMNS,
+    first_tokens,
     reuse_over_time,
     revenue_over_time,
-    ttft_by_length,
 )
-from vllm_kvmarket.api.pages.provider import traffic
+from vllm_kvmarket.api.pages.provider_page import traffic
+from vllm_kvmarket.api.pages.server_metrics import ServerMetrics, quantile
 from vllm_kvmarket.catalogue import Use
 from vllm_kvmarket.core.pricing import format_nano
 
@@ -41,9 +40,12 @@ def admin(server):
     return visitor
 
 
-def seen(prompt, cached, first_s, *, stream=True, reused=None):
-    charged = cached if reused is None else reused
-    return Observation(time.time(), first_s, stream, prompt, charged, cached)
+def registry_of(monkeypatch):
+    """A registry that the page reads instead of the process's own."""
+    registry = CollectorRegistry()
+    metrics = classmethod(lambda cls: cls(registry))
+    monkeypatch.setattr(ServerMetrics, "now", metrics)
+    return registry
 
 
 def table_of(page, name):
@@ -87,46 +89,54 @@ def test_sales_and_documents_are_the_ledgers_and_the_catalogues(server, admin):
     assert earned == format_nano(kept)
 
 
-def test_what_the_gate_saw_is_summed_up(server, admin):
-    """Hit rate by requests and tokens, medians of streams, and how many times quicker."""
-    whole = seen(1000, 0, 9.0, stream=False)
-    for each in (seen(1000, 900, 0.1), seen(1000, 900, 0.1), seen(1000, 0, 1.0), whole):
-        server.service.observations.add(each)
+def test_traffic_is_read_from_the_metrics(admin, monkeypatch):
+    """Hit rate by requests and tokens, and how long answers took to their first token."""
+    registry = registry_of(monkeypatch)
+    engine = ["model_name", "engine"]
+    served = Counter("vllm:request_success", "x", [*engine, "finished_reason"], registry=registry)
+    served.labels("m", "0", "stop").inc(3)
+    served.labels("m", "0", "length").inc()
+    Counter("vllm:kvmarket_receipts", "x", engine, registry=registry).labels("m", "0").inc(2)
+    Counter("vllm:prompt_tokens", "x", engine, registry=registry).labels("m", "0").inc(4000)
+    reused = Counter("vllm:kvmarket_reused_tokens", "x", engine, registry=registry)
+    reused.labels("m", "0").inc(1800)
+    first = Histogram(
+        "vllm:time_to_first_token_seconds", "x", engine, buckets=(0.1, 1, 10), registry=registry
+    )
+    for took_s in (0.05, 0.08, 2.0, 3.0):
+        first.labels("m", "0").observe(took_s)
     page = admin.get("/provider").text
-    assert "50.0%" in page and "45.0%" in page and "10.0 times" in page
-    assert page.count("<svg") == 2 and "100 ms" in page and "1 s" in page
+    assert "50.0%" in page and "45.0%" in page and "2 of 4 requests" in page
+    assert page.count("<svg") == 2
+    assert "half within 100 ms, 95% within 9.1 s" in page
 
 
-def test_times_quicker_compares_prompts_of_the_same_length():
-    """Many short computed prompts do not make reuse of long ones look slow, nor the reverse."""
-    told = traffic(
-        [seen(100, 0, 0.1) for _ in range(50)]
-        + [seen(100, 90, 0.05)]
-        + [seen(4000, 3900, 0.2) for _ in range(50)]
-        + [seen(4000, 0, 4.0)]
-    )
-    assert told.computed_s == pytest.approx(0.1) and told.reused_s == pytest.approx(0.2)
-    assert told.times_quicker == pytest.approx((2 + 20) / 2)
+def test_nothing_is_divided_by_nothing():
+    """Without requests there are no shares, no times and no chart."""
+    none = traffic(ServerMetrics(CollectorRegistry()))
+    assert (none.requests, none.request_share, none.token_share) == (0, None, None)
+    assert none.first_token_s is None and first_tokens([]) is None
+    assert first_tokens([(1.0, 0), (math.inf, 0)]) is None
 
 
-def test_unknown_lengths_are_in_no_rate_of_tokens():
-    """A stream that does not say its prompt's length counts as a request, and in nothing else."""
-    told = traffic([seen(None, 0, 1.0), seen(1000, 500, 1.0)])
-    assert (told.requests, told.request_share, told.token_share) == (2, 0.5, 0.5)
-    assert told.computed_s is None and ttft_by_length([seen(None, 0, 1.0)]) is None
-    assert traffic([]).request_share is None
+def test_a_quantile_lies_inside_its_bucket():
+    """Evenly spread, as Prometheus takes it; beyond the last end there is no number."""
+    buckets = [(1.0, 10), (2.0, 0), (4.0, 10), (math.inf, 0)]
+    assert quantile(buckets, 0.25) == 0.5
+    assert quantile(buckets, 0.5) == 1.0
+    assert quantile(buckets, 0.75) == 3.0
+    assert quantile([(1.0, 1), (math.inf, 3)], 0.9) is None
 
 
-def test_the_ttft_chart_has_each_length_once():
-    """A row for each group of lengths, with counts and medians; half reused is in neither line."""
-    figure = ttft_by_length(
-        [seen(200, 0, 0.2), seen(200, 0, 0.4), seen(3000, 2900, 0.1), seen(3000, 900, 5.0)]
-    )
-    assert [row[:5] for row in figure.rows] == [
-        ["256", "2", "300 ms", "0", "-"],
-        ["4,096", "0", "-", "1", "100 ms"],
+def test_the_chart_of_first_tokens_has_each_bucket_once():
+    """From the first bucket with an answer to the last one, with counts and shares."""
+    figure = first_tokens([(0.1, 0), (0.25, 3), (0.5, 0), (1.0, 1), (math.inf, 0)])
+    assert figure.rows == [
+        ["250 ms", "3", "75.0%"],
+        ["500 ms", "0", "0.0%"],
+        ["1 s", "1", "25.0%"],
     ]
-    assert str(figure.svg).count("<circle") == 2
+    assert str(figure.svg).count("<rect") == 2
 
 
 def test_the_charts_of_time_add_up(server):
@@ -159,19 +169,19 @@ def test_counters_are_read_by_name_and_label():
     Gauge("vllm:kvmarket_host_cache_bytes", "x", ["engine"], registry=registry).labels("0").set(7)
     Histogram("vllm:kvmarket_load_seconds", "x", registry=registry).observe(1)
     Counter("vllm:other_load_failures", "x", registry=registry).inc(100)
-    counted = Counters(registry)
-    assert counted.by_label("load_failures") == {"damaged": 5, "missing": 1}
-    assert counted.total("load_failures") == 6 and counted.total("host_cache_bytes") == 7
-    assert counted.total("nothing") == 0 and counted.by_label("nothing") == {}
+    metrics = ServerMetrics(registry)
+    assert metrics.by_label("kvmarket_load_failures") == {"damaged": 5, "missing": 1}
+    assert metrics.total("kvmarket_load_failures") == 6
+    assert metrics.total("kvmarket_host_cache_bytes") == 7
+    assert metrics.total("nothing") == 0 and metrics.by_label("nothing") == {}
 
 
 def test_faults_are_told_by_reason(admin, monkeypatch):
     """What failed to load and why, what is in quarantine, and reasons are no markup."""
-    registry = CollectorRegistry()
+    registry = registry_of(monkeypatch)
     failures = Counter("vllm:kvmarket_load_failures", "x", ["reason"], registry=registry)
     failures.labels("<missing>").inc(4)
     Counter("vllm:kvmarket_chunks_quarantined", "x", registry=registry).inc(2)
-    monkeypatch.setattr(provider.Counters, "now", classmethod(lambda cls: cls(registry)))
     page = admin.get("/provider")
     told = {row[0]: row[1:] for row in table_of(page, "faults")}
     assert told["Chunks that could not be loaded"] == ["&lt;missing&gt;", "4"]

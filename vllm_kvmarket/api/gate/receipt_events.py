@@ -1,19 +1,17 @@
-"""Receipts at the end of a stream: one more event, which clients of OpenAI's API do not see."""
+"""Receipts at the end of a stream, in one more event that clients of OpenAI's API do not see."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, MutableMapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import msgspec
 
-from vllm_kvmarket.api.gate.routes import Kind
+from vllm_kvmarket.api.bodies import Message, Send
+from vllm_kvmarket.api.gate.route_kinds import Kind
 from vllm_kvmarket.core.errors import KVMarketError
+from vllm_kvmarket.ledger import Receipt
 from vllm_kvmarket.market.market import Market
-
-Message = MutableMapping[str, Any]
-Send = Callable[[Message], Awaitable[None]]
 
 EVENT = "kvmarket"
 # The engine answers a moment before the ledger's commit.
@@ -32,7 +30,7 @@ def ids_of(kind: Kind, request_id: str, prompts: int) -> list[str]:
 
 
 class ReceiptSender:
-    """Passes a response on as it comes; behind a stream's last event comes its receipts'."""
+    """Passes a response on as it comes, and adds an event with receipts at the end of a stream."""
 
     def __init__(self, send: Send, market: Market, account: str, ids: Sequence[str]) -> None:
         self._send = send
@@ -58,22 +56,22 @@ class ReceiptSender:
         await self._send({"type": "http.response.body", "body": event, "more_body": False})
 
     async def _event(self) -> bytes:
-        told = {"type": EVENT, "request_ids": self._ids, "receipts": await self._receipts()}
-        return b"event: kvmarket\ndata: " + msgspec.json.encode(told) + b"\n\n"
+        data = {"type": EVENT, "request_ids": self._ids, "receipts": await self._receipts()}
+        return b"event: kvmarket\ndata: " + msgspec.json.encode(data) + b"\n\n"
 
-    async def _receipts(self) -> list[Any]:
-        found: list[Any] = []
+    async def _receipts(self) -> list[Receipt]:
+        found: list[Receipt] = []
         for wait_s in _WAITS_S:
             await asyncio.sleep(wait_s)
             try:
                 found = await asyncio.to_thread(self._look)
             except KVMarketError:
-                return []  # they are at /v1/kvmarket/receipts/{request id}, once that answers again
+                return []  # /v1/kvmarket/receipts/{request id} has them later
             if found:
                 break
         return found
 
-    def _look(self) -> list[Any]:
+    def _look(self) -> list[Receipt]:
         return [
             receipt
             for request_id in self._ids

@@ -10,7 +10,7 @@ from fastapi.testclient import TestClient
 from tests.support.catalogue_documents import store_and_list, tokens
 from tests.support.gate_app import make_app
 from vllm_kvmarket import Market
-from vllm_kvmarket.api.gate.routes import ROUTES, Kind
+from vllm_kvmarket.api.gate.route_kinds import ROUTES, Kind
 from vllm_kvmarket.auth.api_keys import Keys
 from vllm_kvmarket.auth.operator_tokens import OPERATOR, account_subject
 from vllm_kvmarket.market.market import DATABASE_FILE

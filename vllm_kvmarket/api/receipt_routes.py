@@ -1,4 +1,4 @@
-"""/v1/kvmarket/receipts, /transfers, /log, /jwks: what was charged, and the proof of it."""
+"""/v1/kvmarket/receipts, /transfers, /log and /jwks: charges, and their proofs."""
 
 from __future__ import annotations
 
@@ -13,8 +13,10 @@ from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import PlainTextResponse
 from pydantic import BaseModel
 
-from vllm_kvmarket.api.accounts import transfer_model
-from vllm_kvmarket.api.errors import MarketRoute, invalid, not_found
+from vllm_kvmarket.api.account_routes import transfer_model
+from vllm_kvmarket.api.auth import ADMIN, Caller
+from vllm_kvmarket.api.bodies import MarketRoute
+from vllm_kvmarket.api.errors import invalid, not_found
 from vllm_kvmarket.api.models import (
     WHOLE_ACCOUNT,
     Page,
@@ -23,7 +25,7 @@ from vllm_kvmarket.api.models import (
     TransferModel,
 )
 from vllm_kvmarket.api.paging import After, Limit, newest_first
-from vllm_kvmarket.api.service import ADMIN, CallerOf, ServiceOf
+from vllm_kvmarket.api.service import CallerOf, ServiceOf
 from vllm_kvmarket.auth.signing_keys import SigningKeys
 from vllm_kvmarket.core.errors import KVMarketError, NotFoundError
 from vllm_kvmarket.ledger import Receipt
@@ -35,7 +37,7 @@ PATIENCE_S = 2.0
 POLL_S = 0.05
 
 AccountQuery = Annotated[
-    str | None, Query(pattern=WHOLE_ACCOUNT, description="for admins, who see all unless told")
+    str | None, Query(pattern=WHOLE_ACCOUNT, description="for admins; default: all accounts")
 ]
 Size = Annotated[int | None, Query(ge=0, lt=2**63)]
 TEXT = {"text/plain": {"schema": {"type": "string"}}}
@@ -44,7 +46,7 @@ logger = logging.getLogger(__name__)
 
 
 class Consistency(BaseModel):
-    """That the log only grew; see RFC 9162. Hashes are base64."""
+    """A proof that the log only grew (RFC 9162). Hashes are base64."""
 
     object: Literal["kvmarket.log.consistency"] = "kvmarket.log.consistency"
     old_size: int
@@ -70,7 +72,7 @@ async def receipts(
     after: After = None,
     account: AccountQuery = None,
 ) -> Page[ReceiptModel]:
-    """List receipts, the newest first. Needs any key; others than admins see their own."""
+    """List receipts, the newest first. Needs any key; only admins see those of others."""
     whose = _whose(caller, account)
     ledger = service.market.ledger
     page, cursor = await run_in_threadpool(
@@ -113,7 +115,7 @@ async def transfers(
     after: After = None,
     account: AccountQuery = None,
 ) -> Page[TransferModel]:
-    """List transfers, the newest first. Needs any key; others than admins see their own."""
+    """List transfers, the newest first. Needs any key; only admins see those of others."""
     whose = _whose(caller, account)
     ledger = service.market.ledger
     page, cursor = await run_in_threadpool(
@@ -133,7 +135,7 @@ async def transfers(
     responses={200: {"content": TEXT, "description": "A note (c2sp.org/tlog-checkpoint)"}},
 )
 async def checkpoint(service: ServiceOf, caller: CallerOf) -> PlainTextResponse:
-    """The log of all transfers as it stands, signed."""
+    """The signed size and root of the log of all transfers."""
     caller.need_reader()
     log = TransparencyLog(service.market.ledger, service.market.home)
     return PlainTextResponse((await run_in_threadpool(log.checkpoint)).note)
@@ -148,7 +150,7 @@ async def proof(
     new: Size = None,
 ) -> Response:
     """Prove that a `transfer` of the caller's account is in the log (text: c2sp.org/tlog-proof), or
-    that the log of `new` transfers, now unless told, begins with that of `old`.
+    that the log of `new` transfers (default: of all) begins with the log of `old` transfers.
     """
     log = TransparencyLog(service.market.ledger, service.market.home)
     if (transfer is None) == (old is None) or (new is not None and old is None):
@@ -166,8 +168,8 @@ async def proof(
     if not old <= (size if new is None else new) <= size:
         raise invalid(f"old, new: the log has {size} transfers; give sizes that it had", "old")
     proven = await run_in_threadpool(log.prove_consistency, old, new)
-    told = {"object": "kvmarket.log.consistency", **msgspec.to_builtins(proven)}
-    return Response(msgspec.json.encode(told), media_type="application/json")
+    body = {"object": "kvmarket.log.consistency", **msgspec.to_builtins(proven)}
+    return Response(msgspec.json.encode(body), media_type="application/json")
 
 
 @router.get("/jwks", response_model=Jwks)
@@ -183,8 +185,8 @@ async def jwks(service: ServiceOf, caller: CallerOf) -> Jwks:
     return Jwks(**await run_in_threadpool(read))
 
 
-def _whose(caller: CallerOf, account: str | None) -> str | None:
-    """Whose affairs are shown; None: everybody's."""
+def _whose(caller: Caller, account: str | None) -> str | None:
+    """The account whose data is shown; None for all."""
     own = caller.need_key()
     if caller.is_admin:
         return account
@@ -194,11 +196,11 @@ def _whose(caller: CallerOf, account: str | None) -> str | None:
 
 
 def _find(market: Market, wanted: str, account: str | None) -> Receipt | None:
-    """A receipt by its id, or the newest of a request: several may have had the same id."""
+    """A receipt by its id, or the newest one of a request id, which clients may use twice."""
     try:
         found = market.ledger.receipt(wanted)
     except NotFoundError:
-        # A completion's id in the answer has no number; vLLM's own id of its first prompt has.
+        # A completion's id in the answer has no number; vLLM's id of its first prompt has one.
         for request_id in (wanted, f"{wanted}-0"):
             of_request = market.ledger.receipts(account=account, request_id=request_id, limit=1)
             if of_request:
@@ -211,6 +213,6 @@ def _signed(market: Market, receipt_id: str) -> dict[str, Any] | None:
     try:
         return signed_receipt(market, receipt_id).x402()
     except (ProofError, KVMarketError, OSError) as error:
-        # What was charged can be told without its proof.
+        # The charge can be shown without its proof.
         logger.error("kvmarket: receipt %s could not be signed: %s", receipt_id, error)
         return None

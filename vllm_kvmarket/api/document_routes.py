@@ -1,4 +1,4 @@
-"""/v1/kvmarket/documents: publish, find, change and withdraw what is on offer."""
+"""/v1/kvmarket/documents: publish, find, change and withdraw documents."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ from typing import Annotated
 from fastapi import APIRouter, Path, Query, Response
 from fastapi.concurrency import run_in_threadpool
 
-from vllm_kvmarket.api.errors import ApiError, MarketRoute, invalid, not_found
+from vllm_kvmarket.api.auth import PUBLISHER, Caller
+from vllm_kvmarket.api.bodies import MarketRoute
+from vllm_kvmarket.api.errors import ApiError, invalid, not_found
 from vllm_kvmarket.api.models import (
     DOCUMENT_PATTERN,
     AuditState,
@@ -23,8 +25,8 @@ from vllm_kvmarket.api.models import (
     State,
 )
 from vllm_kvmarket.api.paging import After, Limit, by_key, encode
-from vllm_kvmarket.api.publishing import Wish
-from vllm_kvmarket.api.service import PUBLISHER, Caller, CallerOf, Service, ServiceOf, Tokens
+from vllm_kvmarket.api.publication_queue import Publication
+from vllm_kvmarket.api.service import CallerOf, Frontend, Service, ServiceOf
 from vllm_kvmarket.catalogue import Listing, Usage
 from vllm_kvmarket.core.errors import NotFoundError
 from vllm_kvmarket.ledger import PROVIDER
@@ -32,7 +34,7 @@ from vllm_kvmarket.market import shared_bucket
 from vllm_kvmarket.market.market import Market
 
 ON_OFFER = ("live", "damaged")
-# A token of a document has seldom more; a text beyond this cannot fit the context.
+# A token seldom has more characters; a longer text cannot fit the context.
 CHARACTERS_A_TOKEN = 32
 
 DocumentPath = Annotated[str, Path(pattern=DOCUMENT_PATTERN, description="kvd_...")]
@@ -50,25 +52,25 @@ async def publish(
 ) -> Document:
     """Publish a document. Needs the scope publisher.
 
-    The answer comes at once, with the id; look at the document until its state is live, or failed
-    with the reason. A document that somebody has on offer comes back as it is, with status 200.
+    The answer comes at once and has the document's id. Ask for the document until its state is
+    live, or failed with a reason. One that is already on offer comes back with status 200.
     """
     account = caller.need(PUBLISHER)
     publisher = wish.publisher or account
     if not caller.owns(publisher):
         raise ApiError(403, "not_your_account", "only admins publish for others; leave it out")
     _check_price(service.market, caller, wish.cache_read_nano_per_mtok, wish.royalty_ppm)
-    if service.tokens is None or service.publications is None:
+    if service.frontend is None or service.publications is None:
         raise ApiError(503, "no_engine", "this server has no engine that could publish")
-    tokens = await tokens_of(service, service.tokens, wish)
+    tokens = await _tokens_of(service, service.frontend, wish)
     name = await run_in_threadpool(service.publications.id_of, tokens)
-    existing = await run_in_threadpool(_find, service.market, name)
+    existing = await run_in_threadpool(find, service.market, name)
     if existing is not None and existing.state == "damaged" and not caller.owns(existing.publisher):
         raise ApiError(409, "not_your_document", f"{name} is {existing.publisher}'s to repair")
     as_chat = wish.messages is not None or wish.as_ == "chat"
     listing = await service.publications.add(
         name,
-        Wish(
+        Publication(
             tokens=tokens,
             title=wish.title,
             publisher=publisher,
@@ -95,12 +97,12 @@ async def documents(
         str | None, Query(max_length=512, description="part of a title, publisher or id")
     ] = None,
     publisher: Annotated[str | None, Query(max_length=128)] = None,
-    state: Annotated[State | None, Query(description="live and damaged unless told")] = None,
+    state: Annotated[State | None, Query(description="default: live and damaged")] = None,
     sort: Annotated[
         Sort, Query(description="the newest first, the most reused, or the cheapest")
     ] = "age",
 ) -> Page[Document]:
-    """List documents on offer; one's own, and for admins all, in other states too."""
+    """List documents on offer. Owners also see their documents in other states, admins see all."""
     caller.need_reader()
 
     def read() -> Page[Document]:
@@ -131,7 +133,7 @@ async def documents(
 
 @router.get("/{document_id}", response_model=Document)
 async def document(document_id: DocumentPath, service: ServiceOf, caller: CallerOf) -> Document:
-    """Look at a document on offer, or at one's own in any state."""
+    """Look at a document on offer, or at your own in any state."""
     caller.need_reader()
     return await run_in_threadpool(
         lambda: describe(service.market, _seen(service.market, document_id, caller))
@@ -142,7 +144,7 @@ async def document(document_id: DocumentPath, service: ServiceOf, caller: Caller
 async def change(
     document_id: DocumentPath, wish: DocumentChange, service: ServiceOf, caller: CallerOf
 ) -> Document:
-    """Change the price or the time to live of one's own document. Needs the scope publisher."""
+    """Change the price or the time to live of your own document. Needs the scope publisher."""
     caller.need(PUBLISHER)
     _check_price(service.market, caller, wish.cache_read_nano_per_mtok, None)
 
@@ -162,9 +164,9 @@ async def change(
 
 @router.delete("/{document_id}", response_model=Deleted)
 async def withdraw(document_id: DocumentPath, service: ServiceOf, caller: CallerOf) -> Deleted:
-    """Take one's own document off the market at once. Needs the scope publisher.
+    """Withdraw your own document at once. Needs the scope publisher.
 
-    Requests that are under way are served and charged; its chunks' room is freed later.
+    Running requests are still served and charged. The disk space is freed later.
     """
     caller.need(PUBLISHER)
 
@@ -176,15 +178,15 @@ async def withdraw(document_id: DocumentPath, service: ServiceOf, caller: Caller
     return await run_in_threadpool(delist)
 
 
-async def tokens_of(service: Service, tokens: Tokens, wish: NewDocument) -> list[int]:
+async def _tokens_of(service: Service, frontend: Frontend, wish: NewDocument) -> list[int]:
     """The tokens that are published. Raises ApiError, NotPublishableError."""
-    context = tokens.context_tokens
+    context = frontend.context_tokens
     if wish.token_ids is not None:
         found = wish.token_ids
-        if max(found) >= tokens.vocabulary_tokens:
+        if max(found) >= frontend.vocabulary_tokens:
             raise invalid(
                 f"token_ids: {max(found)} is no token of this model, which has "
-                f"{tokens.vocabulary_tokens}",
+                f"{frontend.vocabulary_tokens}",
                 "token_ids",
             )
     else:
@@ -199,7 +201,7 @@ async def tokens_of(service: Service, tokens: Tokens, wish: NewDocument) -> list
                 param="text" if messages is None else "messages",
             )
         as_ = wish.as_ or "text"
-        found = await service.render(tokens.document, wish.text, messages, as_)
+        found = await service.tokenize(frontend.document, wish.text, messages, as_)
     if len(found) >= context:
         raise ApiError(
             413,
@@ -207,10 +209,10 @@ async def tokens_of(service: Service, tokens: Tokens, wish: NewDocument) -> list
             f"the document has {len(found)} tokens and the model's context is {context}; "
             "publish it in parts",
         )
-    if len(found) < tokens.block_tokens:
+    if len(found) < frontend.block_tokens:
         raise invalid(
-            f"the document has {len(found)} tokens, fewer than one block ({tokens.block_tokens}); "
-            "reusing it would save nothing",
+            f"the document has {len(found)} tokens, fewer than one block "
+            f"({frontend.block_tokens}); reusing it would save nothing",
             code="document_too_short",
         )
     return found
@@ -219,9 +221,9 @@ async def tokens_of(service: Service, tokens: Tokens, wish: NewDocument) -> list
 def _check_price(
     market: Market, caller: Caller, price_nano: int | None, royalty_ppm: int | None
 ) -> None:
-    """Only admins may sell dearer than computing, or leave the provider less than the tariff does.
+    """Only admins may sell above the price of computing, or raise the royalty above the tariff's.
 
-    Whoever matches a document buys it unasked: a price above the input's would be a trap.
+    Requests reuse what they match, so a price above computing would be a trap. Raises ApiError.
     """
     if caller.is_admin:
         return
@@ -239,7 +241,7 @@ def _check_price(
 
 
 def is_on_offer(listing: Listing) -> bool:
-    """Whether it can be bought now."""
+    """Whether a listing can be bought now."""
     return listing.state in ON_OFFER and not listing.is_over(time.time())
 
 
@@ -247,7 +249,8 @@ def _is_visible(listing: Listing, caller: Caller) -> bool:
     return is_on_offer(listing) or caller.owns(listing.publisher)
 
 
-def _find(market: Market, document_id: str) -> Listing | None:
+def find(market: Market, document_id: str) -> Listing | None:
+    """A listing in any state, None if there is none."""
     try:
         return market.catalogue.get(document_id)
     except NotFoundError:
@@ -255,7 +258,7 @@ def _find(market: Market, document_id: str) -> Listing | None:
 
 
 def _seen(market: Market, document_id: str, caller: Caller) -> Listing:
-    listing = _find(market, document_id)
+    listing = find(market, document_id)
     if listing is None or not _is_visible(listing, caller):
         raise not_found(f"there is no document {document_id}")
     return listing
@@ -269,16 +272,16 @@ def _own(market: Market, document_id: str, caller: Caller) -> Listing:
 
 
 def _number(market: Market, listing: Listing, sort: Sort) -> float:
-    """What a listing is sorted by, smallest first."""
+    """The number by which a listing is sorted, smallest first."""
     if sort == "price":
-        return terms_of(market, listing).cache_read_nano_per_mtok
+        return prices_of(market, listing).cache_read_nano_per_mtok
     if sort == "reuse":
         return -market.catalogue.usage_of(listing.document_id).uses
     return -listing.created_at_s
 
 
-def terms_of(market: Market, listing: Listing | None) -> Prices:
-    """The prices that hold for a listing, or without one."""
+def prices_of(market: Market, listing: Listing | None) -> Prices:
+    """The prices of a listing, or of the tariff."""
     if listing is None:
         terms = market.config.tariff.terms()
     else:
@@ -311,7 +314,7 @@ def describe(market: Market, listing: Listing) -> Document:
         chunks=len(listing.chunk_keys),
         stored_bytes=listing.stored_bytes,
         namespace=listing.namespace.hex(),
-        prices=terms_of(market, listing),
+        prices=prices_of(market, listing),
         charge_nano=charge,
         recompute_nano=recompute,
         write_nano=write,

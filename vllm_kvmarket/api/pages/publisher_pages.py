@@ -1,4 +1,4 @@
-"""/kvmarket/publish and /kvmarket/offers: put documents on offer, watch and change them."""
+"""/kvmarket/publish and /kvmarket/offers: publish documents, watch and change them."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from fastapi import APIRouter, Response
 from fastapi.concurrency import run_in_threadpool
 from pydantic import ValidationError
 
-from vllm_kvmarket.api import documents
+from vllm_kvmarket.api import document_routes
+from vllm_kvmarket.api.auth import PUBLISHER
+from vllm_kvmarket.api.bodies import FORM_FACTOR
 from vllm_kvmarket.api.errors import ApiError, invalid, not_found, translate
 from vllm_kvmarket.api.models import Document, DocumentChange, NewDocument
 from vllm_kvmarket.api.pages.page import PageRoute, Visitor, VisitorOf
-from vllm_kvmarket.api.service import PUBLISHER
-from vllm_kvmarket.core.errors import NotFoundError
 from vllm_kvmarket.core.pricing import format_nano, parse_nano
 
 MOST_OWN = 200
@@ -27,32 +27,31 @@ router = APIRouter(route_class=PageRoute)
 
 @router.get("/publish")
 async def form(visitor: VisitorOf) -> Response:
-    """The form, and one's documents."""
+    """The form, and your documents."""
     visitor.caller.need(PUBLISHER)
     return await _form(visitor, EMPTY)
 
 
 @router.post("/publish")
 async def publish(visitor: VisitorOf) -> Response:
-    """Publish as POST /v1/kvmarket/documents does; then show how it goes."""
+    """Publish as POST /v1/kvmarket/documents does, then show the progress."""
     visitor.caller.need(PUBLISHER)
-    # Percent-encoded, a byte may take three.
-    fields = await visitor.form(3 * visitor.service.market.config.max_body_bytes)
+    fields = await visitor.form(FORM_FACTOR * visitor.service.market.config.max_body_bytes)
     given = {name: fields.get(name, "") for name in EMPTY}
     try:
-        wish = _wish(given)
-        made = await documents.publish(wish, visitor.service, visitor.caller, Response())
+        wish = _new_document(given)
+        made = await document_routes.publish(wish, visitor.service, visitor.caller, Response())
     except Exception as error:
-        told = _of_fields(error)
-        if told is None or told.status in (401, 403):
+        refused = _of_fields(error)
+        if refused is None or refused.status in (401, 403):
             raise
-        return await _form(visitor, given, told)
+        return await _form(visitor, given, refused)
     return visitor.go(f"/offers/{made.id}")
 
 
 @router.get("/offers/{document_id}")
 async def offer(document_id: str, visitor: VisitorOf, wait: bool = True) -> Response:
-    """One's own document in any state; looks again by itself while it is being published."""
+    """Your own document in any state; the page reloads while it is being published."""
     visitor.caller.need(PUBLISHER)
     shown = await run_in_threadpool(_own, visitor, document_id)
     return _offer(visitor, shown, wait=wait)
@@ -60,15 +59,17 @@ async def offer(document_id: str, visitor: VisitorOf, wait: bool = True) -> Resp
 
 @router.post("/offers/{document_id}/terms")
 async def change(document_id: str, visitor: VisitorOf) -> Response:
-    """Change price and time to live."""
+    """Change the price and the time to live."""
     visitor.caller.need(PUBLISHER)
     fields = await visitor.form()
     shown = await run_in_threadpool(_own, visitor, document_id)
     try:
-        told: dict[str, Any] = {"cache_read_nano_per_mtok": _price(fields.get("price", ""))}
+        terms: dict[str, Any] = {"cache_read_nano_per_mtok": _price(fields.get("price", ""))}
         if fields.get("ttl"):
-            told["ttl_s"] = _ttl_s(fields["ttl"])
-        await documents.change(document_id, DocumentChange(**told), visitor.service, visitor.caller)
+            terms["ttl_s"] = _ttl_s(fields["ttl"])
+        await document_routes.change(
+            document_id, DocumentChange(**terms), visitor.service, visitor.caller
+        )
     except Exception as error:
         refused = _of_fields(error)
         if refused is None or refused.status in (401, 403, 404):
@@ -79,11 +80,11 @@ async def change(document_id: str, visitor: VisitorOf) -> Response:
 
 @router.post("/offers/{document_id}/delist")
 async def delist(document_id: str, visitor: VisitorOf) -> Response:
-    """Take it off the market."""
+    """Withdraw a document."""
     visitor.caller.need(PUBLISHER)
     await visitor.form()
     await run_in_threadpool(_own, visitor, document_id)
-    await documents.withdraw(document_id, visitor.service, visitor.caller)
+    await document_routes.withdraw(document_id, visitor.service, visitor.caller)
     return visitor.go(f"/offers/{document_id}")
 
 
@@ -115,7 +116,7 @@ def _offer(
     return visitor.page(
         "offer.html",
         status=200 if problem is None else problem.status,
-        # In the header, where it can be left out: the page works without it.
+        # In a header, because the page works without it.
         headers={"Refresh": str(REFRESH_S)} if refreshes else None,
         document=shown,
         refreshes=refreshes,
@@ -125,43 +126,40 @@ def _offer(
 
 
 def _own(visitor: Visitor, document_id: str) -> Document:
-    """Raises ApiError: others' are missing."""
+    """Raises ApiError, the same for others' documents as for missing ones."""
     market = visitor.service.market
-    try:
-        listing = market.catalogue.get(document_id)
-    except NotFoundError:
-        listing = None
+    listing = document_routes.find(market, document_id)
     if listing is None or not visitor.caller.owns(listing.publisher):
         raise not_found("you have no such document")
-    return documents.describe(market, listing)
+    return document_routes.describe(market, listing)
 
 
 def _listed(visitor: Visitor) -> list[Document]:
     market, account = visitor.service.market, visitor.caller.account
     own, _ = market.catalogue.page(MOST_OWN, publisher=account, on_offer=False)
-    return [documents.describe(market, each) for each in own]
+    return [document_routes.describe(market, each) for each in own]
 
 
-def _wish(given: dict[str, str]) -> NewDocument:
+def _new_document(given: dict[str, str]) -> NewDocument:
     """Raises ApiError and ValidationError."""
-    told: dict[str, Any] = {
+    fields: dict[str, Any] = {
         "title": given["title"].strip(),
-        # A browser's form ends its lines with both.
+        # Browsers end the lines of a form with both characters.
         "text": given["text"].replace("\r\n", "\n"),
         "as": given["rendered_as"] or "text",
         "cache_read_nano_per_mtok": _price(given["price"]),
     }
-    if not told["title"]:
+    if not fields["title"]:
         raise invalid("title: give it a name that people find it by", "title")
-    if not told["text"].strip():
+    if not fields["text"].strip():
         raise invalid("text: there is nothing to publish yet", "text")
     if given["ttl"]:
-        told["ttl_s"] = _ttl_s(given["ttl"])
-    return NewDocument(**told)
+        fields["ttl_s"] = _ttl_s(given["ttl"])
+    return NewDocument(**fields)
 
 
 def _price(text: str) -> int | None:
-    """A price in currency units per million tokens; None, by the tariff, for none."""
+    """A price in currency units per million tokens; None for the tariff's own."""
     if not text.strip():
         return None
     try:
@@ -181,20 +179,20 @@ def _ttl_s(text: str) -> float:
 
 
 def _of_fields(error: Exception) -> ApiError | None:
-    """An error as one of the form's fields; None for one that is not on purpose."""
+    """An error, named by the form's field; None for a bug."""
     if isinstance(error, ValidationError):
         first = error.errors()[0]
         param = str(first["loc"][0]) if first["loc"] else None
         message = first["msg"].removeprefix("Value error, ")
-        told = invalid(f"{param}: {message}" if param else message, param)
+        refused = invalid(f"{param}: {message}" if param else message, param)
     else:
         found = translate(error)
         if found is None:
             return None
-        told = found
+        refused = found
     names = {"cache_read_nano_per_mtok": "price", "ttl_s": "ttl", "as": "rendered_as"}
-    if told.param in names:
-        name = names[told.param]
-        message = told.message.replace(f"{told.param}:", f"{name}:")
-        return ApiError(told.status, told.code, message, param=name)
-    return told
+    if refused.param in names:
+        name = names[refused.param]
+        message = refused.message.replace(f"{refused.param}:", f"{name}:")
+        return ApiError(refused.status, refused.code, message, param=name)
+    return refused

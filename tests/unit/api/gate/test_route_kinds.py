@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from fastapi import FastAPI
 
-from vllm_kvmarket.api.gate.routes import ROUTES, Kind, kind_of, listed
+from vllm_kvmarket.api.gate.route_kinds import ROUTES, Kind, kind_of, listed
 
 
 @pytest.fixture(scope="module")

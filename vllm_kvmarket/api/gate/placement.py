@@ -1,8 +1,8 @@
-"""A published document in front of a prompt that its buyer does not have.
+"""Puts a published document in front of a prompt, for a buyer who does not have its text.
 
-The document's tokens come first, exactly, and what the buyer sent is tokenised behind them. Of a
-chat, vLLM renders the buyer's messages as if the document were in the first one; what comes behind
-the document in that is kept, and vLLM is given the tokens instead of messages to render.
+The document's tokens come first, unchanged. Then come the tokens of what the buyer sent. In a chat,
+vLLM renders the buyer's messages with a mark at the document's place. The tokens behind the mark
+are kept, and vLLM computes the document and these instead of rendering the messages itself.
 """
 
 from __future__ import annotations
@@ -14,23 +14,37 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from typing import Any
 
-from vllm_kvmarket.api.gate.refusals import Refusal, bad
-from vllm_kvmarket.api.gate.rendering import PROMPT_TOKENS, prompts_of
-from vllm_kvmarket.api.gate.routes import Kind
+import msgspec
+from fastapi import FastAPI
+from fastapi.routing import APIRoute
+from pydantic import BaseModel
+
+from vllm_kvmarket.api.bodies import beside_loop, size_guess
+from vllm_kvmarket.api.errors import ApiError, invalid
+from vllm_kvmarket.api.gate.route_kinds import Kind
 from vllm_kvmarket.catalogue import Listing
 from vllm_kvmarket.core.errors import NotFoundError
 from vllm_kvmarket.market.market import Market
 
 REMEMBERED = 64
-# Where the document ends in a rendered chat; no tokenizer or template does anything to it.
+# In kv_transfer_params: the tokens that vLLM computes instead of the messages beside it.
+PROMPT_TOKENS = "prompt_token_ids"
+# The server's method that renders a kind of body, and the route whose body it takes.
+_RENDERERS = {
+    Kind.COMPLETIONS: ("render_completion_request", "/v1/completions"),
+    Kind.CHAT: ("render_chat_request", "/v1/chat/completions"),
+    Kind.MESSAGES: ("render_messages_request", "/v1/messages"),
+    Kind.RESPONSES: ("render_responses_request", "/v1/responses"),
+}
+# The mark at the document's place in a rendered chat: no tokenizer or template changes it.
 _MARK = "kvmarketmark"
-# Between a document and what its buyer writes behind it, in the same message.
+# Between a document and the buyer's text, in the same message.
 _SEPARATOR = "\n\n"
-# Enough of a chat template's words between two messages to know them by.
+# Enough to recognise what a chat template writes between two messages.
 _OPENING_CHARACTERS = 8
-# By these an answer would hand out the prompt, and the document with it.
+# With these fields an answer would contain the prompt, and so the document.
 _REVEALING = ("echo", "return_token_ids", "enable_response_messages", "prompt_logprob")
-# They would be rendered before the first message.
+# These fields are rendered before the first message.
 _BEFORE = (
     "system",
     "instructions",
@@ -43,33 +57,33 @@ _BEFORE = (
 
 
 class Documents:
-    """The documents of one market as they are put in front of prompts; thread-safe."""
+    """Puts the documents of one market in front of prompts; thread-safe."""
 
     def __init__(self, market: Market, namespace: bytes, tokenizer: Any) -> None:
         self._market = market
         self._namespace = namespace
-        # vLLM's own is used by its threads meanwhile, and they set its truncation.
+        # vLLM's threads use the original, and change its truncation.
         self._tokenizer = copy.deepcopy(tokenizer)
         self._lock = threading.Lock()
         self._tokens: OrderedDict[str, list[int]] = OrderedDict()
 
-    async def place(self, app: Any, kind: Kind, body: dict[str, Any], document_id: str) -> None:
+    async def place(self, app: FastAPI, kind: Kind, body: dict[str, Any], document_id: str) -> None:
         """Put a document in front of the body's prompt; mutates the body.
 
-        Raises Refusal: 404 for what is not on offer, 400 for what cannot be placed.
+        Raises ApiError: 404 for what is not on offer, 400 for what cannot be placed.
         """
         _refuse_revealing(body)
         _refuse_revealing(body.get("sampling_params"))
         listing, tokens = await asyncio.to_thread(self._find, document_id)
         if kind is Kind.TOKENS:
             if body.get("features") or body.get("content_parts"):
-                raise bad("a document goes in front of plain token ids only", "features")
+                raise invalid("a document goes in front of plain token ids only", "features")
             body["token_ids"] = [*tokens, *_list(body, "token_ids")]
         elif kind is Kind.COMPLETIONS:
             await asyncio.to_thread(self._place_before_prompt, body, tokens)
         elif kind in (Kind.CHAT, Kind.MESSAGES, Kind.RESPONSES):
             if listing.rendered_as != "chat":
-                raise bad(
+                raise invalid(
                     f"{document_id} was published as text; use /v1/completions",
                     "kvmarket",
                     "document_not_placeable",
@@ -78,17 +92,17 @@ class Documents:
             ids = await asyncio.to_thread(self._behind, tokens, rendered)
             body["kv_transfer_params"] = {PROMPT_TOKENS: ids}
         else:
-            raise bad("a document cannot be put in front of this route's prompt", "kvmarket")
+            raise invalid("a document cannot be put in front of this route's prompt", "kvmarket")
 
     def _find(self, document_id: str) -> tuple[Listing, list[int]]:
-        """A document that is on offer, with its tokens. Raises Refusal."""
+        """A document that is on offer, with its tokens. Raises ApiError."""
         with self._lock:
             tokens = self._tokens.get(document_id)
         if tokens is None:
             try:
                 tokens = self._market.catalogue.tokens_of(document_id)
             except NotFoundError:
-                raise Refusal(
+                raise ApiError(
                     404,
                     "document_not_found",
                     f"there is no document {document_id}",
@@ -98,10 +112,10 @@ class Documents:
                 self._tokens[document_id] = tokens
                 while len(self._tokens) > REMEMBERED:
                     self._tokens.popitem(last=False)
-        # Whether it is on offer is asked each time; this reads memory, mostly.
+        # It may have been withdrawn meanwhile. This reads memory, mostly.
         found = self._market.match(self._namespace, tokens)
         if found is None or found.listing.document_id != document_id:
-            raise Refusal(
+            raise ApiError(
                 404,
                 "document_not_on_offer",
                 f"{document_id} is not on offer here: not live, or published for another model",
@@ -111,7 +125,7 @@ class Documents:
 
     def _place_before_prompt(self, body: dict[str, Any], tokens: list[int]) -> None:
         if body.get("prompt_embeds") or body.get("suffix"):
-            raise bad("a document goes in front of a plain prompt only", "prompt")
+            raise invalid("a document goes in front of a plain prompt only", "prompt")
         prompt = body.get("prompt")
         if isinstance(prompt, str):
             body["prompt"] = [*tokens, *self._ids(prompt)]
@@ -120,25 +134,25 @@ class Documents:
         elif isinstance(prompt, list) and prompt:
             body["prompt"] = [[*tokens, *self._ids(one)] for one in prompt]
         else:
-            raise bad("prompt: expected a text or token ids behind the document", "prompt")
+            raise invalid("prompt: expected a text or token ids behind the document", "prompt")
 
     def _ids(self, prompt: Any) -> Sequence[int]:
         if isinstance(prompt, list):
             return prompt
         if not isinstance(prompt, str):
-            raise bad("prompt: expected texts or lists of token ids", "prompt")
+            raise invalid("prompt: expected texts or lists of token ids", "prompt")
         with self._lock:
             ids: list[int] = self._tokenizer(prompt, add_special_tokens=False)["input_ids"]
         return ids
 
     def _behind(self, tokens: list[int], rendered: Sequence[int]) -> list[int]:
-        """A document's tokens and, behind them, what a rendered chat has behind the mark."""
+        """A document's tokens, then the tokens that a rendered chat has behind the mark."""
         with self._lock:
             head, mark, rest = self._text(rendered).partition(_MARK)
-            # A document may be a whole conversation, up to where the buyer's message begins.
+            # A document may be a whole conversation, up to the beginning of the buyer's message.
             opened = self._text(tokens[-2 * _OPENING_CHARACTERS :])
         if not mark:
-            raise bad("this model's chat template leaves the first message out", "kvmarket")
+            raise invalid("this model's chat template leaves the first message out", "kvmarket")
         whole = opened.endswith(head[-_OPENING_CHARACTERS:])
         return [*tokens, *self._ids(rest if whole else _SEPARATOR + rest)]
 
@@ -150,27 +164,27 @@ class Documents:
 
 
 def _refuse_revealing(fields: Any) -> None:
-    """Raises Refusal for a body, or sampling parameters, that would show the prompt."""
+    """Raises ApiError if a body, or its sampling parameters, ask to see the prompt."""
     for field, value in fields.items() if isinstance(fields, dict) else ():
-        # Not by truth: prompt_logprobs may be 0, and shows the prompt.
+        # prompt_logprobs=0 shows the prompt, too.
         if field.startswith(_REVEALING) and value is not None and value is not False:
-            raise bad(f"{field} cannot be had with a document: it would show its text", field)
+            raise invalid(f"{field} is not possible with a document: it would show its text", field)
 
 
 def _list(body: dict[str, Any], field: str) -> list[Any]:
     value = body.get(field)
     if not isinstance(value, list):
-        raise bad(f"{field}: expected a list", field)
+        raise invalid(f"{field}: expected a list", field)
     return value
 
 
 def _marked(kind: Kind, body: dict[str, Any]) -> dict[str, Any]:
-    """The body with the mark in front of its first message, which must be the user's. A copy."""
+    """The body with the mark in front of its first message, which must be the user's; a copy."""
     for field in _BEFORE:
         if body.get(field):
-            raise bad(
+            raise invalid(
                 f"{field} would come before the document, which was published without it; "
-                "leave one of them away",
+                "leave one of them out",
                 field,
             )
     field = "input" if kind is Kind.RESPONSES else "messages"
@@ -179,7 +193,7 @@ def _marked(kind: Kind, body: dict[str, Any]) -> dict[str, Any]:
     messages = _list(body, field)
     first = messages[0] if messages else None
     if not isinstance(first, dict) or first.get("role") != "user":
-        raise bad(f"{field}: the first message must be the user's, behind the document", field)
+        raise invalid(f"{field}: the first message must be the user's, behind the document", field)
     content = first.get("content")
     if isinstance(content, str):
         marked: Any = _MARK + content
@@ -188,8 +202,58 @@ def _marked(kind: Kind, body: dict[str, Any]) -> dict[str, Any]:
         if not isinstance(part.get("text"), str) or not all(
             isinstance(each, dict) and isinstance(each.get("text"), str) for each in content
         ):
-            raise bad(f"{field}: only text goes into the message behind a document", field)
+            raise invalid(f"{field}: only text goes into the message behind a document", field)
         marked = [{**part, "text": _MARK + part["text"]}, *content[1:]]
     else:
-        raise bad(f"{field}: the first message has no text", field)
+        raise invalid(f"{field}: the first message has no text", field)
     return {**body, field: [{**first, "content": marked}, *messages[1:]]}
+
+
+async def prompts_of(app: FastAPI, kind: Kind, body: dict[str, Any]) -> list[Sequence[int]]:
+    """The token ids of every prompt in a body, as vLLM will render them.
+
+    Raises ApiError for what vLLM cannot render.
+    """
+    placed = (body.get("kv_transfer_params") or {}).get(PROMPT_TOKENS)
+    if placed is not None:
+        return [placed]
+    if kind is Kind.TOKENS:
+        return [_token_ids(body.get("token_ids"), "token_ids")]
+    if kind is Kind.COMPLETIONS:
+        prompt = body.get("prompt")
+        if isinstance(prompt, list) and prompt and isinstance(prompt[0], int):
+            return [_token_ids(prompt, "prompt")]
+        if isinstance(prompt, list) and prompt and isinstance(prompt[0], list):
+            return [_token_ids(each, "prompt") for each in prompt]
+    method, path = _RENDERERS[kind]
+    model = _request_model(app, path)
+    try:
+        # From text: vLLM's validators change what they are given, and copying costs more.
+        request = await beside_loop(
+            size_guess(body),
+            lambda each: model.model_validate_json(msgspec.json.encode(each)),
+            body,
+        )
+    except ValueError as error:
+        raise invalid(str(error)) from None
+    rendered = await getattr(app.state.serving_render, method)(request)
+    each = rendered if isinstance(rendered, list) else [rendered]
+    problem = getattr(each[0], "error", None)
+    if problem is not None:
+        raise invalid(str(getattr(problem, "message", problem)))
+    return [one.token_ids for one in each]
+
+
+def _token_ids(value: Any, param: str) -> list[int]:
+    if not isinstance(value, list) or not all(type(each) is int and each >= 0 for each in value):
+        raise invalid(f"{param}: expected token ids", param)
+    return value
+
+
+def _request_model(app: FastAPI, path: str) -> type[BaseModel]:
+    """The class with which vLLM parses a route's body."""
+    for route in app.routes:
+        if isinstance(route, APIRoute) and route.path == path and "POST" in route.methods:
+            model: type[BaseModel] = route.dependant.body_params[0].field_info.annotation
+            return model
+    raise invalid(f"{path} is not served here")

@@ -1,47 +1,41 @@
-"""/kvmarket/provider: how the market does, for its operator."""
+"""/kvmarket/provider: traffic, money, storage and faults, for the operator."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import chain
-from statistics import median
 from typing import Any
 
 from fastapi import APIRouter, Response
 from fastapi.concurrency import run_in_threadpool
 
-from vllm_kvmarket.api.observations import Observation
-from vllm_kvmarket.api.pages.counters import Counters
-from vllm_kvmarket.api.pages.figures import (
-    by_length,
-    revenue_over_time,
-    ttft_by_length,
-)
+from vllm_kvmarket.api.auth import ADMIN
+from vllm_kvmarket.api.pages.charts import first_tokens, revenue_over_time
 from vllm_kvmarket.api.pages.page import PageRoute, VisitorOf
-from vllm_kvmarket.api.service import ADMIN, Service
+from vllm_kvmarket.api.pages.server_metrics import MARKET, ServerMetrics, quantile
+from vllm_kvmarket.api.service import Service
 from vllm_kvmarket.catalogue import Listing
 from vllm_kvmarket.ledger import PROVIDER, Receipt
 
-# The charts and sums over sales are of so many of the newest receipts.
+# Charts and sums are over this many of the newest receipts.
 MOST_RECEIPTS = 5000
 TOP = 10
+FIRST_ANSWER_TIMES = "time_to_first_token_seconds"
 
 router = APIRouter(route_class=PageRoute)
 
 
 @dataclass(frozen=True, slots=True)
 class Traffic:
-    """What the gate saw of requests; shares and durations are None where nothing was seen."""
+    """What the engine did since it started; shares and durations are None without requests."""
 
     requests: int
     reusing: int
     request_share: float | None
     token_share: float | None
-    reused_s: float | None
-    computed_s: float | None
-    times_quicker: float | None
+    first_token_s: float | None
+    slow_first_token_s: float | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,46 +56,37 @@ async def provider(visitor: VisitorOf) -> Response:
     return visitor.page("provider.html", **facts)
 
 
-def traffic(seen: Sequence[Observation]) -> Traffic:
-    """Sum up what the gate saw. Durations are medians of streams: reused against computed ones;
-    `times_quicker` compares prompts of about the same length, and is the median of those ratios.
-    """
-    known = [each for each in seen if each.prompt_tokens]
-    reusing = [each for each in seen if each.reused_tokens]
-    prompts = sum(each.prompt_tokens or 0 for each in known)
-    reused, computed = by_length(seen)
-    ratios = [
-        median(computed[group]) / median(reused[group]) for group in reused if group in computed
-    ]
-    every_reused, every_computed = chain(*reused.values()), chain(*computed.values())
+def traffic(metrics: ServerMetrics) -> Traffic:
+    """Sum up requests and prompts by the market's and vLLM's metrics."""
+    requests, reusing = metrics.total("request_success"), metrics.total("kvmarket_receipts")
+    prompts, reused = metrics.total("prompt_tokens"), metrics.total("kvmarket_reused_tokens")
+    first = metrics.histogram(FIRST_ANSWER_TIMES)
     return Traffic(
-        requests=len(seen),
-        reusing=len(reusing),
-        request_share=len(reusing) / len(seen) if seen else None,
-        token_share=sum(each.reused_tokens for each in known) / prompts if prompts else None,
-        reused_s=median(every_reused) if reused else None,
-        computed_s=median(every_computed) if computed else None,
-        times_quicker=median(ratios) if ratios else None,
+        requests=int(requests),
+        reusing=int(reusing),
+        request_share=reusing / requests if requests else None,
+        token_share=reused / prompts if prompts else None,
+        first_token_s=quantile(first, 0.5),
+        slow_first_token_s=quantile(first, 0.95),
     )
 
 
 def _facts(service: Service) -> dict[str, Any]:
     market = service.market
     receipts = market.ledger.receipts(limit=MOST_RECEIPTS)
-    seen = service.observations.newest()
+    metrics = ServerMetrics.now()
     revenue = revenue_over_time(receipts, time.time())
-    ttft = ttft_by_length(seen)
-    counted = Counters.now()
+    first = first_tokens(metrics.histogram(FIRST_ANSWER_TIMES))
     return {
-        "traffic": traffic(seen),
+        "traffic": traffic(metrics),
         "provider": market.ledger.account(PROVIDER),
         "sales": _sales(receipts),
         "most": MOST_RECEIPTS,
-        "figures": [revenue] if ttft is None else [revenue, ttft],
-        "has_ttft": ttft is not None,
-        "tiers": _tiers(service, counted),
+        "figures": [revenue] if first is None else [revenue, first],
+        "has_first_tokens": first is not None,
+        "tiers": _tiers(service, metrics),
         "usage": market.store.usage(),
-        "faults": _faults(counted),
+        "faults": _faults(metrics),
         "top": _top(service),
     }
 
@@ -116,16 +101,18 @@ def _sales(receipts: Sequence[Receipt]) -> dict[str, int]:
     }
 
 
-def _tiers(service: Service, counted: Counters) -> list[tuple[str, str, int | None, int, int]]:
+def _tiers(service: Service, metrics: ServerMetrics) -> list[tuple[str, str, int | None, int, int]]:
     """Name, what it is for, bytes held (None: not known here), bytes and chunks loaded from it."""
     market = service.market
-    loaded, chunks = counted.by_label("loaded_bytes"), counted.by_label("chunks_loaded")
+    loaded, chunks = (
+        metrics.by_label(f"{MARKET}{name}") for name in ("loaded_bytes", "chunks_loaded")
+    )
 
     def row(tier: str, name: str, held: int | None) -> tuple[str, str, int | None, int, int]:
         return name, tier, held, int(loaded.get(tier, 0)), int(chunks.get(tier, 0))
 
     rows = [
-        row("host", "Host memory", int(counted.total("host_cache_bytes"))),
+        row("host", "Host memory", int(metrics.total(f"{MARKET}host_cache_bytes"))),
         row("disk", "Disk", market.store.bytes_used()),
     ]
     objects = market.store.objects
@@ -135,17 +122,19 @@ def _tiers(service: Service, counted: Counters) -> list[tuple[str, str, int | No
     return rows + [row(tier, tier, None) for tier in loaded if tier not in known]
 
 
-def _faults(counted: Counters) -> list[tuple[str, str, int]]:
-    """What went wrong since the server started: kind, reason, how often."""
+def _faults(metrics: ServerMetrics) -> list[tuple[str, str, int]]:
+    """Faults since the server started: kind, reason, how often."""
     rows = []
     for name, title in (
         ("load_failures", "Chunks that could not be loaded"),
         ("save_failures", "Publishing that could not be stored"),
         ("chunks_quarantined", "Damaged chunks taken out of the store"),
-        ("declined_requests", "Requests that matched and were not let reuse"),
+        ("declined_requests", "Requests that matched and were declined"),
         ("charges_refused", "Charges that the ledger refused in the end"),
     ):
-        found = {reason: times for reason, times in counted.by_label(name).items() if times}
+        found = {
+            reason: times for reason, times in metrics.by_label(f"{MARKET}{name}").items() if times
+        }
         rows += [(title, reason or "all", int(times)) for reason, times in found.items()] or [
             (title, "all", 0)
         ]

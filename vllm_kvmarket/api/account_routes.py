@@ -8,7 +8,9 @@ import msgspec
 from fastapi import APIRouter, Path, Query, Response
 from fastapi.concurrency import run_in_threadpool
 
-from vllm_kvmarket.api.errors import MarketRoute, invalid, not_found
+from vllm_kvmarket.api.auth import ADMIN
+from vllm_kvmarket.api.bodies import MarketRoute
+from vllm_kvmarket.api.errors import invalid, not_found
 from vllm_kvmarket.api.models import (
     WHOLE_ACCOUNT,
     AccountModel,
@@ -23,7 +25,7 @@ from vllm_kvmarket.api.models import (
     TransferModel,
 )
 from vllm_kvmarket.api.paging import After, Limit, decode, encode
-from vllm_kvmarket.api.service import ADMIN, CallerOf, ServiceOf
+from vllm_kvmarket.api.service import CallerOf, ServiceOf
 from vllm_kvmarket.ledger import Account, Transfer
 from vllm_kvmarket.ledger.statements import as_csv, statement
 from vllm_kvmarket.market.market import Market
@@ -61,7 +63,7 @@ def transfer_model(transfer: Transfer) -> TransferModel:
 async def me(service: ServiceOf, caller: CallerOf) -> Me:
     """The account of the key that asks. Needs any key."""
     account = await run_in_threadpool(service.market.ledger.account, caller.need_key())
-    return Me(**facts_of(account), scopes=caller.scopes)
+    return Me(**facts_of(account), scopes=sorted(caller.scopes))
 
 
 @router.get("/me/statement", response_model=StatementModel, responses={200: {"content": CSV}})
@@ -72,7 +74,7 @@ async def my_statement(
     to: Moment = None,
     format: Annotated[Form, Query()] = "json",
 ) -> Response:
-    """What was moved to and from the account of the key that asks, from `from` up to `to`."""
+    """The statement of the caller's account, from `from` up to `to`."""
     account = caller.need_key()
     return await run_in_threadpool(_statement, service.market, account, from_, to, format)
 
@@ -96,7 +98,7 @@ async def accounts(
 
 @router.post("", status_code=201, response_model=AccountModel)
 async def open_account(wish: NewAccount, service: ServiceOf, caller: CallerOf) -> AccountModel:
-    """Open an account; one of the same kind that is there is returned. Needs the scope admin."""
+    """Open an account; an existing one of the same kind is returned. Needs the scope admin."""
     caller.need(ADMIN)
     if wish.id == ME:
         raise invalid(f"id: {ME!r} stands for the caller's own account", "id")
@@ -125,7 +127,7 @@ async def account_statement(
     to: Moment = None,
     format: Annotated[Form, Query()] = "json",
 ) -> Response:
-    """What was moved to and from an account. Needs the scope admin, or its own key."""
+    """An account's statement. Needs the scope admin, or its own key."""
     _need_own(caller, account_id)
     return await run_in_threadpool(_statement, service.market, account_id, from_, to, format)
 
@@ -136,7 +138,7 @@ async def deposit(
 ) -> TransferModel:
     """Book money that came in, once for a transfer id. Needs the scope admin."""
     caller.need(ADMIN)
-    # Its own name space: no caller's id can be taken for another kind of transfer.
+    # With a prefix, so that a caller's id is never the id of another kind of transfer.
     transfer_id = f"deposit:{wish.transfer_id}"
     booked = await run_in_threadpool(
         service.market.deposit, account_id, wish.amount_nano, transfer_id
@@ -148,7 +150,7 @@ async def deposit(
 async def create_key(
     account_id: AccountPath, wish: NewKey, service: ServiceOf, caller: CallerOf, response: Response
 ) -> Key:
-    """Make a key of an account; its secret is told only now. Needs the scope admin."""
+    """Make a key of an account; its secret is shown only now. Needs the scope admin."""
     caller.need(ADMIN)
     await run_in_threadpool(service.market.ledger.account, account_id)
     scopes = sorted(set(wish.scopes))
@@ -183,7 +185,7 @@ async def revoke_key(
     service: ServiceOf,
     caller: CallerOf,
 ) -> Response:
-    """End a key of an account: within a second, on every server. Needs the scope admin."""
+    """Revoke a key of an account, on every server within a second. Needs the scope admin."""
     caller.need(ADMIN)
 
     def revoke() -> None:
@@ -217,5 +219,5 @@ def _statement(
     if form == "csv":
         name = f'attachment; filename="statement-{account_id.replace(":", "-")}.csv"'
         return Response(as_csv(made), media_type="text/csv", headers={"content-disposition": name})
-    told = {"object": "kvmarket.statement", **msgspec.to_builtins(made)}
-    return Response(msgspec.json.encode(told), media_type="application/json")
+    body = {"object": "kvmarket.statement", **msgspec.to_builtins(made)}
+    return Response(msgspec.json.encode(body), media_type="application/json")

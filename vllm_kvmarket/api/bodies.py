@@ -1,0 +1,156 @@
+"""Bodies of requests: read once and bounded, parsed beside the event loop, and written anew."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Coroutine, MutableMapping
+from typing import Any, TypeVar
+
+import msgspec
+from fastapi import Request, Response
+from fastapi.routing import APIRoute
+
+from vllm_kvmarket.api.errors import ApiError, invalid, translate
+
+Message = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+Scope = MutableMapping[str, Any]
+App = Callable[[Scope, Receive, Send], Awaitable[None]]
+Result = TypeVar("Result")
+
+# Longer bodies are parsed and written in a thread.
+QUICK_BYTES = 1 << 16
+FORM_TYPE = "application/x-www-form-urlencoded"
+# In a form, one byte of text may be percent-encoded as three.
+FORM_FACTOR = 3
+
+
+class ClientGoneError(Exception):
+    """The client left before its whole request had arrived."""
+
+
+def header_values(scope: Scope, name: str) -> list[str]:
+    """Every value of a header, in order."""
+    wanted = name.encode()
+    return [value.decode("latin-1") for key, value in scope["headers"] if key.lower() == wanted]
+
+
+def single_header(scope: Scope, name: str) -> str:
+    """A header's value, "" if it is missing. Raises ApiError if it is given twice."""
+    values = header_values(scope, name)
+    if len(values) > 1:
+        raise invalid(f"the header {name} is there {len(values)} times; send it once")
+    return values[0] if values else ""
+
+
+def media_type(scope: Scope) -> str:
+    """The content type without its parameters, in lower case. Raises ApiError."""
+    return single_header(scope, "content-type").partition(";")[0].strip().lower()
+
+
+async def read_bounded(scope: Scope, receive: Receive, limit: int) -> bytes:
+    """Read a body of at most `limit` bytes. Raises ApiError and ClientGoneError.
+
+    A body whose header announces more is refused before it is read.
+    """
+    if media_type(scope) == FORM_TYPE:
+        limit *= FORM_FACTOR
+    too_long = ApiError(
+        413,
+        "body_too_long",
+        f"the body is longer than {limit} bytes",
+        headers={"connection": "close"},
+    )
+    length = single_header(scope, "content-length")
+    if length.isascii() and length.isdigit() and (len(length) > 18 or int(length) > limit):
+        raise too_long
+    if not length and not header_values(scope, "transfer-encoding"):
+        return b""
+    content = bytearray()
+    while True:
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            raise ClientGoneError
+        content += message.get("body", b"")
+        if len(content) > limit:
+            raise too_long
+        if not message.get("more_body", False):
+            return bytes(content)
+
+
+def replay(body: bytes, receive: Receive) -> Receive:
+    """A `receive` that gives `body`, and then what really comes: the client's leaving."""
+    sent = False
+
+    async def receive_again() -> Message:
+        nonlocal sent
+        if sent:
+            return await receive()
+        sent = True
+        return {"type": "http.request", "body": body, "more_body": False}
+
+    return receive_again
+
+
+async def parse_object(scope: Scope, body: bytes) -> dict[str, Any]:
+    """The JSON object in a body. Raises ApiError."""
+    kind = media_type(scope)
+    if kind != "application/json" and not kind.endswith("+json"):
+        raise ApiError(415, "not_json", "send JSON, with content-type: application/json")
+    if single_header(scope, "content-encoding").lower() not in ("", "identity"):
+        raise ApiError(415, "encoded_body", "compressed bodies are not read; send plain JSON")
+    try:
+        parsed = await beside_loop(len(body), msgspec.json.decode, body)
+    except (msgspec.DecodeError, RecursionError, UnicodeDecodeError) as error:
+        raise invalid(f"the body is not valid JSON: {error}", code="not_json") from None
+    if not isinstance(parsed, dict):
+        raise invalid("the body must be a JSON object", code="not_json")
+    return parsed
+
+
+async def beside_loop(size: int, step: Callable[[Any], Result], value: Any) -> Result:
+    """Run a step that takes as long as `size` bytes take: in a thread if they are many."""
+    if size > QUICK_BYTES:
+        return await asyncio.to_thread(step, value)
+    return step(value)
+
+
+async def with_body(
+    scope: Scope, receive: Receive, body: dict[str, Any], headers: dict[str, str]
+) -> tuple[Scope, Receive]:
+    """The request with another JSON body and with `headers` set. Mutates nothing."""
+    text = await beside_loop(size_guess(body), msgspec.json.encode, body)
+    changed = {**headers, "content-length": str(len(text))}
+    names = {name.encode() for name in changed} | {b"transfer-encoding"}
+    kept = [(name, value) for name, value in scope["headers"] if name.lower() not in names]
+    kept += [(name.encode(), value.encode("latin-1")) for name, value in changed.items()]
+    return {**scope, "headers": kept}, replay(text, receive)
+
+
+def size_guess(body: dict[str, Any]) -> int:
+    """About how long the body's largest field is: long are texts and lists of tokens."""
+    return max((len(value) for value in body.values() if isinstance(value, str | list)), default=0)
+
+
+class MarketRoute(APIRoute):
+    """A route that parses its JSON body beside the event loop, and answers errors as JSON."""
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        """The handler, wrapped."""
+        handle = super().get_route_handler()
+        has_body = self.body_field is not None
+
+        async def wrapped(request: Request) -> Response:
+            try:
+                if has_body:
+                    # Starlette keeps a parsed body here, where FastAPI then finds it.
+                    request._json = await parse_object(request.scope, await request.body())
+                return await handle(request)
+            except Exception as error:
+                refused = translate(error)
+                if refused is None:
+                    raise
+                return refused.answer()
+
+        return wrapped

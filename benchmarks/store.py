@@ -35,9 +35,9 @@ from vllm_kvmarket.connector.messages import ChunkLoad, ChunkSave
 from vllm_kvmarket.connector.metrics import Tally
 from vllm_kvmarket.core.model_identity import ROOT, chunk_keys, pack_tokens
 from vllm_kvmarket.store import ChunkLayout, DiskStore, LayerLayout, aligned_empty
+from vllm_kvmarket.store.chunk_format import chunk_name
 from vllm_kvmarket.store.codec import CODECS
 from vllm_kvmarket.store.host_memory import HostTier
-from vllm_kvmarket.store.names import chunk_name
 from vllm_kvmarket.store.object_tier import ObjectTier
 from vllm_kvmarket.store.tiers import Tiers
 

@@ -150,7 +150,7 @@ class Sampler:
             kept[figure].add(at_s, value)
 
     def _sample_disk(self, at_s: float) -> None:
-        with self._quota.hold() as held:
+        with self._quota.locked() as held:
             used, counted = _bytes_below(self._root), held.used
         self.disk.add(at_s, used)
         database = (self._server.market.home.glob("market.sqlite*"), os.stat)

@@ -9,7 +9,7 @@ import pytest
 from tests.support.machines import Machine, objects_of
 from tests.support.store_chunks import layout_of, sample
 from vllm_kvmarket.store import bucket_listings
-from vllm_kvmarket.store.names import chunk_name
+from vllm_kvmarket.store.chunk_format import chunk_name
 
 
 def test_the_directory_of_listings(machine: Machine) -> None:

@@ -17,8 +17,8 @@ from tests.support.proxy import Proxy
 from tests.support.seaweed import SeaweedFS, free_ports
 from vllm_kvmarket.core.errors import ConfigError, StoreError
 from vllm_kvmarket.store import object_tier
-from vllm_kvmarket.store.breaker import Breaker
-from vllm_kvmarket.store.names import chunk_name
+from vllm_kvmarket.store.chunk_format import chunk_name
+from vllm_kvmarket.store.object_client import Breaker
 from vllm_kvmarket.store.object_tier import PART_BYTES, ObjectReplacedError, ObjectTier
 
 KEY = bytes(range(32))

@@ -23,7 +23,7 @@ from vllm_kvmarket.core.errors import (
     StoreError,
 )
 from vllm_kvmarket.store import DiskStore, tiers
-from vllm_kvmarket.store.names import chunk_name
+from vllm_kvmarket.store.chunk_format import chunk_name
 from vllm_kvmarket.store.object_tier import ObjectTier
 from vllm_kvmarket.store.tiers import Tiers
 
@@ -42,14 +42,14 @@ def test_without_an_object_store_it_is_the_disk(tmp_path: Path) -> None:
     """Everything works, nothing is fetched, and a chunk is opened as the disk opens it."""
     store = Tiers(DiskStore(tmp_path / "disk"))
     chunk = sample()
-    assert not store.has(chunk.key) and not store.keep(chunk.key)
+    assert not store.has(chunk.key) and not store.make_durable(chunk.key)
     with pytest.raises(ChunkMissingError):
         store.open(chunk.key, chunk.layout, NAMESPACE)
     with pytest.raises(ChunkMissingError):
         store.fetch(chunk.key)
     size = chunk.put(store)
     assert chunk.put(store) == 0 and not store.fetch(chunk.key)
-    assert store.has(chunk.key) and store.keep(chunk.key)
+    assert store.has(chunk.key) and store.make_durable(chunk.key)
     assert store.shares(chunk.key) == [(0, 1)] and list(store.keys()) == [chunk.key]
     assert store.bytes_used() == store.usage().bytes_used == store.recount() == size
     load(chunk, store)
@@ -96,7 +96,7 @@ def test_what_is_nowhere_is_missing(machine: Machine) -> None:
     ):
         with pytest.raises(ChunkMissingError, match="neither on the disk nor in the object store"):
             ask()
-    assert not store.has(chunk.key) and not store.keep(chunk.key)
+    assert not store.has(chunk.key) and not store.make_durable(chunk.key)
     assert store.shares(chunk.key) == [] and files_in(store) in ([], [".usage"])
 
 
@@ -322,13 +322,13 @@ def test_keep_uploads_and_refreshes(machine: Machine, monkeypatch: pytest.Monkey
     name = chunk_name(chunk.key)
     chunk.put(first.disk)
     assert objects_of(first).head(name) is None
-    assert first.keep(chunk.key)
+    assert first.make_durable(chunk.key)
     written = objects_of(first).facts(name)
-    assert written is not None and second.keep(chunk.key)
+    assert written is not None and second.make_durable(chunk.key)
     assert objects_of(first).facts(name) == written and list(second.keys()) == []
     monkeypatch.setattr(tiers, "FRESH_S", 0.0)
     time.sleep(1.1)  # S3 tells the time in seconds
-    assert second.keep(chunk.key)
+    assert second.make_durable(chunk.key)
     rewritten = objects_of(first).facts(name)
     assert rewritten is not None and rewritten.modified_s > written.modified_s
     assert chunk.put(first) > 0

@@ -313,7 +313,9 @@ def _has_whole(market: Market, file: File) -> bool:
     except StoreError:
         return False
     layout = chunk.header.layout
-    return (layout.rank, layout.world_size) == file.place[1:] and market.store.keep(*file.place)
+    return (layout.rank, layout.world_size) == file.place[1:] and market.store.make_durable(
+        *file.place
+    )
 
 
 def _check_home(market: Market, listing: Listing, name: str, *, relist: bool) -> bool:

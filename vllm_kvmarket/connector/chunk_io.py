@@ -115,7 +115,7 @@ class Chunks:
         A damaged file has been quarantined.
         """
         waits = fetch or not self.has_object_tier
-        held = self._host.hold(chunk.key, _OTHERS_READ_S if waits else 0.0)
+        held = self._host.pin(chunk.key, _OTHERS_READ_S if waits else 0.0)
         if held is not None:
             with held as buffer:
                 claim()
@@ -199,10 +199,10 @@ class Chunks:
 
     def _bring(self, source: _Straight | _Converted, filling: Filling) -> Bytes | None:
         """Read a whole chunk into the host tier, where it stays; None: there is no room for it."""
-        buffer = filling.room(source.page_count * self._page_bytes)
+        buffer = filling.memory(source.page_count * self._page_bytes)
         if buffer is not None:
             self._read(source, buffer)
-            filling.keep()
+            filling.commit()
         return buffer
 
     def _copy_in_place(self, source: _Straight | _Converted, chunk: ChunkLoad) -> None:
@@ -317,7 +317,7 @@ class Chunks:
             return (
                 bool(shares := self._store.shares(key))
                 and conversion.is_usable(self._store, key, layout, namespace)
-                and all(self._store.keep(key, *share) for share in shares)
+                and all(self._store.make_durable(key, *share) for share in shares)
             )
         except StoreError:
             return False

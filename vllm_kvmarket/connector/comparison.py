@@ -8,9 +8,8 @@ import numpy as np
 
 from vllm_kvmarket.connector.messages import ChunkAudit
 from vllm_kvmarket.core.errors import LayoutMismatchError
-from vllm_kvmarket.store.chunk_format import Bytes
+from vllm_kvmarket.store.chunk_format import Bytes, ChunkLayout
 from vllm_kvmarket.store.conversion import as_floats, canonical
-from vllm_kvmarket.store.layout import ChunkLayout
 
 # The largest difference that is still close, as a share of the layer's largest computed value:
 # what other kernels, or a prompt cut into other pieces, change by rounding, with room to spare.

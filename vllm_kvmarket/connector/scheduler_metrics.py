@@ -103,7 +103,7 @@ class SchedulerMetrics:
         quarantined = sum(entry.bytes for entry in disk.quarantined())
         self._tally.stand_at(
             {
-                "stored_bytes/chunks": max(0, disk.bytes_held() - quarantined),
+                "stored_bytes/chunks": max(0, disk.bytes_counted() - quarantined),
                 "stored_bytes/quarantine": quarantined,
             }
         )

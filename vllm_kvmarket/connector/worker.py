@@ -18,8 +18,7 @@ from vllm_kvmarket.connector.transfers import Finished, Transfers
 from vllm_kvmarket.core.config import MarketConfig
 from vllm_kvmarket.store import aligned_empty
 from vllm_kvmarket.store.host_memory import HostTier
-from vllm_kvmarket.store.open_store import store_of
-from vllm_kvmarket.store.tiers import Tiers
+from vllm_kvmarket.store.tiers import Tiers, store_of
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig

@@ -32,7 +32,7 @@ from vllm_kvmarket.ledger import Account, Ledger, Receipt, Transfer
 from vllm_kvmarket.market import shared_bucket
 from vllm_kvmarket.market.engine_operations import CONNECTOR, POLL_S, EngineOperations
 from vllm_kvmarket.market.purchase import Purchase, WriteCharge
-from vllm_kvmarket.store.open_store import store_of
+from vllm_kvmarket.store.tiers import store_of
 
 DATABASE_FILE = "market.sqlite"
 

@@ -10,7 +10,7 @@ import re
 import time
 from collections.abc import Iterator, Set
 
-from vllm_kvmarket.store.names import share_of
+from vllm_kvmarket.store.chunk_format import share_of
 from vllm_kvmarket.store.object_tier import ObjectTier
 
 PREFIX = "listings"

@@ -12,26 +12,28 @@ own, padding by being zero, and the length by the header.
 from __future__ import annotations
 
 import os
+import re
 import struct
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import accumulate
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
 import numpy as np
 import xxhash
 
 from vllm_kvmarket.core.errors import ChunkDamagedError, LayoutMismatchError, StoreError
-from vllm_kvmarket.core.model_identity import TOKEN_BYTES, chunk_key
+from vllm_kvmarket.core.model_identity import KEY_BYTES, TOKEN_BYTES, chunk_key
 from vllm_kvmarket.store import codec as codecs
 from vllm_kvmarket.store.codec import CODEC_RAW, CODECS, MAX_RATIO
-from vllm_kvmarket.store.layout import ChunkHeader, ChunkLayout
 
 Bytes = codecs.Bytes
 # Where buffers are Any: numpy tells type checkers that its arrays are buffers from Python 3.12 on.
 
+SUFFIX = ".kv"
+_NAME = re.compile(r"([0-9a-f]{64})(?:\.(\d+)of(\d+))?" + re.escape(SUFFIX))
 MAGIC = b"KVMCHUNK"
 FORMAT_VERSION = 1
 ALIGNMENT = 4096
@@ -44,6 +46,66 @@ PREFIX_BYTES = _FACTS.size + _CHECKSUM.size
 # How much is read by one call: little enough to be in the cores' caches when it is hashed, enough
 # for the calls not to count. From 0.4 to 4 MiB it makes 3 % (median of CPU time).
 GROUP_BYTES = 1024 * 1024
+
+# Bounds that msgspec checks when it decodes a header.
+Positive = Annotated[int, msgspec.Meta(gt=0)]
+Digest = Annotated[bytes, msgspec.Meta(min_length=KEY_BYTES, max_length=KEY_BYTES)]
+
+
+class LayerLayout(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """One layer's pages: the shape of a block without its block dimension, and its bytes."""
+
+    name: str
+    page_shape: tuple[int, ...]
+    page_bytes: Positive
+
+
+class ChunkLayout(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """How one rank of one backend arranges pages. Equal layouts are a straight copy of each other.
+
+    `tag` says what shape and dtype do not: the order inside a page, and how kernels pack it.
+    """
+
+    tag: str
+    dtype: str
+    block_tokens: Positive
+    layers: tuple[LayerLayout, ...]
+    rank: int = 0
+    world_size: int = 1
+
+    def page_count(self, token_count: int) -> int:
+        """Count the pages that hold `token_count` tokens; the last may be partly filled."""
+        return -(-token_count // self.block_tokens)
+
+
+class ChunkHeader(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What a chunk file says of itself.
+
+    `tokens` are little-endian uint32. `codec` is one of codec.CODECS. `layer_offsets` count from
+    the start of the payload, `layer_bytes` are what a layer takes in the file, as its codec left
+    it, `checksums` are xxh3_64 of just these bytes.
+    """
+
+    key: Digest
+    parent: Digest
+    namespace: Digest
+    tokens: bytes
+    layout: ChunkLayout
+    codec: str
+    layer_offsets: tuple[int, ...]
+    layer_bytes: tuple[int, ...]
+    checksums: tuple[int, ...]
+
+    @property
+    def token_count(self) -> int:
+        """Tokens in the chunk."""
+        return len(self.tokens) // TOKEN_BYTES
+
+    @property
+    def page_count(self) -> int:
+        """Pages a layer."""
+        return self.layout.page_count(self.token_count)
+
 
 _encoder = msgspec.msgpack.Encoder()
 _decoder = msgspec.msgpack.Decoder(ChunkHeader)
@@ -126,9 +188,9 @@ def raw_sizes(layout: ChunkLayout, page_count: int) -> tuple[int, ...]:
 
 
 def _place(sizes: tuple[int, ...], alignment: int) -> Arrangement:
-    rooms = [-(-size // alignment) * alignment for size in sizes[:-1]]
-    offsets = list(accumulate(rooms, initial=0))
-    gaps = [room - size for room, size in zip(rooms, sizes, strict=False)]
+    padded = [-(-size // alignment) * alignment for size in sizes[:-1]]
+    offsets = list(accumulate(padded, initial=0))
+    gaps = [whole - size for whole, size in zip(padded, sizes, strict=False)]
     groups = []
     start = 0
     for index, size in enumerate(sizes):
@@ -196,12 +258,12 @@ def _encode_layers(
 ) -> Iterator[Bytes]:
     """Encode each layer. Checksums cover stored bytes, so that only decoding proves the codec."""
     sizes = [sum(page.nbytes for page in layer) for layer in layers]
-    room = np.empty(max(sizes), np.uint8)
+    scratch = np.empty(max(sizes), np.uint8)
     for layer, size, described in zip(layers, sizes, layout.layers, strict=True):
         page_bytes = described.page_bytes
         stored = codecs.encode(codec, layout.dtype, layer, page_bytes=page_bytes)
-        codecs.decode_into(codec, layout.dtype, stored, [room[:size]], page_bytes=page_bytes)
-        if checksum([room[:size]]) != checksum(layer):
+        codecs.decode_into(codec, layout.dtype, stored, [scratch[:size]], page_bytes=page_bytes)
+        if checksum([scratch[:size]]) != checksum(layer):
             raise StoreError(
                 f"codec {codec} does not give back what it was given; check this machine's memory, "
                 'or store with codec "raw"'
@@ -290,6 +352,31 @@ def _sizes_are_possible(header: ChunkHeader) -> bool:
         0 < stored <= raw <= stored * MAX_RATIO
         for stored, raw in zip(header.layer_bytes, pages, strict=True)
     )
+
+
+def chunk_name(key: bytes, rank: int = 0, world_size: int = 1) -> str:
+    """Where a chunk's file is in its store: `ab/abcd....kv`, or a rank's `ab/abcd....1of2.kv`."""
+    name = key.hex()
+    share = "" if world_size == 1 else f".{rank}of{world_size}"
+    return f"{name[:2]}/{name}{share}{SUFFIX}"
+
+
+def is_chunk_file(name: str) -> bool:
+    """Whether a file that is called so, without its folder, belongs to a chunk."""
+    return _NAME.fullmatch(name) is not None
+
+
+def share_of(name: str) -> tuple[int, int] | None:
+    """The (rank, world_size) of a file that is called so, without its folder.
+
+    None where no share is called so: a rank that cannot be, a name with zeros in front.
+    """
+    found = _NAME.fullmatch(name)
+    if found is None:
+        return None
+    rank, world_size = int(found[2] or 0), int(found[3] or 1)
+    canonical = chunk_name(bytes.fromhex(found[1]), rank, world_size)[3:]
+    return (rank, world_size) if rank < world_size and name == canonical else None
 
 
 def damaged(name: str, what: str) -> ChunkDamagedError:

@@ -34,8 +34,8 @@ from vllm_kvmarket.core.errors import (
 )
 from vllm_kvmarket.core.model_identity import chunk_key
 from vllm_kvmarket.store import chunk_format, codec
+from vllm_kvmarket.store.chunk_format import ChunkHeader, ChunkLayout
 from vllm_kvmarket.store.codec import CODEC_RAW, Bytes
-from vllm_kvmarket.store.layout import ChunkHeader, ChunkLayout
 
 # Enough for the header of most models, so that one call reads it.
 _FIRST_READ_BYTES = 8192
@@ -106,7 +106,7 @@ class StoredChunk:
 
         As `copy_all_pages` otherwise, which is faster for a whole chunk.
         """
-        self._check_room(index, first_page, last_page, [destination])
+        self._check_sizes(index, first_page, last_page, [destination])
         try:
             self._read_layer(index, first_page, last_page, destination)
         except BaseException:
@@ -131,7 +131,7 @@ class StoredChunk:
         """
         if len(destinations) != len(self.header.layout.layers):
             raise ValueError(f"{self._name}: {len(destinations)} layers instead of all")
-        self._check_room(0, first_page, last_page, destinations)
+        self._check_sizes(0, first_page, last_page, destinations)
         try:
             whole = last_page - first_page == self.header.page_count
             if self._is_raw and self._place.is_dense and whole:
@@ -146,11 +146,11 @@ class StoredChunk:
     def verify(self) -> None:
         """Check every byte that is not checked yet. Raises ChunkDamagedError, StoreError."""
         sizes = chunk_format.raw_sizes(self.header.layout, self.header.page_count)
-        room = aligned_empty(max(sizes))
+        scratch = aligned_empty(max(sizes))
         for index, size in enumerate(sizes):
-            self.copy_pages(index, 0, self.header.page_count, [room[:size]])
+            self.copy_pages(index, 0, self.header.page_count, [scratch[:size]])
 
-    def _check_room(
+    def _check_sizes(
         self,
         start: int,
         first_page: int,
@@ -161,13 +161,13 @@ class StoredChunk:
             raise ValueError(f"{self._name} has no pages {first_page} to {last_page}")
         pages = last_page - first_page
         for index, destination in enumerate(destinations, start):
-            room = (
+            given = (
                 destination[0].nbytes
                 if len(destination) == 1
                 else sum([page.nbytes for page in destination])
             )
-            if room != pages * self._page_bytes[index]:
-                raise ValueError(f"{self._name}: {room} bytes for {pages} pages of layer {index}")
+            if given != pages * self._page_bytes[index]:
+                raise ValueError(f"{self._name}: {given} bytes for {pages} pages of layer {index}")
 
     def _read_all(self, destinations: Sequence[Sequence[Bytes]]) -> None:
         """Read and verify a whole chunk without padding; no Python that is not needed."""

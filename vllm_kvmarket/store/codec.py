@@ -166,9 +166,9 @@ def _take_apart(layer: Bytes, dtype: str, page_bytes: int) -> Bytes:
 def _split(words: _Words, frequent: Bytes, rest: Bytes, dtype: str) -> None:
     """Make two bytes of each word; all (pages, places, run). See `_join`."""
     shift = 8 if dtype == "float16" else 7
-    for tile, room in _tiles(words.shape):
+    for tile, scratch in _tiles(words.shape):
         word = words[tile]
-        shifted = np.right_shift(word, shift, out=room.reshape(word.shape))
+        shifted = np.right_shift(word, shift, out=scratch.reshape(word.shape))
         frequent[tile] = shifted
         if dtype == "float16":
             rest[tile] = word
@@ -211,9 +211,9 @@ def _join(words: _Words, frequent: Bytes, rest: Bytes, dtype: str) -> None:
     Every step has words of one width, which numpy does at the speed of memory: widening, then
     multiplying, as its shifts are slower.
     """
-    for tile, room in _tiles(words.shape):
+    for tile, scratch in _tiles(words.shape):
         word = words[tile]
-        high = room.reshape(word.shape)
+        high = scratch.reshape(word.shape)
         high[:] = frequent[tile]
         if dtype == "float16":
             high *= 0x100

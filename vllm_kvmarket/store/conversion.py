@@ -22,10 +22,9 @@ from vllm_kvmarket.core.errors import (
     LayoutMismatchError,
     StoreError,
 )
-from vllm_kvmarket.store.chunk_format import damaged
+from vllm_kvmarket.store.chunk_format import ChunkHeader, ChunkLayout, LayerLayout, damaged
 from vllm_kvmarket.store.chunk_reader import aligned_empty
 from vllm_kvmarket.store.codec import Bytes
-from vllm_kvmarket.store.layout import ChunkHeader, ChunkLayout, LayerLayout
 from vllm_kvmarket.store.packings import (
     Elements,
     Plane,
@@ -41,7 +40,7 @@ from vllm_kvmarket.store.packings import (
 __all__ = ["as_floats", "canonical", "copy_converted", "is_usable", "token_count", "why_not"]
 
 
-class Share(Protocol):
+class OpenShare(Protocol):
     """One rank's file of a chunk, open: a StoredChunk, or what stands for one."""
 
     @property
@@ -68,7 +67,7 @@ class ShareStore(Protocol):
 
     def open_share(
         self, key: bytes, rank: int, world_size: int, namespace: bytes | None = None
-    ) -> Share:
+    ) -> OpenShare:
         """Open one rank's share in whatever layout it has; raises as `open` does."""
 
     def quarantine(self, key: bytes, rank: int, world_size: int, reason: str) -> bool:
@@ -133,7 +132,7 @@ def _total_heads(layout: ChunkLayout, shape: Shape) -> int:
     return shape.heads * max(1, layout.world_size // _tag(layout).replicas)
 
 
-def _held(layout: ChunkLayout, layer: LayerLayout) -> range:
+def _heads_of(layout: ChunkLayout, layer: LayerLayout) -> range:
     """Which heads a rank has of a layer, counted over all ranks.
 
     A layout that cannot be converted has something that no other has.
@@ -188,9 +187,9 @@ def copy_converted(  # noqa: PLR0917  # the last three are those of StoredChunk.
     ValueError when `destinations` do not fit. After all of them but the last `destinations` hold
     zeros, never an unverified byte.
     """
-    _check_room(layout, first_page, last_page, destinations)
+    _check_sizes(layout, first_page, last_page, destinations)
 
-    def convert(share: Share) -> None:
+    def convert(share: OpenShare) -> None:
         _convert_share(share, layout, first_page, last_page, destinations)
 
     try:
@@ -207,7 +206,7 @@ def _visit(
     key: bytes,
     layout: ChunkLayout,
     namespace: bytes,
-    use: Callable[[Share], None],
+    use: Callable[[OpenShare], None],
 ) -> None:
     """Hand over shares until each of this layout's heads has been had; raises when they are not.
 
@@ -238,7 +237,7 @@ class _Missing:
 
     def __init__(self, layout: ChunkLayout) -> None:
         self._layout = layout
-        self._heads = {layer.name: set(_held(layout, layer)) for layer in layout.layers}
+        self._heads = {layer.name: set(_heads_of(layout, layer)) for layer in layout.layers}
 
     def __bool__(self) -> bool:
         return any(self._heads.values())
@@ -257,7 +256,7 @@ class _Missing:
 
     def _given(self, share: ChunkLayout, name: str) -> set[int]:
         (layer,) = [layer for layer in share.layers if layer.name == name]
-        return set(_held(share, layer))
+        return set(_heads_of(share, layer))
 
 
 def _in_order(store: ShareStore, key: bytes, layout: ChunkLayout) -> list[tuple[int, int]]:
@@ -278,7 +277,7 @@ def _in_order(store: ShareStore, key: bytes, layout: ChunkLayout) -> list[tuple[
 @contextlib.contextmanager
 def _open(
     store: ShareStore, key: bytes, rank: int, world_size: int, namespace: bytes
-) -> Iterator[Share]:
+) -> Iterator[OpenShare]:
     with contextlib.closing(store.open_share(key, rank, world_size, namespace)) as share:
         found = share.header.layout
         if (found.rank, found.world_size) != (rank, world_size):
@@ -294,7 +293,7 @@ def _check_convertible(theirs: ChunkLayout, key: bytes, layout: ChunkLayout) -> 
         )
 
 
-def _check_room(
+def _check_sizes(
     layout: ChunkLayout, first_page: int, last_page: int, destinations: Sequence[Sequence[Bytes]]
 ) -> None:
     if not 0 <= first_page < last_page or len(destinations) != len(layout.layers):
@@ -303,14 +302,14 @@ def _check_room(
             f"{len(layout.layers)} layers"
         )
     for layer, destination in zip(layout.layers, destinations, strict=True):
-        room = sum(page.nbytes for page in destination)
+        given = sum(page.nbytes for page in destination)
         whole = all(page.nbytes % layer.page_bytes == 0 for page in destination)
-        if room != (last_page - first_page) * layer.page_bytes or not whole:
-            raise ValueError(f"{room} bytes for pages {first_page} to {last_page} of {layer.name}")
+        if given != (last_page - first_page) * layer.page_bytes or not whole:
+            raise ValueError(f"{given} bytes for pages {first_page} to {last_page} of {layer.name}")
 
 
 def _convert_share(
-    share: Share,
+    share: OpenShare,
     layout: ChunkLayout,
     first_page: int,
     last_page: int,
@@ -331,10 +330,10 @@ def _convert_share(
     indices = {layer.name: index for index, layer in enumerate(theirs.layers)}
     largest = (last - first) * max(layer.page_bytes for layer in theirs.layers)
     scratch = aligned_empty(largest)
-    room = aligned_empty(largest + (end - begin) * largest // theirs.block_tokens)
+    gathered = aligned_empty(largest + (end - begin) * largest // theirs.block_tokens)
     for layer, destination in zip(layout.layers, destinations, strict=True):
         index = indices[layer.name]
-        here, there = _held(layout, layer), _held(theirs, theirs.layers[index])
+        here, there = _heads_of(layout, layer), _heads_of(theirs, theirs.layers[index])
         both = range(max(here.start, there.start), min(here.stop, there.stop))
         if not both:
             continue
@@ -345,7 +344,7 @@ def _convert_share(
         target = [planes(_tag(layout), new, run) for run in destination]
         skipped = begin - first * theirs.block_tokens
         for number, part in enumerate(source):
-            moved = _gather(part, _local(both, there), skipped, end - begin, room)
+            moved = _gather(part, _local(both, there), skipped, end - begin, gathered)
             moved[tokens - begin :] = 0
             place = 0
             for run in target:
@@ -355,24 +354,24 @@ def _convert_share(
                 place += slots
 
 
-def _local(heads: range, held: range) -> slice:
-    return slice(heads.start - held.start, heads.stop - held.start)
+def _local(heads: range, within: range) -> slice:
+    return slice(heads.start - within.start, heads.stop - within.start)
 
 
-def _gather(part: Plane, heads: slice, skip: int, count: int, room: Bytes) -> Elements:
-    """Copy a plane out as [slot, head, element], into `room`: `count` slots behind `skip` ones."""
+def _gather(part: Plane, heads: slice, skip: int, count: int, gathered: Bytes) -> Elements:
+    """Copy a plane out as [slot, head, element], into `gathered`: `count` slots after `skip`."""
     view = _of_heads(part, heads)
     found = view.shape[1 + len(part.token_axes)]
     filled = len(view) * prod(part.token_axes)
     slots = max(filled, skip + count)
-    flat = room[: slots * found * part.width * view.itemsize].view(view.dtype)
+    flat = gathered[: slots * found * part.width * view.itemsize].view(view.dtype)
     if part.tokens_inside:
         # In the source's own order, which is most often the target's too: long runs are copied.
         result = flat.reshape(found, part.width, slots).transpose(2, 0, 1)
     else:
         result = flat.reshape(found, slots, part.width).transpose(1, 0, 2)
     nested = result[:filled].reshape(view.shape)
-    assert np.may_share_memory(nested, room)
+    assert np.may_share_memory(nested, gathered)
     nested[...] = view
     return result[skip : skip + count]
 

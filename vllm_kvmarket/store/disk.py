@@ -1,46 +1,75 @@
-"""The disk tier: a file a chunk, named by its key, durable before anyone is told of it."""
+"""The disk tier: one file a chunk, named by the chunk's key, durable before anyone relies on it."""
 
 from __future__ import annotations
 
 import contextlib
-import errno
+import fcntl
 import os
 import stat
+import time
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
-from vllm_kvmarket.core.durable_files import DRAFT_PREFIX, OS_FILES, Files, draft_path
+from vllm_kvmarket.core.durable_files import (
+    DRAFT_PREFIX,
+    OS_FILES,
+    Files,
+    draft_path,
+    is_being_written,
+)
 from vllm_kvmarket.core.errors import (
     ChunkDamagedError,
     ChunkMissingError,
     StoreError,
     StoreFullError,
 )
-from vllm_kvmarket.store import chunk_format, drafts
-from vllm_kvmarket.store.chunk_format import Bytes
+from vllm_kvmarket.store import chunk_format
+from vllm_kvmarket.store.chunk_format import (
+    SUFFIX,
+    Bytes,
+    ChunkLayout,
+    chunk_name,
+    is_chunk_file,
+    share_of,
+)
 from vllm_kvmarket.store.chunk_reader import StoredChunk, open_chunk
 from vllm_kvmarket.store.codec import CODEC_RAW
-from vllm_kvmarket.store.drafts import Draft
-from vllm_kvmarket.store.folder import ChunkFolder
-from vllm_kvmarket.store.layout import ChunkLayout
-from vllm_kvmarket.store.names import SUFFIX, chunk_name, share_of
 from vllm_kvmarket.store.quarantine import Quarantine, Quarantined
-from vllm_kvmarket.store.quota import Held, Quota, StoreUsage
-from vllm_kvmarket.store.recency import LeastRecentlyUsed
-from vllm_kvmarket.store.room import Room
+from vllm_kvmarket.store.quota import (
+    DEVICE_IS_FULL,
+    ByteCount,
+    LeastRecentlyUsed,
+    Quota,
+    StoreUsage,
+)
 
-CHUNKS_FOLDER = "chunks"  # of a market's home
+CHUNKS_FOLDER = "chunks"  # below a market's home
 QUARANTINE_BYTES = 1 << 30
-# No room on the device, in the user's quota, or under the process's limit (ulimit -f).
-_FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 
 
-class DiskStore(ChunkFolder):
-    """Chunk files under one folder; thread-safe, and safe for several processes.
+@dataclass(slots=True)
+class Draft:
+    """A file that is being written; `is_placed` once it has its name."""
 
-    `quota_bytes` is a hard limit on all files under `root`, damaged and unfinished ones included.
-    A store that `is_cache` makes room by deleting what was not used for the longest time; another
-    one never deletes a chunk by itself.
+    path: Path
+    descriptor: int
+    is_placed: bool = False
+
+    def close(self) -> None:
+        """Unlock and close the file."""
+        # Closing alone would not unlock while a fork of this process has the file open.
+        with contextlib.suppress(OSError):
+            fcntl.flock(self.descriptor, fcntl.LOCK_UN)
+        os.close(self.descriptor)
+
+
+class DiskStore:
+    """Chunk files under one folder; safe for several threads and several processes.
+
+    `quota_bytes` limits all files below `root`, damaged and unfinished ones included. A store with
+    `is_cache` deletes the chunks that were not used for the longest time when it needs space.
+    Other stores never delete a chunk by themselves.
     """
 
     def __init__(
@@ -54,13 +83,14 @@ class DiskStore(ChunkFolder):
         files: Files = OS_FILES,
     ) -> None:
         """Make the folder where there is none. Raises StoreError."""
-        super().__init__(root, files)
+        self.root = root
         self.codec = codec
         self.is_cache = is_cache
+        self._files = files
+        self._durable: set[Path] = set()
         self._quota = Quota(root, quota_bytes, files)
         self._quarantine = Quarantine(root, quarantine_bytes, files)
-        oldest = LeastRecentlyUsed(root, files) if is_cache else None
-        self._room = Room(self._quota, self._quarantine, oldest)
+        self._oldest = LeastRecentlyUsed(root, files) if is_cache else None
         try:
             if not root.is_dir():
                 self._make_folder(root)
@@ -69,6 +99,8 @@ class DiskStore(ChunkFolder):
                 f"cannot make the store's folder {root} ({error.strerror}); "
                 "make it yourself, or choose another home"
             ) from error
+
+    # Writing
 
     def put(
         self,
@@ -80,20 +112,20 @@ class DiskStore(ChunkFolder):
         layout: ChunkLayout,
         layers: Sequence[Sequence[Bytes]],
     ) -> int:
-        """Store a chunk durably; how many bytes were written, 0 when it was there, whole, already.
+        """Store a chunk durably; returns the bytes written, 0 when the whole chunk was there.
 
-        `layers`: for each layer its pages, dense uint8 arrays, one after another, which must not
-        change meanwhile; raw ones are written from where they lie. What is there but damaged goes
-        into quarantine; what has another layout is replaced. Any number of writers of one key may
-        run at once.
+        `layers`: for each layer its pages, dense uint8 arrays, one after another. They must not
+        change meanwhile, because raw pages are written from where they lie. A damaged file goes
+        into quarantine; a file with another layout is replaced. Any number of writers of one key
+        may run at once.
 
         Raises StoreFullError; StoreError; ValueError when the pages do not fit the layout or the
-        key. No temporary file is left, and what was there, whole, is still there.
+        key. After an error no draft is left, and a whole chunk that was there is still there.
         """
-        path = self.location(key, layout.rank, layout.world_size)
+        path = self.path(key, layout.rank, layout.world_size)
         if self._has_whole(key, layout, namespace):
             with self._reporting(path):
-                self._make_durable(path.parent)
+                self._sync_names(path.parent)
             return 0
         chunk = chunk_format.prepare(
             key=key,
@@ -113,18 +145,17 @@ class DiskStore(ChunkFolder):
 
     @contextlib.contextmanager
     def receive(self, key: bytes, rank: int, world_size: int, size: int) -> Iterator[int]:
-        """Take a chunk file that comes from elsewhere: `with store.receive(...) as descriptor:`.
+        """Take a chunk file from elsewhere: `with store.receive(...) as descriptor:`.
 
-        The descriptor is that of a file of `size` bytes, which the body fills, by any number of
-        threads, at any positions, but not beyond. Afterwards every byte is verified, that it is the
-        share of `rank` of `world_size` included, and only then it takes its place, durably: a cache
-        leaves that to the file system, as its chunks can be had again. When the body raises, or the
-        file is bad, nothing stays.
+        The block fills a file of `size` bytes, with any number of threads, at any positions, but
+        not beyond its end. Then every byte is verified, and that it is the share of `rank` of
+        `world_size`. Only then the file gets its name, durably. A cache leaves durability to the
+        file system, because it can fetch its chunks again. After an error no file is left.
 
         Raises ChunkDamagedError, LayoutMismatchError (a format or codec that this kvmarket does not
-        know), StoreFullError, StoreError, and what the body raises.
+        know), StoreFullError, StoreError, and what the block raises.
         """
-        path = self.location(key, rank, world_size)
+        path = self.path(key, rank, world_size)
         if size < chunk_format.PREFIX_BYTES:
             raise chunk_format.damaged(path.name, f"{size} bytes are too few for a chunk")
         with self._draft(path, size) as draft:
@@ -132,7 +163,7 @@ class DiskStore(ChunkFolder):
             try:
                 _verify_share(draft.path, key, rank, world_size)
             except ChunkDamagedError as error:
-                # Errors name the file by what it was to become.
+                # The message must name the chunk, not the draft.
                 what = str(error).replace(draft.path.name, path.name)
                 raise ChunkDamagedError(what) from None
             with self._reporting(path):
@@ -142,38 +173,95 @@ class DiskStore(ChunkFolder):
                 if not self.is_cache:
                     self._files.sync_folder(path.parent)
 
-    def open(self, key: bytes, layout: ChunkLayout, namespace: bytes) -> StoredChunk:
-        """Open a chunk for loading into this layout; close it again, or use it in a `with`.
+    def make_durable(self, key: bytes) -> None:
+        """Make sure that a chunk that is there survives a crash; `put` does so by itself.
 
-        Raises ChunkMissingError, ChunkDamagedError, LayoutMismatchError, StoreError; see
-        reader.open_chunk for what is verified when.
+        For a publisher that finds a chunk which another process is storing at this moment. Raises
+        ChunkMissingError, StoreError.
         """
-        # A string, as making a Path takes as long as opening the file.
+        if not self._files_of(key):
+            raise _missing(key)
+        path = self.path(key)
+        with self._reporting(path):
+            self._sync_names(path.parent)
+
+    def delete(self, key: bytes) -> None:
+        """Remove a chunk's files, if there are any; readers that have it open can go on.
+
+        Raises StoreError.
+        """
+        if not self._files_of(key):
+            return
+        with self._locked() as count:
+            for file in self._files_of(key):
+                with contextlib.suppress(FileNotFoundError):
+                    size = file.lstat().st_size
+                    try:
+                        self._files.unlink(file)
+                    except IsADirectoryError:
+                        # Its bytes stay counted: it is unknown whether they ever were.
+                        draft = draft_path(file)
+                        self._files.rename(file, draft)
+                        self._files.remove_tree(draft)
+                    else:
+                        count.shrink(size)
+
+    # Reading
+
+    def path(self, key: bytes, rank: int = 0, world_size: int = 1) -> Path:
+        """Where a chunk's file is, or would be."""
+        return self.root / chunk_name(key, rank, world_size)
+
+    def has(self, key: bytes, rank: int = 0, world_size: int = 1) -> bool:
+        """Whether there is a file for this chunk; it may still be damaged."""
+        return self.path(key, rank, world_size).is_file()
+
+    def shares(self, key: bytes) -> list[tuple[int, int]]:
+        """The (rank, world_size) of each file of a chunk; files may be damaged."""
+        found = [(share_of(file.name), file) for file in self._files_of(key)]
+        return sorted(share for share, file in found if share is not None and file.is_file())
+
+    def keys(self) -> Iterator[bytes]:
+        """Every chunk that has a file, whole or damaged, in the order of keys."""
+        last = ""
+        for entry in self._chunk_files():
+            name = entry.name[:64]
+            if name != last:
+                yield bytes.fromhex(name)
+            last = name
+
+    def open(self, key: bytes, layout: ChunkLayout, namespace: bytes) -> StoredChunk:
+        """Open a chunk for loading into this layout; close it, or use it in a `with`.
+
+        `chunk_reader.open_chunk` says what is verified when. Raises ChunkMissingError,
+        ChunkDamagedError, LayoutMismatchError, StoreError.
+        """
+        # A string, because making a Path takes as long as opening the file.
         path = f"{self.root}/{chunk_name(key, layout.rank, layout.world_size)}"
         chunk = open_chunk(path, key, layout, namespace)
-        self._note_use(path)
+        self._touch(path)
         return chunk
 
     def open_share(
         self, key: bytes, rank: int, world_size: int, namespace: bytes | None = None
     ) -> StoredChunk:
-        """Open one share of a chunk, whatever its layout, to convert or to inspect it.
+        """Open one share of a chunk in whatever layout it is, to convert or to inspect it.
 
         Raises ChunkMissingError, ChunkDamagedError, LayoutMismatchError (a format that this
         kvmarket does not know), StoreError.
         """
-        path = self.location(key, rank, world_size)
+        path = self.path(key, rank, world_size)
         chunk = open_chunk(path, key, None, namespace)
         try:
             _check_share(chunk, path.name, rank, world_size)
         except BaseException:
             chunk.close()
             raise
-        self._note_use(path)
+        self._touch(path)
         return chunk
 
     def verify(self, key: bytes) -> None:
-        """Check every byte of every rank's file of a chunk.
+        """Check every byte of every share of a chunk.
 
         Raises ChunkMissingError, ChunkDamagedError, LayoutMismatchError (a format that this
         kvmarket does not know), StoreError.
@@ -185,68 +273,37 @@ class DiskStore(ChunkFolder):
             rank, world_size = share_of(file.name) or (-1, 0)
             _verify_share(file, key, rank, world_size)
 
-    def make_durable(self, key: bytes) -> None:
-        """Make sure that a chunk that is there survives a crash; put() does so by itself.
-
-        For whoever finds a chunk that another process is just storing, and promises it to others.
-        Raises ChunkMissingError, StoreError.
-        """
-        if not self._files_of(key):
-            raise _missing(key)
-        path = self.location(key)
-        with self._reporting(path):
-            self._make_durable(path.parent)
-
-    def delete(self, key: bytes) -> None:
-        """Remove a chunk's files, if there are any; readers that have it open can go on.
-
-        Raises StoreError.
-        """
-        if not self._files_of(key):
-            return
-        with self._changing() as held:
-            for file in self._files_of(key):
-                with contextlib.suppress(FileNotFoundError):
-                    size = file.lstat().st_size
-                    try:
-                        self._files.unlink(file)
-                    except IsADirectoryError:
-                        # Its bytes stay counted, as nobody knows whether they were.
-                        draft = draft_path(file)
-                        self._files.rename(file, draft)
-                        self._files.remove_tree(draft)
-                    else:
-                        held.shrink(size)
+    # The folder
 
     def quarantine(self, key: bytes, rank: int, world_size: int, reason: str) -> bool:
-        """Move a damaged file out of every reader's way; whether it was moved.
+        """Move a damaged file away, so that no reader finds it; returns whether it was moved.
 
-        It is verified again before: a file that is whole, because another one took its place or
-        reading it failed for a moment only, stays. So does one that cannot be moved. Raises nothing
-        of the kinds of StoreError and OSError.
+        The file is verified again first. It stays when it is whole: it was replaced meanwhile, or
+        reading failed only for a moment. It also stays when it cannot be moved. Raises neither
+        StoreError nor OSError.
         """
-        path = self.location(key, rank, world_size)
+        path = self.path(key, rank, world_size)
         try:
-            with self._quota.hold() as held:
+            with self._quota.locked() as count:
                 try:
                     _verify_share(path, key, rank, world_size)
                 except ChunkDamagedError:
-                    self._quarantine.add(held, path, reason)
+                    self._quarantine.add(count, path, reason)
                     return True
         except (StoreError, OSError):
             pass
         return False
 
     def quarantined(self) -> list[Quarantined]:
-        """What is in quarantine, oldest first. Raises StoreError."""
+        """The damaged files, oldest first. Raises StoreError."""
         with self._reporting(self.root):
             return self._quarantine.entries()
 
     def usage(self) -> StoreUsage:
-        """What the folder holds and what still fits. Raises StoreError."""
+        """What the folder contains and what still fits. Raises StoreError."""
         quarantined = self.quarantined()
-        with self._changing() as held:
-            used = held.used
+        with self._locked() as count:
+            used = count.used
             free = self._quota.free_bytes(used - sum(entry.bytes for entry in quarantined))
         return StoreUsage(
             bytes_used=used,
@@ -258,28 +315,62 @@ class DiskStore(ChunkFolder):
             drafts=sum(1 for _ in self.root.glob(f"??/{DRAFT_PREFIX}*")),
         )
 
-    def bytes_held(self) -> int:
-        """What the quota counts; looks at no file of a chunk. Raises StoreError."""
-        with self._changing() as held:
-            return held.used
+    def bytes_used(self) -> int:
+        """Bytes of all chunk files; `usage` tells what the quota counts."""
+        used = 0
+        for entry in self._chunk_files():
+            # Another process may delete the file at this moment.
+            with contextlib.suppress(FileNotFoundError):
+                used += entry.stat().st_size
+        return used
+
+    def bytes_counted(self) -> int:
+        """What the quota counts; looks at no chunk file. Raises StoreError."""
+        with self._locked() as count:
+            return count.used
 
     def recount(self) -> int:
-        """Count all bytes under the folder again, as `usage` tells them. Raises StoreError."""
-        with self._changing() as held:
-            held.recount()
-            return held.used
+        """Count all bytes below the folder again, as `usage` reports them. Raises StoreError."""
+        with self._locked() as count:
+            count.recount()
+            return count.used
 
     def sweep_temporary(self, older_than_s: float = 0) -> int:
-        """Remove what writers that died left behind; how many files. Raises StoreError.
+        """Remove what dead writers left; returns the number of files. Raises StoreError.
 
-        A draft whose writer is alive is locked and stays, whatever its age.
+        The draft of a living writer is locked and stays, whatever its age.
         """
-        with self._changing() as held:
-            return drafts.sweep(self._files, held, self.root, older_than_s)
+        swept = 0
+        with self._locked() as count:
+            for path in self.root.glob(f"??/{DRAFT_PREFIX}*"):
+                with contextlib.suppress(FileNotFoundError):
+                    age_s = time.time() - path.lstat().st_mtime
+                    if age_s < older_than_s or is_being_written(path):
+                        continue
+                    if path.is_dir() and not path.is_symlink():
+                        self._files.remove_tree(path)
+                    else:
+                        self._files.unlink(path)
+                    swept += 1
+            # A writer that died between counting and writing left no file.
+            count.recount()
+        return swept
+
+    def _chunk_files(self) -> Iterator[os.DirEntry[str]]:
+        """Every chunk's files in order; looks at names only, as there may be a million."""
+        for folder in sorted(self.root.glob("??")):
+            # Other names, and names in the folder of other keys, are not ours.
+            found = [e for e in _scan(folder) if e.name[:2] == folder.name]
+            yield from sorted((e for e in found if is_chunk_file(e.name)), key=lambda e: e.name)
+
+    def _files_of(self, key: bytes) -> list[Path]:
+        name = key.hex()
+        found = [e for e in _scan(self.root / name[:2]) if e.name.startswith(name)]
+        return sorted(Path(entry.path) for entry in found if is_chunk_file(entry.name))
 
     def _has_whole(self, key: bytes, layout: ChunkLayout, namespace: bytes) -> bool:
-        """Whether this very chunk is there; what is damaged is moved out of the way."""
-        path = self.location(key, layout.rank, layout.world_size)
+        """Whether exactly this chunk is there; a damaged file goes into quarantine."""
+        path = self.path(key, layout.rank, layout.world_size)
         try:
             with open_chunk(path, key, layout, namespace) as chunk:
                 chunk.verify()
@@ -290,62 +381,147 @@ class DiskStore(ChunkFolder):
             return False
         return True
 
+    def _touch(self, path: Path | str) -> None:
+        if self.is_cache:
+            # It may be gone, or belong to another user: reading it worked all the same.
+            with contextlib.suppress(OSError):
+                os.utime(path)
+
+    # Drafts
+
     @contextlib.contextmanager
     def _draft(self, path: Path, size: int) -> Iterator[Draft]:
-        """Make a file of `size` bytes, which goes unless it is placed. Raises StoreError."""
+        """Make a file of `size` bytes beside `path`; removed unless it is placed.
+
+        Raises StoreError.
+        """
         with self._reporting(path):
             self._make_folder(path.parent)
-            with self._quota.hold() as held:
-                draft = self._begin(held, path, size)
+            with self._quota.locked() as count:
+                draft = self._create(count, path, size)
         with contextlib.closing(draft):
             try:
                 yield draft
             finally:
                 if not draft.is_placed:
-                    # Otherwise it is the sweeper's.
-                    with contextlib.suppress(OSError), self._quota.hold() as held:
-                        drafts.discard(self._files, held, draft.path, size)
+                    # What cannot be removed now is left to the sweep.
+                    with contextlib.suppress(OSError), self._quota.locked() as count:
+                        self._discard(count, draft.path, size)
 
-    def _begin(self, held: Held, path: Path, size: int) -> Draft:
-        self._room.make(held, path, size)
+    def _create(self, count: ByteCount, path: Path, size: int) -> Draft:
+        self._make_space(count, path, size)
         try:
-            return drafts.begin(self._files, held, path, size)
+            return self._begin(count, path, size)
         except OSError as error:
-            if error.errno not in _FULL:
+            if error.errno not in DEVICE_IS_FULL:
                 raise
         # The device is full, whatever the quota says.
-        self._room.give_up(held, size)
-        return drafts.begin(self._files, held, path, size)
+        self._evict(count, size)
+        return self._begin(count, path, size)
+
+    def _begin(self, count: ByteCount, target: Path, size: int) -> Draft:
+        """Make a draft of `size` bytes beside `target`. Raises OSError, and leaves nothing then."""
+        path = draft_path(target)
+        count.grow(size)
+        descriptor = -1
+        try:
+            descriptor = self._files.create(path)
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self._files.allocate(descriptor, size)
+        except BaseException:
+            if descriptor < 0:
+                count.shrink(size)
+            else:
+                os.close(descriptor)
+                self._discard(count, path, size)
+            raise
+        return Draft(path, descriptor)
+
+    def _discard(self, count: ByteCount, path: Path, size: int) -> None:
+        # One that is not there may have got its name just before an interrupt.
+        with contextlib.suppress(OSError):
+            self._files.unlink(path)
+            count.shrink(size)
 
     def _place(self, draft: Draft, path: Path) -> None:
         """Give a draft its name. Raises OSError."""
-        with self._quota.hold() as held:
+        with self._quota.locked() as count:
             replaced = 0
             with contextlib.suppress(FileNotFoundError):
                 state = path.lstat()
                 if stat.S_ISDIR(state.st_mode):
-                    # A file cannot take a directory's place.
-                    self._quarantine.add(held, path, "a directory in its place")
+                    # A file cannot replace a directory.
+                    self._quarantine.add(count, path, "a directory in its place")
                 else:
                     replaced = state.st_size
             self._files.rename(draft.path, path)
             draft.is_placed = True
-            held.shrink(replaced)
+            count.shrink(replaced)
 
-    def _note_use(self, path: Path | str) -> None:
-        if self.is_cache:
-            # Gone, or not ours to change: reading it worked all the same.
-            with contextlib.suppress(OSError):
-                os.utime(path)
+    # Space
+
+    def _make_space(self, count: ByteCount, path: Path, size: int) -> None:
+        """Free what a new file needs within the quota. Raises StoreFullError, OSError."""
+        quota, limit = self._quota, self._quota.quota_bytes
+        if limit is None:
+            return
+        if size <= limit:
+            self._evict(count, quota.excess(count, size))
+            if quota.excess(count, size) > 0:
+                # A process that died may have left the number too high.
+                quota.recount_if_due(count)
+                self._evict(count, quota.excess(count, size))
+        if quota.excess(count, size) > 0:
+            raise StoreFullError(
+                f"{path.name}: no space for its {size} bytes, because {count.used} bytes of the "
+                f"quota of {limit} are used in {self.root}; raise disk_quota_bytes, or delist "
+                "documents and run `kvmarket store gc`"
+            )
+
+    def _evict(self, count: ByteCount, size: int) -> None:
+        """Free `size` bytes if that is possible: quarantined files first, then a cache's oldest.
+
+        Deletes nothing when that cannot free enough. Raises OSError.
+        """
+        if size <= 0:
+            return
+        before = count.used
+        quarantined = sum(entry.bytes for entry in self._quarantine.entries())
+        if quarantined >= size or self._oldest is not None:
+            self._quarantine.evict(count, size)
+        if self._oldest is not None:
+            self._oldest.evict(count, size - (before - count.used))
+
+    # The file system
+
+    def _sync_names(self, folder: Path) -> None:
+        """Make sure that a folder and its names survive a crash. Raises OSError."""
+        self._make_folder(folder)
+        self._files.sync_folder(folder)
+
+    def _make_folder(self, folder: Path) -> None:
+        """Make a folder and its parents, durably. Raises OSError."""
+        try:
+            self._files.make_folder(folder)
+        except FileNotFoundError:
+            self._make_folder(folder.parent)
+            with contextlib.suppress(FileExistsError):
+                self._files.make_folder(folder)
+        except FileExistsError:
+            if folder in self._durable:
+                return
+        # Also when it was there: another process may have made it and not synced it yet.
+        self._files.sync_folder(folder.parent)
+        self._durable.add(folder)
 
     @contextlib.contextmanager
-    def _changing(self) -> Iterator[Held]:
-        """Hold the store's lock. Raises StoreError for what the file system refuses meanwhile."""
+    def _locked(self) -> Iterator[ByteCount]:
+        """Take the store's lock. Raises StoreError for what the file system refuses meanwhile."""
         try:
             if not self.root.is_dir():
                 self._make_folder(self.root)
-            with self._quota.hold() as held:
-                yield held
+            with self._quota.locked() as count:
+                yield count
         except OSError as error:
             raise StoreError(
                 f"the store in {self.root} cannot be changed ({error.strerror}); "
@@ -354,18 +530,27 @@ class DiskStore(ChunkFolder):
 
     @contextlib.contextmanager
     def _reporting(self, path: Path) -> Iterator[None]:
-        """Say of which chunk it is what the file system refuses."""
+        """Name the chunk when the file system refuses something."""
         try:
             yield
         except OSError as error:
-            if error.errno in _FULL:
+            if error.errno in DEVICE_IS_FULL:
                 raise StoreFullError(
-                    f"{path.name}: no room for it in {self.root} ({error.strerror}); "
-                    "make room, then publish the document again"
+                    f"{path.name}: no space for it in {self.root} ({error.strerror}); "
+                    "free some space, then publish the document again"
                 ) from error
             raise StoreError(
                 f"{path.name}: cannot be stored in {self.root} ({error.strerror})"
             ) from error
+
+
+def _scan(folder: Path) -> list[os.DirEntry[str]]:
+    """The entries of a folder; none where there is no folder."""
+    try:
+        with os.scandir(folder) as entries:
+            return list(entries)
+    except (FileNotFoundError, NotADirectoryError):
+        return []
 
 
 def _missing(key: bytes) -> ChunkMissingError:

@@ -1,8 +1,8 @@
 """The host-memory tier: decoded, verified pages of hot chunks, as one engine lays them out.
 
-One buffer a chunk, layer after layer, each layer's pages one after another. Memory that a chunk
-gives up is kept for the next one of its size: on a GPU's host it is pinned, which takes longer to
-get than to fill.
+One buffer a chunk, layer after layer, each layer's pages one after another. The memory of an
+evicted chunk is reused for the next chunk of its size: on a GPU's host it is page-locked, and
+allocating that takes longer than filling it.
 """
 
 from __future__ import annotations
@@ -15,15 +15,14 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Self
 
-from vllm_kvmarket.store.chunk_format import Bytes
+from vllm_kvmarket.store.chunk_format import Bytes, ChunkLayout
 from vllm_kvmarket.store.chunk_reader import aligned_empty
-from vllm_kvmarket.store.layout import ChunkLayout
 
-# Keys of chunks that were loaded once: who comes back within this many others is hot.
+# A chunk is hot when it is loaded again within so many other chunks.
 REMEMBERED_KEYS = 4096
-# What was prefetched for a request that waits is not given up for another prefetch; not for ever,
-# as the request may have been aborted.
-PREFETCH_KEPT_S = 60.0
+# A chunk that was prefetched for a waiting request is not evicted for another prefetch, for so
+# long: the request may have been aborted.
+PREFETCH_PROTECTED_S = 60.0
 
 
 def layers_of(buffer: Bytes, layout: ChunkLayout, page_count: int) -> list[Bytes]:
@@ -39,7 +38,7 @@ def layers_of(buffer: Bytes, layout: ChunkLayout, page_count: int) -> list[Bytes
 
 @dataclass(frozen=True, slots=True)
 class HostUsage:
-    """The tier as it stands: bytes allocated, of at most `capacity_bytes`, for so many chunks."""
+    """How full the tier is: bytes allocated, of at most `capacity_bytes`, for so many chunks."""
 
     bytes_used: int
     capacity_bytes: int
@@ -50,12 +49,12 @@ class HostUsage:
 class _Entry:
     buffer: Bytes
     users: int
-    kept_until_s: float = 0.0
+    protected_until_s: float = 0.0
     dropped: bool = False
 
 
-class HeldPages:
-    """A chunk's pages, which stay as they are until the `with` ends: uint8 (bytes,), read only."""
+class PinnedPages:
+    """A chunk's pages, not evicted until the `with` ends: uint8 (bytes,), to be read only."""
 
     def __init__(self, tier: HostTier, entry: _Entry) -> None:
         self._tier = tier
@@ -74,10 +73,10 @@ class HeldPages:
 
 
 class Filling:
-    """One chunk on its way into the tier; use it in a `with`, in the thread that began it.
+    """One chunk that is being brought in; use it in a `with`, in the thread that began it.
 
-    `room`, fill, `keep`: from then on others can hold the chunk, and its bytes must not change. A
-    `with` that ends without `keep` gives the room back.
+    Take `memory`, fill it, `commit`. Then others can pin the chunk, and its bytes must not change.
+    A `with` that ends without `commit` gives the memory back.
     """
 
     def __init__(self, tier: HostTier, key: bytes, *, prefetched: bool) -> None:
@@ -85,28 +84,28 @@ class Filling:
         self._key = key
         self._prefetched = prefetched
         self._entry: _Entry | None = None
-        self._kept = False
+        self._committed = False
 
-    def room(self, size: int) -> Bytes | None:
-        """Memory for the chunk, uint8 (size,) of any content; None when there is none to be had.
+    def memory(self, size: int) -> Bytes | None:
+        """Memory for the chunk, uint8 (size,) with any content; None when there is none.
 
-        Gives up what is unused, least recently used first, or nothing at all. Raises what
-        `allocate` raises, MemoryError apart.
+        Evicts unpinned chunks, least recently used first, but only when that is enough. Raises what
+        `allocate` raises, except MemoryError.
         """
-        assert self._entry is None, "one chunk has one room"
+        assert self._entry is None, "one chunk has one buffer"
         buffer = self._tier._claim(size, prefetching=self._prefetched)
         if buffer is None:
             return None
         self._entry = _Entry(buffer, users=1)
         return buffer
 
-    def keep(self) -> None:
-        """The room holds the verified chunk: let others have it."""
-        assert self._entry is not None, "there is nothing to keep"
+    def commit(self) -> None:
+        """The memory contains the verified chunk: let others pin it."""
+        assert self._entry is not None, "there is nothing to commit"
         if self._prefetched:
-            self._entry.kept_until_s = time.monotonic() + PREFETCH_KEPT_S
-        self._kept = True
-        self._tier._keep(self._key, self._entry)
+            self._entry.protected_until_s = time.monotonic() + PREFETCH_PROTECTED_S
+        self._committed = True
+        self._tier._commit(self._key, self._entry)
 
     def __enter__(self) -> Self:
         return self
@@ -117,16 +116,16 @@ class Filling:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        if not self._kept:
+        if not self._committed:
             self._tier._abandon(self._key, self._entry)
         elif self._entry is not None:
             self._tier._release(self._entry)
 
 
 class HostTier:
-    """At most `capacity_bytes` of what `allocate` gives; thread-safe. A capacity of 0 turns it off.
+    """At most `capacity_bytes` of memory from `allocate`; thread-safe. 0 turns the tier off.
 
-    `allocate` takes bytes and gives uint8 (bytes,); it raises MemoryError when it cannot.
+    `allocate` takes a number of bytes and returns uint8 (bytes,); it may raise MemoryError.
     """
 
     def __init__(
@@ -136,15 +135,15 @@ class HostTier:
         self._allocate = allocate
         self._changed = threading.Condition()
         self._entries: OrderedDict[bytes, _Entry] = OrderedDict()  # least recently used first
-        self._filling: dict[bytes, bool] = {}  # whether it is worth waiting for
+        self._filling: dict[bytes, bool] = {}  # whether others may wait for it
         self._spare: list[Bytes] = []
         self._remembered: OrderedDict[bytes, None] = OrderedDict()
         self._allocated = 0  # counted before it is allocated, until it is freed
-        self._idle = 0  # of it, what could be given up now: unused entries and spare buffers
+        self._idle = 0  # of it, bytes that could be freed now: unpinned and spare
 
     @property
     def is_on(self) -> bool:
-        """Whether it can hold anything at all."""
+        """Whether the tier is in use."""
         return self._capacity > 0
 
     def usage(self) -> HostUsage:
@@ -153,7 +152,7 @@ class HostTier:
             return HostUsage(self._allocated, self._capacity, len(self._entries))
 
     def is_hot(self, key: bytes) -> bool:
-        """Whether this load of a chunk is not its first in recent memory; remembers it. Mutates."""
+        """Whether the chunk was loaded not long ago; remembers this load. Mutates."""
         if not self.is_on:
             return False
         with self._changed:
@@ -165,14 +164,14 @@ class HostTier:
             return hot
 
     def has(self, key: bytes) -> bool:
-        """Whether the chunk is here, or on its way and worth waiting for."""
+        """Whether the chunk is here, or will be soon."""
         with self._changed:
             return key in self._entries or self._filling.get(key, False)
 
-    def hold(self, key: bytes, wait_s: float = 0.0) -> HeldPages | None:
+    def pin(self, key: bytes, wait_s: float = 0.0) -> PinnedPages | None:
         """The chunk's pages, to be used in a `with`; None when they are not here.
 
-        Waits for a chunk that is on its way, at most `wait_s`, unless it comes idly.
+        Waits at most `wait_s` for a chunk that another thread brings in, unless `idly`.
         """
         if not self.is_on:
             return None
@@ -183,18 +182,18 @@ class HostTier:
             if entry is None:
                 return None
             self._entries.move_to_end(key)
-            entry.kept_until_s = 0.0
+            entry.protected_until_s = 0.0
             if entry.users == 0:
                 self._idle -= entry.buffer.nbytes
             entry.users += 1
-            return HeldPages(self, entry)
+            return PinnedPages(self, entry)
 
     def begin(self, key: bytes, *, prefetched: bool = False, idly: bool = False) -> Filling | None:
-        """Announce that the caller brings this chunk; None when it is here, or someone else does.
+        """Begin to bring in a chunk; None when it is here, or another thread brings it.
 
-        A prefetched chunk is not given up for other prefetches until it was held once, or
-        PREFETCH_KEPT_S have passed. For one that is brought `idly`, by a thread that gives way to
-        all others, nobody waits.
+        A prefetched chunk is not evicted for other prefetches until it was pinned once, or
+        PREFETCH_PROTECTED_S have passed. `idly` is for a thread that gives way to all others:
+        nobody waits for its chunk.
         """
         if not self.is_on:
             return None
@@ -205,7 +204,7 @@ class HostTier:
             return Filling(self, key, prefetched=prefetched)
 
     def drop(self, key: bytes) -> None:
-        """Forget a chunk, if it is here. Who holds it can go on; its memory counts until then."""
+        """Evict a chunk, if it is here. Its memory stays while it is pinned."""
         with self._changed:
             entry = self._entries.pop(key, None)
             self._remembered.pop(key, None)
@@ -245,9 +244,9 @@ class HostTier:
             raise
 
     def _victims(self, size: int, *, prefetching: bool) -> list[bytes] | None:
-        """Which chunks go so that `size` fits, spare memory before them; None: it cannot fit.
+        """Which chunks to evict so that `size` fits, after spare memory; None when it cannot fit.
 
-        Frees spare memory only when that helps. The lock is held.
+        Frees spare memory only when `size` fits then. The caller has the lock.
         """
         excess = self._allocated + size - self._capacity
         if excess > self._idle:
@@ -258,7 +257,7 @@ class HostTier:
         for key, entry in self._entries.items():
             if excess <= 0:
                 break
-            if entry.users == 0 and not (prefetching and entry.kept_until_s > now):
+            if entry.users == 0 and not (prefetching and entry.protected_until_s > now):
                 victims.append(key)
                 excess -= entry.buffer.nbytes
         if excess > 0:
@@ -269,7 +268,7 @@ class HostTier:
             self._idle -= freed
         return victims
 
-    def _keep(self, key: bytes, entry: _Entry) -> None:
+    def _commit(self, key: bytes, entry: _Entry) -> None:
         with self._changed:
             self._filling.pop(key, None)
             self._entries[key] = entry
@@ -297,7 +296,7 @@ class HostTier:
             entries = list(self._entries.values())
             spare = sum(buffer.nbytes for buffer in self._spare)
             idle = spare + sum(entry.buffer.nbytes for entry in entries if entry.users == 0)
-            held = sum(entry.buffer.nbytes for entry in entries if entry.users)
+            pinned = sum(entry.buffer.nbytes for entry in entries if entry.users)
             assert 0 <= self._allocated <= self._capacity, "more memory than allowed"
-            assert idle == self._idle, "what is idle is counted wrong"
-            assert idle + held <= self._allocated, "memory that nobody counted"
+            assert idle == self._idle, "idle memory is counted wrong"
+            assert idle + pinned <= self._allocated, "memory that was not counted"

@@ -19,7 +19,7 @@ import obstore
 import obstore.exceptions
 
 from vllm_kvmarket.core.errors import StoreError
-from vllm_kvmarket.store.names import chunk_name, share_of
+from vllm_kvmarket.store.chunk_format import chunk_name, share_of
 from vllm_kvmarket.store.object_client import Calls, connect, local_root
 
 # One request of a download; large enough that a request's round trip does not count.

@@ -24,7 +24,7 @@ import numpy as np
 import numpy.typing as npt
 
 from vllm_kvmarket.core.errors import LayoutMismatchError
-from vllm_kvmarket.store.layout import ChunkLayout, LayerLayout
+from vllm_kvmarket.store.chunk_format import ChunkLayout, LayerLayout
 
 Elements = npt.NDArray[Any]
 

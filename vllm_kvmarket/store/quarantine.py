@@ -1,7 +1,7 @@
-"""Damaged chunk files, out of every reader's way, kept for a while so that one can look at them.
+"""Damaged chunk files: where no reader finds them, for a while, so that an operator can look.
 
-Everything about a file is in its name: when, what it was, and why. One rename moves it, which no
-crash can leave half done and which needs no room.
+Everything about a file is in its name: when it was moved, its old name, and why. It is moved by one
+rename, which a crash cannot leave half done and which needs no space.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pathlib import Path
 from urllib.parse import quote, unquote
 
 from vllm_kvmarket.core.durable_files import Files
-from vllm_kvmarket.store.quota import Held, tree_bytes
+from vllm_kvmarket.store.quota import ByteCount, tree_bytes
 
 QUARANTINE_FOLDER = "quarantine"
 MAX_FILES = 1000
@@ -25,7 +25,7 @@ _READABLE = " ,.;:()'=+"
 
 @dataclass(frozen=True, slots=True)
 class Quarantined:
-    """A damaged file: what it was called, what was wrong, its bytes, when it was moved (Unix)."""
+    """A damaged file: its old name, what was wrong, its bytes, when it was moved (Unix time)."""
 
     name: str
     reason: str
@@ -35,15 +35,15 @@ class Quarantined:
 
 
 class Quarantine:
-    """The folder of damaged files below a store's; every change happens under the store's lock."""
+    """The folder of damaged files below a store's folder; change it under the store's lock."""
 
     def __init__(self, root: Path, limit_bytes: int, files: Files) -> None:
         self._folder = root / QUARANTINE_FOLDER
         self._limit_bytes = limit_bytes
         self._files = files
 
-    def add(self, held: Held, path: Path, reason: str) -> None:
-        """Move a file, or what is in its place; the oldest go when there are too many.
+    def add(self, count: ByteCount, path: Path, reason: str) -> None:
+        """Move a file, or a folder in its place; delete the oldest when there are too many.
 
         Raises OSError when it cannot be moved.
         """
@@ -54,10 +54,10 @@ class Quarantine:
         total = sum(entry.bytes for entry in entries)
         while entries and (len(entries) > MAX_FILES or total > self._limit_bytes):
             total -= entries[0].bytes
-            self._remove(held, entries.pop(0))
+            self._remove(count, entries.pop(0))
 
     def entries(self) -> list[Quarantined]:
-        """What is there, oldest first. Raises OSError."""
+        """The files, oldest first. Raises OSError."""
         try:
             paths = sorted(self._folder.iterdir())
         except FileNotFoundError:
@@ -65,21 +65,21 @@ class Quarantine:
         found = (_entry(path) for path in paths)
         return [entry for entry in found if entry is not None]
 
-    def give_up(self, held: Held, size: int) -> None:
-        """Remove the oldest until `size` bytes are free, or nothing is left. Raises OSError."""
+    def evict(self, count: ByteCount, size: int) -> None:
+        """Delete the oldest until `size` bytes are free, or no file is left. Raises OSError."""
         for entry in self.entries():
             if size <= 0:
                 return
-            self._remove(held, entry)
+            self._remove(count, entry)
             size -= entry.bytes
 
-    def _remove(self, held: Held, entry: Quarantined) -> None:
+    def _remove(self, count: ByteCount, entry: Quarantined) -> None:
         if entry.path.is_dir() and not entry.path.is_symlink():
-            # Nobody knows whether its bytes were counted: the next count will.
+            # It is unknown whether its bytes were counted; the next count corrects that.
             self._files.remove_tree(entry.path)
             return
         self._files.unlink(entry.path)
-        held.shrink(entry.bytes)
+        count.shrink(entry.bytes)
 
 
 def _entry(path: Path) -> Quarantined | None:
@@ -96,7 +96,7 @@ def _entry(path: Path) -> Quarantined | None:
 
 
 def _name(original: str, reason: str) -> str:
-    """Put everything into one file name; a reason that is too long is cut."""
+    """Put everything into one file name, and cut a reason that is too long."""
     # Errors of the store begin with the file's name.
     reason = reason.removeprefix(f"{original}: ")[:_MAX_NAME_BYTES]
     front = f"{time.time_ns():020d}{_SEPARATOR}{original}{_SEPARATOR}"

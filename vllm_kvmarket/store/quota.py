@@ -1,21 +1,24 @@
-"""How many bytes a store's folder takes: one number, kept by all processes that write to it.
+"""How many bytes a store's folder takes: one number, shared by all processes that write to it.
 
-The number lies in a small file, whose lock is the store's lock. It grows before a file does and
-shrinks after a file is gone, so that a process that dies leaves it too high and never too low. When
-the machine itself went down, nobody knows what was written last: the folder is counted again. Every
-file is given its whole size and every name is changed under the lock: a count is always right.
+The number is in a small file, whose lock is the store's lock. It grows before a file is written and
+shrinks after a file is gone. So a process that dies leaves the number too high, never too low.
+After the machine itself went down, it is unknown what was written last, and the folder is counted
+again. Every file gets its whole size at once, and every name changes under the lock, so a count is
+always right.
 
-What is counted are the sizes of all files below the folder, whoever put them there, without this
-one, folders, and blocks that the file system fills up.
+The number is the size of all files below the folder, also those of other programs. It does not
+include this file, folders, and the rest of a file system's last block.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import os
 import struct
 import time
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +26,7 @@ from pathlib import Path
 import xxhash
 
 from vllm_kvmarket.core.durable_files import Files
+from vllm_kvmarket.store.chunk_format import is_chunk_file
 
 RECORD_NAME = ".usage"
 _MAGIC = b"KVMUSAGE"
@@ -30,17 +34,21 @@ _MAGIC = b"KVMUSAGE"
 _RECORD = struct.Struct("<8sQQ")
 _CHECKSUM = struct.Struct("<Q")
 _RECORD_BYTES = _RECORD.size + _CHECKSUM.size
-# A store that is really full must not be counted for each chunk that finds no room.
+# A full store must not be counted again for each chunk that does not fit.
 RECOUNT_INTERVAL_S = 10.0
+# No space on the device, in the user's quota, or under the process's limit (ulimit -f).
+DEVICE_IS_FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
+# Files that are used while they are looked at are skipped; another scan finds others.
+_MAX_SCANS = 3
 
 
 @dataclass(frozen=True, slots=True)
 class StoreUsage:
-    """What a store's folder holds, in bytes and in files.
+    """What a store's folder contains, in bytes and in files.
 
     `bytes_used` counts everything: chunks, drafts, quarantine. `free_bytes` is what can still be
-    written, within the quota and on the device; quarantined files make room when it is needed, so
-    that their bytes count as free as well.
+    written, within the quota and on the device. Quarantined files count as free, because they are
+    deleted when space is needed.
     """
 
     bytes_used: int
@@ -52,8 +60,8 @@ class StoreUsage:
     drafts: int
 
 
-class Held:
-    """The number while its lock is held."""
+class ByteCount:
+    """The number, while its lock is taken."""
 
     def __init__(self, folder: Path, descriptor: int, files: Files, boot_id: str) -> None:
         self.used = 0
@@ -66,14 +74,14 @@ class Held:
         self._load()
 
     def grow(self, size: int) -> None:
-        """Count bytes that are about to be written. Raises OSError, and counts nothing then."""
+        """Count bytes before they are written. Raises OSError, and counts nothing then."""
         self._save(self.used + size)
         self.used += size
 
     def shrink(self, size: int) -> None:
         """Count bytes that are gone."""
         self.used = max(0, self.used - size)
-        # A number that stays too high is put right by the next count.
+        # A number that stays too high is corrected by the next count.
         with contextlib.suppress(OSError):
             self._save(self.used)
 
@@ -101,7 +109,7 @@ class Held:
 
 
 class Quota:
-    """The number of one folder and what it may grow to; None: as much as there is."""
+    """One folder's number and its limit, None for no limit."""
 
     def __init__(self, folder: Path, quota_bytes: int | None, files: Files) -> None:
         self.quota_bytes = quota_bytes
@@ -112,27 +120,27 @@ class Quota:
         self._counted_at_s = -RECOUNT_INTERVAL_S
 
     @contextlib.contextmanager
-    def hold(self) -> Iterator[Held]:
-        """Take the lock, which excludes all threads and processes. Raises OSError.
+    def locked(self) -> Iterator[ByteCount]:
+        """Take the lock, which excludes all other threads and processes. Raises OSError.
 
-        Not to be taken twice by one thread. The file is opened each time: a lock belongs to an open
-        file, and threads, or a process and its fork, must not share one.
+        A thread must not take it twice. The file is opened each time, because a lock belongs to an
+        open file, and threads, or a process and its fork, must not share one.
         """
         flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC
         descriptor = os.open(f"{self._folder}/{RECORD_NAME}", flags, 0o644)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX)
             try:
-                yield Held(self._folder, descriptor, self._files, self._boot_id)
+                yield ByteCount(self._folder, descriptor, self._files, self._boot_id)
             finally:
                 # Closing alone would not unlock while a fork of this process has the file open.
                 fcntl.flock(descriptor, fcntl.LOCK_UN)
         finally:
             os.close(descriptor)
 
-    def missing(self, held: Held, size: int) -> int:
-        """How many bytes must go before `size` more fit; not positive when they fit."""
-        return 0 if self.quota_bytes is None else held.used + size - self.quota_bytes
+    def excess(self, count: ByteCount, size: int) -> int:
+        """How many bytes must be deleted before `size` more fit; not positive when they fit."""
+        return 0 if self.quota_bytes is None else count.used + size - self.quota_bytes
 
     def free_bytes(self, used: int) -> int:
         """Bytes that still fit, on the device and within the quota. Raises OSError."""
@@ -140,12 +148,56 @@ class Quota:
         free = device.f_bavail * device.f_frsize
         return free if self.quota_bytes is None else max(0, min(free, self.quota_bytes - used))
 
-    def recount_if_due(self, held: Held) -> None:
-        """Count again what may be less than the number says, now and then. Raises OSError."""
+    def recount_if_due(self, count: ByteCount) -> None:
+        """Count the folder again, but not more often than RECOUNT_INTERVAL_S. Raises OSError."""
         now_s = time.monotonic()
         if now_s - self._counted_at_s >= RECOUNT_INTERVAL_S:
             self._counted_at_s = now_s
-            held.recount()
+            count.recount()
+
+
+class LeastRecentlyUsed:
+    """Deletes a cache's chunk files, least recently used first; call it under the store's lock.
+
+    The time of a file's last use is its modification time, which the store sets on each open. The
+    order is read from the folder once and then used up: a file that was not used since then is
+    still older than every file that was.
+    """
+
+    def __init__(self, root: Path, files: Files) -> None:
+        self._root = root
+        self._files = files
+        self._oldest_first: deque[tuple[int, str]] = deque()
+
+    def evict(self, count: ByteCount, size: int) -> None:
+        """Delete files until `size` bytes are free, or no file is left. Raises OSError."""
+        scans = 0
+        while size > 0:
+            if not self._oldest_first:
+                if scans == _MAX_SCANS or not self._scan():
+                    return
+                scans += 1
+            used_ns, path = self._oldest_first.popleft()
+            try:
+                state = os.lstat(path)
+            except FileNotFoundError:
+                continue
+            if state.st_mtime_ns == used_ns:
+                self._files.unlink(Path(path))
+                count.shrink(state.st_size)
+                size -= state.st_size
+
+    def _scan(self) -> bool:
+        found = []
+        for folder in self._root.glob("??"):
+            with os.scandir(folder) as entries:
+                found += [
+                    (entry.stat(follow_symlinks=False).st_mtime_ns, entry.path)
+                    for entry in entries
+                    if is_chunk_file(entry.name) and entry.is_file(follow_symlinks=False)
+                ]
+        self._oldest_first = deque(sorted(found))
+        return bool(found)
 
 
 def tree_bytes(folder: Path | str) -> int:
@@ -153,7 +205,7 @@ def tree_bytes(folder: Path | str) -> int:
     total = 0
     with os.scandir(folder) as entries:
         for entry in entries:
-            # Somebody else's file may go just now.
+            # Another process may delete a file at this moment.
             with contextlib.suppress(FileNotFoundError):
                 if entry.is_dir(follow_symlinks=False):
                     total += tree_bytes(entry.path)

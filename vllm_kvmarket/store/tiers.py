@@ -1,8 +1,8 @@
 """The tiers below memory as one store: the disk, and an object store behind it where there is one.
 
-With an object store, that is where chunks are kept for good, and the disk is a bounded cache of it:
-what is not on the disk is fetched, verified and then read from there; what is damaged there is
-fetched again. Machines share the bucket, so `keys` and `delete` speak of this machine's disk alone;
+With an object store, every chunk is stored there, and the disk is a bounded cache of it. A chunk
+that is not on the disk, or damaged there, is fetched, verified and then read from the disk.
+Machines share the bucket, so `keys` and `delete` concern this machine's disk alone;
 bucket_listings.collect cleans the bucket.
 """
 
@@ -16,27 +16,28 @@ from concurrent.futures import Future
 from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import NamedTuple, Self
+from typing import NamedTuple, Self, TypeVar
 
+from vllm_kvmarket.core.config import MarketConfig
 from vllm_kvmarket.core.errors import ChunkDamagedError, ChunkMissingError, StoreError
-from vllm_kvmarket.store.chunk_format import Bytes
+from vllm_kvmarket.store.chunk_format import Bytes, ChunkHeader, ChunkLayout, chunk_name
 from vllm_kvmarket.store.chunk_reader import StoredChunk
-from vllm_kvmarket.store.disk import DiskStore
-from vllm_kvmarket.store.layout import ChunkLayout
-from vllm_kvmarket.store.mirrored import MirroredChunk
-from vllm_kvmarket.store.names import chunk_name
+from vllm_kvmarket.store.disk import CHUNKS_FOLDER, DiskStore
 from vllm_kvmarket.store.object_tier import ObjectFacts, ObjectReplacedError, ObjectTier
 from vllm_kvmarket.store.quarantine import Quarantined
 from vllm_kvmarket.store.quota import StoreUsage
 
-# An object that a publisher relies on was written less than this ago, else it is written again: the
-# bucket's garbage collection goes by an object's age, and leaves young ones alone.
+# A publisher writes an object again when it is older than this: the bucket's garbage collection
+# deletes old objects that no listing needs, and a young one is safe from it.
 FRESH_S = 6 * 3600.0
 _ATTEMPTS = 2
 
 
-class Share(NamedTuple):
-    """One rank's file of a chunk."""
+T = TypeVar("T")
+
+
+class ShareId(NamedTuple):
+    """Which chunk, and which rank's share of it."""
 
     key: bytes
     rank: int
@@ -44,8 +45,69 @@ class Share(NamedTuple):
 
     @property
     def name(self) -> str:
-        """The object's name, and the file's below the store's folder."""
+        """The name of its object, and of its file below the store's folder."""
         return chunk_name(self.key, self.rank, self.world_size)
+
+
+class MirroredChunk:
+    """An open chunk whose file is a copy of an object; it is used like a StoredChunk.
+
+    When the file turns out to be damaged, it is quarantined, fetched again, and read again.
+    """
+
+    def __init__(
+        self, chunk: StoredChunk, replace: Callable[[ChunkDamagedError], StoredChunk]
+    ) -> None:
+        self._chunk = chunk
+        self._replace = replace
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    @property
+    def header(self) -> ChunkHeader:
+        """The chunk's verified header."""
+        return self._chunk.header
+
+    def close(self) -> None:
+        """Close the file; may be called twice."""
+        self._chunk.close()
+
+    def layer(self, index: int) -> Bytes:
+        """As StoredChunk.layer; also raises what `Tiers.fetch` raises."""
+        return self._read(lambda chunk: chunk.layer(index))
+
+    def copy_pages(
+        self, index: int, first_page: int, last_page: int, destination: Sequence[Bytes]
+    ) -> None:
+        """As StoredChunk.copy_pages; also raises what `Tiers.fetch` raises."""
+        self._read(lambda chunk: chunk.copy_pages(index, first_page, last_page, destination))
+
+    def copy_all_pages(
+        self, first_page: int, last_page: int, destinations: Sequence[Sequence[Bytes]]
+    ) -> None:
+        """As StoredChunk.copy_all_pages; also raises what `Tiers.fetch` raises."""
+        self._read(lambda chunk: chunk.copy_all_pages(first_page, last_page, destinations))
+
+    def verify(self) -> None:
+        """Check every byte. Raises ChunkDamagedError when the object is damaged too."""
+        self._read(StoredChunk.verify)
+
+    def _read(self, read: Callable[[StoredChunk], T]) -> T:
+        try:
+            return read(self._chunk)
+        except ChunkDamagedError as error:
+            self._chunk.close()
+            self._chunk = self._replace(error)
+        return read(self._chunk)
 
 
 OpenChunk = StoredChunk | MirroredChunk
@@ -54,7 +116,7 @@ OpenChunk = StoredChunk | MirroredChunk
 class Tiers:
     """Chunks on the disk and, where there is one, in the object store; thread-safe.
 
-    Without an object store every method is the disk's.
+    Without an object store every method does what the disk's does.
     """
 
     def __init__(self, disk: DiskStore, objects: ObjectTier | None = None) -> None:
@@ -64,7 +126,7 @@ class Tiers:
         self._fetching: dict[str, Future[None]] = {}
 
     def close(self) -> None:
-        """End what is under way with the object store; may be called twice."""
+        """Cancel running calls to the object store; may be called twice."""
         if self.objects is not None:
             self.objects.close()
 
@@ -91,35 +153,35 @@ class Tiers:
         layout: ChunkLayout,
         layers: Sequence[Sequence[Bytes]],
     ) -> int:
-        """Store a chunk durably; how many bytes were written, 0 when it was there already.
+        """Store a chunk durably, as DiskStore.put; returns the bytes written, 0 when it was there.
 
-        As DiskStore.put. With an object store this returns when that has the chunk, and raises
-        StoreError when it does not: the copy on the disk then stays, and a later put uploads it.
+        With an object store, the chunk is in it when this returns. When the upload fails, this
+        raises StoreError; the copy on the disk stays, and a later `put` uploads it.
         """
         written = self.disk.put(
             key=key, parent=parent, namespace=namespace, tokens=tokens, layout=layout, layers=layers
         )
         if self.objects is None:
             return written
-        share = Share(key, layout.rank, layout.world_size)
+        share = ShareId(key, layout.rank, layout.world_size)
         return max(written, self._upload(self.objects, share, is_new=written > 0))
 
     @contextlib.contextmanager
     def receive(self, key: bytes, rank: int, world_size: int, size: int) -> Iterator[int]:
-        """Take in a chunk's file from elsewhere, as DiskStore.receive, then upload it."""
+        """Take a chunk file from elsewhere, as DiskStore.receive, then upload it."""
         with self.disk.receive(key, rank, world_size, size) as descriptor:
             yield descriptor
         if self.objects is not None:
-            self._upload(self.objects, Share(key, rank, world_size), is_new=True)
+            self._upload(self.objects, ShareId(key, rank, world_size), is_new=True)
 
-    def keep(self, key: bytes, rank: int = 0, world_size: int = 1) -> bool:
-        """Make sure that a chunk's file stays where chunks are kept for good; False: `put` it.
+    def make_durable(self, key: bytes, rank: int = 0, world_size: int = 1) -> bool:
+        """Make sure that a stored share will stay; False when it is not there: `put` it.
 
-        For whoever goes without `put`, as the chunk can be used already, and promises it to others:
-        its file may not be durable yet, be on this disk only, or be an object that nothing has
-        needed until now. Raises StoreError.
+        A publisher calls this instead of `put` for a share that can be used already: its file may
+        not be durable yet, or be on this disk only, or be an old object that no listing needed.
+        Raises StoreError.
         """
-        share = Share(key, rank, world_size)
+        share = ShareId(key, rank, world_size)
         try:
             if self.objects is None:
                 if not self.disk.has(*share):
@@ -135,8 +197,8 @@ class Tiers:
         self._upload(self.objects, share, is_new=True)
         return True
 
-    def _upload(self, objects: ObjectTier, share: Share, *, is_new: bool) -> int:
-        """Upload a file that is whole, unless the same object is there; how many bytes."""
+    def _upload(self, objects: ObjectTier, share: ShareId, *, is_new: bool) -> int:
+        """Upload a whole file unless a fresh object of its size is there; returns the bytes."""
         path = self.disk.path(*share)
         try:
             if not is_new:
@@ -153,28 +215,28 @@ class Tiers:
     # Reading
 
     def open(self, key: bytes, layout: ChunkLayout, namespace: bytes) -> OpenChunk:
-        """Open a chunk for loading into this layout; close it again, or use it in a `with`.
+        """Open a chunk for loading into this layout, as DiskStore.open.
 
-        As DiskStore.open. With an object store, a chunk that is not on the disk, or damaged there,
-        is fetched first, which takes no longer than the object store's deadline. Raises
-        ChunkMissingError when it is nowhere, ChunkDamagedError when the object is damaged too,
-        LayoutMismatchError, StoreError, StoreFullError when the disk has no room for it.
+        With an object store, a chunk that is missing or damaged on the disk is fetched first, which
+        takes no longer than the object store's deadline. Raises ChunkMissingError when it is
+        nowhere, ChunkDamagedError when the object is damaged too, LayoutMismatchError, StoreError,
+        StoreFullError when the disk has no space for it.
         """
         if self.objects is None:
             return self.disk.open(key, layout, namespace)
-        share = Share(key, layout.rank, layout.world_size)
+        share = ShareId(key, layout.rank, layout.world_size)
         return self._open(share, partial(self.disk.open, key, layout, namespace))
 
     def open_share(
         self, key: bytes, rank: int, world_size: int, namespace: bytes | None = None
     ) -> OpenChunk:
-        """Open one rank's file of a chunk in whatever layout it is; see `open`."""
+        """Open one share of a chunk in whatever layout it is; fetches and raises as `open`."""
         if self.objects is None:
             return self.disk.open_share(key, rank, world_size, namespace)
-        share = Share(key, rank, world_size)
+        share = ShareId(key, rank, world_size)
         return self._open(share, partial(self.disk.open_share, *share, namespace))
 
-    def _open(self, share: Share, open_file: Callable[[], StoredChunk]) -> MirroredChunk:
+    def _open(self, share: ShareId, open_file: Callable[[], StoredChunk]) -> MirroredChunk:
         replace = partial(self._replace, share, open_file)
         try:
             chunk = open_file()
@@ -184,27 +246,27 @@ class Tiers:
             chunk = replace(error)
         return MirroredChunk(chunk, replace)
 
-    def _fetch_and_open(self, share: Share, open_file: Callable[[], StoredChunk]) -> StoredChunk:
+    def _fetch_and_open(self, share: ShareId, open_file: Callable[[], StoredChunk]) -> StoredChunk:
         self.fetch(*share)
         try:
             return open_file()
         except ChunkMissingError:
-            # A small cache may have given it up in between, for another chunk.
+            # A small cache may have evicted it already, for another chunk.
             self.fetch(*share)
             return open_file()
 
     def _replace(
-        self, share: Share, open_file: Callable[[], StoredChunk], error: ChunkDamagedError
+        self, share: ShareId, open_file: Callable[[], StoredChunk], error: ChunkDamagedError
     ) -> StoredChunk:
         self.disk.quarantine(*share, str(error))
         return self._fetch_and_open(share, open_file)
 
     def fetch(self, key: bytes, rank: int = 0, world_size: int = 1) -> bool:
-        """Bring a chunk's file onto the disk; whether it was downloaded, by whomever.
+        """Bring a share onto the disk; returns whether it was downloaded, by any thread.
 
-        Threads that ask for the same file at once download it once. Raises as `open`.
+        Several threads that ask for one share download it once. Raises as `open`.
         """
-        share = Share(key, rank, world_size)
+        share = ShareId(key, rank, world_size)
         if self.disk.has(*share):
             return False
         if self.objects is None:
@@ -229,7 +291,7 @@ class Tiers:
                 del self._fetching[share.name]
         return True
 
-    def _download(self, objects: ObjectTier, share: Share) -> None:
+    def _download(self, objects: ObjectTier, share: ShareId) -> None:
         until_s = time.monotonic() + objects.timeout_s
         for attempt in range(1, _ATTEMPTS + 1):
             facts = objects.facts(share.name, until_s=until_s)
@@ -244,11 +306,11 @@ class Tiers:
                         share.name, descriptor, facts.size, version=facts.version, until_s=until_s
                     )
             except ObjectReplacedError:
-                # By another publisher of the same chunk.
+                # Another publisher of the same chunk did.
                 if attempt == _ATTEMPTS:
                     raise
             except ChunkDamagedError:
-                # The second time it was not damaged on its way here.
+                # Damaged twice: then it is the object, and not the transfer.
                 if attempt == _ATTEMPTS:
                     objects.quarantine(share.name, facts.version)
                     raise
@@ -269,7 +331,8 @@ class Tiers:
     def shares(self, key: bytes) -> list[tuple[int, int]]:
         """(rank, world_size) of every file and object of a chunk, in order.
 
-        The object store is asked when the disk does not have every rank's. Raises StoreError.
+        The object store is asked when the disk does not have the shares of all ranks. Raises
+        StoreError.
         """
         on_disk = self.disk.shares(key)
         if self.objects is None or any(
@@ -281,10 +344,8 @@ class Tiers:
     def verify(self, key: bytes) -> None:
         """Check every byte of every rank's share of a chunk.
 
-        With an object store: what is damaged on the disk is fetched again, what is not there is
-        fetched, and a chunk on this disk alone is a ChunkMissingError.
-
-        Raises as DiskStore.verify.
+        With an object store, a share that is missing or damaged on the disk is fetched, and a share
+        on this disk alone is a ChunkMissingError. Raises as DiskStore.verify.
         """
         if self.objects is None:
             self.disk.verify(key)
@@ -315,8 +376,6 @@ class Tiers:
     def path(self, key: bytes, rank: int = 0, world_size: int = 1) -> Path:
         """Where a chunk's file is on the disk, or would be; `fetch` brings it there."""
         return self.disk.path(key, rank, world_size)
-
-    location = path
 
     def keys(self) -> Iterator[bytes]:
         """Every chunk that has a file on the disk, whole or damaged, in order of its key."""
@@ -353,3 +412,25 @@ class Tiers:
 
 def _is_fresh(facts: ObjectFacts) -> bool:
     return time.time() - facts.modified_s < FRESH_S
+
+
+def store_of(config: MarketConfig) -> Tiers:
+    """Open the disk tier in the market's home, and the object tier behind it where there is one.
+
+    Raises StoreError, and ConfigError for an object store's URL or options that cannot be right.
+    """
+    objects: ObjectTier | None = None
+    if config.object_store_url is not None:
+        objects = ObjectTier(
+            config.object_store_url,
+            config.object_store_options,
+            timeout_s=config.object_store_timeout_s,
+        )
+    disk = DiskStore(
+        Path(config.home).expanduser() / CHUNKS_FOLDER,
+        quota_bytes=config.disk_quota_bytes,
+        quarantine_bytes=config.quarantine_bytes,
+        codec=config.codec,
+        is_cache=objects is not None,
+    )
+    return Tiers(disk, objects)

@@ -33,7 +33,7 @@ def content_of(chunk: Sample) -> bytes:
     with tempfile.TemporaryDirectory() as folder:
         store = DiskStore(Path(folder))
         chunk.put(store)
-        return store.location(chunk.key).read_bytes()
+        return store.path(chunk.key).read_bytes()
 
 
 CONTENTS = [[content_of(chunk) for chunk in versions] for versions in VERSIONS]
@@ -102,7 +102,7 @@ class World:
         key = VERSIONS[number][version].key
         if self.store.has(key):
             self.allowed[number].add(None)
-            self.files.damage(self.store.location(key))
+            self.files.damage(self.store.path(key))
             assert self.store.quarantine(key, 0, 1, "damaged by the test")
 
     @contextlib.contextmanager

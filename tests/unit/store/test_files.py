@@ -100,7 +100,6 @@ def test_the_name_of_a_file_is_its_key(store: DiskStore) -> None:
     name = key.hex()
     assert store.path(key) == store.root / "00" / f"{name}.kv"
     assert store.path(key, 1, 4) == store.root / "00" / f"{name}.1of4.kv"
-    assert store.location(key, 1, 4) == store.path(key, 1, 4)
 
 
 def test_shares_are_the_files_of_a_chunk(store: DiskStore) -> None:
@@ -114,12 +113,12 @@ def test_shares_are_the_files_of_a_chunk(store: DiskStore) -> None:
     assert store.shares(key) == [(0, 1), (1, 2)]
     name = key.hex()
     for other in ("2of2", "0of1", "01of2", "0of0"):
-        store.location(key).with_name(f"{name}.{other}.kv").write_bytes(b"")
-    store.location(key, 0, 3).mkdir()
+        store.path(key).with_name(f"{name}.{other}.kv").write_bytes(b"")
+    store.path(key, 0, 3).mkdir()
     assert store.shares(key) == [(0, 1), (1, 2)]
     with store.open_share(key, 1, 2, NAMESPACE) as share:
         assert share.header.layout == half.layout
-    store.location(key).rename(store.location(key, 3, 4))
+    store.path(key).rename(store.path(key, 3, 4))
     with pytest.raises(ChunkDamagedError, match="holds the share of rank 0 of 1"):
         store.open_share(key, 3, 4)
 

@@ -26,16 +26,16 @@ def fill(tier: HostTier, number: int, size: int = 100, *, prefetched: bool = Fal
     filling = tier.begin(key_of(number), prefetched=prefetched)
     assert filling is not None
     with filling:
-        room = filling.room(size)
+        room = filling.memory(size)
         if room is None:
             return False
         room[:] = number
-        filling.keep()
+        filling.commit()
     return True
 
 
 def holds(tier: HostTier, number: int) -> bool:
-    held = tier.hold(key_of(number))
+    held = tier.pin(key_of(number))
     if held is None:
         return False
     with held as pages:
@@ -77,7 +77,7 @@ def test_a_chunk_that_is_held_is_not_given_up():
     tier = HostTier(200)
     assert fill(tier, 1)
     assert fill(tier, 2)
-    with tier.hold(key_of(1)) as first, tier.hold(key_of(2)):
+    with tier.pin(key_of(1)) as first, tier.pin(key_of(2)):
         assert not fill(tier, 3)
         assert (first == 1).all()
     assert holds(tier, 1)
@@ -91,7 +91,7 @@ def test_eviction_does_all_or_nothing():
     tier = HostTier(300)
     for number in (1, 2, 3):
         assert fill(tier, number)
-    with tier.hold(key_of(2)):
+    with tier.pin(key_of(2)):
         assert not fill(tier, 4, 250)
     assert not fill(tier, 5, 301)
     assert [holds(tier, number) for number in (1, 2, 3)] == [True] * 3
@@ -134,7 +134,7 @@ def test_a_filling_that_fails_leaves_nothing():
 
     def fail() -> None:
         with tier.begin(key_of(1)) as filling:
-            filling.room(100)
+            filling.memory(100)
             raise OSError("gone")
 
     with pytest.raises(OSError, match="gone"):
@@ -150,8 +150,8 @@ def test_only_one_brings_a_chunk():
     with tier.begin(key_of(1)) as filling:
         assert tier.has(key_of(1))
         assert tier.begin(key_of(1)) is None
-        filling.room(100)[:] = 1
-        filling.keep()
+        filling.memory(100)[:] = 1
+        filling.commit()
         assert holds(tier, 1)
     assert tier.begin(key_of(1)) is None
 
@@ -164,18 +164,18 @@ def test_a_load_waits_for_a_chunk_that_is_on_its_way(kept):
 
     def bring() -> None:
         with tier.begin(key_of(1)) as filling:
-            filling.room(100)[:] = 1
+            filling.memory(100)[:] = 1
             begun.set()
             may_end.wait(10)
             if kept:
-                filling.keep()
+                filling.commit()
 
     thread = threading.Thread(target=bring)
     thread.start()
     begun.wait(10)
-    assert tier.hold(key_of(1)) is None
+    assert tier.pin(key_of(1)) is None
     threading.Timer(0.05, may_end.set).start()
-    held = tier.hold(key_of(1), wait_s=10)
+    held = tier.pin(key_of(1), wait_s=10)
     assert (held is not None) == kept
     if held is not None:
         with held as pages:
@@ -188,7 +188,7 @@ def test_a_dropped_chunk_stays_with_who_holds_it():
     """Its memory counts until it is given back, and is used again then."""
     tier = HostTier(100)
     assert fill(tier, 1)
-    with tier.hold(key_of(1)) as pages:
+    with tier.pin(key_of(1)) as pages:
         tier.drop(key_of(1))
         assert not holds(tier, 1)
         assert not fill(tier, 2)
@@ -221,7 +221,7 @@ def test_a_prefetch_does_not_push_out_what_was_prefetched_for_another_request(mo
     assert not holds(tier, 1)
     assert fill(tier, 4)
     assert not holds(tier, 2)
-    later = time.monotonic() + host_memory.PREFETCH_KEPT_S + 1
+    later = time.monotonic() + host_memory.PREFETCH_PROTECTED_S + 1
     monkeypatch.setattr(host_memory.time, "monotonic", lambda: later)
     assert fill(tier, 5, prefetched=True)
 
@@ -231,7 +231,7 @@ def test_a_tier_without_room_is_off():
     tier = HostTier(0)
     assert not tier.is_on
     assert tier.begin(key_of(1)) is None
-    assert tier.hold(key_of(1)) is None
+    assert tier.pin(key_of(1)) is None
     assert not tier.is_hot(key_of(1))
     assert not tier.is_hot(key_of(1))
 
@@ -253,10 +253,10 @@ def test_threads_that_load_fill_and_drop_at_once_see_whole_chunks():
                     if filling is None:
                         continue
                     with filling:
-                        room = filling.room((100, 170, 256)[number % 3])
+                        room = filling.memory((100, 170, 256)[number % 3])
                         if room is not None and rng.random() < 0.9:
                             room[:] = number
-                            filling.keep()
+                            filling.commit()
                 assert tier.usage().bytes_used <= 1000
         except Exception as error:  # noqa: BLE001  # reported by the test's own thread
             failures.append(error)
@@ -288,17 +288,17 @@ class HostTierMachine(RuleBasedStateMachine):
         before = self.tier.usage()
         in_use = sum({id(pages): pages.nbytes for *_, pages in self.held}.values())
         with filling:
-            room = filling.room(size)
+            room = filling.memory(size)
             assert (room is not None) == (in_use + size <= 500)
             if room is None:
                 assert self.tier.usage() == before
                 return
             room[:] = number
-            filling.keep()
+            filling.commit()
 
     @rule(number=st.integers(1, 9))
     def hold(self, number: int) -> None:
-        held = self.tier.hold(key_of(number))
+        held = self.tier.pin(key_of(number))
         if held is not None:
             self.held.append((number, held, held.__enter__()))
             return

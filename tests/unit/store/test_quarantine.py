@@ -21,7 +21,7 @@ def store(tmp_path: Path) -> DiskStore:
 def damage(store: DiskStore, chunk: Sample) -> Path:
     """Store a chunk and flip its last bit."""
     chunk.put(store)
-    path = store.location(chunk.key, chunk.layout.rank, chunk.layout.world_size)
+    path = store.path(chunk.key, chunk.layout.rank, chunk.layout.world_size)
     content = bytearray(path.read_bytes())
     content[-1] ^= 1
     path.write_bytes(content)
@@ -64,7 +64,7 @@ def test_another_ranks_file_is_damage(store: DiskStore) -> None:
     """A share under another rank's name is moved; the true one stays."""
     share = sample(layout_of(rank=0, world_size=2))
     share.put(store)
-    os.link(store.location(share.key, 0, 2), store.location(share.key, 1, 2))
+    os.link(store.path(share.key, 0, 2), store.path(share.key, 1, 2))
     assert store.quarantine(share.key, 1, 2, "not its share")
     assert store.shares(share.key) == [(0, 2)]
     share.load(store)
@@ -74,7 +74,7 @@ def test_another_ranks_file_is_damage(store: DiskStore) -> None:
 def test_a_directory_is_moved_like_a_file(store: DiskStore, is_filled: bool) -> None:
     """A folder in a chunk's place goes as well, with what is in it."""
     chunk = sample()
-    path = store.location(chunk.key)
+    path = store.path(chunk.key)
     path.mkdir(parents=True)
     if is_filled:
         (path / "note").write_bytes(b"something")

@@ -69,7 +69,7 @@ def test_a_quota_below_what_is_used(tmp_path: Path) -> None:
     large = store_of(tmp_path, 10)
     for seed in range(4):
         chunk_of(seed).put(large)
-    path = large.location(chunk_of(0).key)
+    path = large.path(chunk_of(0).key)
     path.write_bytes(path.read_bytes()[:-1] + b"?")
     large.quarantine(chunk_of(0).key, 0, 1, "damaged by the test")
     small = store_of(tmp_path, 2)
@@ -87,7 +87,7 @@ def test_quarantined_files_make_room(tmp_path: Path) -> None:
     for seed in range(3):
         chunk_of(seed).put(store)
     for seed in (0, 1):
-        path = store.location(chunk_of(seed).key)
+        path = store.path(chunk_of(seed).key)
         path.write_bytes(path.read_bytes()[:-1] + b"?")
         assert store.quarantine(chunk_of(seed).key, 0, 1, f"number {seed}")
     assert store.usage().bytes_used == 3 * SIZE
@@ -240,7 +240,7 @@ def test_a_draft_counts_whole_from_the_start_and_is_not_swept(tmp_path: Path) ->
     """Whoever writes slowly has its room reserved, and nobody takes its file for abandoned."""
     store, other = store_of(tmp_path, 2), store_of(tmp_path, 2)
     chunk_of(0).put(store)
-    path = store.location(chunk_of(0).key)
+    path = store.path(chunk_of(0).key)
     content = path.read_bytes()
     store.delete(chunk_of(0).key)
     with store.receive(chunk_of(0).key, 0, 1, SIZE) as descriptor:
@@ -257,7 +257,7 @@ def test_a_draft_counts_whole_from_the_start_and_is_not_swept(tmp_path: Path) ->
 def test_a_fork_does_not_keep_the_lock(tmp_path: Path) -> None:
     """A process that was forked while the lock was held cannot block the store."""
     store = store_of(tmp_path, 2)
-    with store._quota.hold():
+    with store._quota.locked():
         forked = os.fork()
         if forked == 0:
             time.sleep(30)

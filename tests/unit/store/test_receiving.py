@@ -28,7 +28,7 @@ def content_of(tmp_path: Path, chunk: Sample) -> bytes:
     """The file of a chunk."""
     other = DiskStore(tmp_path / "other")
     chunk.put(other)
-    return other.location(chunk.key, chunk.layout.rank, chunk.layout.world_size).read_bytes()
+    return other.path(chunk.key, chunk.layout.rank, chunk.layout.world_size).read_bytes()
 
 
 def take(
@@ -44,7 +44,7 @@ def test_a_whole_file_takes_its_place(store: DiskStore, content: bytes) -> None:
     chunk = sample()
     take(store, chunk.key, content)
     chunk.load(store)
-    assert store.location(chunk.key).read_bytes() == content
+    assert store.path(chunk.key).read_bytes() == content
     assert store.usage().bytes_used == len(content)
 
 

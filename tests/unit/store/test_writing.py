@@ -206,7 +206,7 @@ def test_a_full_disk_leaves_nothing_behind(
         raise OSError(code, os.strerror(code))
 
     monkeypatch.setattr(os, call, full)
-    with pytest.raises(StoreFullError, match=r"no room for it.*publish the document again"):
+    with pytest.raises(StoreFullError, match=r"no space for it.*publish the document again"):
         chunk.put(store)
     monkeypatch.undo()
     assert files_in(store) == [store.path(kept.key).name]

@@ -1,27 +1,90 @@
-"""Write the README's generated parts: tables of configuration, commands, and measured results.
+"""Write docs/COMMANDS.md, docs/CONFIGURATION.md and the README's tables of measured results.
 
-python tools/update_readme.py
+python -m tools.update_docs [--check]
+
+With --check nothing is written; the exit code is 1 and stale files are named when there are any.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
-from vllm_kvmarket.cli import commands
-from vllm_kvmarket.core.config import markdown_table
+from vllm_kvmarket.cli.app import NOUNS, build_parser, commands_of
+from vllm_kvmarket.cli.command import Command
+from vllm_kvmarket.core import config
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
+COMMANDS = ROOT / "docs" / "COMMANDS.md"
+CONFIGURATION = ROOT / "docs" / "CONFIGURATION.md"
 FOLDER = ROOT / "docs" / "results"
 RESULTS = FOLDER / "prefill_vs_reuse.json"
 
 
-def command_table() -> str:
-    """One row a command, as the code has them."""
-    return "\n".join(f"| `kvmarket {each.name}` | {each.help} |" for each in commands())
+GENERATED = "<!-- written by tools/update_docs.py; do not edit -->\n"
+COMMANDS_HEAD = f"""# Commands
+
+{GENERATED}
+Every command takes `--json` (print one JSON document), `--home FOLDER` (the market's folder) and
+`--config` (a JSON object, or the path of a .json or .toml file with one; see
+[CONFIGURATION.md](CONFIGURATION.md)). Exit codes: 0 done, 1 failed, 2 wrong call, 130 interrupted.
+"""
+CONFIGURATION_HEAD = f"""# Configuration
+
+{GENERATED}
+A JSON object, or the path of a .json or .toml file, given to `vllm serve` by `--kvmarket-config`,
+to `kvmarket` by `--config`, and in Python by `Market.open(config=...)`. A key `tariff.x` is the key
+`x` inside the object `tariff`. Amounts are integers of nano-units of the settlement currency.
+
+| key | type | default | meaning |
+|---|---|---|---|
+"""
+COMMON = {"-h", "--json", "--home", "--config"}
+
+
+def commands_page() -> str:
+    """Every command with its arguments, as the parsers have them."""
+    parts = [COMMANDS_HEAD]
+    for noun, _, text in NOUNS:
+        parts.append(f"\n## {noun}\n\n{text}\n")
+        parser = build_parser(noun)
+        parts += [_command(command, parser) for command in commands_of(noun)]
+    return "".join(parts)
+
+
+def _command(command: Command, parser: argparse.ArgumentParser) -> str:
+    for word in command.name.split():
+        (choices,) = [each.choices for each in parser._actions if isinstance(each.choices, dict)]
+        parser = choices[word]
+    actions = [each for each in parser._actions if not COMMON.intersection(each.option_strings)]
+    lines = [f"| {_argument(each)} | {each.help} |" for each in actions]
+    table = ["", "| argument | meaning |", "|---|---|", *lines] if lines else []
+    return "\n".join([f"\n### `kvmarket {command.name}`\n", command.help, *table, ""])
+
+
+def _argument(action: argparse.Action) -> str:
+    value = action.metavar or action.dest.removesuffix("_s").rstrip("_").upper()
+    if action.choices:
+        value = ",".join(map(str, action.choices))
+    if not action.option_strings:
+        return f"`[{value}]`" if action.nargs in ("?", "*") else f"`{value}`"
+    option = action.option_strings[0]
+    shown = f"`{option}`" if action.nargs == 0 else f"`{option} {value}`"
+    return f"{shown}, required" if action.required else shown
+
+
+def configuration_page() -> str:
+    """Every key with its type, default and meaning."""
+    rows = [
+        f"| `{key}` | {kind} | {f'`{default}`' if default else ''} | {meaning} |\n"
+        for key, kind, default, meaning in config.describe()
+    ]
+    return CONFIGURATION_HEAD + "".join(rows)
 
 
 def replaced(text: str, name: str, content: str) -> str:
@@ -118,19 +181,26 @@ def _name(system: dict[str, Any]) -> str:
     return str(system["label"]).split(",")[0].removesuffix(" (*)")
 
 
-def main() -> None:
-    """Rewrite README.md in place."""
+def readme() -> str:
+    """The README with its tables of results as they are now."""
     text = README.read_text()
-    text = replaced(text, "config table", markdown_table())
     if RESULTS.exists():
         text = replaced(text, "results", results_table(json.loads(RESULTS.read_text())))
-    text = replaced(text, "claims", claims_table())
-    # A comment inside a table would end it, so the command rows carry no marks of their own.
-    head = "| command | what it does |\n|---|---|\n"
-    start = text.index(head)
-    end = text.index("\n\n", start)
-    README.write_text(text[:start] + head + command_table() + text[end:])
+    return replaced(text, "claims", claims_table())
+
+
+def main() -> int:
+    """Write the files, or with --check name those that are stale."""
+    pages = {COMMANDS: commands_page(), CONFIGURATION: configuration_page(), README: readme()}
+    stale = [path for path, text in pages.items() if not path.exists() or path.read_text() != text]
+    if "--check" in sys.argv:
+        for path in stale:
+            print(f"{path.relative_to(ROOT)} is stale; run python -m tools.update_docs")
+        return 1 if stale else 0
+    for path in stale:
+        path.write_text(pages[path])
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -13,7 +13,7 @@ import pytest
 
 import vllm_kvmarket
 from vllm_kvmarket.cli import commands
-from vllm_kvmarket.core.config import markdown_table
+from vllm_kvmarket.core.config import describe
 
 ROOT = Path(__file__).parents[2]
 FOLDERS = ("vllm_kvmarket", "tests", "benchmarks", "examples", "tools")
@@ -26,7 +26,6 @@ VALUES = (
     "core/config",
     "core/model_identity",
     "core/pricing",
-    "core/economics",
     "auth/operator_tokens",
 )
 SMALL_LIBRARIES = {"blake3", "msgspec", "numpy", "xxhash", "vllm_kvmarket"}
@@ -135,19 +134,19 @@ def test_the_readme_names_the_first_commands(command):
     assert command in (ROOT / "README.md").read_text("utf-8")
 
 
-def test_the_readme_names_every_command():
-    """A command that the README does not show is found by nobody."""
-    text = (ROOT / "README.md").read_text("utf-8")
-    assert [each.name for each in commands() if f"kvmarket {each.name}" not in text] == []
+def test_the_generated_documents_are_up_to_date():
+    """docs/COMMANDS.md, docs/CONFIGURATION.md and the README's results follow from the code."""
+    command = [sys.executable, "-m", "tools.update_docs", "--check"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (0, ""), done.stderr
 
 
-def test_the_readme_has_the_configuration_as_it_is():
-    """The table of keys is the code's; tools/update_readme.py writes it anew."""
-    text = (ROOT / "README.md").read_text("utf-8")
-    _, _, rest = text.partition("<!-- config table -->\n")
-    table, end, _ = rest.partition("\n<!-- /config table -->")
-    assert end, "the marks around the table are there"
-    assert table == markdown_table()
+def test_every_command_and_key_is_documented():
+    """A command or key that no document shows would be found by nobody."""
+    text = (ROOT / "docs" / "COMMANDS.md").read_text("utf-8")
+    assert [each.name for each in commands() if f"`kvmarket {each.name}`" not in text] == []
+    text = (ROOT / "docs" / "CONFIGURATION.md").read_text("utf-8")
+    assert [key for key, *_ in describe() if f"| `{key}` |" not in text] == []
 
 
 def test_the_public_names_are_exactly_all():

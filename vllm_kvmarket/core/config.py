@@ -31,7 +31,7 @@ def default_home() -> str:
 
 
 class MarketConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """Everything that an operator can set; see `markdown_table` for the meanings."""
+    """Everything that an operator can set; `describe` lists the meanings."""
 
     home: Annotated[
         str,
@@ -312,13 +312,3 @@ def _kind(annotated: Any) -> str:
     if origin in (Union, UnionType):
         return " or ".join(_kind(option) for option in inner)
     return _KINDS[origin or annotated]
-
-
-def markdown_table() -> str:
-    """Return the README's table of keys."""
-    rows = ["| key | type | default | meaning |", "|---|---|---|---|"]
-    rows += [
-        f"| `{key}` | {kind} | {f'`{default}`' if default else ''} | {meaning} |"
-        for key, kind, default, meaning in describe()
-    ]
-    return "\n".join(rows)

@@ -167,8 +167,7 @@ def test_the_table_documents_every_key_once():
     described = config.describe()
     assert sorted(key for key, *_ in described) == sorted(expected)
     assert all(kind and meaning for _, kind, _, meaning in described)
-    assert len(config.markdown_table().splitlines()) == len(described) + 2
-    assert "| `chunk_tokens` | integer | `256` |" in config.markdown_table()
+    assert ("chunk_tokens", "integer", "256") in [row[:3] for row in described]
 
 
 def test_the_documented_defaults_are_the_defaults():

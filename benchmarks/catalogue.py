@@ -42,7 +42,9 @@ from benchmarks.machine import describe_machine
 from vllm_kvmarket.catalogue import Catalogue
 from vllm_kvmarket.catalogue.listing import Listing
 from vllm_kvmarket.catalogue.prefix_tree import PrefixTree
-from vllm_kvmarket.core.model_identity import CHUNK_TOKENS, TOKEN_BYTES, chunk_keys, document_id
+from vllm_kvmarket.core.document_chunks import DocumentChunks
+from vllm_kvmarket.core.listing_terms import ListingTerms
+from vllm_kvmarket.core.model_identity import CHUNK_TOKENS, TOKEN_BYTES
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "docs" / "results" / "catalogue.json"
@@ -81,8 +83,7 @@ def documents(count: int, chunk_tokens: int, seed: int) -> Iterator[tuple[Listin
             Listing(
                 document_id=f"kvd_{number:032x}",
                 namespace=NAMESPACE,
-                title="A document",
-                publisher="publisher",
+                terms=ListingTerms(title="A document"),
                 token_count=len(packed) * chunk_tokens,
                 state="live",
                 chunk_keys=tuple(keys),
@@ -169,8 +170,7 @@ def _long_document(chunk_tokens: int, seed: int) -> tuple[Listing, int, list[byt
     listing = Listing(
         document_id="kvd_long",
         namespace=NAMESPACE,
-        title="A long document",
-        publisher="publisher",
+        terms=ListingTerms(title="A long document"),
         token_count=128 * chunk_tokens,
         state="live",
         chunk_keys=tuple(_keys(random, 128)),
@@ -256,17 +256,10 @@ def measure_opening(folder: Path, count: int, seed: int) -> dict[str, Any]:
         for number in range(count):
             size = CHUNKS_A_DOCUMENT * CHUNK_TOKENS
             tokens = random.integers(VOCABULARY, size=size, dtype=np.uint32).tolist()
-            keys = chunk_keys(NAMESPACE, tokens)
-            listing = Listing(
-                document_id=document_id(keys[-1]),
-                namespace=NAMESPACE,
-                title=f"Document {number}",
-                publisher="publisher",
-                token_count=size,
-                chunk_keys=tuple(keys),
-            )
+            terms = ListingTerms(title=f"Document {number}")
             started = time.perf_counter()
-            catalogue.adopt(listing, tokens)
+            document = DocumentChunks.of(NAMESPACE, tokens)
+            catalogue.adopt(Listing.of(document, terms), document)
             seconds.append(time.perf_counter() - started)
     started = time.perf_counter()
     with Catalogue.open(path) as catalogue:

@@ -18,6 +18,7 @@ from vllm_kvmarket.cli.economics import (
     PAPER_PREFILL_TO_REUSE,
     Economics,
 )
+from vllm_kvmarket.core.listing_terms import ListingTerms
 from vllm_kvmarket.core.pricing import NANO, Tariff
 
 PUBLISHED: tuple[Published, ...] = ("s3-fifo", "w-tinylfu", "gdsf")
@@ -97,7 +98,7 @@ def money(workload: Workload, outcome: Outcome, tariff: Tariff) -> dict[str, Any
     reads = len(workload.reads)
     charges = royalties = 0
     for read, matched in zip(workload.reads, outcome.matched.tolist(), strict=True):
-        terms = tariff.terms(read.cache_read_nano_per_mtok)
+        terms = tariff.terms(ListingTerms(cache_read_nano_per_mtok=read.cache_read_nano_per_mtok))
         charge = terms.charge_nano(matched * workload.chunk_tokens)
         charges += charge
         royalties += terms.royalty_nano(charge)

@@ -16,6 +16,7 @@ from benchmarks.simulation.reads import Read, Workload
 from vllm_kvmarket.catalogue import eviction_policy
 from vllm_kvmarket.catalogue.listing import Listing
 from vllm_kvmarket.catalogue.prefix_tree import PrefixTree
+from vllm_kvmarket.core.listing_terms import ListingTerms
 from vllm_kvmarket.core.model_identity import pack_tokens
 from vllm_kvmarket.core.pricing import Tariff
 
@@ -93,7 +94,9 @@ class DocumentStore:
         held.score, held.last_used_s = eviction_policy.reused(
             held.score, held.last_used_s, share, read.at_s
         )
-        terms = self._tariff.terms(read.cache_read_nano_per_mtok)
+        terms = self._tariff.terms(
+            ListingTerms(cache_read_nano_per_mtok=read.cache_read_nano_per_mtok)
+        )
         charge = terms.charge_nano(tokens)
         held.uses += 1
         held.earned_nano += charge - terms.royalty_nano(charge)
@@ -102,8 +105,7 @@ class DocumentStore:
         listing = Listing(
             document_id=name,
             namespace=NAMESPACE,
-            title="",
-            publisher="",
+            terms=ListingTerms(publisher=""),
             token_count=len(read.path),
             state="live",
             chunk_keys=(b"",) * len(read.path),

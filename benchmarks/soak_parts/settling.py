@@ -82,7 +82,7 @@ def _publish_damaged(
             url = f"{server.base}{ROUTE}/{listing.document_id}"
             http.delete(url, headers=headers).raise_for_status()
             continue
-        body: dict[str, Any] = {"title": document.title, "publisher": listing.publisher}
+        body: dict[str, Any] = {"title": document.title, "publisher": listing.terms.publisher}
         if document.text:
             body |= {"text": document.text, "as": "chat"}
         else:

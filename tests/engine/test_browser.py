@@ -72,9 +72,9 @@ def test_a_publisher_publishes_and_watches_it_go_live(server, offer):
     assert offer.states == ("publishing", "live")
     assert offer.loads >= 1
     listing = server.market.catalogue.get(offer.id)
-    assert (listing.state, listing.title, listing.publisher) == ("live", TITLE, "pat")
-    assert listing.cache_read_nano_per_mtok == NANO // 20
-    assert listing.rendered_as == "chat"
+    assert (listing.state, listing.terms.title, listing.terms.publisher) == ("live", TITLE, "pat")
+    assert listing.terms.cache_read_nano_per_mtok == NANO // 20
+    assert listing.terms.rendered_as == "chat"
 
 
 def test_a_buyer_finds_balance_transfers_and_receipts_as_they_are(server, browser, keys, sales):
@@ -362,7 +362,9 @@ def walk(browser, server, keys, receipt, **options):
 def test_the_code_that_a_documents_page_shows_works(server, browser, keys, offer, form):
     """Copied as it stands, with a key in it: the document is bought, and something is answered."""
     (other,) = (
-        each.document_id for each in server.market.catalogue.listings() if each.title == OTHERS[0]
+        each.document_id
+        for each in server.market.catalogue.listings()
+        if each.terms.title == OTHERS[0]
     )
     document_id = offer.id if form == "chat" else other
     with visiting(browser, server.base) as anyone:

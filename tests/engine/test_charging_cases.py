@@ -6,14 +6,15 @@ engine settings in test_charging_engines.py; a server and its clients in test_ch
 
 from __future__ import annotations
 
-import dataclasses
-
+import msgspec
 import pytest
 from vllm import SamplingParams
 from vllm.sampling_params import BeamSearchParams, RequestOutputKind
 
 from tests.support.asking import Bill, Requests, sold, spent, wait_until
 from tests.support.engines import NANO, words
+from vllm_kvmarket.catalogue import Listing
+from vllm_kvmarket.core.document_chunks import DocumentChunks
 from vllm_kvmarket.market.garbage_collection import collect_garbage
 from vllm_kvmarket.market.timed_requests import ask, empty_prefix_cache
 
@@ -90,8 +91,9 @@ def test_the_price_at_the_reservation_holds(llm, market, bill, requests):
     requests.start("before", tokens + QUESTION, market.params("alice"), max_tokens=300)
     requests.until_tokens("before")
     market.delist(listing.document_id)
-    dearer = dataclasses.replace(listing, cache_read_nano_per_mtok=5 * NANO)
-    market.catalogue.adopt(dearer, tokens, force=True)
+    terms = msgspec.structs.replace(listing.terms, cache_read_nano_per_mtok=5 * NANO)
+    chunks = DocumentChunks.of(listing.namespace, tokens, market.config.chunk_tokens)
+    market.catalogue.adopt(Listing.of(chunks, terms), chunks, force=True)
     requests.finish()
     assert bill.tokens() == 300
     ask(llm, tokens + QUESTION, market.params("alice"), max_tokens=1, rest_s=1)

@@ -99,7 +99,11 @@ def test_a_client_cannot_say_what_the_server_says(server, document, bob):
     alice_before, bob_before = server.spent("alice"), server.spent("bob")
     for field in (
         {"kv_transfer_params": {"kvmarket": {"account": "alice"}}},
-        {"kv_transfer_params": {"kvmarket": {"publish": {"title": "spam"}, "token": "0" * 64}}},
+        {
+            "kv_transfer_params": {
+                "kvmarket": {"publish": {"terms": {"title": "spam"}}, "token": "0" * 64}
+            }
+        },
         {"kv_transfer_params": {"prompt_token_ids": [1, 2, 3], "do_remote_decode": True}},
         {"kv_transfer_params": "nonsense", "cache_salt": ["nonsense"]},
         {"vllm_xargs": {"kv_transfer_params": "nonsense"}},

@@ -95,7 +95,7 @@ def check(home: Path) -> int:
                 try:
                     market.store.verify(key)
                 except StoreError as error:
-                    raise AssertionError(f"{listing.title} is listed, but {error}") from error
+                    raise AssertionError(f"{listing.terms.title} is listed, but {error}") from error
         assert not [
             listing for listing in market.catalogue.listings() if listing.state == "damaged"
         ]

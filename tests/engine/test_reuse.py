@@ -75,7 +75,7 @@ def test_a_document_that_extends_another_stores_only_what_is_new(llm, market):
     compare(llm, market, long + QUESTION, 1100)
     answer = compare(llm, market, short + QUESTION, 600)
     # Wholly matched, the short one is paid, though the long one holds the same tokens.
-    assert market.catalogue.get(answer.market["document_id"]).publisher == "first"
+    assert market.catalogue.get(answer.market["document_id"]).terms.publisher == "first"
 
 
 def test_publishing_again_changes_nothing(llm, market):

@@ -102,7 +102,7 @@ def test_a_client_cannot_name_an_account_or_publish_without_a_token(client, mark
     for wish in (
         {"account": "alice"},
         {"account": "alice", "token": "0" * 64},
-        {"publish": {"title": "spam"}},
+        {"publish": {"terms": {"title": "spam"}}},
         {"preload": True},
         {"nonsense": 1},
     ):

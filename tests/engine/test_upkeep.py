@@ -82,12 +82,12 @@ def test_a_document_is_sold_until_its_time_is_over(llm, market: Market):
     empty_prefix_cache(llm)
     sold = ask(llm, document + QUESTION, market.params("alice"), rest_s=0)
     assert sold.market["reused_tokens"] == 300
-    time.sleep(max(0.0, (listing.expires_at_s or 0) - time.time()) + 1.0)
+    time.sleep(max(0.0, (listing.terms.expires_at_s or 0) - time.time()) + 1.0)
     after = ask(llm, document + QUESTION, market.params("alice"), rest_s=0)
     assert after.market.get("reused_tokens", 0) == 0
     assert market.catalogue.get(listing.document_id).state == "expired"
     again = market.publish(llm, token_ids=document, title="brief")
-    assert (again.state, again.expires_at_s) == ("live", None)
+    assert (again.state, again.terms.expires_at_s) == ("live", None)
 
 
 def test_an_audit_tells_honest_chunks_from_poisoned_ones(llm, market: Market):

@@ -8,8 +8,10 @@ import pytest
 from tests.support.seaweed import SeaweedFS
 from vllm_kvmarket import Market
 from vllm_kvmarket.catalogue import Listing
+from vllm_kvmarket.core.document_chunks import DocumentChunks
 from vllm_kvmarket.core.errors import StoreError
-from vllm_kvmarket.core.model_identity import ROOT, chunk_keys, document_id, pack_tokens
+from vllm_kvmarket.core.listing_terms import ListingTerms
+from vllm_kvmarket.core.model_identity import ROOT, pack_tokens
 from vllm_kvmarket.market.shared_bucket import Directory
 from vllm_kvmarket.store import ChunkLayout, LayerLayout
 
@@ -25,15 +27,10 @@ LAYOUT = ChunkLayout(
 
 def publish(market: Market) -> Listing:
     """What an engine does for a document, without one."""
-    keys = chunk_keys(NAMESPACE, TOKENS)
-    listing = Listing(
-        document_id=document_id(keys[-1]),
-        namespace=NAMESPACE,
-        title="shared",
-        publisher="acme",
-        token_count=len(TOKENS),
-    )
-    market.begin_listing(listing, TOKENS).result()
+    document = DocumentChunks.of(NAMESPACE, TOKENS)
+    keys = document.keys
+    listing = Listing.of(document, ListingTerms(title="shared", publisher="acme"))
+    market.begin_listing(listing, document).result()
     stored = 0
     for index, key in enumerate(keys):
         tokens = TOKENS[index * 256 : index * 256 + 256]

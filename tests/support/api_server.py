@@ -7,6 +7,7 @@ import time
 from contextlib import contextmanager
 from types import SimpleNamespace
 
+import msgspec
 from fastapi import FastAPI
 from fastapi.testclient import TestClient
 
@@ -16,8 +17,9 @@ from vllm_kvmarket.api.pages import build_pages
 from vllm_kvmarket.api.server import build_router, close_with_server, open_service
 from vllm_kvmarket.catalogue import Listing
 from vllm_kvmarket.core.config import load
+from vllm_kvmarket.core.document_chunks import DocumentChunks
 from vllm_kvmarket.core.errors import NotPublishableError
-from vllm_kvmarket.core.model_identity import chunk_keys, document_id
+from vllm_kvmarket.core.listing_terms import ListingTerms
 
 NANO = 1_000_000_000
 CONTEXT = 4096
@@ -54,19 +56,12 @@ class WordEngine:
             raise RuntimeError("the engine is dead")
         if self.declines:
             return {"declined": self.declines}
-        keys = chunk_keys(self.namespace, tokens, self._market.config.chunk_tokens)
-        name = document_id(keys[-1])
-        terms = {key: value for key, value in wish["publish"].items() if key != "charge"}
-        listing = Listing(
-            document_id=name,
-            namespace=self.namespace,
-            token_count=len(tokens),
-            created_at_s=time.time(),
-            **terms,
-        )
-        self._market.begin_listing(listing, tokens).result()
-        self._market.commit_listing(name, 1000, keys)
-        return {"document_id": name}
+        document = DocumentChunks.of(self.namespace, tokens, self._market.config.chunk_tokens)
+        terms = msgspec.convert(wish["publish"]["terms"], ListingTerms)
+        listing = Listing.of(document, terms, created_at_s=time.time())
+        self._market.begin_listing(listing, document).result()
+        self._market.commit_listing(listing.document_id, 1000, document.keys)
+        return {"document_id": listing.document_id}
 
     def close(self):
         self._market.close()

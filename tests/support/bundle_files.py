@@ -12,7 +12,7 @@ import msgspec
 import numpy as np
 from blake3 import blake3
 
-from tests.support.catalogue_documents import NAMESPACE, listing_of, tokens
+from tests.support.catalogue_documents import NAMESPACE, chunks_of, listing_of, tokens
 from tests.support.store_chunks import layout_of
 from vllm_kvmarket.auth.signing_keys import SigningKeys
 from vllm_kvmarket.bundles.bundle_format import MANIFEST, SIGNATURE, Manifest
@@ -55,7 +55,8 @@ def publish(
 ) -> Listing:
     """Store and list a document."""
     store(market, token_ids, world_size)
-    return market.catalogue.adopt(listing_of(token_ids, CHUNK_TOKENS, **terms), token_ids)
+    chunks = chunks_of(token_ids, CHUNK_TOKENS)
+    return market.catalogue.adopt(listing_of(token_ids, CHUNK_TOKENS, **terms), chunks)
 
 
 def members(bundle: Path) -> list[tuple[tarfile.TarInfo, bytes]]:

@@ -8,12 +8,16 @@ import random
 import subprocess
 import sys
 from collections.abc import Sequence
+from typing import Any
 
+import msgspec
 import numpy as np
 
 from tests.support import ROOT as REPOSITORY
 from vllm_kvmarket.catalogue import Catalogue, Listing
-from vllm_kvmarket.core.model_identity import ROOT, chunk_keys, document_id, pack_tokens
+from vllm_kvmarket.core.document_chunks import DocumentChunks
+from vllm_kvmarket.core.listing_terms import ListingTerms
+from vllm_kvmarket.core.model_identity import ROOT, pack_tokens
 from vllm_kvmarket.market.market import Market
 from vllm_kvmarket.store import ChunkLayout, LayerLayout
 
@@ -27,25 +31,32 @@ def tokens(count: int, seed: int = 0) -> list[int]:
     return random.Random(seed).choices(range(1, 50_000), k=count)
 
 
-def listing_of(token_ids: Sequence[int], chunk_tokens: int = 256, **terms: object) -> Listing:
+def chunks_of(token_ids: Sequence[int], chunk_tokens: int = 256) -> DocumentChunks:
+    """Cut a document into chunks."""
+    return DocumentChunks.of(NAMESPACE, token_ids, chunk_tokens)
+
+
+def changed(listing: Listing, **fields: Any) -> Listing:
+    """Return a listing with other fields, of its own or of its terms."""
+    names = ListingTerms.__struct_fields__
+    terms = {name: value for name, value in fields.items() if name in names}
+    own = {name: value for name, value in fields.items() if name not in names}
+    replaced = msgspec.structs.replace(listing.terms, **terms)
+    return dataclasses.replace(listing, terms=replaced, **own)
+
+
+def listing_of(token_ids: Sequence[int], chunk_tokens: int = 256, **fields: object) -> Listing:
     """Make the listing of a document, with the id that its tokens give it."""
-    keys = chunk_keys(NAMESPACE, token_ids, chunk_tokens)
-    listing = Listing(
-        document_id=document_id(keys[-1]),
-        namespace=NAMESPACE,
-        title="a document",
-        publisher="publisher",
-        token_count=len(token_ids),
-        chunk_keys=tuple(keys),
-    )
-    return dataclasses.replace(listing, **terms)
+    terms = ListingTerms(title="a document")
+    return changed(Listing.of(chunks_of(token_ids, chunk_tokens), terms), **fields)
 
 
 def publish(
     catalogue: Catalogue, token_ids: Sequence[int], chunk_tokens: int = 256, **terms: object
 ) -> Listing:
     """Publish a document: begin and commit; returns the live listing."""
-    begun = catalogue.begin(listing_of(token_ids, chunk_tokens, **terms), token_ids)
+    chunks = chunks_of(token_ids, chunk_tokens)
+    begun = catalogue.begin(listing_of(token_ids, chunk_tokens, **terms), chunks)
     return catalogue.commit(begun.document_id, stored_bytes=1000)
 
 
@@ -54,7 +65,7 @@ def store_and_list(market: Market, token_ids: Sequence[int], **terms: object) ->
     width = market.config.chunk_tokens
     listing = listing_of(token_ids, width, **terms)
     stored = 0
-    if market.catalogue.begin(listing, token_ids).state == "publishing":
+    if market.catalogue.begin(listing, chunks_of(token_ids, width)).state == "publishing":
         for number, key in enumerate(listing.chunk_keys):
             part = token_ids[number * width : (number + 1) * width]
             pages = np.full(LAYOUT.page_count(len(part)) * 64, number, dtype=np.uint8)

@@ -70,7 +70,7 @@ class Server:
 
     def publish(self, tokens: Sequence[int], title: str = "", as_: str = "text") -> str:
         """Put a document on offer, as the operator does; its id, when the server sells it."""
-        wish = {"publish": {"title": title, "rendered_as": as_}}
+        wish = {"publish": {"terms": {"title": title, "rendered_as": as_}}}
         wish["token"] = self.market.credentials.token(OPERATOR)  # type: ignore[assignment]
         params = {"kv_transfer_params": {"kvmarket": wish}}
         answer = self.complete(list(tokens), max_tokens=1, **params)["kv_transfer_params"]

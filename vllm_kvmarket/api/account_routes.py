@@ -210,7 +210,7 @@ def _statement(
     own = [
         listing.document_id
         for listing in market.catalogue.listings(search=account_id)
-        if listing.publisher == account_id
+        if listing.terms.publisher == account_id
     ]
     log = TransparencyLog(market.ledger, market.home)
     made = statement(

@@ -29,6 +29,7 @@ from vllm_kvmarket.api.publication_queue import Publication
 from vllm_kvmarket.api.service import CallerOf, Frontend, Service, ServiceOf
 from vllm_kvmarket.catalogue import Listing, Usage
 from vllm_kvmarket.core.errors import NotFoundError
+from vllm_kvmarket.core.listing_terms import ListingTerms
 from vllm_kvmarket.ledger import PROVIDER
 from vllm_kvmarket.market import shared_bucket
 from vllm_kvmarket.market.market import Market
@@ -63,23 +64,23 @@ async def publish(
     if service.frontend is None or service.publications is None:
         raise ApiError(503, "no_engine", "this server has no engine that could publish")
     tokens = await _tokens_of(service, service.frontend, wish)
-    name = await run_in_threadpool(service.publications.id_of, tokens)
+    chunks = await run_in_threadpool(service.publications.chunks_of, tokens)
+    name = chunks.document_id
     existing = await run_in_threadpool(find, service.market, name)
-    if existing is not None and existing.state == "damaged" and not caller.owns(existing.publisher):
-        raise ApiError(409, "not_your_document", f"{name} is {existing.publisher}'s to repair")
+    if existing is not None and existing.state == "damaged":
+        owner = existing.terms.publisher
+        if not caller.owns(owner):
+            raise ApiError(409, "not_your_document", f"{name} is {owner}'s to repair")
     as_chat = wish.messages is not None or wish.as_ == "chat"
-    listing = await service.publications.add(
-        name,
-        Publication(
-            tokens=tokens,
-            title=wish.title,
-            publisher=publisher,
-            rendered_as="chat" if as_chat else "text",
-            cache_read_nano_per_mtok=wish.cache_read_nano_per_mtok,
-            royalty_ppm=wish.royalty_ppm,
-            ttl_s=wish.ttl_s,
-        ),
+    terms = ListingTerms(
+        title=wish.title,
+        publisher=publisher,
+        rendered_as="chat" if as_chat else "text",
+        cache_read_nano_per_mtok=wish.cache_read_nano_per_mtok,
+        royalty_ppm=wish.royalty_ppm,
+        expires_at_s=None if wish.ttl_s is None else time.time() + wish.ttl_s,
     )
+    listing = await service.publications.add(Publication(tokens, chunks, terms))
     if listing.state != "publishing":
         response.status_code = 200
     response.headers["location"] = f"/v1/kvmarket/documents/{name}"
@@ -110,7 +111,7 @@ async def documents(
         found = [
             listing
             for listing in market.catalogue.listings(state=state, search=search)
-            if (publisher is None or listing.publisher == publisher)
+            if (publisher is None or listing.terms.publisher == publisher)
             and (state is not None or is_on_offer(listing))
             and _is_visible(listing, caller)
         ]
@@ -246,7 +247,7 @@ def is_on_offer(listing: Listing) -> bool:
 
 
 def _is_visible(listing: Listing, caller: Caller) -> bool:
-    return is_on_offer(listing) or caller.owns(listing.publisher)
+    return is_on_offer(listing) or caller.owns(listing.terms.publisher)
 
 
 def find(market: Market, document_id: str) -> Listing | None:
@@ -266,8 +267,8 @@ def _seen(market: Market, document_id: str, caller: Caller) -> Listing:
 
 def _own(market: Market, document_id: str, caller: Caller) -> Listing:
     listing = _seen(market, document_id, caller)
-    if not caller.owns(listing.publisher):
-        raise ApiError(403, "not_your_document", f"{document_id} is {listing.publisher}'s")
+    if not caller.owns(listing.terms.publisher):
+        raise ApiError(403, "not_your_document", f"{document_id} is {listing.terms.publisher}'s")
     return listing
 
 
@@ -282,10 +283,7 @@ def _number(market: Market, listing: Listing, sort: Sort) -> float:
 
 def prices_of(market: Market, listing: Listing | None) -> Prices:
     """The prices of a listing, or of the tariff."""
-    if listing is None:
-        terms = market.config.tariff.terms()
-    else:
-        terms = market.config.tariff.terms(listing.cache_read_nano_per_mtok, listing.royalty_ppm)
+    terms = market.config.tariff.terms(listing.terms if listing else None)
     return Prices(
         currency=market.ledger.account(PROVIDER).currency,
         input_nano_per_mtok=terms.input_nano_per_mtok,
@@ -297,18 +295,18 @@ def prices_of(market: Market, listing: Listing | None) -> Prices:
 def describe(market: Market, listing: Listing) -> Document:
     """A listing as the API shows it; reads the database."""
     name, tokens = listing.document_id, listing.token_count
-    terms = market.config.tariff.terms(listing.cache_read_nano_per_mtok, listing.royalty_ppm)
+    terms = market.config.tariff.terms(listing.terms)
     charge, recompute = terms.charge_nano(tokens), terms.recompute_nano(tokens)
     write = market.config.tariff.write_nano(tokens)
     return Document(
         id=name,
-        title=listing.title,
-        publisher=listing.publisher,
+        title=listing.terms.title,
+        publisher=listing.terms.publisher,
         state="expired" if _has_ended(listing) else listing.state,
         reason=listing.reason,
-        rendered_as=listing.rendered_as,
+        rendered_as=listing.terms.rendered_as,
         created_at=listing.created_at_s,
-        expires_at=listing.expires_at_s,
+        expires_at=listing.terms.expires_at_s,
         pinned=listing.pinned,
         tokens=tokens,
         chunks=len(listing.chunk_keys),

@@ -8,14 +8,16 @@ import dataclasses
 import logging
 import time
 from collections.abc import Sequence
-from typing import Literal
+
+import msgspec
 
 from vllm_kvmarket.api.errors import ApiError
 from vllm_kvmarket.api.service import Frontend
 from vllm_kvmarket.auth.operator_tokens import OPERATOR
 from vllm_kvmarket.catalogue import Listing
+from vllm_kvmarket.core.document_chunks import DocumentChunks
 from vllm_kvmarket.core.errors import KVMarketError
-from vllm_kvmarket.core.model_identity import chunk_keys, document_id
+from vllm_kvmarket.core.listing_terms import ListingTerms
 from vllm_kvmarket.market.market import Market
 
 MOST_WAITING = 64
@@ -26,17 +28,13 @@ CLOSED = "the server was stopped; publish it again"
 logger = logging.getLogger(__name__)
 
 
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+@dataclasses.dataclass(frozen=True, slots=True)
 class Publication:
     """A document to publish."""
 
     tokens: list[int]
-    title: str
-    publisher: str
-    rendered_as: Literal["text", "chat"]
-    cache_read_nano_per_mtok: int | None = None
-    royalty_ppm: int | None = None
-    ttl_s: float | None = None
+    document: DocumentChunks
+    terms: ListingTerms
 
 
 class Publications:
@@ -50,21 +48,21 @@ class Publications:
         self._market = market
         self._frontend = frontend
         self._namespace = frontend.namespace
-        self._waiting: dict[str, tuple[Publication, float | None]] = {}
+        self._waiting: dict[str, Publication] = {}
         self._beginning: dict[str, asyncio.Task[Listing]] = {}
         self._running: str | None = None
         self._worker: asyncio.Task[None] | None = None
 
-    def id_of(self, tokens: Sequence[int]) -> str:
-        """The id under which these tokens are published here; hashes them all."""
-        keys = chunk_keys(self._namespace, tokens, self._market.config.chunk_tokens)
-        return document_id(keys[-1])
+    def chunks_of(self, tokens: Sequence[int]) -> DocumentChunks:
+        """The chunks under which these tokens are published here; hashes them all."""
+        return DocumentChunks.of(self._namespace, tokens, self._market.config.chunk_tokens)
 
-    async def add(self, name: str, publication: Publication) -> Listing:
-        """Accept a document with the id `name`; its listing, which may be live already.
+    async def add(self, publication: Publication) -> Listing:
+        """Accept a document; its listing, which may be live already.
 
         Raises ApiError when too many are waiting, and CatalogueError.
         """
+        name = publication.document.document_id
         if name in self._waiting or name == self._running:
             return await asyncio.to_thread(self._market.catalogue.get, name)
         beginning = self._beginning.get(name)
@@ -84,24 +82,15 @@ class Publications:
 
     async def _begin(self, name: str, publication: Publication) -> Listing:
         """Write the listing into the catalogue, and put the document into the queue."""
-        now_s = time.time()
-        expires_at_s = None if publication.ttl_s is None else now_s + publication.ttl_s
-        listing = Listing(
-            document_id=name,
-            namespace=self._namespace,
-            title=publication.title,
-            publisher=publication.publisher,
-            token_count=len(publication.tokens),
-            rendered_as=publication.rendered_as,
-            cache_read_nano_per_mtok=publication.cache_read_nano_per_mtok,
-            royalty_ppm=publication.royalty_ppm,
-            created_at_s=now_s,
-            expires_at_s=expires_at_s,
+        listing = Listing.of(
+            publication.document,
+            publication.terms,
+            created_at_s=time.time(),
             paid_for=self._market.config.tariff.write_nano(len(publication.tokens)) > 0,
         )
-        begun = await asyncio.wrap_future(self._market.begin_listing(listing, publication.tokens))
+        begun = await asyncio.wrap_future(self._market.begin_listing(listing, publication.document))
         if begun.state == "publishing":
-            self._waiting[name] = publication, expires_at_s
+            self._waiting[name] = publication
             if self._worker is None or self._worker.done():
                 self._worker = asyncio.create_task(self._work(), name="kvmarket-publishing")
         return begun
@@ -121,16 +110,14 @@ class Publications:
     async def _work(self) -> None:
         while self._waiting:
             name = next(iter(self._waiting))
-            (publication, expires_at_s), self._running = self._waiting.pop(name), name
+            publication, self._running = self._waiting.pop(name), name
             try:
                 # The engine has a lock on the listing as well, and keeps it while it stores chunks.
-                await self._fail(name, await self._publish(name, publication, expires_at_s))
+                await self._fail(name, await self._publish(name, publication))
             finally:
                 self._running = None
 
-    async def _publish(
-        self, name: str, publication: Publication, expires_at_s: float | None
-    ) -> str:
+    async def _publish(self, name: str, publication: Publication) -> str:
         """Let the engine publish one document; the reason for a failure, as far as it is known."""
         try:
             listing = await asyncio.to_thread(self._market.catalogue.get, name)
@@ -139,14 +126,7 @@ class Publications:
             answer = await self._frontend.operate(
                 publication.tokens,
                 {
-                    "publish": {
-                        "title": publication.title,
-                        "publisher": publication.publisher,
-                        "rendered_as": publication.rendered_as,
-                        "cache_read_nano_per_mtok": publication.cache_read_nano_per_mtok,
-                        "royalty_ppm": publication.royalty_ppm,
-                        "expires_at_s": expires_at_s,
-                    },
+                    "publish": {"terms": msgspec.to_builtins(publication.terms)},
                     "token": self._market.credentials.token(OPERATOR),
                 },
             )

@@ -18,14 +18,16 @@ import tarfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import msgspec
 from blake3 import blake3
 
 from vllm_kvmarket.auth.signing_keys import SIGNATURE_BYTES, PublicKey
+from vllm_kvmarket.core.document_chunks import DocumentChunks
 from vllm_kvmarket.core.errors import BundleError, ConfigError
-from vllm_kvmarket.core.model_identity import TOKEN_BYTES, chunk_keys, document_id, unpack_tokens
+from vllm_kvmarket.core.listing_terms import YEAR_9999_S, ListingTerms
+from vllm_kvmarket.core.model_identity import TOKEN_BYTES, unpack_tokens
 
 FORMAT = "kvmarket-bundle/1"
 MANIFEST, SIGNATURE = "manifest.json", "manifest.sig"
@@ -38,8 +40,7 @@ NO_DIGEST = "0" * 64
 Progress = Callable[[int, int], None]
 Hex = Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{64}$")]
 Natural = Annotated[int, msgspec.Meta(ge=0, le=(1 << 63) - 1)]
-# Up to the year 9999.
-Moment = Annotated[float, msgspec.Meta(ge=0, le=253_402_300_799)]
+Moment = Annotated[float, msgspec.Meta(ge=0, le=YEAR_9999_S)]
 
 
 class Share(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -66,13 +67,8 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     exported_at_s: Moment
     document_id: str
     namespace: Hex
-    title: Annotated[str, msgspec.Meta(max_length=4096)]
-    publisher: Annotated[str, msgspec.Meta(max_length=128)]
-    rendered_as: Literal["text", "chat"]
-    cache_read_nano_per_mtok: Natural | None
-    royalty_ppm: Annotated[int, msgspec.Meta(ge=0, le=1_000_000)] | None
+    terms: ListingTerms
     created_at_s: Moment
-    expires_at_s: Moment | None
     chunk_tokens: Annotated[int, msgspec.Meta(gt=0)]
     tokens: Annotated[bytes, msgspec.Meta(min_length=TOKEN_BYTES)]
     chunks: Annotated[tuple[BundledChunk, ...], msgspec.Meta(min_length=1)]
@@ -285,8 +281,8 @@ class Reader:
         return BundleError(f"{self.name}: {what}; it was damaged or tampered with: get it again")
 
 
-def check(manifest: Manifest, name: str, chunk_tokens: int) -> list[int]:
-    """See that a signed manifest does not contradict itself; its token ids. Raises BundleError."""
+def check(manifest: Manifest, name: str, chunk_tokens: int) -> DocumentChunks:
+    """See that a signed manifest does not contradict itself; its chunks. Raises BundleError."""
     if manifest.chunk_tokens != chunk_tokens:
         raise BundleError(
             f"{name}: its chunks have {manifest.chunk_tokens} tokens, this market's "
@@ -294,17 +290,18 @@ def check(manifest: Manifest, name: str, chunk_tokens: int) -> list[int]:
         )
     if len(manifest.tokens) % TOKEN_BYTES:
         raise BundleError(f"{name}: its tokens are not packed in {TOKEN_BYTES} bytes each")
-    if manifest.expires_at_s is not None and manifest.expires_at_s <= time.time():
+    ends_at_s = manifest.terms.expires_at_s
+    if ends_at_s is not None and ends_at_s <= time.time():
         raise BundleError(f"{name}: its time to live is over; ask its exporter for a newer one")
     tokens = unpack_tokens(manifest.tokens)
-    keys = chunk_keys(bytes.fromhex(manifest.namespace), tokens, chunk_tokens)
-    if [key.hex() for key in keys] != [chunk.key for chunk in manifest.chunks]:
+    document = DocumentChunks.of(bytes.fromhex(manifest.namespace), tokens, chunk_tokens)
+    if [key.hex() for key in document.keys] != [chunk.key for chunk in manifest.chunks]:
         raise BundleError(f"{name}: its chunks are not those of its tokens")
-    if document_id(keys[-1]) != manifest.document_id:
+    if document.document_id != manifest.document_id:
         raise BundleError(f"{name}: {manifest.document_id} is not the id of its tokens")
     for chunk in manifest.chunks:
         shares = [(share.rank, share.world_size) for share in chunk.shares]
         sizes = {size for _, size in shares}
         if sum(sizes) != len(shares) or set(shares) != {(r, s) for s in sizes for r in range(s)}:
             raise BundleError(f"{name}: chunk {chunk.key} is not there with every rank's file once")
-    return tokens
+    return document

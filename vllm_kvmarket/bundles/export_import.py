@@ -86,13 +86,8 @@ def export(
         exported_at_s=time.time(),
         document_id=document_id,
         namespace=listing.namespace.hex(),
-        title=listing.title,
-        publisher=listing.publisher,
-        rendered_as=listing.rendered_as,
-        cache_read_nano_per_mtok=listing.cache_read_nano_per_mtok,
-        royalty_ppm=listing.royalty_ppm,
+        terms=listing.terms,
         created_at_s=listing.created_at_s,
-        expires_at_s=listing.expires_at_s,
         chunk_tokens=market.config.chunk_tokens,
         tokens=pack_tokens(market.catalogue.tokens_of(document_id)),
         chunks=chunks,
@@ -229,8 +224,11 @@ def import_(
     with opened(path) as descriptor:
         reader = Reader(descriptor, path.name)
         manifest = reader.manifest({key.kid: key for key in trusted})
-        tokens = check(manifest, path.name, market.config.chunk_tokens)
-        listing = _listing_of(manifest, len(tokens), publisher)
+        document = check(manifest, path.name, market.config.chunk_tokens)
+        terms = manifest.terms
+        if publisher:
+            terms = msgspec.structs.replace(terms, publisher=publisher)
+        listing = Listing.of(document, terms, created_at_s=manifest.created_at_s)
         offered = _check_home(market, listing, path.name, relist=relist)
         files = reader.files()
         stored: dict[bytes, int] = {}
@@ -238,9 +236,9 @@ def import_(
             _store_files(market, reader, files, stored, on_progress)
             market.catalogue.heal_all(listing.chunk_keys)
             if not offered:
-                market.create_account(listing.publisher, "publisher")
+                market.create_account(terms.publisher, "publisher")
                 made = dataclasses.replace(listing, stored_bytes=sum(stored.values()))
-                market.catalogue.adopt(made, tokens, force=relist)
+                market.catalogue.adopt(made, document, force=relist)
         except BaseException:
             market.catalogue.release(list(stored), market.store.delete)
             raise
@@ -261,22 +259,6 @@ def _store_again(market: Market, reader: Reader, files: Sequence[File]) -> None:
             market.catalogue.report_damage(file.key)
         raise
     market.catalogue.heal_all([file.key for file in missing])
-
-
-def _listing_of(manifest: Manifest, token_count: int, publisher: str | None) -> Listing:
-    return Listing(
-        document_id=manifest.document_id,
-        namespace=bytes.fromhex(manifest.namespace),
-        title=manifest.title,
-        publisher=publisher or manifest.publisher,
-        token_count=token_count,
-        rendered_as=manifest.rendered_as,
-        cache_read_nano_per_mtok=manifest.cache_read_nano_per_mtok,
-        royalty_ppm=manifest.royalty_ppm,
-        created_at_s=manifest.created_at_s,
-        expires_at_s=manifest.expires_at_s,
-        chunk_keys=tuple(bytes.fromhex(chunk.key) for chunk in manifest.chunks),
-    )
 
 
 def _store_files(
@@ -329,13 +311,14 @@ def _check_home(market: Market, listing: Listing, name: str, *, relist: bool) ->
                 f"{name}: {listing.document_id} was delisted here; import it with --relist to put "
                 "it on offer again"
             )
-    if not ACCOUNT_ID.fullmatch(listing.publisher):
-        raise BundleError(f"{name}: {listing.publisher!r} is no account's id; name another one")
+    earner = listing.terms.publisher
+    if not ACCOUNT_ID.fullmatch(earner):
+        raise BundleError(f"{name}: {earner!r} is no account's id; name another one")
     with contextlib.suppress(NotFoundError):
-        kind = market.ledger.account(listing.publisher).kind
+        kind = market.ledger.account(earner).kind
         if kind != "publisher":
             raise BundleError(
-                f"{name}: its publisher {listing.publisher!r} is a {kind} here; name the account "
+                f"{name}: its publisher {earner!r} is a {kind} here; name the account "
                 "that earns with --publisher"
             )
     return False

@@ -47,7 +47,7 @@ class Catalogue(Offers):
             for listing in found
             if any(
                 wanted in field.casefold()
-                for field in (listing.title, listing.publisher, listing.document_id)
+                for field in (listing.terms.title, listing.terms.publisher, listing.document_id)
             )
         ]
 

@@ -64,6 +64,11 @@ class View:
             self._beyond = Beyond(self._db, chunk_tokens)
         self.refresh()
 
+    @property
+    def chunk_tokens(self) -> int:
+        """How many tokens a chunk has."""
+        return self._tree.chunk_tokens
+
     @classmethod
     def open(
         cls, path: Path, chunk_tokens: int = CHUNK_TOKENS, chunks_in_memory: int | None = None
@@ -199,7 +204,7 @@ class View:
         listing = change.listing
         if change.chunks and change.place is not None:
             self._tree.put(listing, change.place, change.chunks)
-            self._expiries.note(listing.document_id, listing.expires_at_s)
+            self._expiries.note(listing.document_id, listing.terms.expires_at_s)
         else:
             self._tree.remove(listing.document_id)
             self._expiries.note(listing.document_id, None)

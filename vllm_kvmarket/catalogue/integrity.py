@@ -11,7 +11,8 @@ import apsw
 from vllm_kvmarket.catalogue import queries
 from vllm_kvmarket.catalogue.listing import Listing
 from vllm_kvmarket.catalogue.prefix_tree import Node, PrefixTree
-from vllm_kvmarket.core.model_identity import TOKEN_BYTES, chunk_keys, document_id, unpack_tokens
+from vllm_kvmarket.core.document_chunks import DocumentChunks
+from vllm_kvmarket.core.model_identity import TOKEN_BYTES, unpack_tokens
 
 
 def problems(
@@ -50,10 +51,10 @@ def _listing_problems(
     tokens = unpack_tokens(b"".join(chunk.tokens for chunk in chunks))
     if len(tokens) != listing.token_count:
         yield f"{len(tokens)} tokens stored, {listing.token_count} listed"
-    keys = tuple(chunk_keys(listing.namespace, tokens, tree.chunk_tokens))
-    if keys != listing.chunk_keys:
+    document = DocumentChunks.of(listing.namespace, tokens, tree.chunk_tokens)
+    if document.keys != listing.chunk_keys:
         yield "its chunk keys do not follow from its tokens"
-    elif not keys or document_id(keys[-1]) != listing.document_id:
+    elif not document.keys or document.document_id != listing.document_id:
         yield "its id does not follow from its tokens"
     damaged = any(chunk.damaged for chunk in chunks)
     if listing.state == "live" and damaged:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Self
 
 import msgspec
+
+from vllm_kvmarket.core.document_chunks import DocumentChunks
+from vllm_kvmarket.core.listing_terms import ListingTerms
 
 ListingState = Literal["publishing", "live", "failed", "delisted", "damaged", "expired", "evicted"]
 # What can be matched; `damaged` up to its first damaged chunk.
@@ -22,33 +25,48 @@ class Listing:
     `publishing` until every chunk is durable, then `live`; `damaged` when a chunk was lost since
     (what lies before it still matches); `failed` with a reason when publishing ended without a
     listing; `delisted` by its publisher; `expired` when its time to live was over; `evicted` when
-    the store needed its room. Prices that are None follow the tariff. `stored_bytes` counts what
-    this document's publishing wrote, not chunks that others had stored before. `expires_at_s` is
-    None for a document that is on offer for good. A `pinned` one is never evicted and is kept in
-    the paged cache; only what is on offer or on its way can be. `paid_for` tells that storing it
-    was charged to its publisher.
+    the store needed its space. `stored_bytes` counts what this document's publishing wrote, not
+    chunks that others had stored before. A `pinned` one is never evicted and is kept in the paged
+    cache; only what is on offer or on its way can be. `paid_for` means that its publisher was
+    charged for storing it.
     """
 
     document_id: str
     namespace: bytes
-    title: str
-    publisher: str
     token_count: int
-    rendered_as: Literal["text", "chat"] = "text"
-    cache_read_nano_per_mtok: int | None = None
-    royalty_ppm: int | None = None
+    terms: ListingTerms
     state: ListingState = "publishing"
     reason: str = ""
     created_at_s: float = 0.0
     stored_bytes: int = 0
-    expires_at_s: float | None = None
     pinned: bool = False
     paid_for: bool = False
     chunk_keys: tuple[bytes, ...] = ()
 
+    @classmethod
+    def of(
+        cls,
+        document: DocumentChunks,
+        terms: ListingTerms,
+        *,
+        created_at_s: float = 0.0,
+        paid_for: bool = False,
+    ) -> Self:
+        """Make the listing of a document that is to be published."""
+        return cls(
+            document_id=document.document_id,
+            namespace=document.namespace,
+            token_count=document.token_count,
+            terms=terms,
+            created_at_s=created_at_s,
+            paid_for=paid_for,
+            chunk_keys=document.keys,
+        )
+
     def is_over(self, now_s: float) -> bool:
         """Say whether its time to live is over."""
-        return self.expires_at_s is not None and self.expires_at_s <= now_s
+        ends_at_s = self.terms.expires_at_s
+        return ends_at_s is not None and ends_at_s <= now_s
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,30 +4,29 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Sequence
 
 import apsw
 
 from vllm_kvmarket.catalogue import queries, upkeep
 from vllm_kvmarket.catalogue.index import View
 from vllm_kvmarket.catalogue.listing import NEEDED, ON_OFFER, Listing
+from vllm_kvmarket.core.document_chunks import DocumentChunks
 from vllm_kvmarket.core.errors import CatalogueError, CatalogueRefusedError, NotFoundError
-from vllm_kvmarket.core.model_identity import TOKEN_BYTES, chunk_keys, document_id, pack_tokens
 
 
 class Offers(View):
     """What puts documents on offer, takes them off, and changes their terms; see Catalogue."""
 
-    def begin(self, listing: Listing, token_ids: Sequence[int]) -> Listing:
+    def begin(self, listing: Listing, document: DocumentChunks) -> Listing:
         """Note that a document is being published; returns its listing; mutates the database.
 
         A listing that is live comes back untouched, and so does one that another living process is
         publishing: whoever commits first puts it on offer. Any other, or one that was left behind
         by a process that ended, starts anew on the given terms. From now on the store keeps the
-        chunks that it has of it. Raises
-        CatalogueError for a listing that does not fit its tokens, ValueError for bad token ids.
+        chunks that it has of it. Raises CatalogueRefusedError for a listing that does not fit its
+        tokens.
         """
-        chunks = self._split(listing, token_ids)
+        chunks = self._check(listing, document)
         fresh = dataclasses.replace(listing, state="publishing", reason="", stored_bytes=0)
         with self._changing() as db:
             begun = self._start(db, fresh, chunks)
@@ -53,17 +52,17 @@ class Offers(View):
             )
         return existing
 
-    def adopt(self, listing: Listing, token_ids: Sequence[int], *, force: bool = False) -> Listing:
+    def adopt(self, listing: Listing, document: DocumentChunks, *, force: bool = False) -> Listing:
         """Put a document on offer at once, all of whose chunks are stored; one transaction.
 
         Returns its listing. One that is on offer already comes back untouched, and one that was
         delisted here stays so unless `force`: look at its state. One that another process is
         publishing goes on offer on that one's terms. With a chunk that is marked as damaged it
-        becomes damaged; heal what was stored again first. Raises CatalogueError for a listing that
-        does not fit its tokens or whose time to live is over, ValueError for bad token ids.
+        becomes damaged; heal what was stored again first. Raises CatalogueRefusedError for a
+        listing that does not fit its tokens or whose time to live is over.
         """
         name = listing.document_id
-        chunks = self._split(listing, token_ids)
+        chunks = self._check(listing, document)
         fresh = dataclasses.replace(listing, state="publishing", reason="")
         with self._changing() as db:
             existing = queries.find_listing(db, name)
@@ -83,24 +82,19 @@ class Offers(View):
         queries.set_offered(db, document_id)
         queries.end_publishing(db, document_id)
 
-    def _split(self, listing: Listing, token_ids: Sequence[int]) -> list[tuple[bytes, bytes]]:
-        """Cut a document into chunks (key, packed tokens), and see that the listing fits them."""
+    @staticmethod
+    def _check(listing: Listing, document: DocumentChunks) -> list[tuple[bytes, bytes]]:
+        """Return a document's chunks (key, packed tokens); see that the listing fits them."""
         name = listing.document_id
-        if not 0 < len(token_ids) == listing.token_count:
+        if not 0 < document.token_count == listing.token_count:
             raise CatalogueRefusedError(
-                f"{name}: listed with {listing.token_count} tokens, given {len(token_ids)}"
+                f"{name}: listed with {listing.token_count} tokens, given {document.token_count}"
             )
-        width = self._tree.chunk_tokens * TOKEN_BYTES
-        packed = pack_tokens(token_ids)
-        keys = chunk_keys(listing.namespace, token_ids, self._tree.chunk_tokens)
-        if document_id(keys[-1]) != name or listing.chunk_keys not in ((), tuple(keys)):
+        if document.document_id != name or listing.chunk_keys not in ((), document.keys):
             raise CatalogueRefusedError(
                 f"{name}: not the id, or not the chunk keys, of these tokens"
             )
-        starts = range(0, len(packed), width)
-        return [
-            (key, packed[start : start + width]) for key, start in zip(keys, starts, strict=True)
-        ]
+        return list(zip(document.keys, document.tokens, strict=True))
 
     def _is_taken(self, db: apsw.Connection, listing: Listing) -> bool:
         """Say whether a listing is live, or another living process is publishing it."""

@@ -7,11 +7,15 @@ from dataclasses import dataclass, fields
 from typing import Any, Literal
 
 import apsw
+import msgspec
 
 from vllm_kvmarket.catalogue.listing import ON_OFFER, Listing, ListingState
+from vllm_kvmarket.core.listing_terms import ListingTerms
 
-# Listing's own fields in their own order; its chunk keys, the last field, have their own table.
-_COLUMNS = ", ".join(field.name for field in fields(Listing)[:-1])
+# The terms are columns of their own; chunk keys have their own table.
+_TERMS = ListingTerms.__struct_fields__
+_FACTS = tuple(field.name for field in fields(Listing) if field.name not in ("terms", "chunk_keys"))
+_COLUMNS = ", ".join((*_FACTS, *_TERMS))
 _FLAGS = ("pinned", "paid_for")
 
 
@@ -119,8 +123,9 @@ def changed(
 
 
 def _fields(row: Sequence[Any]) -> dict[str, Any]:
-    named = dict(zip(_COLUMNS.split(", "), row, strict=True))
-    return named | {flag: bool(named[flag]) for flag in _FLAGS}
+    facts = dict(zip(_FACTS, row, strict=False))
+    facts |= {flag: bool(facts[flag]) for flag in _FLAGS}
+    return facts | {"terms": ListingTerms(*row[len(_FACTS) :])}
 
 
 def _chunk_keys(db: apsw.Connection, document_id: str) -> tuple[bytes, ...]:
@@ -162,14 +167,16 @@ def write_listing(db: apsw.Connection, listing: Listing) -> None:
     One that is damaged keeps its place in line, its bytes, its pin, that it was paid for, and its
     end where it is given no other.
     """
-    values = [getattr(listing, field.name) for field in fields(Listing)[:-1]]
+    values = [getattr(listing, name) for name in _FACTS]
+    values += msgspec.structs.astuple(listing.terms)
+    changed_terms = ", ".join(
+        f"{name} = excluded.{name}" for name in _TERMS if name != "expires_at_s"
+    )
     marks = ", ".join("?" * (len(values) + 1))
     db.execute(
         f"INSERT INTO listing ({_COLUMNS}, revision) VALUES ({marks}) "  # noqa: S608  # column names are ours
-        "ON CONFLICT (document_id) DO UPDATE SET title = excluded.title, "
-        "publisher = excluded.publisher, rendered_as = excluded.rendered_as, "
-        "cache_read_nano_per_mtok = excluded.cache_read_nano_per_mtok, "
-        "royalty_ppm = excluded.royalty_ppm, state = excluded.state, reason = excluded.reason, "
+        f"ON CONFLICT (document_id) DO UPDATE SET {changed_terms}, "
+        "state = excluded.state, reason = excluded.reason, "
         "created_at_s = excluded.created_at_s, revision = excluded.revision, "
         "stored_bytes = iif(listed IS NULL, excluded.stored_bytes, stored_bytes), "
         "pinned = excluded.pinned OR (listed IS NOT NULL AND pinned), "

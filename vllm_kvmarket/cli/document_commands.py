@@ -48,23 +48,23 @@ VERDICTS = {
 
 def describe(market: Market, listing: Listing) -> dict[str, Any]:
     """A listing as JSON values, with the prices in force and the cost of one reuse."""
-    terms = market.config.tariff.terms(listing.cache_read_nano_per_mtok, listing.royalty_ppm)
+    terms = market.config.tariff.terms(listing.terms)
     return {
         "document_id": listing.document_id,
-        "title": listing.title,
-        "publisher": listing.publisher,
+        "title": listing.terms.title,
+        "publisher": listing.terms.publisher,
         "state": listing.state,
         "reason": listing.reason,
         "token_count": listing.token_count,
         "chunk_count": len(listing.chunk_keys),
         "stored_bytes": listing.stored_bytes,
-        "rendered_as": listing.rendered_as,
+        "rendered_as": listing.terms.rendered_as,
         "namespace": listing.namespace.hex(),
         "created_at_s": listing.created_at_s,
-        "expires_at_s": listing.expires_at_s,
+        "expires_at_s": listing.terms.expires_at_s,
         "pinned": listing.pinned,
-        "own_cache_read_nano_per_mtok": listing.cache_read_nano_per_mtok,
-        "own_royalty_ppm": listing.royalty_ppm,
+        "own_cache_read_nano_per_mtok": listing.terms.cache_read_nano_per_mtok,
+        "own_royalty_ppm": listing.terms.royalty_ppm,
         "terms": msgspec.to_builtins(terms),
         "charge_nano": terms.charge_nano(listing.token_count),
         "recompute_nano": terms.recompute_nano(listing.token_count),
@@ -330,7 +330,7 @@ def _run_expire(args: argparse.Namespace) -> int:
     expires_at_s = None if args.never else time.time() + args.ttl
     with open_market(args) as market:
         listing = eviction.set_time_to_live(market, args.document_id, expires_at_s)
-        document = {**describe(market, listing), "expires_at_s": listing.expires_at_s}
+        document = {**describe(market, listing), "expires_at_s": listing.terms.expires_at_s}
     until = "for good" if expires_at_s is None else f"until {moment(expires_at_s)}"
     emit(args, document, lambda where: where.print(f"{listing.document_id}: on offer {until}"))
     return 0

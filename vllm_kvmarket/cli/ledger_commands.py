@@ -259,7 +259,7 @@ def _run_statement(args: argparse.Namespace) -> int:
         published = [
             listing.document_id
             for listing in market.catalogue.listings()
-            if listing.publisher == args.account
+            if listing.terms.publisher == args.account
         ]
         made = statements.statement(
             market.ledger,

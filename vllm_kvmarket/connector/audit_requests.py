@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING
 
 from vllm_kvmarket.catalogue import Audit
 from vllm_kvmarket.connector.messages import AuditPlan
-from vllm_kvmarket.connector.publish_requests import chunk_pages, split
+from vllm_kvmarket.connector.publish_requests import chunk_pages
 from vllm_kvmarket.connector.request_params import AuditParams
 from vllm_kvmarket.connector.request_state import Auditing, Decision, RequestState
+from vllm_kvmarket.core.document_chunks import DocumentChunks
 
 if TYPE_CHECKING:
     from vllm.v1.request import Request
@@ -32,13 +33,13 @@ def start_auditing(
     if namespace is None or request.prompt_token_ids is None or request.mm_features:
         state.declined = "only prompts of tokens, on a model whose weights are known, are audited"
         return
-    keys, parents, tokens = split(namespace, request.prompt_token_ids, chunk_tokens)
-    if not wish.chunks or max(wish.chunks) >= len(keys):
-        state.declined = f"the prompt has {len(keys)} chunks; name one to {len(keys)} of them"
+    document = DocumentChunks.of(namespace, request.prompt_token_ids, chunk_tokens)
+    count = len(document.keys)
+    if not wish.chunks or max(wish.chunks) >= count:
+        state.declined = f"the prompt has {count} chunks; name one to {count} of them"
         return
-    pages = chunk_tokens // block_tokens
-    everything = range(len(keys) * pages)
-    chunks = chunk_pages(keys, parents, tokens, everything, block_tokens)
+    everything = range(count * (chunk_tokens // block_tokens))
+    chunks = chunk_pages(document, everything, block_tokens)
     state.auditing = Auditing(
         document_id=wish.document_id,
         namespace=namespace,

@@ -12,13 +12,8 @@ from vllm_kvmarket.catalogue import Listing
 from vllm_kvmarket.connector.messages import ChunkSave, SavePlan
 from vllm_kvmarket.connector.request_params import PublishParams
 from vllm_kvmarket.connector.request_state import Decision, Publishing, RequestState, ledger_key
-from vllm_kvmarket.core.model_identity import (
-    ROOT,
-    TOKEN_BYTES,
-    chunk_keys,
-    document_id,
-    pack_tokens,
-)
+from vllm_kvmarket.core.document_chunks import DocumentChunks
+from vllm_kvmarket.core.model_identity import TOKEN_BYTES
 from vllm_kvmarket.market.eviction import make_room
 from vllm_kvmarket.market.market import Market
 
@@ -77,42 +72,31 @@ def start_publishing(
     if state.declined:
         return
     assert namespace is not None and request.prompt_token_ids is not None
-    keys, parents, tokens = split(namespace, request.prompt_token_ids, market.config.chunk_tokens)
-    name = document_id(keys[-1])
-    listing = Listing(
-        document_id=name,
-        namespace=namespace,
-        title=wish.title,
-        publisher=wish.publisher,
-        token_count=request.num_prompt_tokens,
-        rendered_as=wish.rendered_as,
-        cache_read_nano_per_mtok=wish.cache_read_nano_per_mtok,
-        royalty_ppm=wish.royalty_ppm,
+    document = DocumentChunks.of(namespace, request.prompt_token_ids, market.config.chunk_tokens)
+    new_tokens = request.num_prompt_tokens - state.limit
+    listing = Listing.of(
+        document,
+        wish.terms,
         created_at_s=time.time(),
-        expires_at_s=wish.expires_at_s,
-        paid_for=market.config.tariff.write_nano(request.num_prompt_tokens - state.limit) > 0,
+        paid_for=market.config.tariff.write_nano(new_tokens) > 0,
     )
     state.publishing = Publishing(
-        document_id=name,
-        namespace=namespace,
-        keys=keys,
-        parents=parents,
-        tokens=tokens,
+        document=document,
         begun=market.begin_listing(
             listing,
-            request.prompt_token_ids,
+            document,
             partial(
                 make_room,
                 market,
-                _file_bytes(request.num_prompt_tokens - state.limit, len(keys), engine),
-                {name},
+                _file_bytes(new_tokens, len(document.keys), engine),
+                {listing.document_id},
             ),
         ),
         charge=market.reserve_write(
             key=f"publish:{ledger_key(engine.id, request.request_id, request.arrival_time)}",
-            publisher=wish.publisher,
-            document_id=name,
-            tokens=request.num_prompt_tokens - state.limit,
+            publisher=wish.terms.publisher,
+            document_id=listing.document_id,
+            tokens=new_tokens,
         )
         if wish.charge
         else None,
@@ -136,36 +120,22 @@ def save_plan(state: RequestState, block_ids: list[int], block_tokens: int) -> S
     """
     publishing = state.publishing
     assert publishing is not None
-    chunks = chunk_pages(
-        publishing.keys, publishing.parents, publishing.tokens, block_ids, block_tokens
+    return SavePlan(
+        request_id=state.request_id,
+        namespace=publishing.document.namespace,
+        chunks=chunk_pages(publishing.document, block_ids, block_tokens),
     )
-    return SavePlan(request_id=state.request_id, namespace=publishing.namespace, chunks=chunks)
 
 
 def chunk_pages(
-    keys: Sequence[bytes],
-    parents: Sequence[bytes],
-    tokens: Sequence[bytes],
-    block_ids: Sequence[int],
-    block_tokens: int,
+    document: DocumentChunks, block_ids: Sequence[int], block_tokens: int
 ) -> tuple[ChunkSave, ...]:
     """Which of a prompt's blocks hold each of its chunks; all but the last chunk are whole."""
     chunks = []
     start = 0
-    for key, parent, packed in zip(keys, parents, tokens, strict=True):
+    for key, parent, packed in zip(document.keys, document.parents, document.tokens, strict=True):
         count = -(-(len(packed) // TOKEN_BYTES) // block_tokens)
         pages = tuple(block_ids[start : start + count])
         chunks.append(ChunkSave(key=key, parent=parent, tokens=packed, block_ids=pages))
         start += count
     return tuple(chunks)
-
-
-def split(
-    namespace: bytes, token_ids: Sequence[int], chunk_tokens: int
-) -> tuple[tuple[bytes, ...], tuple[bytes, ...], tuple[bytes, ...]]:
-    """Cut a prompt into chunks: keys, parents' keys, packed tokens, one each a chunk."""
-    keys = tuple(chunk_keys(namespace, token_ids, chunk_tokens))
-    packed = pack_tokens(token_ids)
-    width = chunk_tokens * TOKEN_BYTES
-    tokens = tuple(packed[i : i + width] for i in range(0, len(packed), width))
-    return keys, (ROOT, *keys[:-1]), tokens

@@ -6,6 +6,7 @@ computed in full.
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Any, Literal
 
 import msgspec
@@ -16,6 +17,7 @@ from vllm_kvmarket.auth.operator_tokens import (
     Credentials,
     account_subject,
 )
+from vllm_kvmarket.core.listing_terms import ListingTerms
 
 FIELD = "kvmarket"
 
@@ -29,13 +31,12 @@ Token = Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{0,64}$")]
 class PublishParams(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The listing that a publishing request asks for."""
 
-    title: str = ""
-    publisher: AccountId = "publisher"
-    rendered_as: Literal["text", "chat"] = "text"
-    cache_read_nano_per_mtok: int | None = None
-    royalty_ppm: int | None = None
-    expires_at_s: float | None = None
+    terms: ListingTerms = ListingTerms()
     charge: bool = True
+
+    def __post_init__(self) -> None:
+        if not re.fullmatch(ACCOUNT_PATTERN, self.terms.publisher):
+            raise ValueError(f"{self.terms.publisher!r} is no account's id")
 
 
 class AuditParams(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

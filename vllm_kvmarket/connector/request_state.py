@@ -19,6 +19,7 @@ from vllm_kvmarket.connector.messages import (
     LoadReport,
     SaveReport,
 )
+from vllm_kvmarket.core.document_chunks import DocumentChunks
 from vllm_kvmarket.market.purchase import Purchase, Usage, WriteCharge
 
 
@@ -72,13 +73,9 @@ class Decision(enum.Enum):
 
 @dataclass(slots=True)
 class Publishing:
-    """A document on its way to a listing; keys and tokens one a chunk, in order."""
+    """A document on its way to a listing."""
 
-    document_id: str
-    namespace: bytes
-    keys: tuple[bytes, ...]
-    tokens: tuple[bytes, ...]
-    parents: tuple[bytes, ...]
+    document: DocumentChunks
     begun: Future[Listing]
     charge: WriteCharge | None
     report: SaveReport = field(default_factory=SaveReport)

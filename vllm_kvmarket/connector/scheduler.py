@@ -367,7 +367,7 @@ class SchedulerHalf:
         publishing = state.publishing
         assert publishing is not None
         answer = {wishes.FIELD: answer_of(state, request)}
-        answer[wishes.FIELD]["document_id"] = publishing.document_id
+        answer[wishes.FIELD]["document_id"] = publishing.document.document_id
         if request.status not in ANSWERED or state.declined:
             self._end_publishing(state, state.declined or "the publishing request was aborted")
             return False, answer
@@ -380,10 +380,12 @@ class SchedulerHalf:
         publishing = state.publishing
         assert publishing is not None
         if failure:
-            done = self._market.fail_listing(publishing.document_id, failure)
+            done = self._market.fail_listing(publishing.document.document_id, failure)
         else:
             done = self._market.commit_listing(
-                publishing.document_id, publishing.report.stored_bytes, publishing.keys
+                publishing.document.document_id,
+                publishing.report.stored_bytes,
+                publishing.document.keys,
             )
         if publishing.charge is not None:
             if failure or not publishing.report.stored_bytes:

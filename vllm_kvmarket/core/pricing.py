@@ -6,9 +6,12 @@ a royalty in the provider's. Amounts that do not fit int64 are refused with Valu
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import msgspec
+
+if TYPE_CHECKING:
+    from vllm_kvmarket.core.listing_terms import ListingTerms
 
 MTOK = 1_000_000
 PPM = 1_000_000
@@ -71,19 +74,17 @@ class Tariff(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         Share, msgspec.Meta(description="the publisher's share of cache_read, in parts per million")
     ] = 500_000
 
-    def terms(
-        self,
-        listing_cache_read_nano_per_mtok: int | None = None,
-        listing_royalty_ppm: int | None = None,
-    ) -> Terms:
+    def terms(self, listing: ListingTerms | None = None) -> Terms:
         """Fix the prices of one listing, which may set its own cache_read and royalty."""
-        cache_read = listing_cache_read_nano_per_mtok
+        cache_read = listing.cache_read_nano_per_mtok if listing else None
         if cache_read is None:
             cache_read = self.cache_read_nano_per_mtok
         if cache_read is None:
             cache_read = self.input_nano_per_mtok // CACHE_READ_SHARE_OF_INPUT
-        royalty = self.royalty_ppm if listing_royalty_ppm is None else listing_royalty_ppm
-        return Terms(self.input_nano_per_mtok, cache_read, royalty)
+        royalty = listing.royalty_ppm if listing else None
+        return Terms(
+            self.input_nano_per_mtok, cache_read, self.royalty_ppm if royalty is None else royalty
+        )
 
     def write_nano(self, tokens: int) -> int:
         """Price publishing `tokens`, for the publisher."""

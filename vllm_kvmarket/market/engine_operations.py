@@ -7,6 +7,8 @@ import time
 from collections.abc import Sequence
 from typing import Any, Literal
 
+import msgspec
+
 from vllm_kvmarket.auth.operator_tokens import OPERATOR, Credentials
 from vllm_kvmarket.catalogue import Audit, Catalogue, Listing
 from vllm_kvmarket.core.config import MarketConfig
@@ -17,6 +19,7 @@ from vllm_kvmarket.core.errors import (
     PinError,
     PublishFailedError,
 )
+from vllm_kvmarket.core.listing_terms import ListingTerms
 from vllm_kvmarket.ledger import Ledger
 from vllm_kvmarket.market import document_tokens
 
@@ -67,14 +70,14 @@ class EngineOperations:
         return self._publish(
             llm,
             tokens,
-            {
-                "title": title,
-                "publisher": publisher,
-                "rendered_as": as_,
-                "cache_read_nano_per_mtok": cache_read_nano_per_mtok,
-                "royalty_ppm": royalty_ppm,
-                "expires_at_s": None if ttl_s is None else time.time() + ttl_s,
-            },
+            ListingTerms(
+                title=title,
+                publisher=publisher,
+                rendered_as=as_,
+                cache_read_nano_per_mtok=cache_read_nano_per_mtok,
+                royalty_ppm=royalty_ppm,
+                expires_at_s=None if ttl_s is None else time.time() + ttl_s,
+            ),
         )
 
     def republish(self, llm: Any, document_id: str) -> Listing:
@@ -82,20 +85,22 @@ class EngineOperations:
         or was evicted is computed and stored anew. Raises as `publish` does, and NotFoundError.
         """
         listing = self.catalogue.get(document_id)
-        fields = ("title", "publisher", "rendered_as", "cache_read_nano_per_mtok", "royalty_ppm")
-        wish = {field: getattr(listing, field) for field in fields}
-        if listing.expires_at_s is None or listing.expires_at_s > time.time():
-            wish["expires_at_s"] = listing.expires_at_s
+        terms = listing.terms
+        if listing.is_over(time.time()):
+            terms = msgspec.structs.replace(terms, expires_at_s=None)
         tokens = self.catalogue.tokens_of(document_id)
         document_tokens.check_publishable(llm, tokens)
         # Its publisher has paid for storing it, where that has a price.
-        return self._publish(llm, tokens, {**wish, "charge": False})
+        return self._publish(llm, tokens, terms, charge=False)
 
-    def _publish(self, llm: Any, tokens: list[int], wish: dict[str, Any]) -> Listing:
-        self.ledger.create_account(wish["publisher"], "publisher")
+    def _publish(
+        self, llm: Any, tokens: list[int], terms: ListingTerms, *, charge: bool = True
+    ) -> Listing:
+        self.ledger.create_account(terms.publisher, "publisher")
+        wish = {"terms": msgspec.to_builtins(terms), "charge": charge}
         answer = self._operate(llm, tokens, publish=wish)
         if reason := answer.get("declined"):
-            raise NotPublishableError(f"{wish['title'] or 'the document'}: {reason}")
+            raise NotPublishableError(f"{terms.title or 'the document'}: {reason}")
         return self.wait_for_listing(answer["document_id"])
 
     def wait_for_listing(self, document_id: str, timeout_s: float = PUBLISH_TIMEOUT_S) -> Listing:
@@ -108,10 +113,10 @@ class EngineOperations:
             if listing.state == "live":
                 return listing
             if listing.state != "publishing":
-                raise PublishFailedError(f"{listing.title or document_id}: {listing.reason}")
+                raise PublishFailedError(f"{listing.terms.title or document_id}: {listing.reason}")
             if time.monotonic() > deadline:
                 raise PublishFailedError(
-                    f"{listing.title or document_id}: not listed after {timeout_s:.0f} s; "
+                    f"{listing.terms.title or document_id}: not listed after {timeout_s:.0f} s; "
                     "look at the engine's log, then publish it again"
                 )
             time.sleep(POLL_S)

@@ -127,7 +127,8 @@ def _collect_objects(market: Market, *, dry_run: bool) -> int:
                 f"the bucket's entry {document_id} cannot be read ({error}), so nobody knows which "
                 "objects it needs; withdraw it, or update kvmarket"
             ) from None
-        if entry.expires_at_s is not None and entry.expires_at_s <= now_s:
+        ends_at_s = entry.terms.expires_at_s
+        if ends_at_s is not None and ends_at_s <= now_s:
             if not dry_run:
                 shared_bucket.withdraw(market.store, document_id)
         else:

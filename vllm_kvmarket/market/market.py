@@ -21,6 +21,7 @@ import msgspec
 from vllm_kvmarket.auth.operator_tokens import Credentials, account_subject
 from vllm_kvmarket.catalogue import Audit, Catalogue, Listing, Match, Use
 from vllm_kvmarket.core.config import MarketConfig, load, to_mapping
+from vllm_kvmarket.core.document_chunks import DocumentChunks
 from vllm_kvmarket.core.errors import (
     ConfigError,
     LedgerError,
@@ -183,8 +184,7 @@ class Market(EngineOperations):
 
     def terms_of(self, match: Match) -> Terms:
         """The prices at which a match is sold."""
-        listing = match.listing
-        return self.config.tariff.terms(listing.cache_read_nano_per_mtok, listing.royalty_ppm)
+        return self.config.tariff.terms(match.listing.terms)
 
     def reserve(
         self, *, key: str, request_id: str, account: str, match: Match, model: str
@@ -220,20 +220,23 @@ class Market(EngineOperations):
     def begin_listing(
         self,
         listing: Listing,
-        token_ids: Sequence[int],
+        document: DocumentChunks,
         make_room: Callable[[], object] | None = None,
     ) -> Future[Listing]:
         """Note that a document is being published, then make room for it; see Catalogue.begin."""
-        return self._clerk.submit(self._begin_listing, listing, token_ids, make_room)
+        return self._clerk.submit(self._begin_listing, listing, document, make_room)
 
     def _begin_listing(
-        self, listing: Listing, token_ids: Sequence[int], make_room: Callable[[], object] | None
+        self,
+        listing: Listing,
+        document: DocumentChunks,
+        make_room: Callable[[], object] | None,
     ) -> Listing:
         # Without it the royalty, and with it the whole settlement, would be refused. An account of
         # that name and another kind earns it as well.
         with contextlib.suppress(LedgerError):
-            self.ledger.create_account(listing.publisher, "publisher")
-        begun = self.catalogue.begin(listing, token_ids)
+            self.ledger.create_account(listing.terms.publisher, "publisher")
+        begun = self.catalogue.begin(listing, document)
         if make_room is not None and begun.state == "publishing":
             make_room()
         return begun

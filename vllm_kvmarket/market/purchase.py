@@ -170,7 +170,7 @@ class Purchase:
         listing = self.match.listing
         charge = self.terms.charge_nano(usage.reused)
         # The provider's own documents earn it the whole charge.
-        royalty = 0 if listing.publisher == PROVIDER else self.terms.royalty_nano(charge)
+        royalty = 0 if listing.terms.publisher == PROVIDER else self.terms.royalty_nano(charge)
         operations: list[Operation] = [
             post(id=f"{self.key}:settle", pending_id=self.reservation_id, amount_nano=charge)
         ]
@@ -179,7 +179,7 @@ class Purchase:
                 plain(
                     id=f"{self.key}:royalty",
                     debit=PROVIDER,
-                    credit=listing.publisher,
+                    credit=listing.terms.publisher,
                     amount_nano=royalty,
                     code="royalty",
                     user_data=listing.document_id,
@@ -190,8 +190,8 @@ class Purchase:
             request_id=self.request_id,
             account=self.account,
             document_id=listing.document_id,
-            title=listing.title,
-            publisher=listing.publisher,
+            title=listing.terms.title,
+            publisher=listing.terms.publisher,
             tokens_matched=usage.matched,
             tokens_reused=usage.reused,
             tokens_loaded=usage.loaded,

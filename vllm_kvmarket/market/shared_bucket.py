@@ -8,18 +8,20 @@ operator.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import logging
-from typing import Any
 
 import msgspec
 
 from vllm_kvmarket.catalogue import Catalogue, Listing
+from vllm_kvmarket.core.document_chunks import DocumentChunks
 from vllm_kvmarket.core.errors import (
     CatalogueRefusedError,
     KVMarketError,
     LedgerError,
     NotFoundError,
 )
+from vllm_kvmarket.core.listing_terms import ListingTerms
 from vllm_kvmarket.core.model_identity import pack_tokens, unpack_tokens
 from vllm_kvmarket.ledger import Ledger
 from vllm_kvmarket.store import Tiers, bucket_listings
@@ -35,15 +37,10 @@ class Entry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     format: int
     document_id: str
     namespace: bytes
-    title: str
-    publisher: str
     tokens: bytes
-    rendered_as: str
-    cache_read_nano_per_mtok: int | None
-    royalty_ppm: int | None
+    terms: ListingTerms
     created_at_s: float
     stored_bytes: int
-    expires_at_s: float | None
 
 
 def offer(store: Tiers, catalogue: Catalogue, document_id: str, stored_bytes: int = 0) -> None:
@@ -58,15 +55,10 @@ def offer(store: Tiers, catalogue: Catalogue, document_id: str, stored_bytes: in
         format=FORMAT,
         document_id=document_id,
         namespace=listing.namespace,
-        title=listing.title,
-        publisher=listing.publisher,
         tokens=pack_tokens(catalogue.tokens_of(document_id)),
-        rendered_as=listing.rendered_as,
-        cache_read_nano_per_mtok=listing.cache_read_nano_per_mtok,
-        royalty_ppm=listing.royalty_ppm,
+        terms=listing.terms,
         created_at_s=listing.created_at_s,
         stored_bytes=max(stored_bytes, listing.stored_bytes),
-        expires_at_s=listing.expires_at_s,
     )
     bucket_listings.publish_listing(store.objects, msgspec.msgpack.encode(entry), document_id)
 
@@ -120,10 +112,10 @@ class Directory:
         if entry.format != FORMAT or entry.document_id != document_id:
             raise CatalogueRefusedError("not an entry of this format and name")
         tokens = unpack_tokens(entry.tokens)
-        facts: dict[str, Any] = msgspec.structs.asdict(entry)
-        del facts["format"], facts["tokens"]
+        document = DocumentChunks.of(entry.namespace, tokens, self._catalogue.chunk_tokens)
         # An account of that name and another kind stays what it is, and earns the royalty.
         with contextlib.suppress(LedgerError):
-            self._ledger.create_account(entry.publisher, "publisher")
-        listing = Listing(**facts, token_count=len(tokens))
-        return self._catalogue.adopt(listing, tokens).state == "live"
+            self._ledger.create_account(entry.terms.publisher, "publisher")
+        listing = Listing.of(document, entry.terms, created_at_s=entry.created_at_s)
+        listing = dataclasses.replace(listing, stored_bytes=entry.stored_bytes)
+        return self._catalogue.adopt(listing, document).state == "live"

@@ -166,7 +166,7 @@ def test_what_another_listing_needs_stays_when_a_bundle_is_refused(seller, buyer
     with pytest.raises(BundleError, match="signed a damaged chunk"):
         take(buyer, forged)
     assert files_in(buyer.store.root) == before
-    assert [found.title for found in buyer.catalogue.listings()] == ["shorter"]
+    assert [found.terms.title for found in buyer.catalogue.listings()] == ["shorter"]
     assert buyer.store.usage().bytes_used == buyer.store.recount()
 
 
@@ -182,8 +182,8 @@ def test_a_document_that_is_on_offer_is_repaired_on_its_own_terms(buyer, bundle,
     buyer.catalogue.report_damage(first)
     buyer.catalogue.report_damage(second)
     listing = take(buyer, bundle)
-    assert (listing.state, listing.title, listing.publisher) == ("live", "ours", "us")
-    assert listing.royalty_ppm == 7
+    assert (listing.state, listing.terms.title, listing.terms.publisher) == ("live", "ours", "us")
+    assert listing.terms.royalty_ppm == 7
     for key in listing.chunk_keys:
         buyer.store.verify(key)
 
@@ -206,7 +206,7 @@ def test_who_earns_can_be_named(buyer, bundle):
     with pytest.raises(BundleError, match="no account's id"):
         take(buyer, bundle, publisher="no spaces")
     assert files_in(buyer.store.root) == {}
-    assert take(buyer, bundle, publisher="partner").publisher == "partner"
+    assert take(buyer, bundle, publisher="partner").terms.publisher == "partner"
     assert buyer.ledger.account("partner").kind == "publisher"
 
 
@@ -214,10 +214,10 @@ def test_a_time_to_live_travels(seller, buyer, tmp_path):
     """A document that ends at the exporter's ends here too, and is not taken when it is over."""
     listing = publish(seller, expires_at_s=time.time() + 1000)
     path = bundles.export(seller, listing.document_id, tmp_path / "b.kvb").path
-    over = forge(path, seller.home, lambda manifest: manifest.update(expires_at_s=1.0))
+    over = forge(path, seller.home, lambda manifest: manifest["terms"].update(expires_at_s=1.0))
     with pytest.raises(BundleError, match="time to live is over"):
         take(buyer, over)
-    assert take(buyer, path).expires_at_s == listing.expires_at_s
+    assert take(buyer, path).terms.expires_at_s == listing.terms.expires_at_s
 
 
 @pytest.mark.parametrize("after", [1, 2, 3])

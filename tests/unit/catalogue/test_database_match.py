@@ -13,6 +13,8 @@ from hypothesis import strategies as st
 
 from tests.support.catalogue_documents import NAMESPACE, OTHER_NAMESPACE, publish, tokens
 from vllm_kvmarket.catalogue import Catalogue, Listing, database_match, queries
+from vllm_kvmarket.core.document_chunks import DocumentChunks
+from vllm_kvmarket.core.listing_terms import ListingTerms
 from vllm_kvmarket.core.model_identity import chunk_keys, document_id
 
 CHUNK = 16
@@ -48,7 +50,9 @@ class Shop:
         if action == "publish":
             namespace, document = argument
             self.published.append(argument)
-            publish(self.writing, document, CHUNK, **terms(namespace, document))
+            chunks = DocumentChunks.of(namespace, document, CHUNK)
+            self.writing.begin(Listing.of(chunks, ListingTerms(title="a document")), chunks)
+            self.writing.commit(chunks.document_id, stored_bytes=1000)
         elif self.published:
             namespace, document = self.published[argument % len(self.published)]
             self._change(action, namespace, document, argument)
@@ -67,14 +71,8 @@ class Shop:
         elif action == "delist":
             self.writing.delist(name)
         elif action == "begin":
-            listing = Listing(
-                document_id=name,
-                namespace=namespace,
-                title="",
-                publisher="p",
-                token_count=len(document),
-            )
-            self.writing.begin(listing, document)
+            chunks = DocumentChunks.of(namespace, document, CHUNK)
+            self.writing.begin(Listing.of(chunks, ListingTerms(publisher="p")), chunks)
         elif action == "price":
             self.writing.set_price(name, number)
         elif action == "end":
@@ -102,15 +100,6 @@ class Shop:
     def close(self) -> None:
         for view in self.views:
             view.close()
-
-
-def terms(namespace: bytes, document: list[int]) -> dict[str, object]:
-    keys = chunk_keys(namespace, document, CHUNK)
-    return {
-        "namespace": namespace,
-        "document_id": document_id(keys[-1]),
-        "chunk_keys": tuple(keys),
-    }
 
 
 @given(st.lists(ACTION, max_size=12), st.lists(ACTION, max_size=12), st.lists(REQUEST, max_size=3))

@@ -9,6 +9,7 @@ import apsw
 import pytest
 
 from tests.support.catalogue_documents import (
+    chunks_of,
     listing_of,
     matched,
     publish,
@@ -87,12 +88,12 @@ def test_a_repair_that_fails_leaves_the_listing_damaged(catalogue):
     """Republishing a damaged document that fails returns it to where it was, or better."""
     live = publish(catalogue, DOCUMENT)
     catalogue.report_damage(live.chunk_keys[1])
-    catalogue.begin(live, DOCUMENT)
+    catalogue.begin(live, chunks_of(DOCUMENT))
     catalogue.fail(live.document_id, "no room left")
     damaged = catalogue.get(live.document_id)
     assert (damaged.state, damaged.reason) == ("damaged", "no room left")
     assert matched(catalogue, DOCUMENT) == 256
-    catalogue.begin(live, DOCUMENT)
+    catalogue.begin(live, chunks_of(DOCUMENT))
     catalogue.heal(live.chunk_keys[1])
     catalogue.fail(live.document_id, "aborted")
     assert catalogue.get(live.document_id) == live
@@ -100,7 +101,7 @@ def test_a_repair_that_fails_leaves_the_listing_damaged(catalogue):
 
 def test_committing_with_a_damaged_chunk_does_not_make_it_live(catalogue):
     """A chunk that was lost between begin and commit keeps the listing damaged."""
-    listing = catalogue.begin(listing_of(DOCUMENT), DOCUMENT)
+    listing = catalogue.begin(listing_of(DOCUMENT), chunks_of(DOCUMENT))
     catalogue.report_damage(listing.chunk_keys[2])
     assert catalogue.commit(listing.document_id, 1).state == "damaged"
     assert matched(catalogue, DOCUMENT) == 512
@@ -126,7 +127,7 @@ def test_listings_are_found_by_state_and_by_text(catalogue):
 def test_the_store_learns_which_chunks_are_needed(catalogue):
     """Those on offer or on their way are; those of failed and delisted listings are not."""
     live = publish(catalogue, tokens(300, seed=1))
-    begun = catalogue.begin(listing_of(tokens(300, seed=2)), tokens(300, seed=2))
+    begun = catalogue.begin(listing_of(tokens(300, seed=2)), chunks_of(tokens(300, seed=2)))
     gone = publish(catalogue, tokens(300, seed=3))
     catalogue.delist(gone.document_id)
     catalogue.report_damage(live.chunk_keys[0])

@@ -44,4 +44,4 @@ def test_what_is_not_on_offer_is_a_publishers_alone(catalogue):
     publish(catalogue, tokens(300, 4), publisher="patricia")
     assert catalogue.page(10)[1] == 2
     own, total = catalogue.page(10, publisher="pat", on_offer=False)
-    assert total == len(own) == 3 and {each.publisher for each in own} == {"pat"}
+    assert total == len(own) == 3 and {each.terms.publisher for each in own} == {"pat"}

@@ -10,7 +10,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.support.catalogue_documents import NAMESPACE, OTHER_NAMESPACE, listing_of, tokens
+from tests.support.catalogue_documents import (
+    NAMESPACE,
+    OTHER_NAMESPACE,
+    changed,
+    listing_of,
+    tokens,
+)
 from vllm_kvmarket.catalogue.integrity import tree_problems
 from vllm_kvmarket.catalogue.listing import Listing
 from vllm_kvmarket.catalogue.prefix_tree import PrefixTree, common_tokens
@@ -236,7 +242,7 @@ def test_a_listing_with_new_terms_replaces_the_old_one():
     """The match carries the terms that were put last."""
     published = Published()
     listing = published.put((1, 2, 3))
-    dearer = dataclasses.replace(listing, cache_read_nano_per_mtok=7)
+    dearer = changed(listing, cache_read_nano_per_mtok=7)
     published.tree.put(dearer, 1, [pack_tokens((1, 2, 3))])
     assert published.tree.match(NAMESPACE, (1, 2, 3)).listing == dearer
     assert published.tree.chunk_count == 1

@@ -15,6 +15,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from tests.support.catalogue_documents import (
     NAMESPACE,
+    chunks_of,
     ended,
     heard,
     listing_of,
@@ -227,7 +228,7 @@ def test_a_database_that_was_replaced_is_not_written_to(path):
         with pytest.raises(CatalogueError, match="was replaced; restart"):
             catalogue.refresh()
         with pytest.raises(CatalogueError, match="was replaced; restart"):
-            catalogue.begin(listing_of(tokens(10)), tokens(10))
+            catalogue.begin(listing_of(tokens(10)), chunks_of(tokens(10)))
         assert path.stat().st_size == 0
 
 
@@ -325,7 +326,7 @@ class TwoViews(RuleBasedStateMachine):
     def adopt(self, document) -> None:
         listing = listing_of(document, self.CHUNK)
         self.writing.expire()
-        adopted = self.writing.adopt(listing, document, force=True)
+        adopted = self.writing.adopt(listing, chunks_of(document, self.CHUNK), force=True)
         damaged = self.damaged & set(listing.chunk_keys)
         assert adopted.state == ("damaged" if damaged else "live")
         if document not in self.line:

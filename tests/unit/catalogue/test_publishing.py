@@ -5,10 +5,13 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from tests.support.catalogue_documents import (
     NAMESPACE,
+    changed,
+    chunks_of,
     ended,
     heard,
     listing_of,
@@ -19,7 +22,6 @@ from tests.support.catalogue_documents import (
     tokens,
 )
 from vllm_kvmarket.catalogue import Catalogue
-from vllm_kvmarket.catalogue import offers as module
 from vllm_kvmarket.core.errors import CatalogueError, NotFoundError
 
 DOCUMENT = tokens(700)
@@ -44,7 +46,7 @@ def catalogue(path: Path):
 def test_a_document_is_matched_from_its_commit_on(catalogue):
     """While it is being published nothing matches; afterwards all of it does, to the last token."""
     listing = listing_of(DOCUMENT, title="T", publisher="P", cache_read_nano_per_mtok=5)
-    begun = catalogue.begin(listing, DOCUMENT)
+    begun = catalogue.begin(listing, chunks_of(DOCUMENT))
     assert begun == listing
     assert matched(catalogue, DOCUMENT) == 0
     live = catalogue.commit(listing.document_id, stored_bytes=123)
@@ -61,7 +63,7 @@ def test_a_live_document_is_not_published_again(catalogue):
     """Beginning it returns the live listing; its terms and publisher stay as they were."""
     live = publish(catalogue, DOCUMENT, title="first")
     again = listing_of(DOCUMENT, title="second", publisher="someone else")
-    assert catalogue.begin(again, DOCUMENT) == live
+    assert catalogue.begin(again, chunks_of(DOCUMENT)) == live
     assert catalogue.commit(live.document_id, stored_bytes=0) == live
     assert matched(catalogue, DOCUMENT) == 700
 
@@ -71,7 +73,7 @@ def test_commit_needs_a_begin(catalogue):
     listing = listing_of(DOCUMENT)
     with pytest.raises(CatalogueError, match="unknown, not being published"):
         catalogue.commit(listing.document_id, 0)
-    catalogue.begin(listing, DOCUMENT)
+    catalogue.begin(listing, chunks_of(DOCUMENT))
     catalogue.fail(listing.document_id, "no room left")
     with pytest.raises(CatalogueError, match="failed, not being published"):
         catalogue.commit(listing.document_id, 0)
@@ -95,7 +97,7 @@ def test_commit_needs_a_begin(catalogue):
 def test_a_listing_that_does_not_fit_is_refused_whole(catalogue, wrong):
     """Wrong counts, ids, keys or terms: an error, and nothing is noted."""
     with pytest.raises(CatalogueError):
-        catalogue.begin(listing_of(DOCUMENT, **wrong), DOCUMENT)
+        catalogue.begin(listing_of(DOCUMENT, **wrong), chunks_of(DOCUMENT))
     assert catalogue.listings() == []
 
 
@@ -103,31 +105,34 @@ def test_an_empty_document_is_refused(catalogue):
     """A document has at least one token."""
     listing = dataclasses.replace(listing_of([1]), token_count=0)
     with pytest.raises(CatalogueError, match="given 0"):
-        catalogue.begin(listing, [])
+        catalogue.begin(listing, chunks_of([]))
 
 
 def test_chunk_keys_may_be_left_to_the_catalogue(catalogue):
     """A listing without keys gets those of its tokens."""
     listing = listing_of(DOCUMENT)
-    begun = catalogue.begin(dataclasses.replace(listing, chunk_keys=()), DOCUMENT)
+    begun = catalogue.begin(dataclasses.replace(listing, chunk_keys=()), chunks_of(DOCUMENT))
     assert begun.chunk_keys == listing.chunk_keys
 
 
 def test_a_digest_that_collides_sells_nobody_elses_tokens(catalogue, monkeypatch):
     """Where two documents' chunks had the same keys, the second is refused; the first stays."""
-    keys = listing_of(DOCUMENT).chunk_keys
     publish(catalogue, DOCUMENT)
     other = tokens(700, seed=9)
-    monkeypatch.setattr(module, "chunk_keys", lambda *_: list(keys))
-    forged = dataclasses.replace(listing_of(DOCUMENT), title="forged")
+    collides = msgspec.structs.replace(chunks_of(other), keys=chunks_of(DOCUMENT).keys)
+    forged = changed(listing_of(DOCUMENT), title="forged")
     with pytest.raises(CatalogueError, match="other tokens are stored"):
-        catalogue.begin(forged, other)
-    longer = dataclasses.replace(forged, document_id="kvd_" + "f" * 32)
-    monkeypatch.setattr(module, "document_id", lambda _: longer.document_id)
+        catalogue.begin(forged, collides)
+    keys = (*collides.keys[:-1], bytes(32))
+    longer = dataclasses.replace(
+        forged,
+        document_id=msgspec.structs.replace(collides, keys=keys).document_id,
+        chunk_keys=keys,
+    )
     with pytest.raises(CatalogueError, match="other tokens are stored"):
-        catalogue.begin(longer, other)
+        catalogue.begin(longer, msgspec.structs.replace(collides, keys=keys))
     assert matched(catalogue, other) == 0
-    assert [listing.title for listing in catalogue.listings()] == ["a document"]
+    assert [listing.terms.title for listing in catalogue.listings()] == ["a document"]
 
 
 # States across restarts and deaths
@@ -141,7 +146,7 @@ def test_every_state_survives_a_restart(path):
     }
     with Catalogue.open(path) as catalogue:
         for state, document in documents.items():
-            listing = catalogue.begin(listing_of(document), document)
+            listing = catalogue.begin(listing_of(document), chunks_of(document))
             if state in ("live", "delisted"):
                 catalogue.commit(listing.document_id, 1)
             if state == "delisted":
@@ -163,7 +168,7 @@ def test_every_state_survives_a_restart(path):
 @pytest.mark.parametrize("state", ["failed", "delisted", "damaged"])
 def test_a_document_that_is_off_the_market_starts_anew(catalogue, state):
     """On the terms that are given now; the failure's reason is forgotten."""
-    listing = catalogue.begin(listing_of(DOCUMENT), DOCUMENT)
+    listing = catalogue.begin(listing_of(DOCUMENT), chunks_of(DOCUMENT))
     if state == "failed":
         catalogue.fail(listing.document_id, "why")
     else:
@@ -173,23 +178,23 @@ def test_a_document_that_is_off_the_market_starts_anew(catalogue, state):
     if state == "damaged":
         catalogue.report_damage(listing.chunk_keys[1])
     assert catalogue.get(listing.document_id).state == state
-    begun = catalogue.begin(dataclasses.replace(listing, title="anew"), DOCUMENT)
-    assert (begun.state, begun.reason, begun.title) == ("publishing", "", "anew")
+    begun = catalogue.begin(changed(listing, title="anew"), chunks_of(DOCUMENT))
+    assert (begun.state, begun.reason, begun.terms.title) == ("publishing", "", "anew")
     catalogue.heal(listing.chunk_keys[1])
     live = catalogue.commit(listing.document_id, 5)
     # Repairing writes a part of a document's chunks, publishing anew all of them.
-    assert (live.title, live.stored_bytes) == ("anew", 10 if state == "damaged" else 5)
+    assert (live.terms.title, live.stored_bytes) == ("anew", 10 if state == "damaged" else 5)
     assert matched(catalogue, DOCUMENT) == 700
 
 
 BEGIN_AND_WAIT = """
 with Catalogue.open(home / "market.sqlite") as catalogue:
     document = tokens(700)
-    begun = catalogue.begin(listing_of(document, title="theirs"), document)
-    print(begun.title, flush=True)
+    begun = catalogue.begin(listing_of(document, title="theirs"), chunks_of(document))
+    print(begun.terms.title, flush=True)
     if sys.stdin.readline() == "die\\n":
         os._exit(1)
-    print(catalogue.commit(begun.document_id, 1).title, flush=True)
+    print(catalogue.commit(begun.document_id, 1).terms.title, flush=True)
 """
 
 
@@ -198,7 +203,7 @@ def test_what_a_crashed_publisher_left_behind_can_be_restarted(catalogue, path):
     listing = listing_of(DOCUMENT, title="ours")
     process = start_process(BEGIN_AND_WAIT, path.parent)
     assert heard(process) == "theirs"
-    assert catalogue.begin(listing, DOCUMENT).title == "theirs"
+    assert catalogue.begin(listing, chunks_of(DOCUMENT)).terms.title == "theirs"
     tell(process, "die")
     assert ended(process) == 1
     assert catalogue.get(listing.document_id).state == "publishing"
@@ -209,8 +214,8 @@ def test_what_a_crashed_publisher_left_behind_can_be_restarted(catalogue, path):
     assert heard(process) == "theirs"
     tell(process, "die")
     ended(process)
-    assert catalogue.begin(listing, DOCUMENT).title == "ours"
-    assert catalogue.commit(listing.document_id, 1).title == "ours"
+    assert catalogue.begin(listing, chunks_of(DOCUMENT)).terms.title == "ours"
+    assert catalogue.commit(listing.document_id, 1).terms.title == "ours"
 
 
 def test_two_processes_that_publish_the_same_document_both_succeed(catalogue, path):
@@ -218,11 +223,11 @@ def test_two_processes_that_publish_the_same_document_both_succeed(catalogue, pa
     listing = listing_of(DOCUMENT, title="ours")
     process = start_process(BEGIN_AND_WAIT, path.parent)
     assert heard(process) == "theirs"
-    catalogue.begin(listing, DOCUMENT)
+    catalogue.begin(listing, chunks_of(DOCUMENT))
     catalogue.fail(listing.document_id, "ours did not work")
     assert catalogue.get(listing.document_id).state == "publishing"
-    catalogue.begin(listing, DOCUMENT)
-    assert catalogue.commit(listing.document_id, 1).title == "theirs"
+    catalogue.begin(listing, chunks_of(DOCUMENT))
+    assert catalogue.commit(listing.document_id, 1).terms.title == "theirs"
     tell(process, "commit")
     assert heard(process) == "theirs"
     assert ended(process) == 0
@@ -231,8 +236,8 @@ def test_two_processes_that_publish_the_same_document_both_succeed(catalogue, pa
 def test_two_requests_of_one_process_fail_only_together(catalogue):
     """The listing fails when the last one that publishes it does."""
     listing = listing_of(DOCUMENT)
-    catalogue.begin(listing, DOCUMENT)
-    catalogue.begin(listing, DOCUMENT)
+    catalogue.begin(listing, chunks_of(DOCUMENT))
+    catalogue.begin(listing, chunks_of(DOCUMENT))
     catalogue.fail(listing.document_id, "first")
     assert catalogue.get(listing.document_id).state == "publishing"
     catalogue.fail(listing.document_id, "second")
@@ -242,12 +247,12 @@ def test_two_requests_of_one_process_fail_only_together(catalogue):
 def test_closing_gives_up_what_was_being_published(path):
     """A catalogue that was closed is no living publisher, and leaves no file behind."""
     with Catalogue.open(path) as first:
-        first.begin(listing_of(DOCUMENT, title="first"), DOCUMENT)
+        first.begin(listing_of(DOCUMENT, title="first"), chunks_of(DOCUMENT))
         assert len(list((path.parent / "publishing").iterdir())) == 1
     assert list((path.parent / "publishing").iterdir()) == []
     with Catalogue.open(path) as second:
-        begun = second.begin(listing_of(DOCUMENT, title="second"), DOCUMENT)
-        assert begun.title == "second"
+        begun = second.begin(listing_of(DOCUMENT, title="second"), chunks_of(DOCUMENT))
+        assert begun.terms.title == "second"
 
 
 def test_failing_touches_only_what_is_being_published(catalogue):
@@ -279,7 +284,7 @@ def test_a_delisted_document_matches_no_more_but_what_others_share_does(catalogu
 
 def test_delisting_while_publishing_stops_the_commit(catalogue):
     """Who delists a document that is on its way does not see it appear."""
-    listing = catalogue.begin(listing_of(DOCUMENT), DOCUMENT)
+    listing = catalogue.begin(listing_of(DOCUMENT), chunks_of(DOCUMENT))
     catalogue.delist(listing.document_id)
     with pytest.raises(CatalogueError, match="delisted"):
         catalogue.commit(listing.document_id, 1)

@@ -13,6 +13,8 @@ from hypothesis import strategies as st
 
 from tests.support.catalogue_documents import (
     NAMESPACE,
+    changed,
+    chunks_of,
     ended,
     heard,
     listing_of,
@@ -63,8 +65,8 @@ def test_a_listing_whose_time_is_over_matches_no_more(catalogue, damaged):
         catalogue.report_damage(listing.chunk_keys[2])
     assert catalogue.expire() == []
     assert matched(catalogue, DOCUMENT) == (512 if damaged else 700)
-    assert catalogue.expire(now_s=listing.expires_at_s) == [listing.document_id]
-    assert catalogue.expire(now_s=listing.expires_at_s) == []
+    assert catalogue.expire(now_s=listing.terms.expires_at_s) == [listing.document_id]
+    assert catalogue.expire(now_s=listing.terms.expires_at_s) == []
     assert matched(catalogue, DOCUMENT) == 0
     gone = catalogue.get(listing.document_id)
     assert (gone.state, gone.reason) == ("expired", "its time to live is over")
@@ -148,7 +150,7 @@ def test_the_end_can_be_moved_both_ways(catalogue):
     moved = catalogue.set_expiry(listing.document_id, soon_s + 10)
     assert catalogue.match(NAMESPACE, DOCUMENT).listing == moved
     assert catalogue.expire(now_s=soon_s + 5) == []
-    assert catalogue.set_expiry(listing.document_id, None).expires_at_s is None
+    assert catalogue.set_expiry(listing.document_id, None).terms.expires_at_s is None
     assert catalogue.expire(now_s=soon_s + 50) == []
     assert matched(catalogue, DOCUMENT) == 700
     catalogue.set_expiry(listing.document_id, time.time() - 1)
@@ -163,8 +165,8 @@ def test_the_end_can_be_moved_both_ways(catalogue):
 def test_an_expired_document_can_be_published_again(catalogue):
     """On new terms: the old end is forgotten, and its place in line is a new one."""
     listing = publish(catalogue, DOCUMENT, expires_at_s=time.time() + 500)
-    catalogue.expire(now_s=listing.expires_at_s)
-    assert publish(catalogue, DOCUMENT).expires_at_s is None
+    catalogue.expire(now_s=listing.terms.expires_at_s)
+    assert publish(catalogue, DOCUMENT).terms.expires_at_s is None
     assert matched(catalogue, DOCUMENT) == 700
 
 
@@ -173,7 +175,7 @@ def test_a_repair_keeps_the_end_and_the_pin(catalogue):
     listing = publish(catalogue, DOCUMENT, expires_at_s=time.time() + 500, paid_for=True)
     pinned = catalogue.set_pinned(listing.document_id, pinned=True)
     catalogue.report_damage(listing.chunk_keys[0])
-    catalogue.begin(listing_of(DOCUMENT), DOCUMENT)
+    catalogue.begin(listing_of(DOCUMENT), chunks_of(DOCUMENT))
     catalogue.heal_all(listing.chunk_keys)
     assert catalogue.commit(listing.document_id, 1) == pinned
 
@@ -252,34 +254,34 @@ def test_an_evicted_document_can_come_back(catalogue):
 def test_a_document_whose_chunks_are_stored_goes_on_offer_at_once(catalogue):
     """With its terms and its size; once more changes nothing."""
     listing = listing_of(DOCUMENT, title="T", stored_bytes=77, expires_at_s=9e9)
-    adopted = catalogue.adopt(listing, DOCUMENT)
+    adopted = catalogue.adopt(listing, chunks_of(DOCUMENT))
     assert adopted == dataclasses.replace(listing, state="live")
     assert matched(catalogue, DOCUMENT) == 700
-    again = dataclasses.replace(listing, title="another")
-    assert catalogue.adopt(again, DOCUMENT) == adopted
+    again = changed(listing, title="another")
+    assert catalogue.adopt(again, chunks_of(DOCUMENT)) == adopted
 
 
 def test_what_was_delisted_here_stays_so_unless_it_is_forced(catalogue):
     """Evicted, expired and failed documents come back by themselves."""
     listing = publish(catalogue, DOCUMENT)
     catalogue.delist(listing.document_id)
-    assert catalogue.adopt(listing, DOCUMENT).state == "delisted"
+    assert catalogue.adopt(listing, chunks_of(DOCUMENT)).state == "delisted"
     assert matched(catalogue, DOCUMENT) == 0
-    assert catalogue.adopt(listing, DOCUMENT, force=True).state == "live"
+    assert catalogue.adopt(listing, chunks_of(DOCUMENT), force=True).state == "live"
     catalogue.evict(listing.document_id, "no room")
-    assert catalogue.adopt(listing, DOCUMENT).state == "live"
+    assert catalogue.adopt(listing, chunks_of(DOCUMENT)).state == "live"
     catalogue.set_expiry(listing.document_id, 1.0)
     catalogue.expire()
-    assert catalogue.adopt(listing, DOCUMENT).state == "live"
+    assert catalogue.adopt(listing, chunks_of(DOCUMENT)).state == "live"
     assert matched(catalogue, DOCUMENT) == 700
 
 
 def test_a_document_that_does_not_fit_or_is_over_is_not_taken(catalogue):
     """Nothing is noted of it."""
     with pytest.raises(CatalogueError, match="not the id"):
-        catalogue.adopt(listing_of(tokens(700, seed=1)), DOCUMENT)
+        catalogue.adopt(listing_of(tokens(700, seed=1)), chunks_of(DOCUMENT))
     with pytest.raises(CatalogueError, match="time to live is over"):
-        catalogue.adopt(listing_of(DOCUMENT, expires_at_s=time.time() - 1), DOCUMENT)
+        catalogue.adopt(listing_of(DOCUMENT, expires_at_s=time.time() - 1), chunks_of(DOCUMENT))
     assert catalogue.listings() == []
 
 
@@ -288,7 +290,7 @@ def test_taking_over_finds_chunks_that_are_marked_as_damaged(catalogue):
     listing = publish(catalogue, DOCUMENT)
     catalogue.report_damage(listing.chunk_keys[1])
     longer = [*DOCUMENT[:512], *tokens(300, seed=1)]
-    assert catalogue.adopt(listing_of(longer), longer).state == "damaged"
+    assert catalogue.adopt(listing_of(longer), chunks_of(longer)).state == "damaged"
     assert matched(catalogue, longer) == 256
     catalogue.heal(listing.chunk_keys[1])
     assert matched(catalogue, longer) == 812
@@ -299,7 +301,7 @@ def test_taking_over_finds_chunks_that_are_marked_as_damaged(catalogue):
 BEGIN_AND_WAIT = """
 catalogue = Catalogue.open(home / "market.sqlite")
 document = tokens(700)
-catalogue.begin(listing_of(document), document)
+catalogue.begin(listing_of(document), chunks_of(document))
 print("begun", flush=True)
 sys.stdin.readline()
 os._exit(1)
@@ -316,7 +318,7 @@ def test_what_a_dead_process_was_publishing_is_given_up(catalogue, path, was):
     process = start_process(BEGIN_AND_WAIT, path.parent)
     assert heard(process) == "begun"
     mine = tokens(300, seed=1)
-    catalogue.begin(listing_of(mine), mine)
+    catalogue.begin(listing_of(mine), chunks_of(mine))
     assert catalogue.fail_abandoned() == []
     tell(process, "die")
     ended(process)
@@ -357,7 +359,7 @@ def test_a_database_of_the_first_version_keeps_every_row(path):
             (
                 listing.document_id,
                 NAMESPACE,
-                listing.title,
+                listing.terms.title,
                 number,
                 state,
                 float(number),

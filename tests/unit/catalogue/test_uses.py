@@ -9,7 +9,14 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.catalogue_documents import ended, listing_of, publish, start_process, tokens
+from tests.support.catalogue_documents import (
+    chunks_of,
+    ended,
+    listing_of,
+    publish,
+    start_process,
+    tokens,
+)
 from vllm_kvmarket.catalogue import Audit, Catalogue, Use, eviction_policy
 from vllm_kvmarket.catalogue import catalogue as module
 from vllm_kvmarket.catalogue.eviction_policy import HALF_LIFE_S
@@ -137,7 +144,7 @@ def test_what_is_being_published_frees_nothing(catalogue):
     document = tokens(600)
     longer = [*document[:512], *tokens(50, seed=1)]
     publish(catalogue, document)
-    catalogue.begin(listing_of(longer), longer)
+    catalogue.begin(listing_of(longer), chunks_of(longer))
     (candidate,) = catalogue.candidates()
     assert candidate.shared == ()
     assert candidate.bytes == round(1000 * 88 / 600)
@@ -149,7 +156,7 @@ def test_what_is_being_published_frees_nothing(catalogue):
 def test_only_chunks_that_nobody_needs_are_released(catalogue):
     """Those on offer, damaged or on their way stay."""
     live = publish(catalogue, tokens(300, seed=1))
-    begun = catalogue.begin(listing_of(tokens(300, seed=2)), tokens(300, seed=2))
+    begun = catalogue.begin(listing_of(tokens(300, seed=2)), chunks_of(tokens(300, seed=2)))
     gone = publish(catalogue, tokens(300, seed=3))
     catalogue.delist(gone.document_id)
     catalogue.report_damage(live.chunk_keys[0])
@@ -162,7 +169,7 @@ def test_only_chunks_that_nobody_needs_are_released(catalogue):
 def test_many_chunks_are_asked_for_at_once(catalogue, monkeypatch):
     """With the same answer."""
     live = publish(catalogue, tokens(300, seed=1))
-    begun = catalogue.begin(listing_of(tokens(300, seed=2)), tokens(300, seed=2))
+    begun = catalogue.begin(listing_of(tokens(300, seed=2)), chunks_of(tokens(300, seed=2)))
     gone = publish(catalogue, tokens(300, seed=3))
     catalogue.delist(gone.document_id)
     keys = [*live.chunk_keys, *begun.chunk_keys, *gone.chunk_keys, b"?" * 32]
@@ -195,7 +202,7 @@ def test_a_publisher_begins_before_a_release_or_after_it(catalogue, path):
     def begin() -> None:
         started.wait()
         with Catalogue.open(path) as other:
-            other.begin(listing_of(DOCUMENT), DOCUMENT)
+            other.begin(listing_of(DOCUMENT), chunks_of(DOCUMENT))
             events.append("begun")
             time.sleep(0.2)
 
@@ -224,7 +231,7 @@ with Catalogue.open(home / "market.sqlite") as catalogue:
     for _ in range(40):
         document = tokens(700, random.randrange(4))[: random.choice([300, 600, 700])]
         listing = listing_of(document)
-        catalogue.begin(listing, document)
+        catalogue.begin(listing, chunks_of(document))
         for key in listing.chunk_keys:
             (folder / key.hex()).touch()
         try:

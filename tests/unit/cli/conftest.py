@@ -12,7 +12,9 @@ import pytest
 from vllm_kvmarket import cli
 from vllm_kvmarket.catalogue import Listing
 from vllm_kvmarket.cli import engine
-from vllm_kvmarket.core.model_identity import ROOT, chunk_keys, document_id, pack_tokens
+from vllm_kvmarket.core.document_chunks import DocumentChunks
+from vllm_kvmarket.core.listing_terms import ListingTerms
+from vllm_kvmarket.core.model_identity import ROOT, pack_tokens
 from vllm_kvmarket.core.pricing import NANO
 from vllm_kvmarket.market.market import Market
 from vllm_kvmarket.market.purchase import Usage
@@ -25,16 +27,10 @@ LAYOUT = ChunkLayout("test", "uint8", 16, (LayerLayout("layer", (64,), 64),))
 def list_document(market, tokens, publisher="publisher", **fields):
     """Store and list a document as the connector would, without a model."""
     width = market.config.chunk_tokens
-    keys = chunk_keys(NAMESPACE, tokens, width)
-    name = document_id(keys[-1])
-    fresh = Listing(
-        document_id=name,
-        namespace=NAMESPACE,
-        publisher=publisher,
-        token_count=len(tokens),
-        **{"title": "a title", **fields},
-    )
-    if market.catalogue.begin(fresh, tokens).state != "live":
+    document = DocumentChunks.of(NAMESPACE, tokens, width)
+    keys, name = document.keys, document.document_id
+    terms = ListingTerms(**{"title": "a title", "publisher": publisher, **fields})
+    if market.catalogue.begin(Listing.of(document, terms), document).state != "live":
         stored = 0
         for number, key in enumerate(keys):
             part = tokens[number * width : (number + 1) * width]
@@ -68,7 +64,7 @@ class FakeEngine:
 
     def generate(self, prompts, sampling, use_tqdm):
         os.write(1, b"an engine's process prints what it likes\n")
-        wish = sampling.extra_args["kv_transfer_params"]["kvmarket"]["publish"]
+        wish = sampling.extra_args["kv_transfer_params"]["kvmarket"]["publish"]["terms"]
         listing = list_document(self.market, prompts[0]["prompt_token_ids"], **wish)
         answer = {"kvmarket": {"document_id": listing.document_id}}
         return [SimpleNamespace(kv_transfer_params=answer)]

@@ -8,7 +8,9 @@ import pytest
 
 from vllm_kvmarket.catalogue import Listing
 from vllm_kvmarket.cli.store_commands import Speeds, winners
-from vllm_kvmarket.core.model_identity import ROOT, chunk_keys, document_id, pack_tokens
+from vllm_kvmarket.core.document_chunks import DocumentChunks
+from vllm_kvmarket.core.listing_terms import ListingTerms
+from vllm_kvmarket.core.model_identity import ROOT, pack_tokens
 from vllm_kvmarket.market.market import Market
 from vllm_kvmarket.store import ChunkLayout, LayerLayout
 
@@ -24,19 +26,12 @@ def document(home):
         "test", "bfloat16", 16, tuple(LayerLayout(f"l{i}", (2048,), 4096) for i in range(2))
     )
     tokens = list(range(512))
-    keys = chunk_keys(NAMESPACE, tokens, 256)
+    chunks = DocumentChunks.of(NAMESPACE, tokens, 256)
+    keys, name = chunks.keys, chunks.document_id
     numbers = np.random.default_rng(0).standard_normal(16 * 2048).astype(np.float32)
     pages = (numbers.view(np.uint32) >> 16).astype(np.uint16).view(np.uint8)
     with Market.open(home) as market:
-        name = document_id(keys[-1])
-        listing = Listing(
-            document_id=name,
-            namespace=NAMESPACE,
-            publisher="publisher",
-            title="numbers",
-            token_count=512,
-        )
-        market.catalogue.begin(listing, tokens)
+        market.catalogue.begin(Listing.of(chunks, ListingTerms(title="numbers")), chunks)
         for number, key in enumerate(keys):
             market.store.put(
                 key=key,

@@ -184,12 +184,12 @@ def test_publishing_finds_what_is_published_beyond_memory(new_half, market):
     """The part that is there is loaded, and the document is begun once the database has said so."""
     half = new_half(0)
     longer = [*DOCUMENT[:512], *tokens(200, 3)]
-    request = request_of(longer, wish(publish={"title": "longer"}))
+    request = request_of(longer, wish(publish={"terms": {"title": "longer"}}))
     half.on_new_request(request)
     assert half._states == {}
     assert admitted(half, request) == (CACHED, 0)
     assert half._states[request.request_id].limit == 512
-    assert market.catalogue.listings("publishing")[0].title == "longer"
+    assert market.catalogue.listings("publishing")[0].terms.title == "longer"
 
 
 @pytest.mark.parametrize("chunks", [None, 100])

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from vllm_kvmarket import Market
 from vllm_kvmarket.catalogue import Listing, Match
 from vllm_kvmarket.connector.purchases import Purchases
+from vllm_kvmarket.core.listing_terms import ListingTerms
 from vllm_kvmarket.market.purchase import PurchaseState, Usage
 
 NANO = 1_000_000_000
@@ -53,12 +54,8 @@ def matching(count=600, document_id="kvd_x"):
     listing = Listing(
         document_id=document_id,
         namespace=b"n" * 32,
-        title="",
-        publisher="pat",
         token_count=count,
-        rendered_as="text",
-        cache_read_nano_per_mtok=None,
-        royalty_ppm=None,
+        terms=ListingTerms(publisher="pat"),
         created_at_s=1.0,
     )
     return Match(listing, count, ())

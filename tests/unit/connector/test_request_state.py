@@ -16,6 +16,7 @@ from vllm_kvmarket.connector.request_state import (
     ledger_key,
     purchase_group,
 )
+from vllm_kvmarket.core.listing_terms import ListingTerms
 from vllm_kvmarket.core.model_identity import ROOT, chunk_keys, pack_tokens
 
 CHUNK, BLOCK = 64, 16
@@ -30,12 +31,8 @@ def matching(count):
     listing = Listing(
         document_id="kvd_x",
         namespace=NAMESPACE,
-        title="",
-        publisher="pat",
         token_count=len(DOCUMENT),
-        rendered_as="text",
-        cache_read_nano_per_mtok=None,
-        royalty_ppm=None,
+        terms=ListingTerms(publisher="pat"),
         state="live",
         reason="",
         created_at_s=1.0,

@@ -6,6 +6,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from vllm_kvmarket.core.listing_terms import ListingTerms
 from vllm_kvmarket.core.pricing import (
     INT64_MAX,
     MTOK,
@@ -86,7 +87,9 @@ def test_a_listing_overrides_the_tariff(input_price, read, share, listing_read, 
     tariff = Tariff(
         input_nano_per_mtok=input_price, cache_read_nano_per_mtok=read, royalty_ppm=share
     )
-    terms = tariff.terms(listing_read, listing_share)
+    terms = tariff.terms(
+        ListingTerms(cache_read_nano_per_mtok=listing_read, royalty_ppm=listing_share)
+    )
     from_tariff = input_price // 10 if read is None else read
     assert terms == Terms(
         input_price,

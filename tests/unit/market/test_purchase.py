@@ -8,6 +8,7 @@ import math
 import pytest
 
 from vllm_kvmarket.catalogue import Listing, Match
+from vllm_kvmarket.core.listing_terms import ListingTerms
 from vllm_kvmarket.core.pricing import Tariff
 from vllm_kvmarket.ledger import Ledger
 from vllm_kvmarket.market.purchase import Purchase, PurchaseState, Usage, WriteCharge
@@ -47,12 +48,8 @@ def buy(ledger, key="k", account="alice", publisher="pat", tariff=None):
     listing = Listing(
         document_id="kvd_x",
         namespace=b"n" * 32,
-        title="",
-        publisher=publisher,
         token_count=600,
-        rendered_as="text",
-        cache_read_nano_per_mtok=None,
-        royalty_ppm=None,
+        terms=ListingTerms(publisher=publisher),
         created_at_s=1.0,
     )
     purchase = Purchase(
@@ -61,7 +58,7 @@ def buy(ledger, key="k", account="alice", publisher="pat", tariff=None):
         request_id="r",
         account=account,
         match=Match(listing, 600, ()),
-        terms=(tariff or Tariff()).terms(None, None),
+        terms=(tariff or Tariff()).terms(),
         model="m",
         timeout_s=TIMEOUT_S,
     )

@@ -82,7 +82,7 @@ class Documents:
         elif kind is Kind.COMPLETIONS:
             await asyncio.to_thread(self._place_before_prompt, body, tokens)
         elif kind in (Kind.CHAT, Kind.MESSAGES, Kind.RESPONSES):
-            if listing.rendered_as != "chat":
+            if listing.terms.rendered_as != "chat":
                 raise invalid(
                     f"{document_id} was published as text; use /v1/completions",
                     "kvmarket",

@@ -129,7 +129,7 @@ def _own(visitor: Visitor, document_id: str) -> Document:
     """Raises ApiError, the same for others' documents as for missing ones."""
     market = visitor.service.market
     listing = document_routes.find(market, document_id)
-    if listing is None or not visitor.caller.owns(listing.publisher):
+    if listing is None or not visitor.caller.owns(listing.terms.publisher):
         raise not_found("you have no such document")
     return document_routes.describe(market, listing)
 

@@ -51,9 +51,13 @@ def test_a_document_is_published_and_goes_live(server, pat):
     page = watched(pat, place_of(sent))
     assert text_in(page, "state") == "live" and "refresh" not in page.headers
     (listing,) = server.market.catalogue.listings()
-    assert (listing.title, listing.publisher, listing.rendered_as) == ("Whales & co", "pat", "chat")
-    assert listing.cache_read_nano_per_mtok == 250_000_000
-    assert 47 * 3600 < listing.expires_at_s - time.time() <= 48 * 3600
+    assert (listing.terms.title, listing.terms.publisher, listing.terms.rendered_as) == (
+        "Whales & co",
+        "pat",
+        "chat",
+    )
+    assert listing.terms.cache_read_nano_per_mtok == 250_000_000
+    assert 47 * 3600 < listing.terms.expires_at_s - time.time() <= 48 * 3600
     assert "Whales &amp; co" in Visitor(server.app).get().text
     assert "Whales &amp; co" in pat.get("/publish").text
 
@@ -135,11 +139,14 @@ def test_terms_are_changed_and_a_document_is_taken_off(server, pat):
     place = f"/offers/{made['id']}"
     assert place_of(pat.send(place, "terms", price="0.125", ttl="2")) == place
     listing = server.market.catalogue.get(made["id"])
-    assert listing.cache_read_nano_per_mtok == 125_000_000
-    assert 0 < listing.expires_at_s - time.time() <= 7200
+    assert listing.terms.cache_read_nano_per_mtok == 125_000_000
+    assert 0 < listing.terms.expires_at_s - time.time() <= 7200
     place_of(pat.send(place, "terms", price=""))
     again = server.market.catalogue.get(made["id"])
-    assert again.cache_read_nano_per_mtok is None and again.expires_at_s == listing.expires_at_s
+    assert (
+        again.terms.cache_read_nano_per_mtok is None
+        and again.terms.expires_at_s == listing.terms.expires_at_s
+    )
     refused = pat.send(place, "terms", price="900")
     assert refused.status_code == 400 and "price: computing costs" in text_in(refused, "problem")
     assert place_of(pat.send(place, "delist")) == place

@@ -1,7 +1,11 @@
-"""Bearer tokens for what a request asks of the market, signed with the market home's secret.
+"""Tokens under the market home's secret: only a process that can read the home can make them.
 
-Whoever can read the home is its operator. An HTTP client cannot, so it can neither name somebody
-else's account nor publish, whatever it writes into its body.
+The secret is never used itself. Each purpose has a key derived from it, so that a token for one
+purpose is worthless for every other. The token of a request is bound to all its parameters and
+lasts a minute: in a log it is worthless too.
+
+An operator can rotate the secret while processes run. They see the new one within a second; tokens
+under the old one are good for a minute more.
 """
 
 from __future__ import annotations
@@ -9,8 +13,15 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import hmac
+import json
 import secrets
+import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any, Literal
+
+import msgspec
+from blake3 import blake3
 
 from vllm_kvmarket.core.durable_files import write_durably
 from vllm_kvmarket.core.errors import ConfigError
@@ -20,43 +31,152 @@ SECRET_BYTES = 32
 OPERATOR = "operator"
 # An account's name, whole; wherever one is read.
 ACCOUNT_PATTERN = r"[A-Za-z0-9._:@-]{1,128}"
+REQUEST_LIFETIME_S = 60.0
+GRACE_S = 60.0
+# How long a process may go on with the secret that it has read.
+REFRESH_S = 0.5
+# The clocks of two machines that share a home may differ by this.
+CLOCK_SKEW_S = 5.0
+
+Purpose = Literal["request", "salt", "session", "form", "token"]
+
+
+class _Secrets(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The file's content, as JSON: the secret, and the one before the last rotation."""
+
+    secret: str
+    previous: str | None = None
+    rotated_at_s: float = 0.0
 
 
 def account_subject(account: str) -> str:
-    """What a token for buying on an account is signed over."""
+    """The text that a token for buying on an account is made of."""
     return f"account:{account}"
 
 
 class Credentials:
-    """Makes and checks tokens under one home's secret."""
+    """Makes and checks tokens under one home's secret; thread-safe.
 
-    def __init__(self, secret: bytes) -> None:
-        self._secret = secret
+    Every method raises ConfigError when the file does not hold a secret of ours.
+    """
+
+    def __init__(self, path: Path, clock: Callable[[], float] = time.time) -> None:
+        self._path = path
+        self._clock = clock
+        self._stamp: tuple[int, int] | None = None
+        self._fresh_until_s = 0.0
+        self._known = self._read()
 
     @classmethod
-    def of_home(cls, home: Path) -> Credentials:
-        """Read the home's secret, or make it (mode 0600) where there is none.
-
-        Raises ConfigError when the file is not a secret of ours.
-        """
+    def of_home(cls, home: Path, clock: Callable[[], float] = time.time) -> Credentials:
+        """Read the home's secret, or make it (mode 0600) where there is none."""
         path = home / SECRET_FILE
-        home.mkdir(parents=True, exist_ok=True)
+        home.mkdir(mode=0o700, parents=True, exist_ok=True)
         if not path.exists():
             # A secret that another process makes meanwhile stays.
             with contextlib.suppress(FileExistsError):
-                write_durably(path, secrets.token_bytes(SECRET_BYTES), replace=False)
-        secret = path.read_bytes()
-        if len(secret) != SECRET_BYTES:
-            raise ConfigError(
-                f"{path} does not hold {SECRET_BYTES} bytes; restore it from a backup, "
-                "or remove it to have a new one made (tokens given out so far then end)"
-            )
-        return cls(secret)
+                write_durably(path, _encode(_Secrets(_new_secret())), replace=False)
+        return cls(path, clock)
+
+    def sign(self, purpose: Purpose, text: str) -> str:
+        """The token for `text` and one purpose: 64 hexadecimal digits, the same each time."""
+        return _sign(self._current().secret, purpose, text)
+
+    def verifies(self, purpose: Purpose, text: str, token: str) -> bool:
+        """Whether `token` was made for exactly this; compares in constant time."""
+        known = self._current()
+        candidates = [known.secret]
+        if known.previous is not None and self._clock() < known.rotated_at_s + GRACE_S:
+            candidates.append(known.previous)
+        return any(
+            hmac.compare_digest(_sign(secret, purpose, text).encode(), token.encode())
+            for secret in candidates
+        )
+
+    def sign_params(self, params: Mapping[str, Any]) -> dict[str, Any]:
+        """A request's parameters with `expires_at_s` and the `token` over all the others.
+
+        They must be JSON values. A `request_id` among them binds the token to one request.
+        """
+        signed = {**params, "expires_at_s": self._clock() + REQUEST_LIFETIME_S}
+        return {**signed, "token": self.sign("request", _canonical(signed))}
+
+    def allows_params(self, params: Mapping[str, Any]) -> bool:
+        """Whether `sign_params` made exactly these parameters, less than a minute ago."""
+        expires_at_s, token = params.get("expires_at_s"), params.get("token")
+        if not isinstance(expires_at_s, int | float) or not isinstance(token, str):
+            return False
+        left_s = expires_at_s - self._clock()
+        if not 0 < left_s <= REQUEST_LIFETIME_S + CLOCK_SKEW_S:
+            return False
+        try:
+            text = _canonical({key: params[key] for key in params if key != "token"})
+        except (TypeError, ValueError):
+            return False
+        return self.verifies("request", text, token)
+
+    def rotate(self) -> None:
+        """Make a new secret; the old one is good for GRACE_S more. Mutates the home."""
+        known = self._read()
+        made = _Secrets(_new_secret(), known.secret, self._clock())
+        write_durably(self._path, _encode(made))
+        self._fresh_until_s = 0.0
 
     def token(self, subject: str) -> str:
         """The token for `subject` (OPERATOR, or account_subject(id))."""
-        return hmac.new(self._secret, subject.encode(), hashlib.sha256).hexdigest()
+        return self.sign("token", subject)
 
     def allows(self, subject: str, token: str) -> bool:
         """Whether `token` was made for `subject`, in constant time."""
-        return hmac.compare_digest(self.token(subject).encode(), token.encode())
+        return self.verifies("token", subject, token)
+
+    def _current(self) -> _Secrets:
+        # Two threads may both read here; they find the same.
+        now_s = time.monotonic()
+        if now_s >= self._fresh_until_s:
+            # Without its file a running process goes on: a backup may be restored underneath it.
+            with contextlib.suppress(OSError):
+                if self._stamp_of_file() != self._stamp:
+                    self._known = self._read()
+            self._fresh_until_s = now_s + REFRESH_S
+        return self._known
+
+    def _stamp_of_file(self) -> tuple[int, int]:
+        status = self._path.stat()
+        return status.st_ino, status.st_mtime_ns
+
+    def _read(self) -> _Secrets:
+        stamp = self._stamp_of_file()
+        try:
+            found = msgspec.json.decode(self._path.read_bytes(), type=_Secrets)
+            if any(
+                len(bytes.fromhex(secret)) != SECRET_BYTES
+                for secret in (found.secret, found.previous)
+                if secret is not None
+            ):
+                raise ValueError
+        except (msgspec.DecodeError, ValueError):
+            raise ConfigError(
+                f"{self._path} does not hold an operator's secret; restore it from a backup, "
+                "or remove it to have a new one made (tokens from before then end)"
+            ) from None
+        self._stamp = stamp
+        return found
+
+
+def _new_secret() -> str:
+    return secrets.token_hex(SECRET_BYTES)
+
+
+def _encode(known: _Secrets) -> bytes:
+    return msgspec.json.encode(known) + b"\n"
+
+
+def _sign(secret: str, purpose: Purpose, text: str) -> str:
+    key = blake3(bytes.fromhex(secret), derive_key_context=f"kvmarket 2026-11 {purpose}").digest()
+    return hmac.new(key, text.encode(), hashlib.sha256).hexdigest()
+
+
+def _canonical(params: Mapping[str, Any]) -> str:
+    """JSON with sorted keys and no blanks: the same text in the gate and in the engine."""
+    return json.dumps(params, sort_keys=True, separators=(",", ":"), allow_nan=False)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vllm_kvmarket.auth.api_keys import SCOPES, Keys
+from vllm_kvmarket.auth.operator_tokens import GRACE_S
 from vllm_kvmarket.auth.signing_keys import PublicKey, SigningKeys, TrustedKeys, read_jwks
 from vllm_kvmarket.cli.command import Command, open_market
 from vllm_kvmarket.cli.output import emit, moment, table
@@ -136,6 +137,17 @@ def _run_key_rotate(args: argparse.Namespace) -> int:
     return 0
 
 
+def _run_rotate_operator(args: argparse.Namespace) -> int:
+    with open_market(args) as market:
+        market.credentials.rotate()
+    text = (
+        "a new operator's secret is in force: running processes use it within a second, "
+        f"tokens from before end after {GRACE_S:.0f} s, and people sign in again"
+    )
+    emit(args, {"grace_s": GRACE_S}, lambda where: where.print(text))
+    return 0
+
+
 # keys of others
 
 
@@ -189,6 +201,11 @@ COMMANDS = (
         "key show", "print the public key to give to others", _run_key_show, _configure_key_show
     ),
     Command("key rotate", "make a new key, which signs from now on", _run_key_rotate),
+    Command(
+        "key rotate-operator",
+        "make a new secret for tokens, salts and sessions; running processes follow",
+        _run_rotate_operator,
+    ),
     Command("trust add", "trust an exporter's public key", _run_trust_add, _configure_trust_add),
     Command("trust list", "list the trusted keys", _run_trust_list),
     Command("trust remove", "stop trusting a key", _run_trust_remove, _configure_trust_remove),

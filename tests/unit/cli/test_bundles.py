@@ -1,8 +1,11 @@
 """`bundle`, `trust` and `key`: a document goes from one home to another."""
 
 import json
+import time
 
 import pytest
+
+from vllm_kvmarket.market.market import Market
 
 
 @pytest.fixture
@@ -123,3 +126,13 @@ def test_a_home_without_a_market_has_no_key(run, other, tmp_path):
     for words in (("key", "show"), ("key", "rotate"), ("trust", "list")):
         assert "there is no market" in run(*words, *other, code=1).err
     assert not (tmp_path / "other").exists()
+
+
+def test_the_operators_secret_rotates(run, sold, home):
+    """A market that is open meanwhile makes the new tokens, and takes the old ones for a minute."""
+    with Market.open(home) as market:
+        old = market.credentials.sign("salt", "alice")
+        assert "running processes use it within a second" in run("key", "rotate-operator").out
+        time.sleep(0.6)
+        assert market.credentials.sign("salt", "alice") != old
+        assert market.credentials.verifies("salt", "alice", old)

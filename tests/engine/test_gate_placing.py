@@ -7,8 +7,10 @@ from types import SimpleNamespace
 
 import pytest
 
+from vllm_kvmarket.api.auth import Caller
 from vllm_kvmarket.api.errors import ApiError
 from vllm_kvmarket.api.gate.placement import Documents, prompts_of
+from vllm_kvmarket.api.gate.request_fields import GatedRequest
 from vllm_kvmarket.api.gate.route_kinds import Kind
 from vllm_kvmarket.market import document_tokens
 
@@ -61,9 +63,10 @@ def place(app, documents, kind, body):
     """The tokens that vLLM computes for a body, once the document is in front of it."""
 
     async def placed():
-        await documents.place(app, kind, body, "kvd_1")
+        request = GatedRequest(app, kind, Caller(), body, 0)
+        await documents.place(request, "kvd_1")
         params = body["kv_transfer_params"]
-        (planned,) = await prompts_of(app, kind, body)
+        (planned,) = await prompts_of(request)
         # What vLLM makes of the changed body, and not of what we planned.
         render = {
             Kind.CHAT: app.state.serving_render.render_chat_request,
@@ -156,7 +159,7 @@ def test_what_would_come_before_a_document_or_show_it_is_refused(app, tokenizer,
     _, documents = published(tokenizer, TEXT)
     body = {"model": str(app.state.args.model), **BODIES[Kind.CHAT], **change}
     with pytest.raises(ApiError) as refused:
-        asyncio.run(documents.place(app, Kind.CHAT, body, "kvd_1"))
+        asyncio.run(documents.place(GatedRequest(app, Kind.CHAT, Caller(), body, 0), "kvd_1"))
     assert refused.value.status == 400
 
 
@@ -165,4 +168,4 @@ def test_a_text_is_not_put_into_a_chat(app, tokenizer):
     documents = on_offer(list(tokenizer(TEXT)["input_ids"]), tokenizer, rendered_as="text")
     body = {"model": str(app.state.args.model), **BODIES[Kind.CHAT]}
     with pytest.raises(ApiError, match="published as text"):
-        asyncio.run(documents.place(app, Kind.CHAT, body, "kvd_1"))
+        asyncio.run(documents.place(GatedRequest(app, Kind.CHAT, Caller(), body, 0), "kvd_1"))

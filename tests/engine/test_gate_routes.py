@@ -65,8 +65,8 @@ def test_every_route_of_a_generating_server_is_listed(tmp_path, arguments):
     assert found == set(ROUTES)
 
 
-def test_whatever_else_vllm_can_serve_is_closed_or_only_reads(tmp_path):
-    """Development routes, adapters, speech, fault tolerance: admins only, unless they are GET."""
+def test_everything_else_that_vllm_can_serve_is_closed(tmp_path):
+    """Development routes, adapters, speech, fault tolerance: admins only."""
     told = routes_of(
         tmp_path,
         ["--enable-fault-tolerance", "--enable-tokenizer-info-endpoint"],
@@ -82,5 +82,5 @@ def test_whatever_else_vllm_can_serve_is_closed_or_only_reads(tmp_path):
     ]
     assert len(others) > 10
     for path, method in others:
-        if method not in ("GET", "HEAD") and path != "/metrics":
+        if path != "/metrics":
             assert listed(path, method) is Kind.ADMIN, (path, method)

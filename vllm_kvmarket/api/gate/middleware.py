@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import secrets
+from functools import partial
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -16,6 +17,7 @@ from vllm_kvmarket.api.bodies import (
     Receive,
     Scope,
     Send,
+    beside_loop,
     parse_object,
     read_bounded,
     replay,
@@ -26,11 +28,15 @@ from vllm_kvmarket.api.errors import ApiError, invalid, missing_key, translate
 from vllm_kvmarket.api.gate.placement import Documents, prompts_of
 from vllm_kvmarket.api.gate.receipt_events import ReceiptSender, ids_of
 from vllm_kvmarket.api.gate.request_fields import (
+    GatedRequest,
     cache_salt,
     engine_params,
+    remove_admin_fields,
     remove_server_fields,
+    scope_media,
     sender_of,
     take_market_field,
+    without_admin_headers,
 )
 from vllm_kvmarket.api.gate.route_kinds import Kind, kind_of
 from vllm_kvmarket.api.pages.page import BASE, error_page
@@ -103,37 +109,41 @@ class Gate:
         body = await parse_object(scope, content)
         caller = sender_of(caller, service.market.credentials, body)
         caller.need_reader()
-        shape = _shape(kind, body)
-        reuse = await self._prepare(service, shape, caller, body, scope["app"])
+        if not (caller.is_admin or caller.operation is not None):
+            remove_admin_fields(body)
+            scope = without_admin_headers(scope)
+        request = GatedRequest(scope["app"], _shape(kind, body), caller, body, len(content))
+        reuse = await self._prepare(service, request)
         if kind is Kind.RESPONSES:
             body["request_id"] = f"resp_{request_id}"
-        scope, receive = await with_body(scope, receive, body, {"x-request-id": request_id})
+        scope, receive = await with_body(
+            scope, receive, body, len(content), {"x-request-id": request_id}
+        )
         if reuse and caller.account is not None and body.get("stream"):
-            ids = ids_of(shape, request_id, _prompt_count(body))
+            ids = ids_of(request.kind, request_id, _prompt_count(body))
             send = ReceiptSender(send, service.market, caller.account, ids)
         return scope, receive, send
 
-    async def _prepare(
-        self, service: Service, kind: Kind, caller: Caller, body: dict[str, Any], app: FastAPI
-    ) -> bool:
+    async def _prepare(self, service: Service, request: GatedRequest) -> bool:
         """Replace what a client wrote of the server's fields by what the server says; mutates.
 
         Returns whether the request may reuse what is on offer. Raises ApiError.
         """
-        market = service.market
+        market, kind, caller, body = service.market, request.kind, request.caller, request.body
         field = take_market_field(body)
-        remove_server_fields(body)
+        salt = cache_salt(caller, market.credentials, remove_server_fields(body))
+        await beside_loop(request.size, partial(scope_media, body), salt)
         if field.is_binding and caller.account is None:
             raise missing_key("reuse is paid on an account; send Authorization: Bearer kvm_...")
         if field.is_binding and kind is Kind.SALTED:
             raise invalid("this route computes every prompt in full", FIELD)
         if kind is Kind.RESPONSES:
             _restrict_responses(body)
-        adapter = _adapter_of(app, body)
+        adapter = _adapter_of(request.app, body)
         if field.is_binding and adapter is not None:
             raise quotes.no_quote_for(adapter)
         if field.document is not None:
-            await self._documents_of(service, app).place(app, kind, body, field.document)
+            await self._documents_of(service, request.app).place(request, field.document)
         reuse = field.reuse != "never" and kind is not Kind.SALTED
         refuse_unfunded = market.config.unfunded == "refuse"
         if (
@@ -142,7 +152,7 @@ class Gate:
             and adapter is None
             and caller.account is not None
         ):
-            prompts = await prompts_of(app, kind, body)
+            prompts = await prompts_of(request)
             offer = await quotes.offer_of(service, prompts, caller.account)
             reuse = quotes.may_reuse(
                 offer,
@@ -159,7 +169,7 @@ class Gate:
         )
         if params is not None:
             body["kv_transfer_params"] = {**body.get("kv_transfer_params", {}), **params}
-        body["cache_salt"] = cache_salt(caller, market.credentials)
+        body["cache_salt"] = salt
         return reuse
 
     def _documents_of(self, service: Service, app: FastAPI) -> Documents:

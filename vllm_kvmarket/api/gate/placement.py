@@ -12,6 +12,7 @@ import copy
 import threading
 from collections import OrderedDict
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import msgspec
@@ -19,8 +20,9 @@ from fastapi import FastAPI
 from fastapi.routing import APIRoute
 from pydantic import BaseModel
 
-from vllm_kvmarket.api.bodies import beside_loop, size_guess
+from vllm_kvmarket.api.bodies import beside_loop
 from vllm_kvmarket.api.errors import ApiError, invalid
+from vllm_kvmarket.api.gate.request_fields import GatedRequest, check_beside_document
 from vllm_kvmarket.api.gate.route_kinds import Kind
 from vllm_kvmarket.catalogue import Listing
 from vllm_kvmarket.core.errors import NotFoundError
@@ -42,18 +44,6 @@ _MARK = "kvmarketmark"
 _SEPARATOR = "\n\n"
 # Enough to recognise what a chat template writes between two messages.
 _OPENING_CHARACTERS = 8
-# With these fields an answer would contain the prompt, and so the document.
-_REVEALING = ("echo", "return_token_ids", "enable_response_messages", "prompt_logprob")
-# These fields are rendered before the first message.
-_BEFORE = (
-    "system",
-    "instructions",
-    "tools",
-    "functions",
-    "documents",
-    "chat_template",
-    "previous_input_messages",
-)
 
 
 class Documents:
@@ -67,32 +57,29 @@ class Documents:
         self._lock = threading.Lock()
         self._tokens: OrderedDict[str, list[int]] = OrderedDict()
 
-    async def place(self, app: FastAPI, kind: Kind, body: dict[str, Any], document_id: str) -> None:
+    async def place(self, request: GatedRequest, document_id: str) -> None:
         """Put a document in front of the body's prompt; mutates the body.
 
         Raises ApiError: 404 for what is not on offer, 400 for what cannot be placed.
         """
-        _refuse_revealing(body)
-        _refuse_revealing(body.get("sampling_params"))
+        kind, body = request.kind, request.body
+        check_beside_document(kind, body)
         listing, tokens = await asyncio.to_thread(self._find, document_id)
         if kind is Kind.TOKENS:
-            if body.get("features") or body.get("content_parts"):
-                raise invalid("a document goes in front of plain token ids only", "features")
             body["token_ids"] = [*tokens, *_list(body, "token_ids")]
         elif kind is Kind.COMPLETIONS:
             await asyncio.to_thread(self._place_before_prompt, body, tokens)
-        elif kind in (Kind.CHAT, Kind.MESSAGES, Kind.RESPONSES):
+        else:
             if listing.terms.rendered_as != "chat":
                 raise invalid(
                     f"{document_id} was published as text; use /v1/completions",
                     "kvmarket",
                     "document_not_placeable",
                 )
-            (rendered,) = await prompts_of(app, kind, _marked(kind, body))
+            marked = replace(request, body=_marked(kind, body))
+            (rendered,) = await prompts_of(marked)
             ids = await asyncio.to_thread(self._behind, tokens, rendered)
             body["kv_transfer_params"] = {PROMPT_TOKENS: ids}
-        else:
-            raise invalid("a document cannot be put in front of this route's prompt", "kvmarket")
 
     def _find(self, document_id: str) -> tuple[Listing, list[int]]:
         """A document that is on offer, with its tokens. Raises ApiError."""
@@ -124,8 +111,6 @@ class Documents:
         return found.listing, tokens
 
     def _place_before_prompt(self, body: dict[str, Any], tokens: list[int]) -> None:
-        if body.get("prompt_embeds") or body.get("suffix"):
-            raise invalid("a document goes in front of a plain prompt only", "prompt")
         prompt = body.get("prompt")
         if isinstance(prompt, str):
             body["prompt"] = [*tokens, *self._ids(prompt)]
@@ -163,14 +148,6 @@ class Documents:
         return text
 
 
-def _refuse_revealing(fields: Any) -> None:
-    """Raises ApiError if a body, or its sampling parameters, ask to see the prompt."""
-    for field, value in fields.items() if isinstance(fields, dict) else ():
-        # prompt_logprobs=0 shows the prompt, too.
-        if field.startswith(_REVEALING) and value is not None and value is not False:
-            raise invalid(f"{field} is not possible with a document: it would show its text", field)
-
-
 def _list(body: dict[str, Any], field: str) -> list[Any]:
     value = body.get(field)
     if not isinstance(value, list):
@@ -180,13 +157,6 @@ def _list(body: dict[str, Any], field: str) -> list[Any]:
 
 def _marked(kind: Kind, body: dict[str, Any]) -> dict[str, Any]:
     """The body with the mark in front of its first message, which must be the user's; a copy."""
-    for field in _BEFORE:
-        if body.get(field):
-            raise invalid(
-                f"{field} would come before the document, which was published without it; "
-                "leave one of them out",
-                field,
-            )
     field = "input" if kind is Kind.RESPONSES else "messages"
     if kind is Kind.RESPONSES and isinstance(body.get("input"), str):
         return {**body, "input": _MARK + body["input"]}
@@ -209,11 +179,12 @@ def _marked(kind: Kind, body: dict[str, Any]) -> dict[str, Any]:
     return {**body, field: [{**first, "content": marked}, *messages[1:]]}
 
 
-async def prompts_of(app: FastAPI, kind: Kind, body: dict[str, Any]) -> list[Sequence[int]]:
-    """The token ids of every prompt in a body, as vLLM will render them.
+async def prompts_of(request: GatedRequest) -> list[Sequence[int]]:
+    """The token ids of every prompt of a request, as vLLM renders them.
 
     Raises ApiError for what vLLM cannot render.
     """
+    kind, body = request.kind, request.body
     placed = (body.get("kv_transfer_params") or {}).get(PROMPT_TOKENS)
     if placed is not None:
         return [placed]
@@ -226,17 +197,17 @@ async def prompts_of(app: FastAPI, kind: Kind, body: dict[str, Any]) -> list[Seq
         if isinstance(prompt, list) and prompt and isinstance(prompt[0], list):
             return [_token_ids(each, "prompt") for each in prompt]
     method, path = _RENDERERS[kind]
-    model = _request_model(app, path)
+    model = _request_model(request.app, path)
     try:
         # From text: vLLM's validators change what they are given, and copying costs more.
-        request = await beside_loop(
-            size_guess(body),
+        parsed = await beside_loop(
+            request.size,
             lambda each: model.model_validate_json(msgspec.json.encode(each)),
             body,
         )
     except ValueError as error:
         raise invalid(str(error)) from None
-    rendered = await getattr(app.state.serving_render, method)(request)
+    rendered = await getattr(request.app.state.serving_render, method)(parsed)
     each = rendered if isinstance(rendered, list) else [rendered]
     problem = getattr(each[0], "error", None)
     if problem is not None:

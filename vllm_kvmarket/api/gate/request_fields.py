@@ -6,19 +6,62 @@ and `cache_salt`.
 
 from __future__ import annotations
 
+import hashlib
 import secrets
+from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 import msgspec
+from fastapi import FastAPI
 
 from vllm_kvmarket.api.auth import Caller
-from vllm_kvmarket.api.errors import invalid
+from vllm_kvmarket.api.bodies import Scope
+from vllm_kvmarket.api.errors import ApiError, invalid
+from vllm_kvmarket.api.gate.route_kinds import Kind
 from vllm_kvmarket.auth.operator_tokens import Credentials, account_subject
 from vllm_kvmarket.connector import request_params
 from vllm_kvmarket.connector.request_params import FIELD, Reason, RequestParams
 
 # Everything by which a request could speak to a connector.
 _CONNECTOR_FIELDS = ("kv_transfer_params", "ec_transfer_params")
+# They reorder vLLM's queue, choose an engine, or replace the model: for admins only.
+_ADMIN_HEADERS = ("x-vllm-priority", "x-data-parallel-rank")
+_ADMIN_HEADER_PREFIX = "x-amzn-sagemaker-"
+# Fields of a body in which media stand with an id of the client's choice.
+_MEDIA_HOLDERS = ("messages", "input", "content_parts")
+
+# The fields that a request may have together with a document. Others could show the document's
+# text, put something in front of it, or lead around its purchase.
+# fmt: off
+_SAMPLING = frozenset(
+    (
+        "n", "max_tokens", "min_tokens", "temperature", "top_p", "top_k", "min_p", "seed",
+        "stop", "stop_token_ids", "ignore_eos", "presence_penalty", "frequency_penalty",
+        "repetition_penalty", "logit_bias", "logprobs", "bad_words", "skip_special_tokens",
+        "spaces_between_special_tokens", "include_stop_str_in_output", "structured_outputs",
+        "response_format", "detokenize", "thinking_token_budget",
+    )
+)
+# fmt: on
+_COMMON = _SAMPLING | {"model", "stream", "stream_options", "user", "metadata"}
+_BESIDE_DOCUMENT: dict[Kind, frozenset[str]] = {
+    Kind.COMPLETIONS: _COMMON | {"prompt"},
+    Kind.CHAT: _COMMON | {"messages", "max_completion_tokens", "top_logprobs"},
+    Kind.MESSAGES: _COMMON | {"messages", "stop_sequences"},
+    Kind.RESPONSES: _COMMON | {"input", "max_output_tokens", "store", "text", "top_logprobs"},
+    Kind.TOKENS: _COMMON | {"token_ids", "sampling_params", "output_mode"},
+}
+
+
+@dataclass(slots=True)
+class GatedRequest:
+    """A generating request inside the gate: its JSON body, which had `size` bytes, may change."""
+
+    app: FastAPI
+    kind: Kind
+    caller: Caller
+    body: dict[str, Any]
+    size: int
 
 
 class MarketField(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -65,10 +108,11 @@ def take_market_field(body: dict[str, Any]) -> MarketField:
     return field
 
 
-def remove_server_fields(body: dict[str, Any]) -> None:
-    """Remove from a body what only the server may write; mutates it."""
-    for field in (*_CONNECTOR_FIELDS, "cache_salt"):
+def remove_server_fields(body: dict[str, Any]) -> str:
+    """Remove from a body what only the server may write; mutates it. Returns the client's salt."""
+    for field in _CONNECTOR_FIELDS:
         body.pop(field, None)
+    salt = body.pop("cache_salt", None)
     sampling = body.get("sampling_params")
     holders = [body.get("vllm_xargs")]
     if isinstance(sampling, dict):
@@ -77,6 +121,75 @@ def remove_server_fields(body: dict[str, Any]) -> None:
         if isinstance(holder, dict):
             for field in _CONNECTOR_FIELDS:
                 holder.pop(field, None)
+    return salt if isinstance(salt, str) else ""
+
+
+def remove_admin_fields(body: dict[str, Any]) -> None:
+    """Remove from a client's body what only admins may send; mutates it. Raises ApiError."""
+    body.pop("priority", None)
+    # vLLM makes a full prefill for each beam and token, and forgets who pays for them.
+    if body.get("use_beam_search"):
+        raise ApiError(
+            403,
+            "scope_missing",
+            "beam search needs a key with the scope admin",
+            param="use_beam_search",
+        )
+
+
+def without_admin_headers(scope: Scope) -> Scope:
+    """A request without the headers that only admins may send; mutates nothing."""
+    kept = [
+        (name, value)
+        for name, value in scope["headers"]
+        if (text := name.decode("latin-1").lower()) not in _ADMIN_HEADERS
+        and not text.startswith(_ADMIN_HEADER_PREFIX)
+    ]
+    return {**scope, "headers": kept}
+
+
+def check_beside_document(kind: Kind, body: dict[str, Any]) -> None:
+    """Raises ApiError if a body has a field that is not allowed together with a document."""
+    allowed = _BESIDE_DOCUMENT.get(kind)
+    if allowed is None:
+        raise invalid("a document cannot be put in front of this route's prompt", FIELD)
+    sampling = body.get("sampling_params")
+    nested = sampling.items() if isinstance(sampling, dict) else ()
+    fields = [(name, value, allowed) for name, value in body.items()]
+    fields += [(name, value, _SAMPLING) for name, value in nested]
+    for name, value, known in fields:
+        # Not by truth: prompt_logprobs may be 0, and shows the prompt.
+        is_empty = value is None or value is False or value in ("", [], {})
+        if name not in known and not is_empty:
+            raise invalid(f"{name} is not possible together with a document", name)
+
+
+def scope_media(body: dict[str, Any], salt: str) -> None:
+    """Bind the ids of images and other media to a salt; mutates.
+
+    vLLM keeps media in a cache by these ids, which would show one account the media of another.
+    """
+    prefix = hashlib.sha256(salt.encode()).hexdigest()[:32]
+    for field in _MEDIA_HOLDERS:
+        _scope_ids(body.get(field), prefix)
+    features = body.get("features")
+    hashes = features.get("mm_hashes") if isinstance(features, dict) else None
+    for of_kind in hashes.values() if isinstance(hashes, dict) else ():
+        if isinstance(of_kind, list):
+            of_kind[:] = [f"{prefix}:{each}" for each in of_kind]
+
+
+def _scope_ids(value: Any, prefix: str) -> None:
+    if isinstance(value, list):
+        for each in value:
+            if isinstance(each, dict | list):
+                _scope_ids(each, prefix)
+    elif isinstance(value, dict):
+        if isinstance(value.get("uuid"), str):
+            value["uuid"] = f"{prefix}:{value['uuid']}"
+        for each in value.values():
+            if isinstance(each, dict | list):
+                _scope_ids(each, prefix)
 
 
 def sender_of(caller: Caller, credentials: Credentials, body: dict[str, Any]) -> Caller:
@@ -121,10 +234,14 @@ def engine_params(
     return {FIELD: params}
 
 
-def cache_salt(caller: Caller, credentials: Credentials) -> str:
-    """Keeps a caller's unpublished prefixes from all others; it cannot be guessed."""
+def cache_salt(caller: Caller, credentials: Credentials, client_salt: str = "") -> str:
+    """Keeps a caller's unpublished prefixes from all others; it cannot be guessed.
+
+    A client may divide its own prefixes further by its own salt.
+    """
     if caller.is_anonymous:
         # Two anonymous requests may come from two people.
         return secrets.token_hex(32)
     subject = "operator" if caller.account is None else f"account:{caller.account}"
-    return credentials.token(f"salt:{subject}")
+    more = f"\0{client_salt}" if client_salt else ""
+    return credentials.token(f"salt:{subject}{more}")

@@ -1,7 +1,7 @@
 """How the gate treats each route of vLLM's API server.
 
 The application's own router says which route a request goes to, so no spelling of a path leads
-around the gate. A route that changes something and is not listed here is for admins only.
+around the gate. A route that is not listed here is for admins only, whatever its method.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ import enum
 from collections.abc import Iterable, MutableMapping
 from typing import Any
 
-READING = frozenset({"GET", "HEAD", "OPTIONS"})
 # Their routes say themselves which scope they need.
 OURS = ("/v1/kvmarket", "/kvmarket")
 
@@ -50,8 +49,7 @@ _GENERATES = frozenset(
     }
 )
 
-# By path and method, as vLLM 0.32 registers them. A route that is not here is Kind.ADMIN unless it
-# only reads; tests/engine/test_gate_routes.py fails until it is.
+# By path and method, as vLLM 0.32 registers them; tests/engine/test_gate_routes.py finds new ones.
 ROUTES: dict[tuple[str, str], Kind] = {
     ("/v1/completions", "POST"): Kind.COMPLETIONS,
     ("/v1/chat/completions", "POST"): Kind.CHAT,
@@ -83,7 +81,8 @@ ROUTES: dict[tuple[str, str], Kind] = {
     ("/redoc", "GET"): Kind.OPEN,
     ("/load", "GET"): Kind.OPEN,
     ("/version", "GET"): Kind.OPEN,
-    ("/kv_event_sources", "GET"): Kind.OPEN,
+    # It names the hosts of the engines.
+    ("/kv_event_sources", "GET"): Kind.ADMIN,
     ("/health", "GET"): Kind.OPEN,
     ("/metrics", "GET"): Kind.OPEN,
     ("/ping", "GET"): Kind.OPEN,
@@ -106,13 +105,7 @@ def kind_of(routes: Iterable[Any], scope: MutableMapping[str, Any]) -> Kind:
 
 
 def listed(path: str, method: str) -> Kind:
-    """How a route is treated. An unknown one that does more than read is for admins.
-
-    A websocket has no method, so it is for admins.
-    """
+    """How a route is treated. An unknown one, and every websocket, is for admins."""
     if any(path == ours or path.startswith(f"{ours}/") for ours in OURS):
         return Kind.OURS
-    known = ROUTES.get((path, "GET" if method == "HEAD" else method))
-    if known is not None:
-        return known
-    return Kind.OPEN if method in READING else Kind.ADMIN
+    return ROUTES.get((path, "GET" if method == "HEAD" else method), Kind.ADMIN)

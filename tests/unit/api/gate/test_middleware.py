@@ -68,7 +68,7 @@ def test_every_generating_route_is_told_the_account_by_the_server_alone(
     token = market.credentials.token(account_subject("alice"))
     told = {"kvmarket": {"account": "alice", "token": token}}
     assert got.get("kv_transfer_params") == (None if path in SALTED else told)
-    assert got["cache_salt"] == market.credentials.token("salt:account:alice")
+    assert got["cache_salt"] == market.credentials.token("salt:account:alice\0x")
     assert "ec_transfer_params" not in got
     assert got["vllm_xargs"] == {"mine": 1}
     assert got["sampling_params"] == {"extra_args": {}}
@@ -175,6 +175,97 @@ def test_a_document_is_put_in_front_of_tokens(client, alice, market):
         assert client.post(path, json=body, headers=alice).status_code == 400
     for wrong in (None, [], [None], [1, "a"], {"a": 1}):
         assert ask(client, alice, wrong, document=name).status_code == 400
+
+
+@pytest.mark.parametrize(
+    ("path", "field"),
+    [
+        ("/v1/completions", {"echo": True}),
+        ("/v1/completions", {"suffix": "b"}),
+        ("/v1/completions", {"prompt_logprobs": 0}),
+        ("/v1/completions", {"truncate_prompt_tokens": 100}),
+        ("/v1/completions", {"truncation_side": "left"}),
+        ("/v1/completions", {"a_field_of_a_later_vllm": 1}),
+        ("/inference/v1/generate", {"features": {"mm_hashes": {}}}),
+        ("/inference/v1/generate", {"sampling_params": {"skip_reading_prefix_cache": True}}),
+        ("/inference/v1/generate", {"sampling_params": {"prompt_logprobs": 0}}),
+    ],
+)
+def test_only_known_fields_go_with_a_document(client, alice, market, path, field):
+    """Others may show the document's text, or lead around paying for it."""
+    name = store_and_list(market, tokens(300)).document_id
+    body = {"prompt": [1]} if path == "/v1/completions" else {"token_ids": [1]}
+    body |= {"kvmarket": {"document": name}, "max_tokens": 5, "stream": False, "user": None}
+    if path != "/v1/completions":
+        body |= {"sampling_params": {"max_tokens": 5, "n": 2}}
+    reached(client.post(path, json=body, headers=alice))
+    told = client.post(path, json=body | field, headers=alice)
+    (name_of_field,) = field.get("sampling_params", field)
+    assert (told.status_code, told.json()["error"]["param"]) == (400, name_of_field)
+
+
+@pytest.mark.parametrize("path", GENERATING)
+def test_clients_neither_reorder_the_queue_nor_choose_an_engine(client, alice, keys, path):
+    """Priority, rank and SageMaker's headers are an admin's; a client's are dropped."""
+    headers = {
+        "X-Vllm-Priority": "-9",
+        "X-data-parallel-rank": "0",
+        "X-Amzn-SageMaker-Adapter-Identifier": "other",
+    }
+    body = {"prompt": "a", "priority": -9}
+    for key in (alice, {}):
+        got = client.post(path, json=body, headers=headers | key).json()
+        assert "priority" not in got["body"]
+        assert not {name.lower() for name in headers} & set(dict(got["headers"]))
+    admin = {"x-api-key": keys.create("root", ["admin"])[0]}
+    got = client.post(path, json=body, headers=headers | admin).json()
+    assert got["body"]["priority"] == -9
+    assert {name.lower() for name in headers} <= set(dict(got["headers"]))
+
+
+def test_beam_search_is_for_admins(app, client, alice, keys):
+    """Each beam and token is a full prefill that nobody pays for."""
+    body = {"prompt": "a", "use_beam_search": True, "n": 4}
+    assert client.post("/v1/completions", json=body).status_code == 403
+    assert client.post("/v1/completions", json=body, headers=alice).status_code == 403
+    assert app.state.reached == []
+    admin = {"x-api-key": keys.create("root", ["admin"])[0]}
+    assert client.post("/v1/completions", json=body, headers=admin).status_code == 200
+
+
+def test_a_clients_own_salt_divides_its_accounts_prefixes(client, alice, keys):
+    """A reseller's users share nothing; and no salt leads to another account's prefixes."""
+    bob = {"x-api-key": keys.create("bob")[0]}
+    salts = {
+        (who, salt): reached(
+            client.post("/v1/completions", json={"cache_salt": salt}, headers=headers)
+        )["cache_salt"]
+        for who, headers in (("alice", alice), ("bob", bob))
+        for salt in ("", "user 1", "user 2")
+    }
+    assert len(set(salts.values())) == 6
+    again = client.post("/v1/completions", json={"cache_salt": "user 1"}, headers=alice)
+    assert reached(again)["cache_salt"] == salts["alice", "user 1"]
+
+
+def test_ids_of_media_belong_to_the_account(client, alice, keys):
+    """vLLM's cache of images is found by them: another account's id names another image."""
+    bob = {"x-api-key": keys.create("bob")[0]}
+
+    def ids(headers):
+        part = {"type": "image_url", "image_url": None, "uuid": "cat"}
+        body = {"messages": [{"role": "user", "content": [part]}]}
+        got = reached(client.post("/v1/chat/completions", json=body, headers=headers))
+        sent = {"token_ids": [1], "features": {"mm_hashes": {"image": ["cat"]}}}
+        made = reached(client.post("/inference/v1/generate", json=sent, headers=headers))
+        return {
+            got["messages"][0]["content"][0]["uuid"],
+            *made["features"]["mm_hashes"]["image"],
+        }
+
+    assert len(ids(alice)) == 1 and "cat" not in ids(alice)
+    assert ids(alice) == ids(alice) and not ids(alice) & ids(bob)
+    assert not ids({}) & ids({})
 
 
 def test_a_document_that_is_not_on_offer_is_not_placed(client, alice, market):

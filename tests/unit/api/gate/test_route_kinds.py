@@ -35,9 +35,10 @@ def test_every_generating_route_is_known_by_its_own_path(app):
 
 
 def test_a_route_that_is_not_known_is_closed(app):
-    """But for reading."""
+    """Whatever its method: what it shows is not known either."""
     assert kind(app, "POST", "/v9/dream") is Kind.ADMIN
-    assert kind(app, "GET", "/v9/dream") is Kind.OPEN
+    assert kind(app, "GET", "/v9/dream") is Kind.ADMIN
+    assert listed("/server_info", "GET") is Kind.ADMIN
     assert listed("/v1/realtime", "") is Kind.ADMIN
 
 

@@ -8,6 +8,7 @@ from html.parser import HTMLParser
 
 from fastapi.testclient import TestClient
 
+from tests.support.purchases import reserve
 from vllm_kvmarket.market.purchase import Usage
 
 BASE = "/kvmarket"
@@ -64,8 +65,8 @@ def sell(server, text, who="bea", key="k1"):
     market.catalogue.refresh()
     match = market.match(server.engine.namespace, server.engine.prompt(text, None))
     market.deposit(who, 10**9, f"deposit {key}")
-    purchase = market.reserve(
-        key=key, request_id=f"request {key}", account=who, match=match, model="words"
+    purchase = reserve(
+        market, key=key, request_id=f"request {key}", account=who, match=match, model="words"
     )
     purchase._reservation.result()
     assert purchase.state().value == "reserved"

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from tests.support.catalogue_documents import NAMESPACE, store_and_list, tokens
+from tests.support.purchases import reserve
 from vllm_kvmarket.core.pricing import NANO
 from vllm_kvmarket.ledger import Receipt
 from vllm_kvmarket.market.market import Market
@@ -26,8 +27,8 @@ def open_shop(home: Path) -> Market:
 def sell(market: Market, key: str, token_count: int = 600, account: str = "alice") -> Receipt:
     """Let an account reuse the document once; the receipt, durable."""
     match = market.match(NAMESPACE, DOCUMENT)
-    purchase = market.reserve(
-        key=key, request_id=f"request {key}", account=account, match=match, model="tiny"
+    purchase = reserve(
+        market, key=key, request_id=f"request {key}", account=account, match=match, model="tiny"
     )
     purchase._reservation.result()
     assert purchase.state().value == "reserved"

@@ -13,7 +13,7 @@ from vllm.v1.request import RequestStatus
 
 from tests.support.catalogue_documents import NAMESPACE, store_and_list, tokens
 from vllm_kvmarket.connector import scheduler
-from vllm_kvmarket.connector.publish_requests import EngineFacts
+from vllm_kvmarket.connector.request_state import EngineFacts
 from vllm_kvmarket.core.config import load
 from vllm_kvmarket.core.pricing import NANO
 from vllm_kvmarket.market.market import Market

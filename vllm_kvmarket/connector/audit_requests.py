@@ -1,77 +1,89 @@
-"""The scheduler half's audits: which stored chunks are compared, and what is recorded."""
+"""Requests that audit a document: stored chunks are compared with what this engine computes."""
 
 from __future__ import annotations
 
-import dataclasses
 import time
 from typing import TYPE_CHECKING
 
-from vllm_kvmarket.catalogue import Audit
-from vllm_kvmarket.connector.messages import AuditPlan
-from vllm_kvmarket.connector.publish_requests import chunk_pages
+from vllm_kvmarket.catalogue import Audit, Match
+from vllm_kvmarket.connector.messages import AuditPlan, AuditReport
+from vllm_kvmarket.connector.publish_requests import chunk_pages, log_failure
 from vllm_kvmarket.connector.request_params import AuditParams
-from vllm_kvmarket.connector.request_state import Auditing, Decision, RequestState
+from vllm_kvmarket.connector.request_state import ANSWERED, Ended, Engine, Lookup, Reuse
+from vllm_kvmarket.connector.reuse_requests import PreloadRequest
 from vllm_kvmarket.core.document_chunks import DocumentChunks
 
 if TYPE_CHECKING:
     from vllm.v1.request import Request
 
 
-def start_auditing(
-    state: RequestState,
-    request: Request,
-    *,
-    wish: AuditParams,
-    namespace: bytes | None,
-    block_tokens: int,
-    chunk_tokens: int,
-) -> None:
-    """Note what is to be compared in `state`, or decline; mutates both.
-
-    Nothing of an audited prompt is reused, or stored bytes would be compared with themselves.
+class AuditRequest:
+    """One audit. Nothing of its prompt is reused, or stored bytes would be compared with
+    themselves.
     """
-    if namespace is None or request.prompt_token_ids is None or request.mm_features:
-        state.declined = "only prompts of tokens, on a model whose weights are known, are audited"
-        return
-    document = DocumentChunks.of(namespace, request.prompt_token_ids, chunk_tokens)
-    count = len(document.keys)
-    if not wish.chunks or max(wish.chunks) >= count:
-        state.declined = f"the prompt has {count} chunks; name one to {count} of them"
-        return
-    everything = range(count * (chunk_tokens // block_tokens))
-    chunks = chunk_pages(document, everything, block_tokens)
-    state.auditing = Auditing(
-        document_id=wish.document_id,
-        namespace=namespace,
-        chunks=tuple(chunks[index] for index in wish.chunks),
-    )
-    state.decision = Decision.RECOMPUTE
-    request.skip_reading_prefix_cache = True
 
+    def __init__(
+        self,
+        engine: Engine,
+        request: Request,
+        wanted: AuditParams,
+        namespace: bytes,
+        match: Match | None,
+    ) -> None:
+        self._engine = engine
+        self._request = request
+        self._wanted = wanted
+        self.reuse = Reuse(request, match)
+        self._document = DocumentChunks.of(
+            namespace, request.prompt_token_ids, engine.market.config.chunk_tokens
+        )
+        self.report = AuditReport()
 
-def audit_plan(state: RequestState, block_ids: list[int]) -> AuditPlan:
-    """The chosen chunks with the request's blocks, now that it has been computed."""
-    auditing = state.auditing
-    assert auditing is not None
-    return AuditPlan(
-        request_id=state.request_id,
-        namespace=auditing.namespace,
-        chunks=tuple(
-            dataclasses.replace(chunk, block_ids=tuple(block_ids[i] for i in chunk.block_ids))
-            for chunk in auditing.chunks
-        ),
-    )
+    @classmethod
+    def arrived(
+        cls,
+        engine: Engine,
+        request: Request,
+        wanted: AuditParams,
+        namespace: bytes | None,
+        match: Match | None,
+    ) -> AuditRequest | PreloadRequest:
+        """Keep the request from reading vLLM's prefix cache, or decline; mutates vLLM's request."""
+        if namespace is None or request.prompt_token_ids is None or request.mm_features:
+            reason = "only prompts of tokens, on a model whose weights are known, are audited"
+            return PreloadRequest(engine, request, match, declined=reason)
+        self = cls(engine, request, wanted, namespace, match)
+        count = len(self._document.keys)
+        if not wanted.chunks or max(wanted.chunks) >= count:
+            reason = f"the prompt has {count} chunks; name one to {count} of them"
+            return PreloadRequest(engine, request, match, declined=reason)
+        engine.prefix_cache.turn_off(request)
+        return self
 
+    def ready(self) -> Lookup:
+        """Everything is computed."""
+        return Lookup.MISS
 
-def audit_record(auditing: Auditing, engine: str) -> Audit:
-    """What the catalogue keeps of an audit that has ended on every rank."""
-    report = auditing.report
-    return Audit(
-        document_id=auditing.document_id,
-        at_s=time.time(),
-        engine=engine,
-        chunks=len(report.chunks) - report.unread,
-        result=report.result,
-        worst_difference=report.worst_difference,
-        detail="; ".join(report.details),
-    )
+    def finished(self, block_ids: list[int]) -> Ended:
+        """Have the chosen chunks compared with the request's blocks."""
+        answer = self.reuse.answer()
+        if self._request.status not in ANSWERED:
+            return Ended(answer)
+        chunks = chunk_pages(self._document, block_ids, self._engine.facts.block_tokens)
+        chosen = tuple(chunks[index] for index in self._wanted.chunks)
+        namespace = self._document.namespace
+        return Ended(answer, AuditPlan(self._request.request_id, namespace, chosen))
+
+    def transferred(self) -> None:
+        """Every rank has compared its part: record the result with the listing."""
+        report = self.report
+        record = Audit(
+            document_id=self._wanted.document_id,
+            at_s=time.time(),
+            engine=self._engine.facts.id,
+            chunks=len(report.chunks) - report.unread,
+            result=report.result,
+            worst_difference=report.worst_difference,
+            detail="; ".join(report.details),
+        )
+        self._engine.market.record_audit(record).add_done_callback(log_failure)

@@ -1,4 +1,4 @@
-"""The connector that vLLM's engine loads: hands each call to the half that it concerns."""
+"""The connector that vLLM's engine loads: it hands each call to one of its two halves."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from vllm.v1.metrics.cache_hit_source import CacheHitSource
 
 from vllm_kvmarket.connector.messages import Instructions
 from vllm_kvmarket.connector.metrics import MarketPromMetrics, MarketStats
-from vllm_kvmarket.connector.publish_requests import EngineFacts
+from vllm_kvmarket.connector.request_state import EngineFacts
 from vllm_kvmarket.connector.scheduler import SchedulerHalf
 from vllm_kvmarket.connector.supported_models import check_layers
 from vllm_kvmarket.connector.worker import WorkerHalf
@@ -83,8 +83,8 @@ class KVMarketConnector(KVConnectorBase_V1):
         self, vllm_config: VllmConfig, role: KVConnectorRole, kv_cache_config: KVCacheConfig
     ) -> None:
         super().__init__(vllm_config, role, kv_cache_config)
-        # Both processes' main threads spin while they wait for each other, and let go of the
-        # interpreter too shortly for a thread that wakes up; Python makes them only after this.
+        # Both processes' main threads spin while they wait for each other. They release the
+        # interpreter so briefly that a waking thread misses it; after this time Python forces them.
         sys.setswitchinterval(min(sys.getswitchinterval(), SWITCH_INTERVAL_S))
         config = load(self._kv_transfer_config.kv_connector_extra_config)
         check_layers(kv_cache_config)
@@ -119,53 +119,51 @@ class KVMarketConnector(KVConnectorBase_V1):
     # The scheduler's calls
 
     def bind_gpu_block_pool(self, gpu_block_pool: BlockPool) -> None:
-        """See PinnedBlocks.bind."""
+        """Take the engine's block pool, in which documents are pinned."""
         self.scheduler.pins.bind(gpu_block_pool)
 
     def on_new_request(self, request: Request) -> None:
-        """See SchedulerHalf.on_new_request."""
-        self.scheduler.on_new_request(request)
+        """Match a new request and start what it asks for."""
+        self.scheduler.arrived(request)
 
     def get_num_new_matched_tokens(
         self, request: Request, num_computed_tokens: int
     ) -> tuple[int | None, bool]:
-        """See SchedulerHalf.num_external_tokens."""
-        return self.scheduler.num_external_tokens(request, num_computed_tokens)
+        """Tokens to load behind the computed ones; None: ask again. Loads are asynchronous."""
+        return self.scheduler.ready(request, num_computed_tokens)
 
     def update_state_after_alloc(
         self, request: Request, blocks: KVCacheBlocks, num_external_tokens: int
     ) -> None:
-        """See SchedulerHalf.allocated."""
+        """Plan the load into the blocks that the request was given."""
         self.scheduler.allocated(request, blocks, num_external_tokens)
 
     def build_connector_meta(self, scheduler_output: SchedulerOutput) -> KVConnectorMetadata:
-        """See SchedulerHalf.take_instructions."""
+        """This step's plans for the worker half."""
         return self.scheduler.take_instructions()
 
     def update_connector_output(self, connector_output: KVConnectorOutput) -> None:
-        """See SchedulerHalf.worker_reported."""
+        """Take in what the workers have done."""
         self.scheduler.worker_reported(connector_output)
 
     def request_finished(
         self, request: Request, block_ids: list[int]
     ) -> tuple[bool, dict[str, Any] | None]:
-        """See SchedulerHalf.finished."""
+        """End a request; returns whether its blocks are still needed, and its answer's object."""
         return self.scheduler.finished(request, block_ids)
 
     def has_pending_push_work(self) -> bool:
-        """Whether an engine that has nothing to do shall make a step: it takes the scheduler half's
-        figures along. vLLM asks only then, whenever something wakes the engine.
-        """
+        """Whether an idle engine shall make a step, which delivers the scheduler half's metrics."""
         return self._scheduler is not None and self._scheduler.metrics.has_news
 
     # The workers' calls
 
     def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
-        """See WorkerHalf.register."""
+        """Take vLLM's KV memory."""
         self.worker.register(kv_caches)
 
     def start_load_kv(self, forward_context: ForwardContext, **kwargs: Any) -> None:
-        """Start this step's loads and saves; see WorkerHalf.start."""
+        """Start this step's loads and saves."""
         instructions = self._get_connector_metadata()
         assert isinstance(instructions, Instructions)
         self._idle = forward_context.attn_metadata is None
@@ -187,15 +185,15 @@ class KVMarketConnector(KVConnectorBase_V1):
         """Nothing: the scheduler keeps the blocks until they are stored."""
 
     def get_transfer_results(self, finished_req_ids: set[str]) -> KVConnectorTransferResults:
-        """See WorkerHalf.collect."""
+        """Which requests' loads and saves have ended."""
         return self.worker.collect(self._idle)
 
     def get_block_ids_with_load_errors(self) -> set[int]:
-        """See WorkerHalf.bad_blocks."""
+        """Blocks that could not be loaded; vLLM computes them."""
         return self.worker.bad_blocks()
 
     def build_connector_worker_meta(self) -> KVConnectorWorkerMetadata | None:
-        """See WorkerHalf.report."""
+        """How the loads and saves that have ended went, for the scheduler half."""
         return self.worker.report()
 
     def get_kv_connector_stats(self) -> KVConnectorStats | None:
@@ -219,7 +217,7 @@ class KVMarketConnector(KVConnectorBase_V1):
         labelnames: list[str],
         per_engine_labelvalues: dict[int, list[object]],
     ) -> KVConnectorPromMetrics | None:
-        """See MarketPromMetrics."""
+        """The metrics that the API server exports."""
         return MarketPromMetrics(vllm_config, metric_types, labelnames, per_engine_labelvalues)
 
     # Both

@@ -1,21 +1,32 @@
-"""The scheduler half's publishing: what may be listed, and which chunks are to be stored."""
+"""Requests that publish a document: their prompt is computed once, stored and listed."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from concurrent.futures import Future
 from functools import partial
 from typing import TYPE_CHECKING
 
-from vllm_kvmarket.catalogue import Listing
-from vllm_kvmarket.connector.messages import ChunkSave, SavePlan
+from vllm.logger import init_logger
+
+from vllm_kvmarket.catalogue import Listing, Match
+from vllm_kvmarket.connector.messages import ChunkSave, SavePlan, SaveReport
+from vllm_kvmarket.connector.purchases import ledger_key
 from vllm_kvmarket.connector.request_params import PublishParams
-from vllm_kvmarket.connector.request_state import Decision, Publishing, RequestState, ledger_key
+from vllm_kvmarket.connector.request_state import (
+    ANSWERED,
+    Ended,
+    Engine,
+    EngineFacts,
+    Lookup,
+    Reuse,
+)
+from vllm_kvmarket.connector.reuse_requests import PreloadRequest
 from vllm_kvmarket.core.document_chunks import DocumentChunks
 from vllm_kvmarket.core.model_identity import TOKEN_BYTES
 from vllm_kvmarket.market.eviction import make_room
-from vllm_kvmarket.market.market import Market
+from vllm_kvmarket.market.purchase import Purchase, PurchaseState, StorageItem
 
 if TYPE_CHECKING:
     from vllm.v1.request import Request
@@ -23,21 +34,117 @@ if TYPE_CHECKING:
 # Headers and the padding of layers come in these.
 _ALIGNMENT = 4096
 
-
-@dataclass(frozen=True, slots=True)
-class EngineFacts:
-    """What publishing needs to know of the engine; `block_bytes` is a block on all ranks."""
-
-    id: str
-    block_tokens: int
-    block_bytes: int
-    layers: int
+logger = init_logger("vllm.kvmarket.publishing")
 
 
-def _file_bytes(tokens: int, chunks: int, engine: EngineFacts) -> int:
-    """At most so many bytes go into the store for so many new tokens, headers included."""
-    overhead = chunks * (engine.layers + 2) * _ALIGNMENT
-    return -(-tokens // engine.block_tokens) * engine.block_bytes + overhead
+class PublishRequest:
+    """One document on its way to a listing.
+
+    Published chunks of it are loaded, not computed. When the request has finished, the worker
+    stores what is missing, and the listing is committed.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        request: Request,
+        wanted: PublishParams,
+        namespace: bytes,
+        match: Match | None,
+    ) -> None:
+        self._engine = engine
+        self._request = request
+        self.reuse = Reuse(request, match)
+        market = engine.market
+        self._document = document = DocumentChunks.of(
+            namespace, request.prompt_token_ids, market.config.chunk_tokens
+        )
+        new_tokens = document.token_count - self.reuse.limit
+        price_nano = market.config.tariff.write_nano(new_tokens)
+        listing = Listing.of(
+            document, wanted.terms, created_at_s=time.time(), paid_for=price_nano > 0
+        )
+        space = _file_bytes(new_tokens, len(document.keys), engine.facts)
+        self._begun = market.begin_listing(
+            listing, document, partial(make_room, market, space, {listing.document_id})
+        )
+        self.charge: Purchase | None = None
+        if wanted.charge and price_nano:
+            key = ledger_key(engine.facts.id, request.request_id, request.arrival_time)
+            self.charge = market.reserve(
+                StorageItem(wanted.terms.publisher, listing.document_id, price_nano),
+                key=f"publish:{key}",
+                account=wanted.terms.publisher,
+            )
+        self._declined: str | None = None
+        self.report = SaveReport()
+
+    @classmethod
+    def arrived(
+        cls,
+        engine: Engine,
+        request: Request,
+        wanted: PublishParams,
+        namespace: bytes | None,
+        match: Match | None,
+    ) -> PublishRequest | PreloadRequest:
+        """Start to note the document in the catalogue and to reserve what storing it costs."""
+        if reason := refusal(request, namespace, engine.facts.block_tokens):
+            return PreloadRequest(engine, request, match, declined=reason)
+        assert namespace is not None
+        return cls(engine, request, wanted, namespace, match)
+
+    def ready(self) -> Lookup:
+        """Wait for the catalogue and the ledger: nothing is computed for a document that could not
+        be listed afterwards. Mutates.
+        """
+        if self._declined is None:
+            self._declined = self._problem()
+        return Lookup.PENDING if self._declined is None else self.reuse.lookup()
+
+    def _problem(self) -> str | None:
+        """Why the document cannot be listed, empty when it can; None: not known yet."""
+        state = self.charge.state() if self.charge else None
+        if not self._begun.done() or state is PurchaseState.RESERVING:
+            return None
+        if (error := self._begun.exception()) is not None:
+            return str(error)
+        return self.charge.refusal if self.charge else ""
+
+    def finished(self, block_ids: list[int]) -> Ended:
+        """Have every chunk of the document stored from the request's blocks; mutates.
+
+        Also chunks that the catalogue calls stored: they may have gone since, or be damaged. The
+        worker skips what is there.
+        """
+        answer = self.reuse.answer(self._declined or "")
+        answer["document_id"] = self._document.document_id
+        if self._request.status not in ANSWERED or self._declined:
+            self._end(self._declined or "the publishing request was aborted")
+            return Ended(answer)
+        document = self._document
+        chunks = chunk_pages(document, block_ids, self._engine.facts.block_tokens)
+        return Ended(answer, SavePlan(self._request.request_id, document.namespace, chunks))
+
+    def transferred(self) -> None:
+        """Every rank has stored its part, or has reported why not: list the document. Mutates."""
+        self._end(self.report.failure)
+
+    def _end(self, failure: str) -> None:
+        """List the document, or note why not; and charge for storing it, or do not."""
+        market, document = self._engine.market, self._document
+        stored_bytes = self.report.stored_bytes
+        if failure:
+            done = market.fail_listing(document.document_id, failure)
+        else:
+            done = market.commit_listing(document.document_id, stored_bytes, document.keys)
+        if self.charge is not None:
+            if failure or not stored_bytes:
+                self.charge.void()
+            else:
+                self.charge.settle()
+                self._engine.metrics.bought(self.charge)
+        done.add_done_callback(log_failure)
 
 
 def refusal(request: Request, namespace: bytes | None, block_tokens: int) -> str:
@@ -58,73 +165,16 @@ def refusal(request: Request, namespace: bytes | None, block_tokens: int) -> str
     return ""
 
 
-def start_publishing(
-    market: Market,
-    state: RequestState,
-    request: Request,
-    *,
-    wish: PublishParams,
-    namespace: bytes | None,
-    engine: EngineFacts,
-) -> None:
-    """Note the document in the catalogue and the work in `state`, or decline; mutates `state`."""
-    state.declined = refusal(request, namespace, engine.block_tokens)
-    if state.declined:
-        return
-    assert namespace is not None and request.prompt_token_ids is not None
-    document = DocumentChunks.of(namespace, request.prompt_token_ids, market.config.chunk_tokens)
-    new_tokens = request.num_prompt_tokens - state.limit
-    listing = Listing.of(
-        document,
-        wish.terms,
-        created_at_s=time.time(),
-        paid_for=market.config.tariff.write_nano(new_tokens) > 0,
-    )
-    state.publishing = Publishing(
-        document=document,
-        begun=market.begin_listing(
-            listing,
-            document,
-            partial(
-                make_room,
-                market,
-                _file_bytes(new_tokens, len(document.keys), engine),
-                {listing.document_id},
-            ),
-        ),
-        charge=market.reserve_write(
-            key=f"publish:{ledger_key(engine.id, request.request_id, request.arrival_time)}",
-            publisher=wish.terms.publisher,
-            document_id=listing.document_id,
-            tokens=new_tokens,
-        )
-        if wish.charge
-        else None,
-    )
-    state.decision = Decision.PENDING
+def log_failure(done: Future[None]) -> None:
+    """A callback for writes to the catalogue that nobody waits for."""
+    if (error := done.exception()) is not None:
+        logger.error("kvmarket: the catalogue could not be written: %s", error)
 
 
-def begun(publishing: Publishing) -> str | None:
-    """None while the catalogue and the ledger are still at it; then why it cannot go on, or ""."""
-    if not publishing.begun.done() or (publishing.charge and not publishing.charge.done()):
-        return None
-    if (error := publishing.begun.exception()) is not None:
-        return str(error)
-    return publishing.charge.refusal() if publishing.charge else ""
-
-
-def save_plan(state: RequestState, block_ids: list[int], block_tokens: int) -> SavePlan:
-    """Every chunk of the document, from the request's blocks; the worker skips what is stored.
-
-    Also what the catalogue says is stored: it may have gone since it was matched, or be damaged.
-    """
-    publishing = state.publishing
-    assert publishing is not None
-    return SavePlan(
-        request_id=state.request_id,
-        namespace=publishing.document.namespace,
-        chunks=chunk_pages(publishing.document, block_ids, block_tokens),
-    )
+def _file_bytes(tokens: int, chunks: int, engine: EngineFacts) -> int:
+    """The most bytes that so many new tokens take in the store, headers included."""
+    overhead = chunks * (engine.layers + 2) * _ALIGNMENT
+    return -(-tokens // engine.block_tokens) * engine.block_bytes + overhead
 
 
 def chunk_pages(

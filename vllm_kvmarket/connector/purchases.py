@@ -6,6 +6,7 @@ under the same request id once more.
 
 from __future__ import annotations
 
+import re
 import time
 from collections import OrderedDict
 from collections.abc import Callable
@@ -15,22 +16,49 @@ from typing import TYPE_CHECKING
 from blake3 import blake3
 
 from vllm_kvmarket.catalogue import Match, Use
-from vllm_kvmarket.connector.request_state import client_request_id, ledger_key, purchase_group
 from vllm_kvmarket.connector.scheduler_metrics import SchedulerMetrics
 from vllm_kvmarket.core.model_identity import pack_tokens
 from vllm_kvmarket.market.market import Market
-from vllm_kvmarket.market.purchase import Purchase, PurchaseState, Usage
+from vllm_kvmarket.market.purchase import Purchase, PurchaseState, ReuseItem, Usage
 
 if TYPE_CHECKING:
     from vllm.v1.request import Request
 
 MAX_REMEMBERED = 4096
 
+_CHILD = re.compile(r"\d+_(.+)")
+_RANDOM_SUFFIX = re.compile(r"-[0-9a-f]{8}$")
+
 # Samples of one request have the same id behind their number and arrived in the same instant; a
 # client may choose the id, even `1_foo`, but not the instant.
 _Samples = tuple[str, float]
 # Account, the client's request id, digest of the prompt, and what of it is on offer.
 _Retry = tuple[str, str, bytes, str, int]
+
+
+def purchase_group(request_id: str) -> str:
+    """What the samples `0_ID`, `1_ID`, ... of a request with n > 1 have in common: ID.
+
+    A client may choose an id that looks the same; see Purchases.
+    """
+    child = _CHILD.fullmatch(request_id)
+    return child.group(1) if child else request_id
+
+
+def client_request_id(request_id: str, *, is_sample: bool = False) -> str:
+    """The id that the client knows: vLLM appends eight random digits to it, and puts a number in
+    front of each of several samples.
+    """
+    return _RANDOM_SUFFIX.sub("", purchase_group(request_id) if is_sample else request_id)
+
+
+def ledger_key(engine_id: str, request_id: str, arrival_time: float) -> str:
+    """A key of fixed length for one request's transfers.
+
+    It contains no id that a client chose, and a second request of the same id has another key.
+    """
+    digest = blake3(f"{arrival_time!r} {request_id}".encode()).hexdigest(16)
+    return f"{engine_id}:{digest}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,10 +70,11 @@ class Charge:
 
 
 @dataclass(slots=True)
-class _Shared:
-    """A purchase and the requests under way on it."""
+class _Group:
+    """The requests that share a purchase."""
 
     purchase: Purchase
+    item: ReuseItem
     retry: _Retry
     opened_s: float
     first: _Samples
@@ -70,7 +99,7 @@ class _Shared:
             return Charge(purchase.receipt.id, purchase.receipt.charge_nano)
         if self.is_payable():
             assert self.usage is not None
-            return Charge(purchase.receipt_id, purchase.terms.charge_nano(self.usage.reused))
+            return Charge(purchase.receipt_id, self.item.terms.charge_nano(self.usage.reused))
         return None
 
     def is_payable(self) -> bool:
@@ -102,67 +131,65 @@ class Purchases:
         self._engine_id = engine_id
         self._model = model
         self._clock = clock
-        self._by_request: dict[str, _Shared] = {}
-        self._by_samples: dict[_Samples, _Shared] = {}
-        self._recent: OrderedDict[_Retry, _Shared] = OrderedDict()
+        self._by_request: dict[str, _Group] = {}
+        self._by_samples: dict[_Samples, _Group] = {}
+        self._recent: OrderedDict[_Retry, _Group] = OrderedDict()
 
-    def join(self, request: Request, account: str, match: Match) -> Purchase:
-        """The purchase that this request's reuse of `match` is part of; starts to reserve it when
-        it is new. What the request may reuse is the purchase's match: the catalogue may have
-        changed between two samples. Every join is followed by a leave. Mutates.
+    def join(self, request: Request, account: str, match: Match) -> tuple[Purchase, Match]:
+        """The purchase that this request's reuse of `match` is part of, and the match that the
+        request may reuse: the catalogue may have changed between two samples.
+
+        Starts to reserve a new purchase. Every join is followed by a leave. Mutates.
         """
         samples = (purchase_group(request.request_id), request.arrival_time)
-        shared = self._by_samples.get(samples)
-        if shared is not None and shared.purchase.account == account and _stands(shared):
-            if samples == shared.first:
-                shared.purchase.request_id = client_request_id(request.request_id, is_sample=True)
+        group = self._by_samples.get(samples)
+        if group is not None and group.purchase.account == account and _stands(group):
+            if samples == group.first:
+                group.item.request_id = client_request_id(request.request_id, is_sample=True)
         else:
-            shared = self._retried_or_new(request, samples, account, match)
-            shared.samples.append(samples)
-            self._by_samples[samples] = shared
-        shared.members.add(request.request_id)
-        self._by_request[request.request_id] = shared
-        return shared.purchase
+            group = self._retried_or_new(request, samples, account, match)
+            group.samples.append(samples)
+            self._by_samples[samples] = group
+        group.members.add(request.request_id)
+        self._by_request[request.request_id] = group
+        return group.purchase, group.item.match
 
     def _retried_or_new(
         self, request: Request, samples: _Samples, account: str, match: Match
-    ) -> _Shared:
+    ) -> _Group:
         self._forget_old()
         name = client_request_id(request.request_id)
         assert request.prompt_token_ids is not None
         prompt = blake3(pack_tokens(request.prompt_token_ids)).digest()
         retry = (account, name, prompt, match.listing.document_id, match.token_count)
-        shared = self._recent.get(retry)
-        if shared is not None and _stands(shared):
-            if shared.purchase.state() is not PurchaseState.REFUSED:
-                return shared
-            self._forget(shared)  # there may be funds now
+        group = self._recent.get(retry)
+        if group is not None and _stands(group):
+            if group.purchase.state() is not PurchaseState.REFUSED:
+                return group
+            self._forget(group)  # there may be funds now
+        item = ReuseItem(match, self._market.terms_of(match), self._model, name)
         purchase = self._market.reserve(
-            key=ledger_key(self._engine_id, *samples),
-            request_id=name,
-            account=account,
-            match=match,
-            model=self._model,
+            item, key=ledger_key(self._engine_id, *samples), account=account
         )
-        shared = _Shared(purchase, retry, self._clock(), samples)
-        self._recent[retry] = shared
-        return shared
+        group = _Group(purchase, item, retry, self._clock(), samples)
+        self._recent[retry] = group
+        return group
 
     def leave(self, request_id: str, usage: Usage | None) -> Charge | None:
         """Note that a request has ended, with what its answer used, or None where no answer came;
         the last one closes the purchase. Returns what is charged so far. Mutates.
         """
-        shared = self._by_request.pop(request_id)
-        shared.members.discard(request_id)
+        group = self._by_request.pop(request_id)
+        group.members.discard(request_id)
         if usage is not None:
-            shared.count(usage)
-        if not shared.members:
-            self._close(shared)
-        return shared.charge()
+            group.count(usage)
+        if not group.members:
+            self._close(group)
+        return group.charge()
 
     def held(self) -> list[str]:
         """The reservations of requests under way, which must not expire."""
-        under_way = {id(shared): shared.purchase for shared in self._by_request.values()}
+        under_way = {id(group): group.purchase for group in self._by_request.values()}
         return [
             purchase.reservation_id
             for purchase in under_way.values()
@@ -174,37 +201,35 @@ class Purchases:
         for request_id in list(self._by_request):
             self.leave(request_id, None)
 
-    def _close(self, shared: _Shared) -> None:
-        purchase = shared.purchase
+    def _close(self, group: _Group) -> None:
+        purchase = group.purchase
         if purchase.receipt is not None:
             return
-        if shared.is_payable():
-            assert shared.usage is not None
-            receipt = purchase.settle(shared.usage)
-            assert purchase.settled is not None
-            self._metrics.sold(receipt, purchase.settled)
-            self._market.note_use(
-                Use(receipt.document_id, receipt.tokens_reused, receipt.charge_nano, time.time())
-            )
+        if group.is_payable():
+            assert group.usage is not None
+            purchase.settle(group.usage)
+            self._metrics.bought(purchase)
+            use = Use(group.item.document_id, group.usage.reused, purchase.charge_nano, time.time())
+            self._market.note_use(use)
             return
         purchase.void()
-        self._forget(shared)
+        self._forget(group)
 
     def _forget_old(self) -> None:
         oldest_s = self._clock() - self._market.config.reservation_timeout_s
         while self._recent:
-            shared = next(iter(self._recent.values()))
-            if shared.opened_s >= oldest_s and len(self._recent) < MAX_REMEMBERED:
+            group = next(iter(self._recent.values()))
+            if group.opened_s >= oldest_s and len(self._recent) < MAX_REMEMBERED:
                 break
-            self._forget(shared)
+            self._forget(group)
 
-    def _forget(self, shared: _Shared) -> None:
-        if self._recent.get(shared.retry) is shared:
-            del self._recent[shared.retry]
-        for samples in shared.samples:
-            if self._by_samples.get(samples) is shared:
+    def _forget(self, group: _Group) -> None:
+        if self._recent.get(group.retry) is group:
+            del self._recent[group.retry]
+        for samples in group.samples:
+            if self._by_samples.get(samples) is group:
                 del self._by_samples[samples]
 
 
-def _stands(shared: _Shared) -> bool:
-    return shared.purchase.state() is not PurchaseState.VOIDED
+def _stands(group: _Group) -> bool:
+    return group.purchase.state() is not PurchaseState.VOIDED

@@ -1,7 +1,7 @@
 """What a request asks of the market, read from its kv_transfer_params.
 
-A malformed or unsigned wish never fails a request: it is declined with a reason, and the request is
-computed in full.
+Malformed or unsigned parameters never fail a request: they are declined with a reason, and the
+request is computed in full.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ FIELD = "kvmarket"
 
 
 AccountId = Annotated[str, msgspec.Meta(pattern=f"^{ACCOUNT_PATTERN}$")]
-# Why who sent a request does not want reuse.
+# Why the sender of a request does not want reuse.
 Reason = Literal["never", "max_price"]
 Token = Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{0,64}$")]
 
@@ -65,33 +65,32 @@ class RequestParams(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Declined(msgspec.Struct, frozen=True):
-    """Why a request's wish is not heard: for people, and one of figures.DECLINED."""
+    """Why a request's parameters are not followed: for people, and as the metrics count it."""
 
-    told: str
+    message: str
     reason: str
 
 
-Wish = RequestParams | Declined
-NOTHING = RequestParams()
-NOT_WANTED: dict[Reason, str] = {
+NO_PARAMS = RequestParams()
+DECLINED_BY_CALLER: dict[Reason, str] = {
     "never": "the request wants no reuse",
     "max_price": "reuse costs more than the request's max_price_nano",
 }
 
 
-def read(
+def read_params(
     kv_transfer_params: dict[str, Any] | None, credentials: Credentials, trusted: bool
-) -> Wish:
-    """The request's wish, or why it is declined. Under `trusted` no token is needed."""
+) -> RequestParams | Declined:
+    """The request's parameters, or why they are declined. Under `trusted` no token is needed."""
     raw = (kv_transfer_params or {}).get(FIELD)
     if raw is None:
-        return NOTHING
+        return NO_PARAMS
     try:
         params = msgspec.convert(raw, RequestParams)
     except msgspec.ValidationError as error:
         return Declined(f"kv_transfer_params.{FIELD} is malformed: {error}", "malformed")
     if params.declined is not None:
-        return Declined(NOT_WANTED[params.declined], params.declined)
+        return Declined(DECLINED_BY_CALLER[params.declined], params.declined)
     if trusted:
         return params
     if params.is_operators and not credentials.allows(OPERATOR, params.token):

@@ -1,112 +1,122 @@
-"""What the scheduler half remembers of one request, and how its reuse is counted."""
+"""What all kinds of request share: the engine that they run on, and how their reuse is counted."""
 
 from __future__ import annotations
 
+import contextlib
 import enum
-import re
-from concurrent.futures import Future
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import TYPE_CHECKING, Any
 
-from blake3 import blake3
+from vllm.sampling_params import RequestOutputKind
+from vllm.v1.request import RequestStatus
 
-from vllm_kvmarket.catalogue import Listing, Match
-from vllm_kvmarket.connector.messages import (
-    AuditReport,
-    ChunkLoad,
-    ChunkSave,
-    LoadPlan,
-    LoadReport,
-    SaveReport,
+from vllm_kvmarket.catalogue import Match
+from vllm_kvmarket.connector.messages import AuditPlan, ChunkLoad, LoadPlan, LoadReport, SavePlan
+from vllm_kvmarket.connector.pins import PinnedBlocks
+from vllm_kvmarket.connector.purchases import Charge, Purchases
+from vllm_kvmarket.connector.scheduler_metrics import SchedulerMetrics
+from vllm_kvmarket.market.market import Market
+from vllm_kvmarket.market.purchase import Usage
+
+if TYPE_CHECKING:
+    from vllm.v1.metrics.stats import PrefillStats
+    from vllm.v1.request import Request
+
+# With these an answer has come to its end.
+ANSWERED = (
+    RequestStatus.FINISHED_STOPPED,
+    RequestStatus.FINISHED_LENGTH_CAPPED,
+    RequestStatus.FINISHED_REPETITION,
 )
-from vllm_kvmarket.core.document_chunks import DocumentChunks
-from vllm_kvmarket.market.purchase import Purchase, Usage, WriteCharge
 
 
-class PrefillStats(Protocol):
-    """What is used of vLLM's (vllm/v1/metrics/stats.py)."""
+class Lookup(enum.Enum):
+    """What vLLM's scheduler learns when it asks for a request's stored KV."""
 
-    def set(
-        self,
-        num_prompt_tokens: int,
-        num_local_cached_tokens: int,
-        num_external_cached_tokens: int,
-    ) -> None:
-        """Count anew; mutates."""
+    HIT = "hit"
+    MISS = "miss"
+    PENDING = "pending"  # not known yet: ask again
 
 
-_CHILD = re.compile(r"\d+_(.+)")
-_RANDOM_SUFFIX = re.compile(r"-[0-9a-f]{8}$")
+@dataclass(frozen=True, slots=True)
+class EngineFacts:
+    """The engine's own measures; `block_bytes` is a block on all ranks."""
+
+    id: str
+    block_tokens: int
+    block_bytes: int
+    layers: int
 
 
-def purchase_group(request_id: str) -> str:
-    """What the samples `0_ID`, `1_ID`, ... of a request with n > 1 have in common: ID.
+class PrefixCacheSwitch:
+    """Turns vLLM's own prefix cache off for a request, whose document it would give away.
 
-    A client may choose an id that looks the same; see buying.Purchases.
+    While vLLM's scheduler asks for a request, it has read its cache already and would use what it
+    found. The request then waits for the next step, before which the cache is off.
     """
-    child = _CHILD.fullmatch(request_id)
-    return child.group(1) if child else request_id
+
+    def __init__(self) -> None:
+        self._vllm_asks = False
+        self._later: list[Request] = []
+
+    @contextlib.contextmanager
+    def while_vllm_asks(self) -> Iterator[None]:
+        """A time during which vLLM has read its cache for a request already."""
+        self._vllm_asks = True
+        try:
+            yield
+        finally:
+            self._vllm_asks = False
+
+    def turn_off(self, request: Request) -> None:
+        """Turn it off now, or at the step's end when vLLM has read it for this step; mutates."""
+        if self._vllm_asks:
+            self._later.append(request)
+        else:
+            request.skip_reading_prefix_cache = True
+
+    def is_turning_off(self, request: Request) -> bool:
+        """Whether the request waits for the step's end, when its cache is turned off."""
+        return any(request is each for each in self._later)
+
+    def step_ended(self) -> None:
+        """Turn it off for the requests that waited for this; mutates."""
+        for request in self._later:
+            self.turn_off(request)
+        self._later.clear()
 
 
-def client_request_id(request_id: str, *, is_sample: bool = False) -> str:
-    """The id that the client knows: vLLM appends eight random digits to it, and puts a number in
-    front of each of several samples.
+@dataclass(frozen=True, slots=True)
+class Engine:
+    """What every kind of request needs of its engine."""
+
+    facts: EngineFacts
+    market: Market
+    metrics: SchedulerMetrics
+    purchases: Purchases
+    pins: PinnedBlocks
+    prefix_cache: PrefixCacheSwitch
+
+
+@dataclass(frozen=True, slots=True)
+class Ended:
+    """What a request leaves: the market's object for its answer, and the transfer that still needs
+    its blocks.
     """
-    return _RANDOM_SUFFIX.sub("", purchase_group(request_id) if is_sample else request_id)
 
-
-def ledger_key(engine_id: str, request_id: str, arrival_time: float) -> str:
-    """A key of fixed length for one request's transfers: no id that a client chose is in it, and a
-    second request of the same id has another.
-    """
-    digest = blake3(f"{arrival_time!r} {request_id}".encode()).hexdigest(16)
-    return f"{engine_id}:{digest}"
-
-
-class Decision(enum.Enum):
-    """Whether a request may reuse what it matches."""
-
-    PENDING = "pending"  # a reservation is under way: ask again
-    REUSE = "reuse"
-    RECOMPUTE = "recompute"  # computed in full; not even vLLM's prefix cache is read
+    answer: dict[str, Any]
+    transfer: SavePlan | AuditPlan | None = None
 
 
 @dataclass(slots=True)
-class Publishing:
-    """A document on its way to a listing."""
+class Reuse:
+    """How much of a match one request reuses, from the paged cache and from the store."""
 
-    document: DocumentChunks
-    begun: Future[Listing]
-    charge: WriteCharge | None
-    report: SaveReport = field(default_factory=SaveReport)
-
-
-@dataclass(slots=True)
-class Auditing:
-    """A document whose stored chunks are compared with computed ones."""
-
-    document_id: str
-    namespace: bytes
-    chunks: tuple[ChunkSave, ...]
-    report: AuditReport = field(default_factory=AuditReport)
-
-
-@dataclass(slots=True)
-class RequestState:
-    """One request that matches a listing, publishes, or names the market in its parameters."""
-
-    request_id: str
-    prompt_tokens: int
-    decision: Decision
-    match: Match | None = None
-    purchase: Purchase | None = None
-    publishing: Publishing | None = None
-    auditing: Auditing | None = None
-    declined: str = ""
-    # The operator's work is not counted with what others ask.
-    is_operators: bool = False
+    request: Request
+    match: Match | None
     # The most tokens of the match that can still be had; shrinks when a chunk fails to load.
-    limit: int = 0
+    limit: int = field(init=False)
     # vLLM's prefix-cache hit as of the last time the scheduler asked, in whole blocks.
     local: int = 0
     asked: bool = False
@@ -118,28 +128,37 @@ class RequestState:
     cached: int = 0
     # After a failed load: what a preempted request finds of the rest, it has computed itself.
     countable: int | None = None
-    # vLLM's own count of what it need not compute, until it has told it: for the answer's usage.
+    # vLLM's own count of what it need not compute, until it has reported it in the answer's usage.
     prefill: PrefillStats | None = None
 
-    def external_tokens(self, local: int, most: int) -> int:
-        """How many tokens behind `local` to load, for a prompt of which `most` may be reused."""
+    def __post_init__(self) -> None:
+        self.limit = self.match.token_count if self.match else 0
+
+    def lookup(self) -> Lookup:
+        """Whether there is something to reuse, where nothing else speaks against it."""
+        miss = self.match is None or self.request.skip_reading_prefix_cache
+        return Lookup.MISS if miss else Lookup.HIT
+
+    def external_tokens(self, local: int) -> int:
+        """How many tokens behind the `local` ones to load. Mutates."""
         self.asked = True
         self.local = local
-        return max(0, min(self.limit, most) - local)
+        # At least one token must be computed, or there is nothing to sample from.
+        return max(0, min(self.limit, self.request.num_tokens - 1) - local)
 
-    def admitted(self, external: int) -> bool:
+    def allocated(self, external: int) -> bool:
         """Note what the scheduler decided; whether there is anything to load. Mutates."""
         if not self.asked:
             return False
         self.asked = False
         self.external = external
+        # A preempted request has reported its count already.
+        self.prefill = self.request.prefill_stats if self.request.num_preemptions == 0 else None
         if external == 0:
             self._count()
         return external > 0
 
-    def load_plan(
-        self, namespace: bytes, block_ids: list[int], block_tokens: int, chunk_tokens: int
-    ) -> LoadPlan:
+    def load_plan(self, block_ids: Sequence[int], block_tokens: int, chunk_tokens: int) -> LoadPlan:
         """The pages that cover tokens local .. local + external, chunk by chunk."""
         assert self.match is not None
         end = self.local + self.external
@@ -157,7 +176,7 @@ class RequestState:
                     block_ids=tuple(block_ids[start:stop]),
                 )
             )
-        return LoadPlan(request_id=self.request_id, namespace=namespace, chunks=tuple(loads))
+        return LoadPlan(self.request.request_id, self.match.listing.namespace, tuple(loads))
 
     def load_ended(self, report: LoadReport, chunk_tokens: int) -> None:
         """Count what was loaded whole: everything in front of the first chunk that failed."""
@@ -172,7 +191,7 @@ class RequestState:
             self.limit = min(self.limit, first * chunk_tokens)
             if self.prefill is not None:
                 # vLLM counted when the load was planned.
-                self.prefill.set(self.prompt_tokens, self.local, self.external)
+                self.prefill.set(self.request.num_prompt_tokens, self.local, self.external)
         self._count()
         if report.failures:
             self.countable = self.reused
@@ -186,7 +205,7 @@ class RequestState:
         if total > self.reused:
             self.reused, self.loaded, self.cached = total, self.external, cached
 
-    def usage(self, output_tokens: int) -> Usage:
+    def usage(self) -> Usage:
         """The request in tokens, as of now."""
         matched = self.match.token_count if self.match else 0
         return Usage(
@@ -196,6 +215,37 @@ class RequestState:
             from_paged_cache=self.cached,
             # A preempted request may fail to load more than once; what it reused did not fail.
             failed=min(self.failed, matched - self.reused),
-            computed=self.prompt_tokens - self.reused,
-            output=output_tokens,
+            computed=self.request.num_prompt_tokens - self.reused,
+            output=self.request.num_output_tokens,
         )
+
+    def answer(self, declined: str = "", charge: Charge | None = None) -> dict[str, Any]:
+        """The object that the request's answer carries under the market's field."""
+        usage = self.usage()
+        answer: dict[str, Any] = {
+            "document_id": self.match.listing.document_id if self.match else None,
+            "matched_tokens": usage.matched,
+            "reused_tokens": usage.reused,
+            "loaded_tokens": usage.loaded,
+            "computed_tokens": usage.computed,
+            "charge_nano": charge.charge_nano if charge else 0,
+            "receipt_id": charge.receipt_id if charge else None,
+        }
+        if declined:
+            answer["declined"] = declined
+        return answer
+
+
+def is_answered(request: Request) -> bool:
+    """Whether an answer, or the beginning of one, has reached the client."""
+    if request.status in ANSWERED:
+        return True
+    if request.status is not RequestStatus.FINISHED_ABORTED or not request.num_output_tokens:
+        return False
+    params = request.sampling_params
+    # Of an answer that is not streamed nothing has gone out when its client leaves. Yet vLLM also
+    # aborts a request whose answer is whole: one that came to a stop string, which only the
+    # front end sees.
+    return params is not None and (
+        params.output_kind is not RequestOutputKind.FINAL_ONLY or bool(params.stop)
+    )

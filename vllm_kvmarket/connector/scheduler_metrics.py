@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from concurrent.futures import Future
 from functools import partial
-from typing import Literal
 
 from vllm_kvmarket.connector.metrics import MarketStats, Tally
-from vllm_kvmarket.connector.request_state import RequestState
-from vllm_kvmarket.ledger import PROVIDER, Receipt, Result
+from vllm_kvmarket.ledger import PROVIDER, Result
 from vllm_kvmarket.market.market import Market
-from vllm_kvmarket.market.purchase import is_booked
+from vllm_kvmarket.market.purchase import Purchase, Usage, is_booked
 
 _QUEUE = "ledger_queue_batches"
 
@@ -29,17 +27,16 @@ class SchedulerMetrics:
         """A request matched and may not reuse it; `reason` is one of figures.DECLINED."""
         self._tally.count("declined_requests", reason)
 
-    def used(self, state: RequestState, output_tokens: int) -> None:
-        """A request that matched has ended. What has no token of output may not be computed yet."""
-        usage = state.usage(output_tokens)
+    def used(self, usage: Usage, *, declined: bool) -> None:
+        """A request has ended. One without a token of output may not have been computed yet."""
         if not usage.matched:
             return
         amounts = {"matched_tokens": usage.matched}
         if usage.reused:
             amounts |= {"reused_tokens": usage.reused, "loaded_tokens": usage.loaded}
         missed = usage.matched - usage.reused
-        if missed and output_tokens:
-            if state.declined:
+        if missed and usage.output:
+            if declined:
                 amounts["recomputed_tokens/declined"] = missed
             else:
                 amounts["recomputed_tokens/failed"] = usage.failed
@@ -48,28 +45,19 @@ class SchedulerMetrics:
 
     # Money: only what the ledger says it has booked
 
-    def sold(self, receipt: Receipt, settled: Future[list[Result]]) -> None:
-        """Count a purchase when it is booked."""
-        settled.add_done_callback(partial(self._answered, "reuse", receipt.charge_nano, receipt))
+    def bought(self, purchase: Purchase) -> None:
+        """Count a settled purchase when the ledger has booked it."""
+        assert purchase.settled is not None
+        purchase.settled.add_done_callback(partial(self._answered, purchase))
 
-    def stored(self, amount_nano: int, settled: Future[list[Result]]) -> None:
-        """Count what a publisher pays for storing a document, when it is booked."""
-        settled.add_done_callback(partial(self._answered, "publish", amount_nano, None))
-
-    def _answered(
-        self,
-        what: Literal["reuse", "publish"],
-        amount_nano: int,
-        receipt: Receipt | None,
-        settled: Future[list[Result]],
-    ) -> None:
+    def _answered(self, purchase: Purchase, settled: Future[list[Result]]) -> None:
         booked = is_booked(settled)
         if booked is False:
             self._tally.count("charges_refused")
         elif booked:
-            amounts = {f"charged_nano/{what}": amount_nano}
-            if receipt is not None:
-                amounts |= {"receipts": 1, "royalties_nano": receipt.royalty_nano}
+            amounts = {f"charged_nano/{purchase.item.code}": purchase.charge_nano}
+            if purchase.receipt is not None:
+                amounts |= {"receipts": 1, "royalties_nano": purchase.receipt.royalty_nano}
             self._tally.add(amounts)
 
     # What is there

@@ -32,7 +32,7 @@ from vllm_kvmarket.core.pricing import Terms
 from vllm_kvmarket.ledger import Account, Ledger, Receipt, Transfer
 from vllm_kvmarket.market import shared_bucket
 from vllm_kvmarket.market.engine_operations import CONNECTOR, POLL_S, EngineOperations
-from vllm_kvmarket.market.purchase import Purchase, WriteCharge
+from vllm_kvmarket.market.purchase import Item, Purchase
 from vllm_kvmarket.store.tiers import store_of
 
 DATABASE_FILE = "market.sqlite"
@@ -186,34 +186,13 @@ class Market(EngineOperations):
         """The prices at which a match is sold."""
         return self.config.tariff.terms(match.listing.terms)
 
-    def reserve(
-        self, *, key: str, request_id: str, account: str, match: Match, model: str
-    ) -> Purchase:
-        """Start to reserve the most that reusing `match` can cost; see Purchase."""
+    def reserve(self, item: Item, *, key: str, account: str) -> Purchase:
+        """Start to reserve the most that `item` can cost; `key` makes the ledger's ids."""
         return Purchase(
             self.ledger,
+            item,
             key=key,
-            request_id=request_id,
             account=account,
-            match=match,
-            terms=self.terms_of(match),
-            model=model,
-            timeout_s=self.config.reservation_timeout_s,
-        )
-
-    def reserve_write(
-        self, *, key: str, publisher: str, document_id: str, tokens: int
-    ) -> WriteCharge | None:
-        """Start to reserve what storing `tokens` costs the publisher; None where it is free."""
-        amount = self.config.tariff.write_nano(tokens)
-        if amount == 0:
-            return None
-        return WriteCharge(
-            self.ledger,
-            key=key,
-            publisher=publisher,
-            document_id=document_id,
-            amount_nano=amount,
             timeout_s=self.config.reservation_timeout_s,
         )
 

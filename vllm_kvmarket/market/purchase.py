@@ -1,7 +1,7 @@
-"""One request's reuse of one listing, from reservation to receipt.
+"""One purchase, from its reservation to its settlement: a request's reuse, or storing a document.
 
-A purchase is reserved when its request arrives and closed exactly once: settled for what was really
-reused, or voided. The ledger's ids derive from the purchase's key, so that a retry changes nothing.
+The most that it can cost is reserved first. It ends exactly once: settled for what was really used,
+or voided. The ledger's ids derive from the purchase's key, so that a repetition changes nothing.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ _REASON_OF_ERROR: dict[type[BaseException], str] = {
     LedgerBusyError: "ledger_busy",
     LedgerUnavailableError: "ledger_unavailable",
 }
-# What has been earned is booked whenever the database is back, as long as this process lives.
+# What was earned is booked when the database is back, for as long as this process lives.
 NEVER_GIVE_UP_S = math.inf
 
 
@@ -68,116 +68,50 @@ class Usage:
     output: int
 
 
-class Purchase:
-    """A reservation on the way to its receipt; used by one thread."""
+NO_USAGE = Usage(0, 0, 0, 0, 0, 0, 0)
 
-    def __init__(
-        self,
-        ledger: Ledger,
-        *,
-        key: str,
-        request_id: str,
-        account: str,
-        match: Match,
-        terms: Terms,
-        model: str,
-        timeout_s: int,
-    ) -> None:
-        self._ledger = ledger
-        self.key = key
-        self.request_id = request_id
-        self.account = account
-        self.match = match
-        self.terms = terms
-        self.receipt: Receipt | None = None
-        # What the ledger answers to the settlement; see is_booked.
-        self.settled: Future[list[Result]] | None = None
-        # Why it was refused: for people, and one of the reasons that are counted.
-        self.refusal = ""
-        self.refusal_reason = ""
-        self._model = model
-        self._state = PurchaseState.RESERVING
-        self._reservation: Future[list[Result]] = ledger.submit(
-            [
-                pending(
-                    id=self.reservation_id,
-                    debit=account,
-                    credit=PROVIDER,
-                    amount_nano=terms.charge_nano(match.token_count),
-                    timeout_s=timeout_s,
-                    code="reuse",
-                    user_data=match.listing.document_id,
-                )
-            ]
-        )
+
+@dataclass(frozen=True, slots=True)
+class Settlement:
+    """What a purchase comes to: the charge, further transfers of the same batch, the receipt."""
+
+    charge_nano: int
+    transfers: tuple[Operation, ...] = ()
+    receipt: Receipt | None = None
+
+
+@dataclass(slots=True)
+class ReuseItem:
+    """The reuse of a match. `request_id` is the buyer's name for the request, for the receipt."""
+
+    match: Match
+    terms: Terms
+    model: str
+    request_id: str
+    code = "reuse"
+    cannot_pay = ""
 
     @property
-    def reservation_id(self) -> str:
-        """The pending transfer's id."""
-        return f"{self.key}:reserve"
+    def document_id(self) -> str:
+        """The document that is reused."""
+        return self.match.listing.document_id
 
     @property
-    def receipt_id(self) -> str:
-        """The id that the receipt has, or will have."""
-        return f"kvr_{self.key}"
+    def most_nano(self) -> int:
+        """The price of the whole match."""
+        return self.terms.charge_nano(self.match.token_count)
 
-    def state(self) -> PurchaseState:
-        """Where the purchase stands now; never waits."""
-        if self._state is PurchaseState.RESERVING and self._reservation.done():
-            self._take_reservation()
-        return self._state
-
-    def _take_reservation(self) -> None:
-        error = self._reservation.exception()
-        if error is not None:
-            reason = _REASON_OF_ERROR.get(type(error), "ledger_refused")
-            self._refuse(reason, f"the ledger could not reserve: {error}")
-            return
-        result = self._reservation.result()[0]
-        if result.outcome.good:
-            self._state = PurchaseState.RESERVED
-        elif result.outcome is Outcome.EXCEEDS_CREDITS:
-            self._refuse("no_funds", f"account {self.account!r} has not enough funds")
-        elif result.outcome is Outcome.UNKNOWN_ACCOUNT:
-            self._refuse("unknown_account", f"there is no account {self.account!r}")
-        else:
-            self._refuse("ledger_refused", f"the ledger refused: {_said(result)}")
-
-    def _refuse(self, reason: str, told: str) -> None:
-        self._state = PurchaseState.REFUSED
-        self.refusal_reason = reason
-        self.refusal = told
-
-    def settle(self, usage: Usage) -> Receipt:
-        """Post the charge for what was reused, pay the royalty, store the receipt; once.
-
-        Returns at once with the receipt; the ledger makes it durable in one transaction with the
-        transfers. A second call returns the first call's receipt and charges nothing.
-        """
-        if self.receipt is None:
-            assert self.state() is PurchaseState.RESERVED, self._state
-            self.receipt, operations = self._settlement(usage)
-            self._state = PurchaseState.SETTLED
-            self.settled = self._ledger.submit(
-                operations, receipt=self.receipt, patience_s=NEVER_GIVE_UP_S
-            )
-            self.settled.add_done_callback(
-                partial(_log_refusal, f"receipt {self.receipt.id}", self.account)
-            )
-        return self.receipt
-
-    def _settlement(self, usage: Usage) -> tuple[Receipt, list[Operation]]:
+    def settlement(self, purchase: Purchase, usage: Usage) -> Settlement:
+        """The charge for what was reused, the publisher's royalty, and the receipt."""
         listing = self.match.listing
         charge = self.terms.charge_nano(usage.reused)
         # The provider's own documents earn it the whole charge.
         royalty = 0 if listing.terms.publisher == PROVIDER else self.terms.royalty_nano(charge)
-        operations: list[Operation] = [
-            post(id=f"{self.key}:settle", pending_id=self.reservation_id, amount_nano=charge)
-        ]
+        royalties = []
         if royalty:
-            operations.append(
+            royalties.append(
                 plain(
-                    id=f"{self.key}:royalty",
+                    id=f"{purchase.key}:royalty",
                     debit=PROVIDER,
                     credit=listing.terms.publisher,
                     amount_nano=royalty,
@@ -186,9 +120,9 @@ class Purchase:
                 )
             )
         receipt = Receipt(
-            id=self.receipt_id,
+            id=purchase.receipt_id,
             request_id=self.request_id,
-            account=self.account,
+            account=purchase.account,
             document_id=listing.document_id,
             title=listing.terms.title,
             publisher=listing.terms.publisher,
@@ -205,19 +139,143 @@ class Purchase:
             charge_nano=charge,
             royalty_nano=royalty,
             recompute_nano=self.terms.recompute_nano(usage.reused),
-            reservation_id=self.reservation_id,
-            transfer_ids=tuple(operation.id for operation in operations),
+            reservation_id=purchase.reservation_id,
+            transfer_ids=(f"{purchase.key}:settle", *(each.id for each in royalties)),
             created_at_s=time.time(),
-            model=self._model,
+            model=self.model,
             namespace=listing.namespace.hex(),
         )
-        return receipt, operations
+        return Settlement(charge, tuple(royalties), receipt)
+
+
+@dataclass(frozen=True, slots=True)
+class StorageItem:
+    """Storing a document, which its publisher pays for when it is listed."""
+
+    publisher: str
+    document_id: str
+    most_nano: int
+    code = "publish"
+
+    @property
+    def cannot_pay(self) -> str:
+        """What a publisher reads who has no funds, or no account."""
+        return (
+            f"publisher {self.publisher!r} cannot pay {self.most_nano} nano-units "
+            "for storing it; make a deposit, then publish again"
+        )
+
+    def settlement(self, purchase: Purchase, usage: Usage) -> Settlement:
+        """The whole amount; storing has no receipt."""
+        return Settlement(self.most_nano)
+
+
+Item = ReuseItem | StorageItem
+
+
+class Purchase:
+    """A reservation on the way to its settlement; used by one thread."""
+
+    def __init__(
+        self, ledger: Ledger, item: Item, *, key: str, account: str, timeout_s: int
+    ) -> None:
+        self._ledger = ledger
+        self.item = item
+        self.key = key
+        self.account = account
+        # What the settlement comes to.
+        self.charge_nano = 0
+        self.receipt: Receipt | None = None
+        # What the ledger answers to the settlement; see is_booked.
+        self.settled: Future[list[Result]] | None = None
+        # Why it was refused: for people, and one of the reasons that are counted.
+        self.refusal = ""
+        self.refusal_reason = ""
+        self._state = PurchaseState.RESERVING
+        self._reservation: Future[list[Result]] = ledger.submit(
+            [
+                pending(
+                    id=self.reservation_id,
+                    debit=account,
+                    credit=PROVIDER,
+                    amount_nano=item.most_nano,
+                    timeout_s=timeout_s,
+                    code=item.code,
+                    user_data=item.document_id,
+                )
+            ]
+        )
+
+    @property
+    def reservation_id(self) -> str:
+        """The pending transfer's id."""
+        return f"{self.key}:reserve"
+
+    @property
+    def receipt_id(self) -> str:
+        """The id that a receipt has, or will have."""
+        return f"kvr_{self.key}"
+
+    def state(self) -> PurchaseState:
+        """Where the purchase stands now; never waits."""
+        if self._state is PurchaseState.RESERVING and self._reservation.done():
+            self._take_reservation()
+        return self._state
+
+    def _take_reservation(self) -> None:
+        error = self._reservation.exception()
+        if error is not None:
+            reason = _REASON_OF_ERROR.get(type(error), "ledger_refused")
+            self._refuse(reason, f"the ledger could not reserve: {error}")
+            return
+        result = self._reservation.result()[0]
+        cannot_pay = self.item.cannot_pay
+        if result.outcome.good:
+            self._state = PurchaseState.RESERVED
+        elif result.outcome is Outcome.EXCEEDS_CREDITS:
+            funds = f"account {self.account!r} has not enough funds"
+            self._refuse("no_funds", cannot_pay or funds)
+        elif result.outcome is Outcome.UNKNOWN_ACCOUNT:
+            self._refuse("unknown_account", cannot_pay or f"there is no account {self.account!r}")
+        else:
+            self._refuse("ledger_refused", f"the ledger refused: {_in_words(result)}")
+
+    def _refuse(self, reason: str, message: str) -> None:
+        self._state = PurchaseState.REFUSED
+        self.refusal_reason = reason
+        self.refusal = message
+
+    def settle(self, usage: Usage = NO_USAGE) -> Receipt | None:
+        """Post the charge, pay royalties, store the receipt if there is one; once.
+
+        Returns at once; the ledger makes everything durable in one transaction. A second call
+        returns the first call's receipt and charges nothing.
+        """
+        if self.settled is None:
+            assert self.state() is PurchaseState.RESERVED, self._state
+            settlement = self.item.settlement(self, usage)
+            charge = post(
+                id=f"{self.key}:settle",
+                pending_id=self.reservation_id,
+                amount_nano=settlement.charge_nano,
+            )
+            self.charge_nano, self.receipt = settlement.charge_nano, settlement.receipt
+            self._state = PurchaseState.SETTLED
+            self.settled = self._ledger.submit(
+                [charge, *settlement.transfers],
+                receipt=self.receipt,
+                patience_s=NEVER_GIVE_UP_S,
+            )
+            stored = f"storing {self.item.document_id}"
+            name = f"receipt {self.receipt.id}" if self.receipt else stored
+            self.settled.add_done_callback(partial(_log_refusal, name, self.account))
+        return self.receipt
 
     def void(self) -> None:
-        """Release the reservation: nothing was reused, or no answer came; once, then nothing."""
+        """Release the reservation: nothing was used, or no answer came; once, then nothing."""
         if self._state in (PurchaseState.RESERVING, PurchaseState.RESERVED):
-            # The ledger applies batches in the order of submission, so that a void behind a
-            # reservation still under way finds it (or finds nothing, where it was refused).
+            # The ledger applies batches in the order of submission: a void behind a reservation
+            # that is still under way finds it, or finds nothing where it was refused.
             self._ledger.submit(
                 [void(id=f"{self.key}:void", pending_id=self.reservation_id)],
                 patience_s=NEVER_GIVE_UP_S,
@@ -226,9 +284,7 @@ class Purchase:
 
 
 def is_booked(settled: Future[list[Result]]) -> bool | None:
-    """What became of a settlement that the ledger has answered: booked, not booked, or, None, had
-    been booked before.
-    """
+    """Whether the ledger has booked a settlement; None: it was booked before."""
     if settled.exception() is not None:
         return False
     outcomes = [result.outcome for result in settled.result()]
@@ -237,7 +293,7 @@ def is_booked(settled: Future[list[Result]]) -> bool | None:
     return True if Outcome.OK in outcomes else None
 
 
-def _said(result: Result) -> str:
+def _in_words(result: Result) -> str:
     return f"{result.outcome.name.lower().replace('_', ' ')} {result.detail}".rstrip()
 
 
@@ -248,88 +304,5 @@ def _log_refusal(what: str, account: str, settled: Future[list[Result]]) -> None
     refused = [] if error else [each for each in settled.result() if not each.outcome.good]
     refused.sort(key=lambda result: result.outcome is Outcome.LINKED_FAILED)
     if error or refused:
-        reason = error or _said(refused[0])
+        reason = error or _in_words(refused[0])
         logger.error("kvmarket: %s was not booked, %s is not charged: %s", what, account, reason)
-
-
-class WriteCharge:
-    """What a publisher pays for storing a document: reserved on arrival, posted with the
-    listing.
-    """
-
-    def __init__(
-        self,
-        ledger: Ledger,
-        *,
-        key: str,
-        publisher: str,
-        document_id: str,
-        amount_nano: int,
-        timeout_s: int,
-    ) -> None:
-        self.amount_nano = amount_nano
-        self._ledger = ledger
-        self._key = key
-        self._publisher = publisher
-        self._document_id = document_id
-        self._reservation = ledger.submit(
-            [
-                pending(
-                    id=self.reservation_id,
-                    debit=publisher,
-                    credit=PROVIDER,
-                    amount_nano=amount_nano,
-                    timeout_s=timeout_s,
-                    code="publish",
-                    user_data=document_id,
-                )
-            ]
-        )
-
-    @property
-    def reservation_id(self) -> str:
-        """The pending transfer's id."""
-        return f"{self._key}:reserve"
-
-    def refusal(self) -> str:
-        """Why the publisher cannot pay; empty when it can. Waits for the ledger when it must."""
-        error = self._reservation.exception()
-        if error is not None:
-            return f"the ledger could not reserve: {error}"
-        result = self._reservation.result()[0]
-        if result.outcome.good:
-            return ""
-        if result.outcome not in (Outcome.EXCEEDS_CREDITS, Outcome.UNKNOWN_ACCOUNT):
-            return f"the ledger refused: {_said(result)}"
-        return (
-            f"publisher {self._publisher!r} cannot pay {self.amount_nano} nano-units "
-            "for storing it; make a deposit, then publish again"
-        )
-
-    def done(self) -> bool:
-        """Whether the ledger has answered; never waits."""
-        return self._reservation.done()
-
-    def settle(self) -> Future[list[Result]]:
-        """Post the charge: the document is listed. What the ledger answers; see is_booked."""
-        settled = self._ledger.submit(
-            [
-                post(
-                    id=f"{self._key}:settle",
-                    pending_id=self.reservation_id,
-                    amount_nano=self.amount_nano,
-                )
-            ],
-            patience_s=NEVER_GIVE_UP_S,
-        )
-        settled.add_done_callback(
-            partial(_log_refusal, f"storing {self._document_id}", self._publisher)
-        )
-        return settled
-
-    def void(self) -> None:
-        """Release the reservation: nothing was listed."""
-        self._ledger.submit(
-            [void(id=f"{self._key}:void", pending_id=self.reservation_id)],
-            patience_s=NEVER_GIVE_UP_S,
-        )

@@ -10,6 +10,7 @@ import msgspec
 import pytest
 
 from tests.support.api_server import NANO, as_, publish, running, text_of
+from tests.support.purchases import reserve
 from vllm_kvmarket.api.paging import newest_first
 from vllm_kvmarket.api.rate_limits import Limiter, Rate
 from vllm_kvmarket.auth.signing_keys import PublicKey
@@ -52,8 +53,13 @@ def buy(server, name, account, request_id):
     market.catalogue.refresh()
     listing = market.catalogue.get(name)
     match = market.match(listing.namespace, market.catalogue.tokens_of(name))
-    purchase = market.reserve(
-        key=f"e:{request_id}", request_id=request_id, account=account, match=match, model="words"
+    purchase = reserve(
+        market,
+        key=f"e:{request_id}",
+        request_id=request_id,
+        account=account,
+        match=match,
+        model="words",
     )
     while purchase.state() is PurchaseState.RESERVING:
         time.sleep(0.001)

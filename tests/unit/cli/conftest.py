@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from tests.support.purchases import reserve
 from vllm_kvmarket import cli
 from vllm_kvmarket.catalogue import Listing
 from vllm_kvmarket.cli import engine
@@ -107,8 +108,8 @@ def sold(home):
         market.deposit("alice", NANO)
         listing = list_document(market, tokens, title="The Licence")
         match = market.match(NAMESPACE, tokens)
-        purchase = market.reserve(
-            key="p1", request_id="r1", account="alice", match=match, model="tiny"
+        purchase = reserve(
+            market, key="p1", request_id="r1", account="alice", match=match, model="tiny"
         )
         purchase._reservation.result()
         assert purchase.state().value == "reserved"

@@ -51,11 +51,11 @@ class Figures:
 def serve(half, prompt, params, status=RequestStatus.FINISHED_STOPPED, output=5):
     """One request from its arrival to its end, with the document's whole blocks in vLLM's cache."""
     request = request_of(prompt, params, f"r-{time.monotonic_ns()}", status, output)
-    half.on_new_request(request)
+    half.arrived(request)
     deadline = time.monotonic() + 10
     while True:
         local = 0 if request.skip_reading_prefix_cache else CACHED
-        external, _ = half.num_external_tokens(request, local)
+        external, _ = half.ready(request, local)
         if external is not None:
             break
         assert time.monotonic() < deadline

@@ -11,6 +11,7 @@ from vllm.v1.request import RequestStatus
 
 from tests.support.catalogue_documents import NAMESPACE, store_and_list, tokens
 from tests.support.scheduler_half import CACHED, DOCUMENT, half_of, opened_market, request_of
+from vllm_kvmarket.connector.scheduler import NOT_LOOKED_UP, DatabaseLookup
 from vllm_kvmarket.core.errors import CatalogueError
 
 PROMPT = [*DOCUMENT, 7, 8]
@@ -42,7 +43,7 @@ def asked(half, request) -> tuple[int, int] | None:
     It looks into its cache first, and takes nothing else for what may not read that.
     """
     local = 0 if request.skip_reading_prefix_cache else CACHED
-    external, _ = half.num_external_tokens(request, local)
+    external, _ = half.ready(request, local)
     if request.skip_reading_prefix_cache:
         external = 0
     return None if external is None else (local, external)
@@ -72,7 +73,7 @@ def test_a_document_beyond_memory_is_sold_as_any_other(new_half, market, chunks)
     half = new_half(chunks)
     for number, prompt in enumerate((PROMPT, [*tokens(600, 1), 7, 8])):
         request = request_of(prompt, market.params("alice"), f"r-{number}")
-        half.on_new_request(request)
+        half.arrived(request)
         assert admitted(half, request) == (CACHED, 600 - CACHED)
         # Here vLLM has no room to load, and goes on with what it has cached.
         _, answer = end(half, request)
@@ -80,14 +81,14 @@ def test_a_document_beyond_memory_is_sold_as_any_other(new_half, market, chunks)
         assert (answer["matched_tokens"], answer["charge_nano"]) == (600, CACHED * 500)
         assert market.receipt(answer["receipt_id"]).charge_nano == CACHED * 500
     assert market.ledger.account("alice").debits_posted == 2 * CACHED * 500
-    assert half._lookups._under_way == {}
+    assert half._requests == {}
 
 
 def test_what_is_loaded_are_the_documents_own_chunks(new_half, market):
     """From the first token that vLLM has not cached."""
     half = new_half(0)
     request = request_of(PROMPT, market.params("alice"))
-    half.on_new_request(request)
+    half.arrived(request)
     local, external = admitted(half, request)
     (plan,), _ = end(half, request, external)
     keys = market.match(NAMESPACE, PROMPT).listing.chunk_keys
@@ -99,10 +100,10 @@ def test_what_nobody_published_goes_on_with_vllms_own_cache(new_half, market):
     half = new_half(0)
     for number, params in enumerate(({}, market.params("alice"))):
         request = request_of(tokens(600, 5), params, f"r-{number}")
-        half.on_new_request(request)
+        half.arrived(request)
         assert admitted(half, request) == (CACHED, 0)
         end(half, request)
-    assert half._lookups._under_way == half._states == {}
+    assert half._requests == {}
 
 
 @pytest.mark.parametrize(
@@ -119,7 +120,7 @@ def test_who_may_not_reuse_it_has_it_from_no_cache(new_half, market, params, tol
     """What vLLM had found before the database answered is not taken either."""
     half = new_half(0)
     request = request_of(PROMPT, params(market))
-    half.on_new_request(request)
+    half.arrived(request)
     assert admitted(half, request) == (0, 0)
     assert request.skip_reading_prefix_cache
     _, answer = end(half, request)
@@ -139,11 +140,11 @@ def test_nothing_is_decided_while_the_lookup_is_under_way(new_half, market, monk
     found: Future = Future()
     monkeypatch.setattr(catalogue, "match_later", lambda *_: found)
     request = request_of(PROMPT, market.params("alice"))
-    half.on_new_request(request)
+    half.arrived(request)
     for _ in range(3):
         assert asked(half, request) is None
         half.take_instructions()
-    assert half._purchases.held() == []
+    assert half._engine.purchases.held() == []
     found.set_result(market.match(NAMESPACE, PROMPT))
     assert admitted(half, request) == (CACHED, 600 - CACHED)
 
@@ -157,12 +158,12 @@ def test_a_lookup_that_fails_is_a_request_that_is_computed(new_half, market, mon
     monkeypatch.setattr(half._market.catalogue, "match_later", lambda *_: failed)
     for number, params in enumerate(({}, market.params("alice"))):
         request = request_of(PROMPT, params, f"r-{number}")
-        half.on_new_request(request)
+        half.arrived(request)
         assert admitted(half, request) == (0, 0)
         _, answer = end(half, request)
         assert answer.get("charge_nano", 0) == 0
-    assert answer["declined"] == "what is on offer could not be looked up"
-    assert half._lookups._under_way == half._states == {}
+    assert answer["declined"] == NOT_LOOKED_UP
+    assert half._requests == {}
 
 
 def test_an_aborted_request_leaves_nothing(new_half, market, monkeypatch):
@@ -171,13 +172,13 @@ def test_an_aborted_request_leaves_nothing(new_half, market, monkeypatch):
     waiting: Future = Future()
     monkeypatch.setattr(half._market.catalogue, "match_later", lambda *_: waiting)
     request = request_of(PROMPT, market.params("alice"))
-    half.on_new_request(request)
+    half.arrived(request)
     assert asked(half, request) is None
     request.status = RequestStatus.FINISHED_ABORTED
     assert half.finished(request, []) == (False, None)
     assert waiting.cancelled()
-    assert half._lookups._under_way == half._states == {}
-    assert half._purchases.held() == []
+    assert half._requests == {}
+    assert half._engine.purchases.held() == []
 
 
 def test_publishing_finds_what_is_published_beyond_memory(new_half, market):
@@ -185,10 +186,10 @@ def test_publishing_finds_what_is_published_beyond_memory(new_half, market):
     half = new_half(0)
     longer = [*DOCUMENT[:512], *tokens(200, 3)]
     request = request_of(longer, wish(publish={"terms": {"title": "longer"}}))
-    half.on_new_request(request)
-    assert half._states == {}
+    half.arrived(request)
+    assert isinstance(half._requests[request.request_id], DatabaseLookup)
     assert admitted(half, request) == (CACHED, 0)
-    assert half._states[request.request_id].limit == 512
+    assert half._requests[request.request_id].reuse.limit == 512
     assert market.catalogue.listings("publishing")[0].terms.title == "longer"
 
 
@@ -200,8 +201,8 @@ def test_without_documents_beyond_memory_nothing_is_looked_up(
     half = new_half(chunks)
     monkeypatch.setattr(half._market.catalogue, "match_later", None)
     request = request_of(PROMPT, market.params("alice"))
-    half.on_new_request(request)
-    assert half._states[request.request_id].purchase is not None
+    half.arrived(request)
+    assert half._requests[request.request_id].purchase is not None
     assert admitted(half, request) == (CACHED, 600 - CACHED)
 
 
@@ -212,10 +213,10 @@ def test_the_samples_of_one_request_share_one_charge(new_half, market):
     for number, request in enumerate(samples):
         request.request_id = f"{number}_cmpl"
         request.arrival_time = samples[0].arrival_time
-        half.on_new_request(request)
+        half.arrived(request)
     for request in samples:
         assert admitted(half, request) == (CACHED, 600 - CACHED)
-    assert len(half._purchases.held()) == 1
+    assert len(half._engine.purchases.held()) == 1
 
 
 def test_a_pinned_document_is_held_once_memory_knows_that_it_is_pinned(
@@ -229,9 +230,9 @@ def test_a_pinned_document_is_held_once_memory_knows_that_it_is_pinned(
     market.catalogue.set_pinned(name, pinned=True)
     for number, expected in enumerate(([], [name])):
         request = request_of(PROMPT, market.params("alice"), f"r-{number}")
-        half.on_new_request(request)
+        half.arrived(request)
         admitted(half, request)
-        half._states[request.request_id].reused = 600
+        half._requests[request.request_id].reuse.reused = 600
         end(half, request)
         assert held == expected
         half._market.catalogue.refresh()

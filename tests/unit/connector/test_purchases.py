@@ -79,8 +79,9 @@ def used(reused=600, output=5):
     )
 
 
-def reserved(purchase):
+def reserved(joined):
     """Wait for the ledger's answer."""
+    purchase, _ = joined
     while purchase.state() is PurchaseState.RESERVING:
         pass
     return purchase
@@ -124,9 +125,9 @@ def test_a_number_in_front_of_a_clients_own_id_is_no_sample(market, purchases):
     one, other = request("0_x", 1.0), request("1_x", 2.0)
     first = purchases.join(one, "alice", matching())
     second = purchases.join(other, "alice", matching())
-    assert first is not second
-    for each, purchase in ((one, first), (other, second)):
-        reserved(purchase)
+    assert first[0] is not second[0]
+    for each, joined in ((one, first), (other, second)):
+        reserved(joined)
         charge = purchases.leave(each.request_id, used())
         assert market.receipt(charge.receipt_id).request_id == each.request_id
     assert spent(market) == 2 * 600 * 500

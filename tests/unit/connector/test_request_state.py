@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -9,13 +11,8 @@ from vllm.v1.metrics.stats import PrefillStats
 
 from vllm_kvmarket.catalogue import Listing, Match, MatchedChunk
 from vllm_kvmarket.connector.messages import LoadReport
-from vllm_kvmarket.connector.request_state import (
-    Decision,
-    RequestState,
-    client_request_id,
-    ledger_key,
-    purchase_group,
-)
+from vllm_kvmarket.connector.purchases import client_request_id, ledger_key, purchase_group
+from vllm_kvmarket.connector.request_state import Reuse
 from vllm_kvmarket.core.listing_terms import ListingTerms
 from vllm_kvmarket.core.model_identity import ROOT, chunk_keys, pack_tokens
 
@@ -54,16 +51,39 @@ def matching(count):
 
 def asking(count, prompt=400):
     """A request that may reuse a match of `count` tokens."""
-    return RequestState("r", prompt, Decision.REUSE, match=matching(count), limit=count)
+    return Reuse(request_of(prompt), matching(count))
+
+
+def request_of(prompt, output=0):
+    return SimpleNamespace(
+        request_id="r",
+        num_prompt_tokens=prompt,
+        num_output_tokens=output,
+        num_tokens=prompt + output,
+        num_preemptions=0,
+        prefill_stats=None,
+    )
 
 
 def admit(state, local, most=10_000):
     """What the scheduler does: ask, then admit with what it was told."""
-    return state.admitted(state.external_tokens(local, most))
+    return state.allocated(external_tokens(state, local, most))
+
+
+def external_tokens(state, local, most):
+    """Ask for a prompt of which `most` tokens may be reused."""
+    state.request.num_tokens = most + 1
+    return state.external_tokens(local)
+
+
+def usage_of(state, output):
+    state.request.num_output_tokens = output
+    return state.usage()
 
 
 def planned(state):
-    plan = state.load_plan(NAMESPACE, BLOCK_IDS, BLOCK, CHUNK)
+    plan = state.load_plan(BLOCK_IDS, BLOCK, CHUNK)
+    assert plan.namespace == NAMESPACE
     return [
         (KEYS.index(chunk.key), chunk.first_page, [each - BLOCK_IDS[0] for each in chunk.block_ids])
         for chunk in plan.chunks
@@ -119,7 +139,7 @@ def test_nothing_is_loaded_when_the_local_hit_reaches_the_match(local):
     """The paged cache has it all: counted as reused, at most to the match's end."""
     state = asking(96)
     assert not admit(state, local)
-    usage = state.usage(5)
+    usage = usage_of(state, 5)
     assert (usage.reused, usage.loaded, usage.from_paged_cache) == (96, 0, 96)
     assert (usage.matched, usage.failed, usage.computed, usage.output) == (96, 0, 304, 5)
 
@@ -127,18 +147,18 @@ def test_nothing_is_loaded_when_the_local_hit_reaches_the_match(local):
 def test_an_admission_counts_once_for_a_question():
     """The scheduler may admit without having asked: then there is nothing to load."""
     state = asking(100)
-    assert not state.admitted(100)
+    assert not state.allocated(100)
     assert admit(state, 0)
-    assert not state.admitted(100)
+    assert not state.allocated(100)
 
 
 def test_a_whole_load_is_counted_from_store_and_paged_cache():
     """What was loaded and what lay there add up to what is charged."""
     state = asking(100)
     admit(state, 32)
-    assert state.usage(0).reused == 0, "nothing is charged before it has arrived"
+    assert usage_of(state, 0).reused == 0, "nothing is charged before it has arrived"
     state.load_ended(LoadReport(), CHUNK)
-    usage = state.usage(3)
+    usage = usage_of(state, 3)
     assert (usage.reused, usage.loaded, usage.from_paged_cache, usage.failed) == (100, 68, 32, 0)
     assert usage.computed == 300
 
@@ -163,13 +183,13 @@ def test_only_what_lies_in_front_of_a_failure_counts(local, failed, expected):
     state.prefill.set(400, local, 240 - local)
     state.load_ended(LoadReport(failures={KEYS[chunk]: "bad" for chunk in failed}), CHUNK)
     assert state.prefill.num_cached_tokens == expected[0], "the answer's usage says what was reused"
-    usage = state.usage(0)
+    usage = usage_of(state, 0)
     counted = (usage.reused, usage.loaded, usage.from_paged_cache, usage.failed, state.limit)
     assert counted == expected
     assert usage.reused + usage.computed == 400
     assert usage.failed <= usage.computed
-    assert state.external_tokens(0, 399) == state.limit
-    assert state.external_tokens(local, 399) == max(0, state.limit - local)
+    assert external_tokens(state, 0, 399) == state.limit
+    assert external_tokens(state, local, 399) == max(0, state.limit - local)
 
 
 def test_a_later_failure_takes_nothing_back():
@@ -179,7 +199,7 @@ def test_a_later_failure_takes_nothing_back():
     state.load_ended(LoadReport(failures={KEYS[3]: "bad"}), CHUNK)
     admit(state, 0)
     state.load_ended(LoadReport(failures={KEYS[1]: "bad"}), CHUNK)
-    usage = state.usage(0)
+    usage = usage_of(state, 0)
     assert (usage.reused, usage.failed, state.limit) == (192, 240 - 192, 64)
 
 
@@ -189,7 +209,7 @@ def test_what_a_request_computed_after_a_failure_is_not_sold_to_it():
     admit(state, 0)
     state.load_ended(LoadReport(failures={KEYS[1]: "bad"}), CHUNK)
     assert not admit(state, 240)
-    assert state.usage(0).reused == 64
+    assert usage_of(state, 0).reused == 64
 
 
 def test_a_preempted_request_pays_for_its_best_admission():
@@ -202,12 +222,12 @@ def test_a_preempted_request_pays_for_its_best_admission():
     assert (state.reused, state.loaded, state.cached) == (100, 100, 0)
     admit(state, 0, most=50)
     state.load_ended(LoadReport(), CHUNK)
-    assert state.usage(0).reused == 100
+    assert usage_of(state, 0).reused == 100
 
 
 def test_a_request_without_a_match_computes_all():
     """What only publishes, or may not reuse, has a usage too."""
-    usage = RequestState("r", 400, Decision.RECOMPUTE).usage(9)
+    usage = usage_of(Reuse(request_of(400), None), 9)
     assert (usage.matched, usage.reused, usage.computed, usage.output) == (0, 0, 400, 9)
 
 

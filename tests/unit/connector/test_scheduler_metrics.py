@@ -7,14 +7,14 @@ import time
 import pytest
 
 from tests.support.catalogue_documents import NAMESPACE, store_and_list, tokens
+from tests.support.purchases import reserve
 from vllm_kvmarket.connector.housekeeping import Housekeeping
 from vllm_kvmarket.connector.metric_definitions import METRICS
-from vllm_kvmarket.connector.request_state import Decision, RequestState
 from vllm_kvmarket.connector.scheduler_metrics import SchedulerMetrics
 from vllm_kvmarket.core.pricing import NANO
-from vllm_kvmarket.ledger import PROVIDER, pending, plain
+from vllm_kvmarket.ledger import PROVIDER, plain
 from vllm_kvmarket.market.market import Market
-from vllm_kvmarket.market.purchase import Usage
+from vllm_kvmarket.market.purchase import StorageItem, Usage
 
 DOCUMENT = tokens(600)
 USAGE = Usage(600, 600, 600, 0, 0, 10, 5)
@@ -52,7 +52,8 @@ def told(meter: SchedulerMetrics) -> dict[str, int | float]:
 
 
 def buy(market: Market, key: str = "k"):
-    purchase = market.reserve(
+    purchase = reserve(
+        market,
         key=key,
         request_id="r",
         account="alice",
@@ -69,7 +70,7 @@ def test_money_is_counted_once_and_when_the_ledger_has_booked_it(market, meter):
     purchase, twin = buy(market), buy(market)
     for number, each in enumerate((purchase, twin)):
         receipt = each.settle(USAGE)
-        meter.sold(receipt, each.settled)
+        meter.bought(each)
         written(market)
         figures = told(meter)
         assert figures.get("charged_nano/reuse") == (None if number else receipt.charge_nano)
@@ -84,7 +85,8 @@ def test_what_the_ledger_refuses_is_no_charge(market, meter):
     """A hold that was voided meanwhile: delivered, not paid, and counted as that alone."""
     purchase = buy(market)
     buy(market).void()
-    meter.sold(purchase.settle(USAGE), purchase.settled)
+    purchase.settle(USAGE)
+    meter.bought(purchase)
     written(market)
     figures = told(meter)
     assert figures["charges_refused"] == 1
@@ -94,11 +96,10 @@ def test_what_the_ledger_refuses_is_no_charge(market, meter):
 def test_what_publishers_pay_is_counted_apart(market, meter):
     """Storing has a price of its own, and no receipt of a reuse."""
     market.deposit("pat", NANO, "d2")
-    hold = pending(
-        id="h", debit="pat", credit=PROVIDER, amount_nano=7, timeout_s=60, code="publish"
-    )
-    settled = market.ledger.submit([hold])
-    meter.stored(7, settled)
+    charge = market.reserve(StorageItem("pat", "kvd_x", 7), key="w", account="pat")
+    written(market)
+    charge.settle()
+    meter.bought(charge)
     written(market)
     figures = told(meter)
     assert figures["charged_nano/publish"] == 7
@@ -120,17 +121,8 @@ def test_every_matched_token_was_reused_or_computed(
     market, meter, *, reused, failed, declined, output, missed
 ):
     """But for a request that ended before it was computed."""
-    state = RequestState(
-        request_id="r",
-        prompt_tokens=610,
-        decision=Decision.REUSE,
-        match=market.match(NAMESPACE, DOCUMENT),
-        declined=declined,
-        reused=reused,
-        loaded=reused,
-        failed=failed,
-    )
-    meter.used(state, output)
+    usage = Usage(600, reused, reused, 0, min(failed, 600 - reused), 610 - reused, output)
+    meter.used(usage, declined=bool(declined))
     figures = told(meter)
     assert figures["matched_tokens"] == 600
     assert figures.get("reused_tokens", 0) == figures.get("loaded_tokens", 0) == reused

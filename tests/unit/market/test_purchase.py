@@ -11,7 +11,7 @@ from vllm_kvmarket.catalogue import Listing, Match
 from vllm_kvmarket.core.listing_terms import ListingTerms
 from vllm_kvmarket.core.pricing import Tariff
 from vllm_kvmarket.ledger import Ledger
-from vllm_kvmarket.market.purchase import Purchase, PurchaseState, Usage, WriteCharge
+from vllm_kvmarket.market.purchase import Purchase, PurchaseState, ReuseItem, StorageItem, Usage
 
 NANO = 1_000_000_000
 TIMEOUT_S = 900
@@ -52,29 +52,15 @@ def buy(ledger, key="k", account="alice", publisher="pat", tariff=None):
         terms=ListingTerms(publisher=publisher),
         created_at_s=1.0,
     )
-    purchase = Purchase(
-        ledger,
-        key=key,
-        request_id="r",
-        account=account,
-        match=Match(listing, 600, ()),
-        terms=(tariff or Tariff()).terms(),
-        model="m",
-        timeout_s=TIMEOUT_S,
-    )
+    item = ReuseItem(Match(listing, 600, ()), (tariff or Tariff()).terms(), "m", "r")
+    purchase = Purchase(ledger, item, key=key, account=account, timeout_s=TIMEOUT_S)
     written(ledger)
     return purchase
 
 
 def store(ledger, publisher="pat", amount_nano=7000, key="w"):
-    charge = WriteCharge(
-        ledger,
-        key=key,
-        publisher=publisher,
-        document_id="kvd_x",
-        amount_nano=amount_nano,
-        timeout_s=TIMEOUT_S,
-    )
+    item = StorageItem(publisher, "kvd_x", amount_nano)
+    charge = Purchase(ledger, item, key=key, account=publisher, timeout_s=TIMEOUT_S)
     written(ledger)
     return charge
 
@@ -185,7 +171,9 @@ def test_what_was_earned_waits_for_the_database_as_long_as_it_takes(ledger, monk
     assert purchase.state() is PurchaseState.RESERVED
     purchase.settle(USAGE)
     assert patience == {"pending": None, "void": math.inf, "post": math.inf, "plain": math.inf}
-    store(ledger).settle()
+    charge = store(ledger)
+    assert charge.state() is PurchaseState.RESERVED
+    charge.settle()
     assert patience["post"] == math.inf
     written(ledger)
 
@@ -193,8 +181,8 @@ def test_what_was_earned_waits_for_the_database_as_long_as_it_takes(ledger, monk
 def test_storing_is_paid_once(ledger, caplog):
     """Reserved, posted whole; a void behind it changes nothing."""
     charge = store(ledger)
-    assert charge.done()
-    assert charge.refusal() == ""
+    assert charge.state() is PurchaseState.RESERVED
+    assert charge.refusal == ""
     charge.settle()
     charge.settle()
     charge.void()
@@ -205,6 +193,7 @@ def test_storing_is_paid_once(ledger, caplog):
 def test_storing_that_the_ledger_does_not_settle_is_logged(ledger, clock, caplog):
     """The document is listed all the same; the operator knows that it was not paid for."""
     charge = store(ledger)
+    assert charge.state() is PurchaseState.RESERVED
     clock.now_s += TIMEOUT_S
     ledger.expire_pending()
     charge.settle()
@@ -223,6 +212,8 @@ def test_storing_that_the_ledger_does_not_settle_is_logged(ledger, clock, caplog
 )
 def test_a_publisher_who_cannot_pay_is_told_the_true_reason(ledger, publisher, amount_nano, reason):
     """Only who lacks funds is told to make a deposit."""
-    refusal = store(ledger, publisher, amount_nano).refusal()
+    charge = store(ledger, publisher, amount_nano)
+    assert charge.state() is PurchaseState.REFUSED
+    refusal = charge.refusal
     assert reason in refusal
     assert ("deposit" in refusal) == ("cannot pay" in refusal)

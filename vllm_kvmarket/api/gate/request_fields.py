@@ -201,7 +201,7 @@ def sender_of(caller: Caller, credentials: Credentials, body: dict[str, Any]) ->
     raw = given.get(FIELD) if isinstance(given, dict) else None
     if caller.account is not None or not isinstance(raw, dict) or not raw.get("token"):
         return caller
-    params = request_params.read({FIELD: raw}, credentials, trusted=False)
+    params = request_params.read_params({FIELD: raw}, credentials, trusted=False)
     if not isinstance(params, RequestParams):
         return caller
     if params.is_operators:

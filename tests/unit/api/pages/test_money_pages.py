@@ -9,6 +9,7 @@ import pytest
 
 from tests.support.api_server import publish, running, text_of
 from tests.support.page_visitor import Visitor, sell, text_in
+from tests.support.purchases import reserve
 from vllm_kvmarket.api.pages import money_pages
 from vllm_kvmarket.auth.signing_keys import SigningKeys
 from vllm_kvmarket.core.pricing import format_nano
@@ -41,8 +42,8 @@ def test_an_account_sees_its_money(server):
     """Balance, holds and what is left are the ledger's; a hold that stands is listed."""
     sell(server, TEXT)
     match = server.market.match(server.engine.namespace, server.engine.prompt(TEXT, None))
-    open_one = server.market.reserve(
-        key="k2", request_id="r2", account="bea", match=match, model="words"
+    open_one = reserve(
+        server.market, key="k2", request_id="r2", account="bea", match=match, model="words"
     )
     open_one._reservation.result()
     page = visitor_of(server, "bea").get("/money")

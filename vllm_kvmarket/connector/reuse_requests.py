@@ -1,0 +1,126 @@
+"""Requests that reuse a published document: a buyer's, and the operator's preloading."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Self
+
+from vllm_kvmarket.catalogue import Match
+from vllm_kvmarket.connector.request_params import DECLINED_BY_CALLER, Declined, RequestParams
+from vllm_kvmarket.connector.request_state import Ended, Engine, Lookup, Reuse, is_answered
+from vllm_kvmarket.market.purchase import Purchase, PurchaseState
+
+if TYPE_CHECKING:
+    from vllm.v1.request import Request
+
+
+class ReuseRequest:
+    """A request that buys what it matches, or is computed in full and says why.
+
+    Customers pay to skip computation, so vLLM's own cache must not give it away: a request that may
+    not reuse what it matches does not read that cache either.
+    """
+
+    def __init__(self, engine: Engine, request: Request, match: Match | None) -> None:
+        self._engine = engine
+        self._request = request
+        self.reuse = Reuse(request, match)
+        self.purchase: Purchase | None = None
+        self.declined = ""
+
+    @classmethod
+    def arrived(
+        cls, engine: Engine, request: Request, params: RequestParams | Declined, match: Match | None
+    ) -> Self:
+        """Start to reserve the price, or decline; mutates vLLM's request."""
+        self = cls(engine, request, match)
+        if isinstance(params, Declined):
+            self.decline(params.message, params.reason)
+        elif match is None:
+            return self
+        elif params.account is None:
+            if engine.market.config.without_account == "recompute":
+                self.decline("the request names no account", "no_account")
+        elif params.max_price_nano is not None and params.max_price_nano < self._price_nano(match):
+            self.decline(DECLINED_BY_CALLER["max_price"], "max_price")
+        else:
+            # Samples of one request share a purchase, and so its match: the catalogue may have
+            # changed between them.
+            self.purchase, shared = engine.purchases.join(request, params.account, match)
+            self.reuse = Reuse(request, shared)
+        return self
+
+    def _price_nano(self, match: Match) -> int:
+        most = min(match.token_count, self._request.num_prompt_tokens - 1)
+        return self._engine.market.terms_of(match).charge_nano(most)
+
+    def decline(self, message: str, reason: str) -> None:
+        """Compute the request in full; `reason` is one of metric_definitions.DECLINED. Mutates."""
+        self.declined = message
+        if self.reuse.match is not None:
+            self._engine.metrics.declined(reason)
+            self._engine.prefix_cache.turn_off(self._request)
+
+    def ready(self) -> Lookup:
+        """Wait for the reservation; a refused one declines. Mutates."""
+        if self.purchase is not None and not self.declined:
+            state = self.purchase.state()
+            if state is PurchaseState.RESERVING:
+                return Lookup.PENDING
+            if state is PurchaseState.REFUSED:
+                self.decline(self.purchase.refusal, self.purchase.refusal_reason)
+        found = self.reuse.lookup()
+        return Lookup.PENDING if found is Lookup.HIT and self.declined else found
+
+    def finished(self, block_ids: list[int]) -> Ended:
+        """Settle what was reused for an answer, or release the reservation. Mutates."""
+        charge = None
+        if self.purchase is not None:
+            usage = self.reuse.usage() if is_answered(self._request) else None
+            charge = self._engine.purchases.leave(self._request.request_id, usage)
+        self._engine.metrics.used(self.reuse.usage(), declined=bool(self.declined))
+        answer = self.reuse.answer(self.declined, charge)
+        pin(self._engine, self.reuse, block_ids, answer)
+        return Ended(answer)
+
+
+class PreloadRequest:
+    """The operator's: brings a document into the paged cache, free of charge.
+
+    Also an operator's request that could not do what it asked for, and says why.
+    """
+
+    def __init__(
+        self, engine: Engine, request: Request, match: Match | None, declined: str = ""
+    ) -> None:
+        self._engine = engine
+        self.reuse = Reuse(request, match)
+        self.declined = declined
+
+    def ready(self) -> Lookup:
+        """There is nothing to wait for."""
+        return self.reuse.lookup()
+
+    def finished(self, block_ids: list[int]) -> Ended:
+        """Pin the document if it is to be pinned. Mutates."""
+        answer = self.reuse.answer(self.declined)
+        pin(self._engine, self.reuse, block_ids, answer)
+        return Ended(answer)
+
+
+def pin(engine: Engine, reuse: Reuse, block_ids: list[int], answer: dict[str, Any]) -> None:
+    """Pin the blocks of a document that is to be pinned and was reused whole; mutates."""
+    if reuse.match is None or not reuse.match.listing.pinned:
+        return
+    listing = reuse.match.listing
+    # A match in the database may know of the pin before memory does, which would end it at once.
+    if not engine.market.catalogue.is_pinned(listing.document_id):
+        return
+    # The last token of a prompt is computed, also of one that is just the document.
+    if reuse.reused >= listing.token_count - 1:
+        reason = engine.pins.pin(listing.document_id, listing.token_count, block_ids)
+        if reason:
+            answer["not_pinned"] = reason
+        else:
+            block_tokens = engine.facts.block_tokens
+            answer["pinned_tokens"] = listing.token_count // block_tokens * block_tokens
+            engine.metrics.pinned(engine.pins.block_count)

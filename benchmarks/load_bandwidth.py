@@ -32,7 +32,7 @@ def measure(market: Market) -> dict[str, Any]:
     listing = max(market.catalogue.listings(state="live"), key=lambda each: each.token_count)
     headers: list[ChunkHeader] = []
     for key in listing.chunk_keys:
-        with open_chunk(market.store.path(key), key) as chunk:
+        with open_chunk(market.store.disk.path(key), key) as chunk:
             headers.append(chunk.header)
     layout = headers[0].layout
     pages = sum(header.page_count for header in headers)

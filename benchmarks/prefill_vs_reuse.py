@@ -112,7 +112,7 @@ class Bench:
                 if number < self.repeats - 1:
                     self.market.delist(listing.document_id)
                     for key in listing.chunk_keys:
-                        self.market.store.delete(key)
+                        self.market.store.disk.delete(key)
         time.sleep(1)
         for _ in range(self.repeats):
             for length, tokens in texts.items():

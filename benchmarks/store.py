@@ -163,7 +163,7 @@ class Bench:
 
     def files(self) -> list[Path]:
         """The chunks' files."""
-        return [self.store.path(chunk.key) for chunk in self.saves]
+        return [self.store.disk.path(chunk.key) for chunk in self.saves]
 
     def raw_read(self) -> float:
         """The files, each in one go into memory of its own, nothing checked."""

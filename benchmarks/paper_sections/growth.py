@@ -115,7 +115,7 @@ class Growth:
                 if number < self.repeats - 1:
                     self.market.delist(listings[0].document_id)
                     for key in listings[0].chunk_keys:
-                        self.market.store.delete(key)
+                        self.market.store.disk.delete(key)
         close_llm(llm)
 
     def reuse(self) -> None:

@@ -236,7 +236,7 @@ def test_chunks_that_fail_to_load_are_not_paid(llm, market, bill, requests, n):
     tokens = words(4650 + n, 700)
     listing = market.publish(llm, token_ids=tokens)
     empty_prefix_cache(llm)
-    path = market.store.path(listing.chunk_keys[1])
+    path = market.store.disk.path(listing.chunk_keys[1])
     content = bytearray(path.read_bytes())
     content[-100] ^= 1
     path.write_bytes(content)

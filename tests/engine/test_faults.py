@@ -139,7 +139,7 @@ def test_a_fault_is_found_computed_instead_not_charged_and_repaired(llm, market:
 
     key = listing.chunk_keys[BROKEN]
     quarantined = len(market.store.disk.quarantined())
-    DAMAGE[fault](market.store.path(key))
+    DAMAGE[fault](market.store.disk.path(key))
     answer = ask(llm, prompt, market.params("alice"), rest_s=0)
 
     assert answer.token_ids == full.token_ids
@@ -165,7 +165,7 @@ def test_a_file_in_a_layout_that_nobody_knows_is_a_miss_and_no_damage(llm, marke
     listing = market.publish(llm, token_ids=document, title="strange layout")
     empty_prefix_cache(llm)
     full = ask(llm, document + QUESTION, market.params("dave"), rest_s=0)
-    path = market.store.path(listing.chunk_keys[0])
+    path = market.store.disk.path(listing.chunk_keys[0])
     with open_chunk(path, listing.chunk_keys[0]) as chunk:
         header = chunk.header
         layers = [[chunk.layer(index)] for index in range(len(header.layout.layers))]

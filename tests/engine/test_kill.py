@@ -102,7 +102,7 @@ def check(home: Path) -> int:
         # A killed process may be a zombie while one of its threads still waits for the disk, and
         # holds its draft.
         deadline = time.monotonic() + 20
-        while market.store.sweep_temporary() or market.store.usage().drafts:
+        while market.store.disk.sweep_temporary() or market.store.disk.usage().drafts:
             assert time.monotonic() < deadline, "a dead writer's draft stays"
             time.sleep(0.05)
         return len(live)
@@ -129,5 +129,5 @@ def test_an_engine_that_is_killed_at_any_moment_loses_and_spoils_nothing(tiny, t
     with Market.open(tmp_path) as market:
         kept = {key for listing in market.catalogue.listings("live") for key in listing.chunk_keys}
         collect_garbage(market)
-        assert set(market.store.keys()) == kept
+        assert set(market.store.disk.keys()) == kept
         assert len(market.receipts()) >= ROUNDS - 1

@@ -132,7 +132,7 @@ def test_a_layout_that_cannot_be_converted_is_a_miss_with_its_reason(
         with market.store.open_share(key, 0, 1) as share:
             header = share.header
             layers = [[share.layer(index)] for index in range(len(header.layout.layers))]
-        market.store.delete(key)
+        market.store.disk.delete(key)
         market.store.put(
             key=key,
             parent=header.parent,

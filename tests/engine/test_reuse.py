@@ -68,10 +68,10 @@ def test_a_document_that_extends_another_stores_only_what_is_new(llm, market):
     short = words(5, 600)
     long = short + words(6, 500)
     market.publish(llm, token_ids=short, publisher="first")
-    before = set(market.store.keys())
+    before = set(market.store.disk.keys())
     listing = market.publish(llm, token_ids=long, publisher="second")
     # Two whole chunks are shared; the short one's last chunk is shorter than the long one's third.
-    assert len(set(market.store.keys()) - before) == len(listing.chunk_keys) - 2
+    assert len(set(market.store.disk.keys()) - before) == len(listing.chunk_keys) - 2
     compare(llm, market, long + QUESTION, 1100)
     answer = compare(llm, market, short + QUESTION, 600)
     # Wholly matched, the short one is paid, though the long one holds the same tokens.
@@ -82,10 +82,10 @@ def test_publishing_again_changes_nothing(llm, market):
     """A live document comes back as it is, and nothing is written."""
     document = words(7, 400)
     first = market.publish(llm, token_ids=document, title="once")
-    written = market.store.bytes_used()
+    written = market.store.disk.bytes_used()
     second = market.publish(llm, token_ids=document, title="twice")
     assert second == first
-    assert market.store.bytes_used() == written
+    assert market.store.disk.bytes_used() == written
 
 
 def test_a_prompt_that_matches_nothing_is_plain_vllm(llm, market):

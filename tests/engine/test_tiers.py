@@ -81,7 +81,7 @@ def test_a_hot_document_is_served_from_host_memory(llm, market: Market):
         assert reuse(llm, market, document + QUESTION).market["reused_tokens"] == LENGTH
     wait_until_the_host_tier_rests(llm)
     for key in listing.chunk_keys:
-        market.store.delete(key)
+        market.store.disk.delete(key)
     before = counted(llm, "chunks_loaded", tier="host")
     answer = reuse(llm, market, document + QUESTION)
     assert answer.market["reused_tokens"] == LENGTH
@@ -117,7 +117,7 @@ def test_a_damaged_chunk_is_counted_by_its_reason(llm, market: Market):
     document = words(504, LENGTH)
     listing = market.publish(llm, token_ids=document)
     full = computed(llm, market, document + QUESTION)
-    market.store.path(listing.chunk_keys[1]).write_bytes(b"nonsense")
+    market.store.disk.path(listing.chunk_keys[1]).write_bytes(b"nonsense")
     failures = counted(llm, "load_failures", reason="damaged")
     quarantined = counted(llm, "chunks_quarantined")
     answer = reuse(llm, market, document + QUESTION)
@@ -147,7 +147,7 @@ def test_a_document_is_fetched_from_the_object_store(tiny, tmp_path):
         listing = market.publish(llm, token_ids=document)
         full = computed(llm, market, document + QUESTION)
         for key in listing.chunk_keys:
-            market.store.delete(key)
+            market.store.disk.delete(key)
         for tier in ("objects", "disk"):
             answer = reuse(llm, market, document + QUESTION)
             assert answer.market["reused_tokens"] == LENGTH
@@ -174,7 +174,7 @@ def test_an_object_store_that_never_answers_costs_a_deadline_and_no_token(
         listing = market.publish(llm, token_ids=document)
         full = computed(llm, market, document + QUESTION)
         for key in listing.chunk_keys:
-            market.store.delete(key)
+            market.store.disk.delete(key)
     dead = {
         "object_store_url": "s3://bucket/prefix",
         "object_store_options": {

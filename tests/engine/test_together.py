@@ -52,7 +52,7 @@ def test_two_engines_publish_the_same_document_at_once(pair):
         assert [answer.market["reused_tokens"] for answer in answers] == [1500, 1500]
         assert answers[0].token_ids == answers[1].token_ids
     assert market.catalogue.check_integrity() == []
-    assert market.store.usage().drafts == 0
+    assert market.store.disk.usage().drafts == 0
 
 
 def test_a_document_is_deleted_while_another_engine_loads_it(pair):

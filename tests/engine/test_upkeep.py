@@ -115,9 +115,9 @@ def poison(market: Market, key: bytes, source: bytes) -> None:
     """Give a chunk the pages of another one, in a file that verifies."""
     from vllm_kvmarket.store import chunk_format, open_chunk
 
-    with open_chunk(market.store.path(source), source) as chunk:
+    with open_chunk(market.store.disk.path(source), source) as chunk:
         layers = [[chunk.layer(index)] for index in range(len(chunk.header.layout.layers))]
-    path = market.store.path(key)
+    path = market.store.disk.path(key)
     with open_chunk(path, key) as chunk:
         header = chunk.header
     prepared = chunk_format.prepare(
@@ -148,7 +148,7 @@ def test_a_full_store_evicts_what_is_worth_least_and_never_exceeds_its_quota(tin
         listings = []
         for number, document in enumerate(documents):
             listings.append(market.publish(llm, token_ids=document, title=str(number)))
-            assert market.store.usage().bytes_used <= quota
+            assert market.store.disk.usage().bytes_used <= quota
             if number == 0:
                 answer = ask(llm, document + QUESTION, market.params("alice"), rest_s=0)
                 assert answer.market["reused_tokens"] == 1280

@@ -58,7 +58,7 @@ def test_a_damaged_chunk_is_recomputed_and_not_charged_and_repaired_by_publishin
     """A flipped byte in the second chunk: what lies before it is sold, the rest computed."""
     market, expected = published
     (listing,) = market.catalogue.listings(search="variants")
-    path = market.store.path(listing.chunk_keys[1])
+    path = market.store.disk.path(listing.chunk_keys[1])
     content = bytearray(path.read_bytes())
     content[-100] ^= 1
     path.write_bytes(content)
@@ -81,7 +81,7 @@ def test_a_damaged_chunk_is_recomputed_and_not_charged_and_repaired_by_publishin
         assert again.market["reused_tokens"] == 700
 
         for key in listing.chunk_keys:
-            market.store.delete(key)
+            market.store.disk.delete(key)
         empty_prefix_cache(llm)
         lost = ask(llm, DOCUMENT + QUESTION, market.params("alice"), rest_s=0)
         assert lost.token_ids == expected.token_ids

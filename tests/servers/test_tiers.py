@@ -50,17 +50,17 @@ def test_without_an_object_store_it_is_the_disk(tmp_path: Path) -> None:
     size = chunk.put(store)
     assert chunk.put(store) == 0 and not store.fetch(chunk.key)
     assert store.has(chunk.key) and store.make_durable(chunk.key)
-    assert store.shares(chunk.key) == [(0, 1)] and list(store.keys()) == [chunk.key]
-    assert store.bytes_used() == store.usage().bytes_used == store.recount() == size
+    assert store.shares(chunk.key) == [(0, 1)] and list(store.disk.keys()) == [chunk.key]
+    assert store.disk.bytes_used() == store.disk.usage().bytes_used == store.disk.recount() == size
     load(chunk, store)
     store.verify(chunk.key)
-    store.path(chunk.key).write_bytes(b"damaged")
+    store.disk.path(chunk.key).write_bytes(b"damaged")
     with pytest.raises(ChunkDamagedError):
         store.open(chunk.key, chunk.layout, NAMESPACE)
-    assert store.quarantine(chunk.key, 0, 1, "damaged") and len(store.quarantined()) == 1
+    assert store.disk.quarantine(chunk.key, 0, 1, "damaged") and len(store.disk.quarantined()) == 1
     chunk.put(store)
-    store.delete(chunk.key)
-    assert list(store.keys()) == [] and store.sweep_temporary() == 0
+    store.disk.delete(chunk.key)
+    assert list(store.disk.keys()) == [] and store.disk.sweep_temporary() == 0
     store.close()
 
 
@@ -71,10 +71,10 @@ def test_a_second_machine_reads_what_the_first_wrote(machine: Machine, layout: o
     chunk = sample(layout)
     share = (chunk.layout.rank, chunk.layout.world_size)
     assert chunk.put(first) > 0 and chunk.put(first) == 0
-    assert list(second.keys()) == [] and second.has(chunk.key, *share)
+    assert list(second.disk.keys()) == [] and second.has(chunk.key, *share)
     assert second.shares(chunk.key) == [share]
     load(chunk, second)
-    assert list(second.keys()) == [chunk.key]
+    assert list(second.disk.keys()) == [chunk.key]
     objects_of(second).delete(chunk_name(chunk.key, *share))
     load(chunk, second)
     with second.open_share(chunk.key, *share, NAMESPACE) as opened:
@@ -97,7 +97,7 @@ def test_what_is_nowhere_is_missing(machine: Machine) -> None:
         with pytest.raises(ChunkMissingError, match="neither on the disk nor in the object store"):
             ask()
     assert not store.has(chunk.key) and not store.make_durable(chunk.key)
-    assert store.shares(chunk.key) == [] and files_in(store) in ([], [".usage"])
+    assert store.shares(chunk.key) == [] and files_in(store.disk) in ([], [".usage"])
 
 
 def test_another_layout_is_fetched_and_a_mismatch(machine: Machine) -> None:
@@ -134,11 +134,11 @@ def test_damage_on_the_disk_is_mended_unseen(machine: Machine, how: str) -> None
     """The load gets the right bytes; the damaged file is set aside, a whole one takes its place."""
     store, chunk = machine(), sample()
     chunk.put(store)
-    damaged_somewhere(store.path(chunk.key), how)
+    damaged_somewhere(store.disk.path(chunk.key), how)
     load(chunk, store)
-    assert len(store.quarantined()) == 1
+    assert len(store.disk.quarantined()) == 1
     store.disk.verify(chunk.key)
-    damaged_somewhere(store.path(chunk.key), how)
+    damaged_somewhere(store.disk.path(chunk.key), how)
     store.verify(chunk.key)
     store.disk.verify(chunk.key)
 
@@ -152,7 +152,7 @@ def test_a_damaged_object_is_told_set_aside_and_replaced(machine: Machine) -> No
     corrupt_object(first, name)
     with pytest.raises(ChunkDamagedError):
         load(chunk, second)
-    assert list(second.keys()) == [] and objects_of(second).head(name) is None
+    assert list(second.disk.keys()) == [] and objects_of(second).head(name) is None
     assert list(objects_of(second).names("quarantine")) == [f"quarantine/{name}"]
     with pytest.raises(ChunkMissingError):
         load(chunk, second)
@@ -168,7 +168,7 @@ def test_damage_on_both_sides_is_told(machine: Machine) -> None:
     store, chunk = machine(), sample()
     chunk.put(store)
     corrupt_object(store, chunk_name(chunk.key))
-    damaged_somewhere(store.path(chunk.key), "payload")
+    damaged_somewhere(store.disk.path(chunk.key), "payload")
     room = chunk.room(0, chunk.page_count)
     with (
         pytest.raises(ChunkDamagedError),
@@ -220,11 +220,11 @@ def test_the_disk_is_a_bounded_cache(machine: Machine) -> None:
     chunks = [sample(LARGE, seed=seed) for seed in range(1, 5)]
     for chunk in chunks:
         chunk.put(store)
-        assert store.usage().bytes_used <= quota_bytes
+        assert store.disk.usage().bytes_used <= quota_bytes
     for chunk in random.Random(5).choices(chunks, k=8):
         load(chunk, store)
-        assert store.usage().bytes_used <= quota_bytes
-    assert len(list(store.keys())) == 2
+        assert store.disk.usage().bytes_used <= quota_bytes
+    assert len(list(store.disk.keys())) == 2
 
 
 def test_put_says_when_the_object_store_does_not_have_it(
@@ -266,7 +266,7 @@ def test_a_dead_store_costs_a_deadline_and_leaves_nothing(machine: Machine) -> N
     assert store.has(chunk.key) and store.shares(chunk.key) == [(0, 1)]
     # The upload has a little longer.
     assert time.monotonic() - started_s < 4
-    assert store.usage().drafts == 0
+    assert store.disk.usage().drafts == 0
 
 
 def test_a_store_that_is_killed_during_a_load(
@@ -294,7 +294,7 @@ def test_a_store_that_is_killed_during_a_load(
         load(chunk, store)
     assert time.monotonic() - started_s < 2 * objects.timeout_s
     striker.join()
-    usage = store.usage()
+    usage = store.disk.usage()
     assert (usage.drafts, usage.chunk_files, usage.bytes_used) == (0, 0, 0)
     own_seaweed.start()
     later = Tiers(store.disk, connect("s3://bucket", own_seaweed.options(), timeout_s=30))
@@ -325,7 +325,7 @@ def test_keep_uploads_and_refreshes(machine: Machine, monkeypatch: pytest.Monkey
     assert first.make_durable(chunk.key)
     written = objects_of(first).facts(name)
     assert written is not None and second.make_durable(chunk.key)
-    assert objects_of(first).facts(name) == written and list(second.keys()) == []
+    assert objects_of(first).facts(name) == written and list(second.disk.keys()) == []
     monkeypatch.setattr(tiers, "FRESH_S", 0.0)
     time.sleep(1.1)  # S3 tells the time in seconds
     assert second.make_durable(chunk.key)
@@ -339,7 +339,7 @@ def test_what_is_received_is_uploaded(machine: Machine) -> None:
     source, store, other = machine(), machine(), machine()
     chunk = sample()
     chunk.put(source.disk)
-    content = source.path(chunk.key).read_bytes()
+    content = source.disk.path(chunk.key).read_bytes()
     with store.receive(chunk.key, 0, 1, len(content)) as descriptor:
         os.pwrite(descriptor, content, 0)
     load(chunk, other)
@@ -357,7 +357,7 @@ def test_deleting_here_deletes_nothing_for_others(machine: Machine) -> None:
     first, second = machine(), machine()
     chunk = sample()
     chunk.put(first)
-    first.delete(chunk.key)
-    assert list(first.keys()) == []
+    first.disk.delete(chunk.key)
+    assert list(first.disk.keys()) == []
     load(chunk, second)
     load(chunk, first)

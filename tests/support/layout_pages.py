@@ -14,7 +14,7 @@ from vllm_kvmarket.store.conversion import copy_converted
 NAMESPACE = bytes(range(32))
 CHUNK_TOKENS = 256
 DTYPES = {"bfloat16": np.uint16, "float16": np.uint16, "float32": np.uint32, "uint8": np.uint8}
-VEC, AMX, BFMMLA = "012/cpu-vec", "012/cpu-amx", "012/cpu-bfmmla"
+VEC, AMX = "012/cpu-vec", "012/cpu-amx"
 HND, NHD = "012/cuda-tokens", "102/cuda-tokens"
 
 
@@ -100,17 +100,12 @@ def place(tag: str, dim: int, tokens: int, token: int, element: int) -> int:
     plane = is_value * dim * tokens
     if tag.startswith(VEC):
         return plane + (token * dim + i if is_value else i * tokens + token)
-    if tag.startswith(AMX):
-        if is_value:
-            group, j = divmod(i, 16)
-            return plane + group * tokens * 16 + (token // 2) * 32 + j * 2 + token % 2
-        group, t = divmod(token, 16)
-        return plane + group * 16 * dim + (i // 2) * 32 + t * 2 + i % 2
-    assert tag.startswith(BFMMLA)
+    assert tag.startswith(AMX)
     if is_value:
-        return plane + (i // 2) * (tokens // 4 * 8) + (token // 4) * 8 + (i % 2) * 4 + token % 4
-    within = token % 8 // 2 * 8 + (token & 1) * 4
-    return plane + (token // 8) * (dim // 4 * 32) + (i // 4) * 32 + within + i % 4
+        group, j = divmod(i, 16)
+        return plane + group * tokens * 16 + (token // 2) * 32 + j * 2 + token % 2
+    group, t = divmod(token, 16)
+    return plane + group * 16 * dim + (i // 2) * 32 + t * 2 + i % 2
 
 
 def pages_of(chunk: Chunk, layout: ChunkLayout, filler: int = 0x5A) -> list[np.ndarray]:

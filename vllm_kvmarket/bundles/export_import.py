@@ -121,7 +121,7 @@ def _survey(market: Market, key: bytes) -> BundledChunk:
         if all((other, world_size) in there for other in range(world_size)):
             market.store.fetch(key, rank, world_size)
             try:
-                size = market.store.path(key, rank, world_size).stat().st_size
+                size = market.store.disk.path(key, rank, world_size).stat().st_size
             except FileNotFoundError:
                 raise _gone(key.hex()) from None
             shares.append(Share(rank, world_size, size, NO_DIGEST))
@@ -146,7 +146,7 @@ def _copy_out(market: Market, file: File, descriptor: int) -> str:
     with market.store.open_share(*file.place) as chunk:
         chunk.verify()
     try:
-        source = market.store.path(*file.place).open("rb", buffering=0)
+        source = market.store.disk.path(*file.place).open("rb", buffering=0)
     except FileNotFoundError:
         raise _gone(file.name) from None
     with source:
@@ -240,7 +240,7 @@ def import_(
                 made = dataclasses.replace(listing, stored_bytes=sum(stored.values()))
                 market.catalogue.adopt(made, document, force=relist)
         except BaseException:
-            market.catalogue.release(list(stored), market.store.delete)
+            market.catalogue.release(list(stored), market.store.disk.delete)
             raise
         _store_again(market, reader, files)
     shared_bucket.offer(market.store, market.catalogue, listing.document_id)
@@ -289,7 +289,7 @@ def _store_files(
 def _has_whole(market: Market, file: File) -> bool:
     """Whether the chunk's file is there for good already, whole, in whatever layout."""
     try:
-        with open_chunk(market.store.path(*file.place), file.key) as chunk:
+        with open_chunk(market.store.disk.path(*file.place), file.key) as chunk:
             chunk.verify()
         market.store.disk.make_durable(file.key)
     except StoreError:

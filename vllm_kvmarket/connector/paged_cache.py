@@ -124,7 +124,7 @@ def _device_packing(vllm_config: VllmConfig, kv_caches: dict[str, torch.Tensor])
 
 
 def proven_packing(isa: str, page_shape: tuple[int, ...], dtype: torch.dtype) -> str:
-    """Find a CPU kernel's packing by letting it fill pages: "vec", "amx", "bfmmla".
+    """Find a CPU kernel's packing by letting it fill pages: "vec" or "amx".
 
     `page_shape` is (heads, tokens, 2 * head size). What fits no packing that kvmarket can convert
     is named after the instruction set, with "-unproven".

@@ -83,7 +83,7 @@ class SchedulerHalf:
         self._config = config
         self._market = market = Market.open(config=config)
         market.catalogue.watch(config.refresh_interval_s)
-        market.store.sweep_temporary()
+        market.store.disk.sweep_temporary()
         market.catalogue.fail_abandoned()
         self.metrics = SchedulerMetrics(market)
         model = vllm_config.model_config

@@ -72,8 +72,8 @@ def check(market: Market, verify: bool = True, on_progress: Progress | None = No
                 bad.append(f"store: {error} (document {holder.document_id})")
         if on_progress is not None:
             on_progress(number, len(holders))
-    stored = list(market.store.keys())
-    usage = market.store.usage()
+    stored = list(market.store.disk.keys())
+    usage = market.store.disk.usage()
     return CheckReport(
         ok=not problems and not bad,
         home=str(market.home),
@@ -84,14 +84,14 @@ def check(market: Market, verify: bool = True, on_progress: Progress | None = No
         documents_damaged=[
             listing.document_id for listing in on_offer if listing.state == "damaged"
         ],
-        stored_bytes=market.store.bytes_used(),
+        stored_bytes=market.store.disk.bytes_used(),
         used_bytes=usage.bytes_used,
         quota_bytes=usage.quota_bytes,
         free_bytes=usage.free_bytes,
         drafts=usage.drafts,
         quarantined=[
             {"name": file.name, "reason": file.reason, "bytes": file.bytes, "at_s": file.at_s}
-            for file in market.store.quarantined()
+            for file in market.store.disk.quarantined()
         ],
     )
 
@@ -172,7 +172,7 @@ def _settle_chunk(market: Market, key: bytes) -> bool:
         market.store.verify(key)
     except (ChunkDamagedError, ChunkMissingError, LayoutMismatchError) as error:
         for rank, world_size in market.store.disk.shares(key):
-            market.store.quarantine(key, rank, world_size, str(error))
+            market.store.disk.quarantine(key, rank, world_size, str(error))
         market.catalogue.report_damage(key, str(error))
         return False
     market.catalogue.heal(key)

@@ -23,13 +23,13 @@ def make_room(market: Market, needed_bytes: int, protect: Collection[str] = froz
     or with an object store behind the disk (which then makes room by itself), nothing is done.
     The same market gives the same victims. Raises CatalogueError, StoreError.
     """
-    usage = market.store.usage()
+    usage = market.store.disk.usage()
     quota = usage.quota_bytes
     if usage.free_bytes >= needed_bytes or quota is None or market.store.objects is not None:
         return usage.free_bytes
     market.catalogue.expire()
-    release_unneeded(market, market.store.keys())
-    usage = market.store.usage()
+    release_unneeded(market, market.store.disk.keys())
+    usage = market.store.disk.usage()
     if usage.free_bytes >= needed_bytes:
         return usage.free_bytes
     if needed_bytes > quota - _bytes_that_stay(market, protect):
@@ -44,7 +44,7 @@ def make_room(market: Market, needed_bytes: int, protect: Collection[str] = froz
             if market.catalogue.evict(victim.document_id, reason):
                 keys = market.catalogue.get(victim.document_id).chunk_keys
                 release_unneeded(market, keys)
-        usage = market.store.usage()
+        usage = market.store.disk.usage()
     return usage.free_bytes
 
 

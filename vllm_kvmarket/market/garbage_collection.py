@@ -40,9 +40,9 @@ def collect_garbage(market: Market, *, dry_run: bool = False) -> GcReport:
         return _expected_garbage(market)
     expired = market.catalogue.expire()
     abandoned = market.catalogue.fail_abandoned()
-    chunks, freed = release_unneeded(market, market.store.keys())
-    swept = market.store.sweep_temporary(0)
-    market.store.recount()
+    chunks, freed = release_unneeded(market, market.store.disk.keys())
+    swept = market.store.disk.sweep_temporary(0)
+    market.store.disk.recount()
     return GcReport(
         dry_run=False,
         expired=expired,
@@ -65,7 +65,7 @@ def _expected_garbage(market: Market) -> GcReport:
         if listing.document_id not in ended
         for key in listing.chunk_keys
     }
-    unneeded = set(market.store.keys()) - needed
+    unneeded = set(market.store.disk.keys()) - needed
     return GcReport(
         dry_run=True,
         expired=sorted(ended),
@@ -86,7 +86,7 @@ def release_unneeded(market: Market, keys: Iterable[bytes]) -> tuple[int, int]:
     def delete(key: bytes) -> None:
         nonlocal freed
         size = bytes_on_disk(market, [key])
-        market.store.delete(key)
+        market.store.disk.delete(key)
         freed += size
 
     # Asked again under the catalogue's lock, one by one; most are needed and need not be.

@@ -230,8 +230,8 @@ def _copy_chunks(market: Market, folder: Path, copier: _Copier) -> list[str]:
             for share in shares:
                 with market.store.open_share(key, *share) as chunk:
                     chunk.verify()
-                path = market.store.path(key, *share)
-                copier.add(f"{CHUNKS_FOLDER}/{path.relative_to(market.store.root)}", path)
+                path = market.store.disk.path(key, *share)
+                copier.add(f"{CHUNKS_FOLDER}/{path.relative_to(market.store.disk.root)}", path)
         except (StoreError, FileNotFoundError) as error:
             missing.append(f"{key.hex()}: {error}")
     return missing

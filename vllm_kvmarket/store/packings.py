@@ -6,7 +6,7 @@
 `replicas` says how many neighbouring ranks hold the same heads, 1 when it is left out. A packing
 that is not described here cannot be converted, only copied as it lies.
 
-Sources: vLLM's csrc/cpu/cpu_attn_{vec,vec16,amx,neon,neon_bfmmla}.hpp (`reshape_and_cache`) for the
+Sources: vLLM's csrc/cpu/cpu_attn_{vec,vec16,amx}.hpp (`reshape_and_cache`) for the
 CPU kernels' packings, vllm/v1/kv_cache_layout.py for the others. connector/layouts.py writes a
 packing into a tag only after vLLM's own kernel has filled a page that reads back right.
 """
@@ -101,24 +101,12 @@ def _amx(pages: Elements, shape: Shape) -> list[Plane]:
     ]
 
 
-def _bfmmla(pages: Elements, shape: Shape) -> list[Plane]:
-    """Arm's bfloat16 matrix tiles: 8 tokens by 4 elements of keys, 4 tokens by 2 of values."""
-    count, heads, tokens, dim = len(pages), shape.heads, shape.tokens, shape.head_dim
-    keys = pages.reshape(count, heads, 2, tokens // 8, dim // 4, 8, 4)[:, :, 0]
-    values = pages.reshape(count, heads, 2, dim // 2, tokens // 4, 2, 4)[:, :, 1]
-    return [
-        Plane(keys.transpose(0, 2, 4, 1, 3, 5), (tokens // 8, 8), (dim // 4, 4), 0),
-        Plane(values.transpose(0, 3, 5, 1, 2, 4), (tokens // 4, 4), (dim // 2, 2), dim),
-    ]
-
-
 _CPU_PACKINGS: dict[str, Callable[[Elements, Shape], list[Plane]]] = {
     "vec": _vec,
     "amx": _amx,
-    "bfmmla": _bfmmla,
 }
 # Tokens and elements a head must be multiples of these.
-_GRAINS = {"vec": (1, 1), "amx": (16, 16), "bfmmla": (8, 4)}
+_GRAINS = {"vec": (1, 1), "amx": (16, 16)}
 # An older name of the same packing.
 _ALIASES = {"vec16": "vec"}
 TOKENS = "tokens"

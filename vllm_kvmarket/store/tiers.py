@@ -24,8 +24,6 @@ from vllm_kvmarket.store.chunk_format import Bytes, ChunkHeader, ChunkLayout, ch
 from vllm_kvmarket.store.chunk_reader import StoredChunk
 from vllm_kvmarket.store.disk import CHUNKS_FOLDER, DiskStore
 from vllm_kvmarket.store.object_tier import ObjectFacts, ObjectReplacedError, ObjectTier
-from vllm_kvmarket.store.quarantine import Quarantined
-from vllm_kvmarket.store.quota import StoreUsage
 
 # A publisher writes an object again when it is older than this: the bucket's garbage collection
 # deletes old objects that no listing needs, and a young one is safe from it.
@@ -366,48 +364,9 @@ class Tiers:
                     "publish its document again"
                 )
 
-    # This machine's disk
-
-    @property
-    def root(self) -> Path:
-        """The disk's folder."""
-        return self.disk.root
-
-    def path(self, key: bytes, rank: int = 0, world_size: int = 1) -> Path:
-        """Where a chunk's file is on the disk, or would be; `fetch` brings it there."""
-        return self.disk.path(key, rank, world_size)
-
-    def keys(self) -> Iterator[bytes]:
-        """Every chunk that has a file on the disk, whole or damaged, in order of its key."""
-        return self.disk.keys()
-
-    def delete(self, key: bytes) -> None:
-        """Remove a chunk's files from the disk; readers that have it open can go on."""
-        self.disk.delete(key)
-
     def quarantine(self, key: bytes, rank: int, world_size: int, reason: str) -> bool:
-        """Set a damaged file on the disk aside; see DiskStore.quarantine."""
+        """Move a damaged file on the disk away; see DiskStore.quarantine."""
         return self.disk.quarantine(key, rank, world_size, reason)
-
-    def usage(self) -> StoreUsage:
-        """What the disk holds, and how much it may."""
-        return self.disk.usage()
-
-    def bytes_used(self) -> int:
-        """Bytes of all chunk files on the disk."""
-        return self.disk.bytes_used()
-
-    def sweep_temporary(self, older_than_s: float = 0.0) -> int:
-        """Remove from the disk what writers that died left behind; how many files."""
-        return self.disk.sweep_temporary(older_than_s)
-
-    def recount(self) -> int:
-        """Count all bytes below the disk's folder again; see DiskStore.recount."""
-        return self.disk.recount()
-
-    def quarantined(self) -> list[Quarantined]:
-        """What was set aside on the disk, oldest first."""
-        return self.disk.quarantined()
 
 
 def _is_fresh(facts: ObjectFacts) -> bool:

@@ -62,8 +62,8 @@ def take(market, path, **options):
 
 
 def assert_nothing_left(market):
-    assert files_in(market.store.root) == {}
-    assert market.store.usage().bytes_used == market.store.recount() == 0
+    assert files_in(market.store.disk.root) == {}
+    assert market.store.disk.usage().bytes_used == market.store.disk.recount() == 0
     assert market.catalogue.listings() == []
     assert [account.id for account in market.ledger.accounts() if account.id == "acme"] == []
     assert market.catalogue.check_integrity() == []
@@ -77,8 +77,8 @@ def test_what_arrives_is_what_was_exported(seller, buyer, bundle):
     same = dataclasses.replace(original, stored_bytes=listing.stored_bytes)
     assert listing == same
     assert buyer.catalogue.tokens_of(listing.document_id) == DOCUMENT
-    assert files_in(buyer.store.root) == files_in(seller.store.root)
-    assert listing.stored_bytes == sum(map(len, files_in(buyer.store.root).values()))
+    assert files_in(buyer.store.disk.root) == files_in(seller.store.disk.root)
+    assert listing.stored_bytes == sum(map(len, files_in(buyer.store.disk.root).values()))
     assert buyer.ledger.account("acme").kind == "publisher"
     assert buyer.catalogue.match(NAMESPACE, DOCUMENT).token_count == len(DOCUMENT)
     assert take(buyer, bundle) == listing, "once more changes nothing"
@@ -110,7 +110,7 @@ def test_every_ranks_file_travels(seller, buyer, tmp_path):
 def test_a_chunk_without_every_rank_cannot_be_exported(seller, tmp_path):
     """There is no bundle then."""
     listing = publish(seller, world_size=2)
-    seller.store.path(listing.chunk_keys[1], 1, 2).unlink()
+    seller.store.disk.path(listing.chunk_keys[1], 1, 2).unlink()
     with pytest.raises(StoreError, match="publish its document again"):
         bundles.export(seller, listing.document_id, tmp_path / "b.kvb")
     assert list(tmp_path.glob("*.kvb*")) == list(tmp_path.glob(".*")) == []
@@ -132,7 +132,7 @@ def test_a_home_trusts_itself_also_after_a_rotation(seller, bundle):
     (listing,) = seller.catalogue.listings()
     seller.delist(listing.document_id)
     for key in listing.chunk_keys:
-        seller.store.delete(key)
+        seller.store.disk.delete(key)
     assert take(seller, bundle, relist=True).state == "live"
 
 
@@ -157,7 +157,7 @@ def test_the_quota_is_respected(buyer, bundle, tmp_path):
 def test_what_another_listing_needs_stays_when_a_bundle_is_refused(seller, buyer, tmp_path):
     """Two documents begin alike: refusing one does not take the other's chunks."""
     publish(buyer, DOCUMENT[:32], title="shorter", publisher="other")
-    before = files_in(buyer.store.root)
+    before = files_in(buyer.store.disk.root)
     listing = publish(seller)
     path = bundles.export(seller, listing.document_id, tmp_path / "b.kvb").path
     bad = bytearray(members(path)[-1][1])
@@ -165,20 +165,20 @@ def test_what_another_listing_needs_stays_when_a_bundle_is_refused(seller, buyer
     forged = forge(path, seller.home, contents={members(path)[-1][0].name: bytes(bad)})
     with pytest.raises(BundleError, match="signed a damaged chunk"):
         take(buyer, forged)
-    assert files_in(buyer.store.root) == before
+    assert files_in(buyer.store.disk.root) == before
     assert [found.terms.title for found in buyer.catalogue.listings()] == ["shorter"]
-    assert buyer.store.usage().bytes_used == buyer.store.recount()
+    assert buyer.store.disk.usage().bytes_used == buyer.store.disk.recount()
 
 
 def test_a_document_that_is_on_offer_is_repaired_on_its_own_terms(buyer, bundle, seller):
     """A bundle brings back what was damaged; it never moves a royalty to somebody else."""
     home = publish(buyer, title="ours", publisher="us", royalty_ppm=7)
     first, second, _ = home.chunk_keys
-    path = buyer.store.path(first)
+    path = buyer.store.disk.path(first)
     content = bytearray(path.read_bytes())
     content[-1] ^= 1
     path.write_bytes(content)
-    buyer.store.path(second).unlink()
+    buyer.store.disk.path(second).unlink()
     buyer.catalogue.report_damage(first)
     buyer.catalogue.report_damage(second)
     listing = take(buyer, bundle)
@@ -205,7 +205,7 @@ def test_who_earns_can_be_named(buyer, bundle):
         take(buyer, bundle)
     with pytest.raises(BundleError, match="no account's id"):
         take(buyer, bundle, publisher="no spaces")
-    assert files_in(buyer.store.root) == {}
+    assert files_in(buyer.store.disk.root) == {}
     assert take(buyer, bundle, publisher="partner").terms.publisher == "partner"
     assert buyer.ledger.account("partner").kind == "publisher"
 
@@ -253,9 +253,9 @@ def test_a_killed_import_lists_nothing(buyer, bundle):
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-c", script, buyer.home, bundle]
     assert subprocess.run(command, env=environment, check=False).returncode == -signal.SIGKILL
-    assert len(files_in(buyer.store.root)) == 2
-    buyer.store.sweep_temporary()
-    buyer.catalogue.release(list(buyer.store.keys()), buyer.store.delete)
+    assert len(files_in(buyer.store.disk.root)) == 2
+    buyer.store.disk.sweep_temporary()
+    buyer.catalogue.release(list(buyer.store.disk.keys()), buyer.store.disk.delete)
     assert_nothing_left(buyer)
     assert take(buyer, bundle).state == "live"
 
@@ -273,7 +273,7 @@ def test_two_imports_at_once_end_with_one_listing(buyer, bundle):
     assert len({listing.document_id for listing in listings}) == 1
     for key in listings[0].chunk_keys:
         buyer.store.verify(key)
-    assert buyer.store.usage().bytes_used == buyer.store.recount()
+    assert buyer.store.disk.usage().bytes_used == buyer.store.disk.recount()
 
 
 def test_a_failing_ledger_leaves_no_chunks(buyer, bundle, monkeypatch):
@@ -294,7 +294,7 @@ def test_chunks_that_gc_takes_meanwhile_are_stored_again(buyer, bundle, tmp_path
 
         def collect(done, total):
             if done == total:
-                other.catalogue.release(list(other.store.keys()), other.store.delete)
+                other.catalogue.release(list(other.store.disk.keys()), other.store.disk.delete)
 
         listing = take(buyer, bundle, on_progress=collect)
     assert listing.state == "live"
@@ -333,7 +333,7 @@ def test_a_failed_export_leaves_the_file_as_it_was(seller, bundle, tmp_path):
     """Damage that nobody has noticed so far is found by exporting; no half file is left."""
     listing = seller.catalogue.listings()[0]
     before = bundle.read_bytes()
-    path = seller.store.path(listing.chunk_keys[-1])
+    path = seller.store.disk.path(listing.chunk_keys[-1])
     content = bytearray(path.read_bytes())
     content[-1] ^= 1
     path.write_bytes(content)
@@ -374,7 +374,7 @@ def test_a_long_document_travels(seller, buyer, tmp_path):
     assert seen[-1][0] <= seen[-1][1] == path.stat().st_size
     seen.clear()
     take(buyer, path, on_progress=lambda *done: seen.append(done))
-    assert seen[-1][0] == seen[-1][1] == sum(map(len, files_in(buyer.store.root).values()))
+    assert seen[-1][0] == seen[-1][1] == sum(map(len, files_in(buyer.store.disk.root).values()))
 
 
 def test_a_home_with_an_object_store_exports_and_imports(seller, bundle, tmp_path):
@@ -384,7 +384,7 @@ def test_a_home_with_an_object_store_exports_and_imports(seller, bundle, tmp_pat
     with open_market(tmp_path / "first", **options) as market:
         listing = bundles.import_(market, bundle, [key])
         for chunk in listing.chunk_keys:
-            market.store.delete(chunk)
+            market.store.disk.delete(chunk)
             assert market.store.has(chunk), "the bucket has it"
         path = bundles.export(market, listing.document_id, tmp_path / "again.kvb").path
     assert members(path)[2][1] == members(bundle)[2][1]

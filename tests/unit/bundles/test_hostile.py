@@ -60,7 +60,7 @@ def refused(seller, buyer):
             bundles.import_(buyer, path, [key])
         assert "\n" not in str(caught.value)
         assert len(str(caught.value)) < 1000
-        assert files_in(buyer.store.root) == {}
+        assert files_in(buyer.store.disk.root) == {}
         assert buyer.catalogue.listings() == []
         assert all(account.id != "acme" for account in buyer.ledger.accounts())
 
@@ -86,7 +86,7 @@ def test_every_byte_is_covered(seller, buyer, good, refused, tmp_path):
             kept.append(position)
     # Behind the six digits of a header's checksum.
     assert all((position % 512) in (154, 155) for position in kept)
-    assert files_in(buyer.store.root) == {}
+    assert files_in(buyer.store.disk.root) == {}
 
 
 def test_a_file_that_ends_too_soon_is_refused(good, refused):

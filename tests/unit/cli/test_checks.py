@@ -27,7 +27,7 @@ def test_fsck_finds_a_good_market_good(run, run_json, sold, home):
 def test_fsck_finds_damage_in_the_store(run, run_json, sold, home):
     """A flipped bit and a missing file are found, with the document that they belong to."""
     with Market.open(home) as market:
-        first, second, _ = (market.store.path(key) for key in sold.chunk_keys)
+        first, second, _ = (market.store.disk.path(key) for key in sold.chunk_keys)
     content = bytearray(first.read_bytes())
     content[-1] ^= 1
     first.write_bytes(content)

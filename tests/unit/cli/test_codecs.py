@@ -81,8 +81,8 @@ def test_what_cannot_be_measured(run, document, home):
     """An unknown document, and one whose chunks are gone, are errors with a remedy."""
     assert "kvd_" in run("store", "codecs", "kvd_" + "0" * 32, code=1).err
     with Market.open(home) as market:
-        for key in list(market.store.keys()):
-            market.store.delete(key)
+        for key in list(market.store.disk.keys()):
+            market.store.disk.delete(key)
     assert "publish it again" in run("store", "codecs", document, code=1).err
     run("store", "codecs", code=2)
 

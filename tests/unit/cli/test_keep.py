@@ -12,7 +12,7 @@ from vllm_kvmarket.market.market import Market
 
 
 def damage(market, key):
-    path = market.store.path(key)
+    path = market.store.disk.path(key)
     content = bytearray(path.read_bytes())
     content[-1] ^= 1
     path.write_bytes(content)

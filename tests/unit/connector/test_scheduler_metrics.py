@@ -141,7 +141,7 @@ def test_gauges_say_what_is_there(market, meter):
     meter.look()
     figures = told(meter)
     assert (figures["documents"], figures["chunks"]) == (1, 3)
-    assert figures["stored_bytes/chunks"] == market.store.bytes_used() > 0
+    assert figures["stored_bytes/chunks"] == market.store.disk.bytes_used() > 0
     assert figures["stored_bytes/quarantine"] == 0
     assert figures["provider_balance_nano"] == figures["reserved_nano"] == 0
     meter.look()
@@ -158,15 +158,15 @@ def test_gauges_say_what_is_there(market, meter):
 
 def test_what_is_set_aside_is_told_apart(market, meter):
     """A damaged file is no chunk any more, and still takes its room."""
-    key = next(market.store.keys())
-    size = market.store.path(key).stat().st_size
-    before = market.store.bytes_used()
-    assert market.store.quarantine(key, 0, 1, "for a test") is False  # it is whole
-    path = market.store.path(key)
+    key = next(market.store.disk.keys())
+    size = market.store.disk.path(key).stat().st_size
+    before = market.store.disk.bytes_used()
+    assert market.store.disk.quarantine(key, 0, 1, "for a test") is False  # it is whole
+    path = market.store.disk.path(key)
     content = bytearray(path.read_bytes())
     content[-1] ^= 1
     path.write_bytes(content)
-    assert market.store.quarantine(key, 0, 1, "for a test")
+    assert market.store.disk.quarantine(key, 0, 1, "for a test")
     meter.look()
     figures = told(meter)
     assert figures["stored_bytes/quarantine"] == size

@@ -61,7 +61,7 @@ def test_a_host_tier_without_room_for_a_chunk_changes_nothing(tmp_path):
 def test_a_damaged_chunk_is_quarantined_and_its_blocks_reported(bench, place):
     """Nobody meets the file again, and no unverified byte stays in the blocks."""
     chunk = stored(bench)
-    path = bench.store.path(chunk.key)
+    path = bench.store.disk.path(chunk.key)
     whole = bytearray(path.read_bytes())
     if place in {"header", "payload"}:
         whole[40 if place == "header" else -3] ^= 1
@@ -89,8 +89,8 @@ def test_a_damaged_chunk_is_quarantined_and_its_blocks_reported(bench, place):
 def test_one_bad_chunk_does_not_spoil_the_others(bench):
     """Failures are counted by kind, each with its blocks."""
     good, missing, damaged = stored(bench, 1), stored(bench, 2, first_block=4), stored(bench, 3)
-    bench.store.delete(missing.key)
-    bench.store.path(damaged.key).write_bytes(b"nonsense")
+    bench.store.disk.delete(missing.key)
+    bench.store.disk.path(damaged.key).write_bytes(b"nonsense")
     fill(bench.cache, good.block_ids, 1)
     loads = [into(good, 20), into(missing, 30), into(damaged, 40)]
     report = bench.load(*loads)
@@ -106,7 +106,7 @@ def test_a_damaged_chunk_leaves_host_memory_too(bench):
     bench.load(into(chunk, 20))
     bench.load(into(chunk, 20))
     until(lambda: bench.host.has(chunk.key))
-    bench.store.path(chunk.key).write_bytes(b"nonsense")
+    bench.store.disk.path(chunk.key).write_bytes(b"nonsense")
     assert bench.audit(chunk).unread == 1
     assert not bench.host.has(chunk.key)
 
@@ -155,7 +155,7 @@ def test_what_was_read_ahead_is_loaded_from_host_memory(bench):
     bench.transfers.prefetch(ChunkPrefetch(NAMESPACE, tuple(chunk.key for chunk in chunks)))
     bench.wait_for_count("prefetches/done", 2)
     for chunk in chunks:
-        bench.store.delete(chunk.key)
+        bench.store.disk.delete(chunk.key)
     loads = [into(chunks[0], 20), into(chunks[1], 30)]
     assert bench.load(*loads).failures == {}
     for chunk, load in zip(chunks, loads, strict=True):
@@ -167,7 +167,7 @@ def test_what_was_read_ahead_is_loaded_from_host_memory(bench):
 def test_reading_ahead_what_is_not_there_ends_quietly(bench):
     """The load that follows reports it; a damaged file is quarantined already."""
     chunk = stored(bench)
-    bench.store.path(chunk.key).write_bytes(b"nonsense")
+    bench.store.disk.path(chunk.key).write_bytes(b"nonsense")
     bench.transfers.prefetch(ChunkPrefetch(NAMESPACE, (bytes(32), chunk.key)))
     bench.wait_for_count("prefetches/failed", 2)
     assert bench.count("chunks_quarantined") == 1
@@ -202,7 +202,7 @@ def objects():
 
 def on_this_disk_no_more(bench, *chunks):
     for chunk in chunks:
-        bench.store.delete(chunk.key)
+        bench.store.disk.delete(chunk.key)
 
 
 def test_a_chunk_that_is_only_in_the_object_store_is_fetched(tmp_path, objects):
@@ -223,7 +223,7 @@ def test_a_damaged_file_is_fetched_again(tmp_path, objects):
     """The request does not notice; the file is in quarantine."""
     with Bench(tmp_path, objects=objects) as bench:
         chunk = stored(bench)
-        path = bench.store.path(chunk.key)
+        path = bench.store.disk.path(chunk.key)
         path.write_bytes(path.read_bytes()[:-1] + b"?")
         load = into(chunk, 20)
         assert bench.load(load).failures == {}

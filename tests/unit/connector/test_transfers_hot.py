@@ -26,7 +26,7 @@ def test_a_chunk_that_is_loaded_again_stays_in_host_memory(bench):
     assert bench.host.usage().chunks == 0
     bench.load(into(chunk, 20))
     until(lambda: bench.host.usage().chunks == 1)
-    bench.store.delete(chunk.key)
+    bench.store.disk.delete(chunk.key)
     for first_page in (0, 2):
         load = into(chunk, 40, first_page)
         assert bench.load(load).failures == {}
@@ -62,7 +62,7 @@ def test_no_load_waits_for_a_hot_chunk_on_its_way_into_host_memory(bench, monkey
 def test_a_hot_chunk_that_is_damaged_meanwhile_does_not_get_into_host_memory(bench, monkeypatch):
     """It is set aside, and the next load says so."""
     chunk = stored(bench)
-    path = bench.store.path(chunk.key)
+    path = bench.store.disk.path(chunk.key)
     keep = Chunks.keep
 
     def damaged(chunks, namespace, key):

@@ -35,14 +35,14 @@ def store(market: Market, seed: int, **terms):
 
 
 def damage(market: Market, key: bytes) -> None:
-    path = market.store.path(key)
+    path = market.store.disk.path(key)
     content = bytearray(path.read_bytes())
     content[-1] ^= 1
     path.write_bytes(content)
 
 
 def file_bytes(market: Market, keys) -> int:
-    return sum(market.store.path(key).stat().st_size for key in keys)
+    return sum(market.store.disk.path(key).stat().st_size for key in keys)
 
 
 # Room
@@ -57,7 +57,7 @@ def limited(home: Path):
         for seed in (1, 2, 3):
             store(market, seed)
         yield market, size
-        assert market.store.usage().bytes_used <= market.config.disk_quota_bytes
+        assert market.store.disk.usage().bytes_used <= market.config.disk_quota_bytes
         assert market.catalogue.check_integrity() == []
         assert check_and_repair.check(market).problems == []
 
@@ -189,14 +189,14 @@ def test_a_check_tells_what_is_wrong_and_changes_nothing(market, home):
     assert (report.chunks_verified, report.quarantined, report.quota_bytes) == (6, [], None)
     assert report.used_bytes >= report.stored_bytes > 0
     damage(market, bad.chunk_keys[0])
-    market.store.path(bad.chunk_keys[1]).unlink()
+    market.store.disk.path(bad.chunk_keys[1]).unlink()
     report = check_and_repair.check(market)
     assert (report.ok, report.chunks_damaged, len(report.problems)) == (False, 2, 2)
     assert all(bad.document_id in problem for problem in report.problems)
     assert market.catalogue.get(bad.document_id).state == "live"
     assert check_and_repair.check(market, verify=False).ok
     damage(market, good.chunk_keys[0])
-    assert market.store.quarantine(good.chunk_keys[0], 0, 1, "its checksum is wrong")
+    assert market.store.disk.quarantine(good.chunk_keys[0], 0, 1, "its checksum is wrong")
     report = check_and_repair.check(market)
     assert [file["reason"] for file in report.quarantined] == ["its checksum is wrong"]
     database = apsw.Connection(str(home / DATABASE_FILE))
@@ -241,13 +241,13 @@ def test_damaged_documents_are_published_again(market):
     """Those that miss something, and only those; what was damaged is set aside."""
     good, bad, lost = store(market, 1), store(market, 2), store(market, 3)
     damage(market, bad.chunk_keys[1])
-    market.store.path(lost.chunk_keys[0]).unlink()
+    market.store.disk.path(lost.chunk_keys[0]).unlink()
     publish, calls = republish(market)
     report = check_and_repair.repair(market, None, publish)
     assert (report.chunks_verified, report.chunks_damaged) == (9, 2)
     assert sorted(report.repaired) == sorted(calls) == sorted([bad.document_id, lost.document_id])
     assert (report.healed, report.failed) == ([], {})
-    assert len(market.store.quarantined()) == 1
+    assert len(market.store.disk.quarantined()) == 1
     assert market.catalogue.get(good.document_id) == good
     assert check_and_repair.check(market).ok
     assert len(market.catalogue.listings("live")) == 3

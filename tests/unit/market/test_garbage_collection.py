@@ -41,7 +41,7 @@ def store(market: Market, seed: int, **terms):
 
 
 def file_bytes(market: Market, keys) -> int:
-    return sum(market.store.path(key).stat().st_size for key in keys)
+    return sum(market.store.disk.path(key).stat().st_size for key in keys)
 
 
 # Garbage
@@ -61,7 +61,7 @@ def test_what_no_listing_needs_goes(market):
     report = garbage_collection.collect_garbage(market)
     assert (report.chunks_deleted, report.bytes_freed) == (4, size)
     assert (report.expired, report.abandoned, report.objects_deleted) == ([], [], 0)
-    assert set(market.store.keys()) == set(kept.chunk_keys)
+    assert set(market.store.disk.keys()) == set(kept.chunk_keys)
     assert check_and_repair.check(market).ok
     assert garbage_collection.collect_garbage(market).chunks_deleted == 0
 
@@ -181,10 +181,11 @@ for seed in range(rounds):
     with Market.open(home, config) as market:
         problems = check_and_repair.check(market).problems
         garbage_collection.collect_garbage(market)
-        usage = market.store.usage()
+        usage = market.store.disk.usage()
         problems += check_and_repair.check(market).problems
         states = {each.state for each in market.catalogue.listings()}
-        if "publishing" in states or usage.drafts or usage.bytes_used != market.store.recount():
+        recounted = market.store.disk.recount()
+        if "publishing" in states or usage.drafts or usage.bytes_used != recounted:
             problems.append(f"left behind: {states} {usage}")
         eviction.make_room(market, size)
         if store_and_list(market, tokens(600, 9), title=str(seed)).state != "live":

@@ -155,8 +155,8 @@ def test_a_backup_beside_engines_that_charge_is_consistent(market, folder, tmp_p
 def test_a_backup_while_documents_leave_says_what_it_lacks(market, folder):
     """A chunk that is gone or damaged is named; the books are whole all the same."""
     keys = market.catalogue.listings()[0].chunk_keys
-    market.store.path(keys[0]).unlink()
-    damaged = market.store.path(keys[1])
+    market.store.disk.path(keys[0]).unlink()
+    damaged = market.store.disk.path(keys[1])
     damaged.write_bytes(damaged.read_bytes()[:-1] + b"x")
     made = backup(market, folder, with_chunks=True)
     assert (made.chunks, made.check.ok) == (1, True)

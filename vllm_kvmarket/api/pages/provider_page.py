@@ -85,7 +85,7 @@ def _facts(service: Service) -> dict[str, Any]:
         "figures": [revenue] if first is None else [revenue, first],
         "has_first_tokens": first is not None,
         "tiers": _tiers(service, metrics),
-        "usage": market.store.usage(),
+        "usage": market.store.disk.usage(),
         "faults": _faults(metrics),
         "top": _top(service),
     }
@@ -113,7 +113,7 @@ def _tiers(service: Service, metrics: ServerMetrics) -> list[tuple[str, str, int
 
     rows = [
         row("host", "Host memory", int(metrics.total(f"{MARKET}host_cache_bytes"))),
-        row("disk", "Disk", market.store.bytes_used()),
+        row("disk", "Disk", market.store.disk.bytes_used()),
     ]
     objects = market.store.objects
     if objects is not None:

@@ -9,23 +9,45 @@ from fastapi import FastAPI, Request
 from fastapi.responses import StreamingResponse
 
 from tests.support.catalogue_documents import NAMESPACE
-from vllm_kvmarket.api.gate import Gate
+from vllm_kvmarket.api.gate import Gate, engine_answers
 from vllm_kvmarket.api.gate.route_kinds import ROUTES
 from vllm_kvmarket.api.service import Service
+
+
+class Engine:
+    """Gives the outputs of a request, with the market's part of each as the test wrote it."""
+
+    def __init__(self):
+        self.answers = []
+
+    async def generate(self, *_):
+        for answer in self.answers:
+            yield SimpleNamespace(kv_transfer_params={"kvmarket": answer})
 
 
 def make_app(market, keys, tokenizer=None):
     """An app with every route of the gate's table."""
     app = FastAPI(openapi_url=None)
     app.state.reached = []
+    app.state.engine_client = Engine()
+    engine_answers.watch(app.state.engine_client)
 
     async def answer(request: Request):
         body = await request.body()
         app.state.reached.append(request.url.path)
         told = {"body": json.loads(body) if body else None, "headers": request.headers.items()}
+        outputs = app.state.engine_client.generate()
         if told["body"] and told["body"].get("stream"):
-            events = ["data: {}\n\n", "data: [DONE]\n\n"]
-            return StreamingResponse((each for each in events), media_type="text/event-stream")
+
+            async def events():
+                async for _ in outputs:
+                    pass
+                for event in ("data: {}\n\n", "data: [DONE]\n\n"):
+                    yield event
+
+            return StreamingResponse(events(), media_type="text/event-stream")
+        async for _ in outputs:
+            pass
         return told
 
     for path, method in ROUTES:

@@ -21,6 +21,7 @@ from vllm_kvmarket.api import (
     scrapes,
 )
 from vllm_kvmarket.api.bodies import MarketRoute
+from vllm_kvmarket.api.gate import engine_answers
 from vllm_kvmarket.api.models import ErrorBody
 from vllm_kvmarket.api.pages import build_pages
 from vllm_kvmarket.api.publication_queue import Publications
@@ -58,6 +59,7 @@ class MarketEndpoints:
         transfer = engine_client.vllm_config.kv_transfer_config
         if transfer is not None and transfer.kv_connector == self.name:
             state.kvmarket_service = await asyncio.to_thread(_open, engine_client, state)
+            engine_answers.watch(engine_client)
 
 
 def _open(engine_client: Any, state: Any) -> Service:

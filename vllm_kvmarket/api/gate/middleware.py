@@ -25,8 +25,8 @@ from vllm_kvmarket.api.bodies import (
     with_body,
 )
 from vllm_kvmarket.api.errors import ApiError, invalid, missing_key, translate
+from vllm_kvmarket.api.gate.engine_answers import MarketResponse
 from vllm_kvmarket.api.gate.placement import Documents, prompts_of
-from vllm_kvmarket.api.gate.receipt_events import ReceiptSender, ids_of
 from vllm_kvmarket.api.gate.request_fields import (
     GatedRequest,
     cache_salt,
@@ -119,9 +119,10 @@ class Gate:
         scope, receive = await with_body(
             scope, receive, body, len(content), {"x-request-id": request_id}
         )
-        if reuse and caller.account is not None and body.get("stream"):
-            ids = ids_of(request.kind, request_id, _prompt_count(body))
-            send = ReceiptSender(send, service.market, caller.account, ids)
+        if reuse and caller.account is not None:
+            response = MarketResponse(scope, receive, send, service.market)
+            response.begin()
+            send = response
         return scope, receive, send
 
     async def _prepare(self, service: Service, request: GatedRequest) -> bool:
@@ -225,12 +226,6 @@ def _shape(kind: Kind, body: dict[str, Any]) -> Kind:
     if "messages" in body:
         return Kind.CHAT
     return Kind.COMPLETIONS if "prompt" in body else Kind.SALTED
-
-
-def _prompt_count(body: dict[str, Any]) -> int:
-    prompt = body.get("prompt")
-    several = isinstance(prompt, list) and prompt and not isinstance(prompt[0], int)
-    return len(prompt) if several else 1  # type: ignore[arg-type]
 
 
 def _restrict_responses(body: dict[str, Any]) -> None:

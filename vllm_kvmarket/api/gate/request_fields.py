@@ -244,4 +244,4 @@ def cache_salt(caller: Caller, credentials: Credentials, client_salt: str = "") 
         return secrets.token_hex(32)
     subject = "operator" if caller.account is None else f"account:{caller.account}"
     more = f"\0{client_salt}" if client_salt else ""
-    return credentials.token(f"salt:{subject}{more}")
+    return credentials.sign("salt", f"{subject}{more}")

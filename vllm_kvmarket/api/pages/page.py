@@ -98,7 +98,7 @@ class Visitor:
         """The token of this visitor's forms."""
         if self.session is not None:
             return self.session.csrf
-        return self.service.market.credentials.token(f"form:{self.cookie}")
+        return self.service.market.credentials.sign("form", self.cookie)
 
     def page(
         self,

@@ -72,7 +72,7 @@ def test_every_generating_route_is_told_the_account_by_the_server_alone(
     token = market.credentials.token(account_subject("alice"))
     told = {"kvmarket": {"account": "alice", "token": token}}
     assert got.get("kv_transfer_params") == (None if path in SALTED else told)
-    assert got["cache_salt"] == market.credentials.token("salt:account:alice\0x")
+    assert got["cache_salt"] == market.credentials.sign("salt", "account:alice\0x")
     assert "ec_transfer_params" not in got
     assert got["vllm_xargs"] == {"mine": 1}
     assert got["sampling_params"] == {"extra_args": {}}

@@ -136,7 +136,7 @@ def _open_accounts(server: Soaked) -> None:
             if funds_nano:
                 server.market.deposit(account, funds_nano, f"first:{account}")
             server.keys[account] = keys.create(account, (scope,))[0]
-    server.keys["operator"] = keys.create("provider", ("admin",))[0]
+    server.keys["operator"] = keys.create("operator", ("admin",))[0]
     keys.close()
 
 

@@ -16,6 +16,7 @@ from vllm_kvmarket.api.models import (
     AccountModel,
     Key,
     KeyFacts,
+    Limits,
     Me,
     NewAccount,
     NewDeposit,
@@ -26,6 +27,8 @@ from vllm_kvmarket.api.models import (
 )
 from vllm_kvmarket.api.paging import After, Limit, decode, encode
 from vllm_kvmarket.api.service import CallerOf, ServiceOf
+from vllm_kvmarket.auth.api_keys import KeyLimits
+from vllm_kvmarket.core.errors import ConfigError
 from vllm_kvmarket.ledger import Account, Transfer
 from vllm_kvmarket.ledger.statements import as_csv, statement
 from vllm_kvmarket.market.market import Market
@@ -154,7 +157,13 @@ async def create_key(
     caller.need(ADMIN)
     await run_in_threadpool(service.market.ledger.account, account_id)
     scopes = sorted(set(wish.scopes))
-    secret, key_id = await run_in_threadpool(service.keys.create, account_id, scopes, wish.label)
+    try:
+        limits = KeyLimits(**wish.limits.model_dump() | {"networks": tuple(wish.limits.networks)})
+        secret, key_id = await run_in_threadpool(
+            service.keys.create, account_id, scopes, wish.label, limits
+        )
+    except ConfigError as error:
+        raise invalid(str(error)) from None
     response.headers["cache-control"] = "no-store"
     return Key(id=key_id, account=account_id, scopes=scopes, label=wish.label, secret=secret)
 
@@ -172,6 +181,10 @@ async def keys(account_id: AccountPath, service: ServiceOf, caller: CallerOf) ->
             label=key.label,
             created_at=key.created_at_s,
             revoked_at=key.revoked_at_s,
+            limits=Limits(**msgspec.to_builtins(key.limits)),
+            last_used_at=key.last_used_at_s,
+            spent_today_nano=key.spent_today_nano,
+            spent_nano=key.spent_nano,
         )
         for key in found
     ]

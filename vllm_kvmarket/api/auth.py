@@ -9,7 +9,7 @@ from fastapi.concurrency import run_in_threadpool
 
 from vllm_kvmarket.api.bodies import Scope, header_values
 from vllm_kvmarket.api.errors import BEARER, ApiError, invalid, missing_key
-from vllm_kvmarket.auth.api_keys import PREFIX, Keys, Principal
+from vllm_kvmarket.auth.api_keys import NO_LIMITS, PREFIX, KeyLimits, Keys, Principal
 from vllm_kvmarket.auth.api_keys import Scope as KeyScope
 
 ADMIN: KeyScope = "admin"
@@ -27,13 +27,20 @@ class Caller:
 
     account: str | None = None
     scopes: frozenset[KeyScope] = frozenset()
+    key_id: str | None = None
+    limits: KeyLimits = NO_LIMITS
     operation: dict[str, Any] | None = None
     anonymous_may_read: bool = True
 
     @classmethod
     def of_key(cls, principal: Principal) -> Self:
         """The owner of a key."""
-        return cls(account=principal.account, scopes=principal.scopes)
+        return cls(
+            account=principal.account,
+            scopes=principal.scopes,
+            key_id=principal.key_id,
+            limits=principal.limits,
+        )
 
     @property
     def is_anonymous(self) -> bool:
@@ -88,10 +95,13 @@ async def authenticate(scope: Scope, keys: Keys, *, anonymous_may_read: bool) ->
         return Caller(anonymous_may_read=anonymous_may_read)
     if len(ours) > 1:
         raise invalid("the request names several API keys; send one", code="several_api_keys")
-    principal = await run_in_threadpool(keys.check, ours.pop())
+    principal = await run_in_threadpool(keys.check, ours.pop(), address_of(scope))
     if principal is None:
         raise ApiError(
-            401, "invalid_api_key", "this API key is unknown or was revoked", headers=BEARER
+            401,
+            "invalid_api_key",
+            "this API key is unknown, revoked, expired, or not for this network address",
+            headers=BEARER,
         )
     return Caller.of_key(principal)
 

@@ -263,15 +263,33 @@ class Me(AccountModel):
     scopes: list[Scope]
 
 
+class Limits(Body):
+    """The limits of a key; null or no network means no limit.
+
+    With `consents`, the key's requests buy reuse without asking for it, up to the price
+    `max_cache_read_nano_per_mtok` (null: the provider's own tariff).
+    """
+
+    expires_at_s: Annotated[float, Field(ge=0)] | None = None
+    day_budget_nano: Annotated[int, Field(strict=True, ge=0, le=INT64_MAX)] | None = None
+    total_budget_nano: Annotated[int, Field(strict=True, ge=0, le=INT64_MAX)] | None = None
+    consents: bool = True
+    max_cache_read_nano_per_mtok: Annotated[int, Field(strict=True, ge=0, le=INT64_MAX)] | None = (
+        None
+    )
+    networks: Annotated[list[Annotated[str, Field(max_length=64)]], Field(max_length=64)] = []
+
+
 class NewKey(Body):
-    """What the key may do on its account; the label is for people."""
+    """The scopes of a key on its account, and its limits; the label is for people."""
 
     scopes: Annotated[list[Scope], Field(min_length=1, max_length=4)]
     label: Annotated[str, StringConstraints(strict=True, max_length=128, pattern=_PLAIN)] = ""
+    limits: Limits = Limits()
 
 
 class Key(BaseModel):
-    """A new key. `secret` is told only now."""
+    """A new key; its `secret` is in no later answer."""
 
     id: str
     object: Literal["kvmarket.key"] = "kvmarket.key"
@@ -282,15 +300,19 @@ class Key(BaseModel):
 
 
 class KeyFacts(BaseModel):
-    """What is known of a key; its secret is not."""
+    """A key without its secret; `last_used_at` may be half a minute old."""
 
     id: str
     object: Literal["kvmarket.key"] = "kvmarket.key"
     account: str
     scopes: list[Scope]
     label: str
+    limits: Limits
     created_at: float
     revoked_at: float | None
+    last_used_at: float | None
+    spent_today_nano: int
+    spent_nano: int
 
 
 class NewDeposit(Body):

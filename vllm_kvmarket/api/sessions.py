@@ -72,7 +72,7 @@ class Sessions:
 
     def find(self, value: str, keys: Keys) -> tuple[Session, Principal] | None:
         """The session of a cookie, with what its key may do now; None when it is over, or the key
-        was revoked. Reads the database of the keys. Raises KeysUnavailableError.
+        ended. Raises KeysUnavailableError.
         """
         digest = _digest(value)
         now_s = self._clock()
@@ -83,12 +83,12 @@ class Sessions:
                 found = None
         if found is None:
             return None
-        known = keys.listed(key_id=found.key_id)
-        if not known or known[0].revoked_at_s is not None:
+        principal = keys.principal(found.key_id)
+        if principal is None:
             self.close(value)
             return None
         found.idle_at_s = now_s + IDLE_S
-        return found, Principal(known[0].account, frozenset(known[0].scopes), found.key_id)
+        return found, principal
 
     def close(self, value: str) -> None:
         """End a session; mutates. One that is not there is ended already."""

@@ -1,21 +1,24 @@
-"""API keys: which account an HTTP request speaks for, and what it may do.
+"""API keys: the account that an HTTP request acts for, and the limits of the key.
 
-A key is 256 random bits, shown once; the market's database keeps its digest only. There is nothing
-to guess in it, so that a plain digest is as safe as a slow one.
+A key is 256 random bits, shown once; the market's database stores its digest only. Nobody can guess
+256 random bits, so a plain digest is as safe as a slow one.
 """
 
 from __future__ import annotations
 
+import contextlib
+import ipaddress
 import re
 import secrets
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Self, get_args
+from typing import Annotated, Any, Literal, Self, get_args
 
 import apsw
+import msgspec
 from blake3 import blake3
 
 from vllm_kvmarket.auth.operator_tokens import ACCOUNT_PATTERN
@@ -26,8 +29,13 @@ Scope = Literal["admin", "publisher", "buyer", "read-only"]
 SCOPES: tuple[Scope, ...] = get_args(Scope)
 PREFIX = "kvm_"
 ROOM = "keys"
-# Revocations are seen within a second by every process.
+# The ledger's own accounts; `world` may go below zero, so that a key for it would be free money.
+RESERVED_ACCOUNTS = frozenset({"world", "provider"})
+# Every process sees a revocation within a second.
 REFRESH_S = 0.5
+# The times of last use are written by a thread, this often.
+WRITE_USES_S = 30.0
+DAY_S = 86_400
 
 _ACCOUNT = re.compile(ACCOUNT_PATTERN)
 _SECRET = re.compile(r"kvm_[A-Za-z0-9_-]{43}")
@@ -41,70 +49,142 @@ MIGRATIONS = (
         account TEXT NOT NULL,
         scopes TEXT NOT NULL,
         label TEXT NOT NULL,
+        limits TEXT NOT NULL,
         created_at_s REAL NOT NULL,
-        revoked_at_s REAL
+        revoked_at_s REAL,
+        changed INTEGER NOT NULL  -- the revision of this row's last change
     ) STRICT;
     CREATE INDEX api_key_account ON api_key (account);
+    CREATE INDEX api_key_changed ON api_key (changed);
     CREATE TABLE api_key_revision (
         one INTEGER PRIMARY KEY CHECK (one = 1),
         revision INTEGER NOT NULL
     ) STRICT;
     INSERT INTO api_key_revision VALUES (1, 0);
+    CREATE TABLE api_key_use (
+        key_id TEXT PRIMARY KEY REFERENCES api_key,
+        last_used_at_s REAL NOT NULL DEFAULT 0,
+        day INTEGER NOT NULL DEFAULT 0,  -- since 1970, in UTC
+        spent_of_day_nano INTEGER NOT NULL DEFAULT 0,
+        spent_nano INTEGER NOT NULL DEFAULT 0
+    ) STRICT, WITHOUT ROWID;
     """,
 )
-_COLUMNS = "key_id, account, scopes, label, created_at_s, revoked_at_s"
+_COLUMNS = (
+    "api_key.key_id, account, scopes, label, limits, created_at_s, revoked_at_s, "
+    "last_used_at_s, day, spent_of_day_nano, spent_nano"
+)
+_TABLES = "api_key LEFT JOIN api_key_use USING (key_id)"
+
+Nano = Annotated[int, msgspec.Meta(ge=0, le=(1 << 63) - 1)]
 
 
 class KeysUnavailableError(UnavailableError):
     """The table of keys cannot be read: nobody can be let in."""
 
 
+class KeyLimits(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """What a key may not exceed. None means no limit.
+
+    `consents`: the key's requests buy reuse without asking for it, up to
+    `max_cache_read_nano_per_mtok` (None: the provider's own tariff). `networks` are the address
+    ranges that the key may be used from (none: everywhere).
+    """
+
+    expires_at_s: float | None = None
+    day_budget_nano: Nano | None = None
+    total_budget_nano: Nano | None = None
+    consents: bool = True
+    max_cache_read_nano_per_mtok: Nano | None = None
+    networks: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        for network in self.networks:
+            try:
+                ipaddress.ip_network(network)
+            except ValueError as error:
+                raise ConfigError(f"no address range: {error}; give one like 10.0.0.0/8") from None
+
+    @property
+    def has_budget(self) -> bool:
+        """Whether the key's purchases are counted."""
+        return self.day_budget_nano is not None or self.total_budget_nano is not None
+
+
+NO_LIMITS = KeyLimits()
+_NO_LIMITS_ENCODED = msgspec.json.encode(NO_LIMITS).decode()
+
+
 @dataclass(frozen=True, slots=True)
 class Principal:
-    """Who sent a request."""
+    """The sender of a request: the owner of a key."""
 
     account: str
     scopes: frozenset[Scope]
     key_id: str
+    limits: KeyLimits = NO_LIMITS
 
     def may(self, scope: Scope) -> bool:
-        """Say whether the key allows what needs `scope`; an admin's allows everything, and every
-        key allows reading.
-        """
+        """Whether the key has `scope`; an admin's has all, and every key may read."""
         return scope in self.scopes or "admin" in self.scopes or scope == "read-only"
+
+    def is_good(self, now_s: float, address: str) -> bool:
+        """Whether the key may be used now and from this network address ("": not known)."""
+        limits = self.limits
+        if limits.expires_at_s is not None and now_s >= limits.expires_at_s:
+            return False
+        return not limits.networks or _is_within(address, limits.networks)
 
 
 @dataclass(frozen=True, slots=True)
 class KeyInfo:
-    """What is known of a key; its secret is not. `revoked_at_s` is None for a key that is good."""
+    """The facts of a key, without its secret; `revoked_at_s` is None for a key in force."""
 
     key_id: str
     account: str
     scopes: tuple[Scope, ...]
     label: str
+    limits: KeyLimits
     created_at_s: float
     revoked_at_s: float | None
+    last_used_at_s: float | None
+    spent_today_nano: int
+    spent_nano: int
 
 
 class Keys:
     """The keys of one market; thread-safe, several processes may use one database.
 
-    Every method raises KeysUnavailableError when the database cannot be used: `check` too, once
-    what it remembers is older than REFRESH_S, since a key may have been revoked meanwhile.
+    Every method raises KeysUnavailableError when the database cannot be used, `check` too when its
+    copy of the keys is older than REFRESH_S: a key may have been revoked meanwhile. Readers never
+    wait for a writer: each has a connection of its own, and `check` is a look-up in memory.
     """
 
-    def __init__(self, path: Path, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self,
+        path: Path,
+        clock: Callable[[], float] = time.monotonic,
+        wall_clock: Callable[[], float] = time.time,
+    ) -> None:
+        self._path = path
         self._clock = clock
-        self._lock = threading.Lock()
+        self._wall_clock = wall_clock
+        self._reading, self._writing = threading.Lock(), threading.Lock()
         self._known: dict[bytes, Principal] = {}
+        self._by_id: dict[str, bytes] = {}
         self._revision = -1
         self._fresh_until_s = float("-inf")
-        self._path = path
+        self._used_at_s: dict[str, float] = {}
+        self._closing = threading.Event()
+        self._use_writer: threading.Thread | None = None
         try:
-            self._db = sqlite.connect(path)
-            sqlite.migrate(self._db, ROOM, MIGRATIONS)
+            self._writer = sqlite.connect(path)
+            sqlite.migrate(self._writer, ROOM, MIGRATIONS)
+            self._reader = sqlite.connect(path)
         except apsw.Error as error:
             raise self._unavailable(error) from error
+        with self._reading:
+            self._refresh()
 
     @classmethod
     def open(cls, path: Path) -> Self:
@@ -112,31 +192,53 @@ class Keys:
         return cls(path)
 
     def close(self) -> None:
-        """Release the database."""
-        with self._lock:
-            self._db.close()
+        """Write the times of last use, and release the database."""
+        self._closing.set()
+        if self._use_writer is not None:
+            self._use_writer.join()
+        with self._reading, self._writing:
+            self._reader.close()
+            self._writer.close()
 
     def create(
-        self, account: str, scopes: Iterable[str] = ("buyer",), label: str = ""
+        self,
+        account: str,
+        scopes: Iterable[str] = ("buyer",),
+        label: str = "",
+        limits: KeyLimits = NO_LIMITS,
     ) -> tuple[str, str]:
-        """Make a key for `account`, which need not exist yet; mutates the database.
+        """Make a key for `account`, which may be created later; mutates the database.
 
         Returns the secret, which can never be read again, and the key's id. Raises ConfigError for
-        an account or a scope that cannot be.
+        a wrong or reserved account, and for an unknown scope.
         """
         wanted = sorted(set(scopes))
         if not _ACCOUNT.fullmatch(account):
             raise ConfigError(
                 f"{account!r} is no account: use 1 to 128 letters, digits and . _ : @ -"
             )
+        if account in RESERVED_ACCOUNTS:
+            raise ConfigError(
+                f"{account!r} is an account of the market itself; make a key for another account "
+                "(an admin's key needs no account with money)"
+            )
         unknown = [scope for scope in wanted if scope not in SCOPES]
         if unknown or not wanted:
             raise ConfigError(f"unknown scopes {unknown}; give one or more of {', '.join(SCOPES)}")
         secret = PREFIX + secrets.token_urlsafe(32)
         key_id = f"key_{secrets.token_hex(8)}"
+        encoded = msgspec.json.encode(limits).decode()
         self._change(
-            "INSERT INTO api_key VALUES (?, ?, ?, ?, ?, ?, NULL)",
-            (key_id, _digest(secret), account, " ".join(wanted), label, time.time()),
+            "INSERT INTO api_key SELECT ?, ?, ?, ?, ?, ?, ?, NULL, revision FROM api_key_revision",
+            (
+                key_id,
+                _digest(secret),
+                account,
+                " ".join(wanted),
+                label,
+                encoded,
+                self._wall_clock(),
+            ),
         )
         return secret, key_id
 
@@ -148,65 +250,190 @@ class Keys:
         if not self.listed(key_id=key_id):
             raise NotFoundError(f"there is no key {key_id}")
         self._change(
-            "UPDATE api_key SET revoked_at_s = ? WHERE key_id = ? AND revoked_at_s IS NULL",
-            (time.time(), key_id),
+            "UPDATE api_key SET revoked_at_s = ?, changed = (SELECT revision FROM api_key_revision)"
+            " WHERE key_id = ? AND revoked_at_s IS NULL",
+            (self._wall_clock(), key_id),
         )
 
     def listed(self, account: str | None = None, key_id: str | None = None) -> list[KeyInfo]:
         """Return keys, newest first, revoked ones too: all, an account's, or the one of an id."""
-        with self._lock:
+        with self._reading:
             rows = self._read(
-                f"SELECT {_COLUMNS} FROM api_key "  # noqa: S608  # a constant
-                "WHERE (?1 IS NULL OR account = ?1) AND (?2 IS NULL OR key_id = ?2) "
-                "ORDER BY created_at_s DESC, rowid DESC",
+                f"SELECT {_COLUMNS} FROM {_TABLES} "  # noqa: S608  # constants
+                "WHERE (?1 IS NULL OR account = ?1) AND (?2 IS NULL OR api_key.key_id = ?2) "
+                "ORDER BY created_at_s DESC, api_key.rowid DESC",
                 (account, key_id),
             )
-        return [KeyInfo(row[0], row[1], _scopes(row[2]), *row[3:]) for row in rows]
+        return [self._info(row) for row in rows]
 
-    def check(self, header: str) -> Principal | None:
-        """Who a secret, or an Authorization header with it ("Bearer kvm_..."), belongs to.
+    def check(self, header: str, address: str = "") -> Principal | None:
+        """The owner of a secret, or of an Authorization header with it ("Bearer kvm_...").
 
-        None for what is no key, an unknown or a revoked one. Takes microseconds.
+        None for no key, an unknown, revoked or expired one, and for one that may not be used from
+        `address`. Takes microseconds.
         """
         secret = secret_in(header)
         if secret is None:
             return None
         digest = _digest(secret)
-        with self._lock:
-            if self._clock() >= self._fresh_until_s or digest not in self._known:
-                # One made just now by another process is known at once.
+        # A key that another process has just made is known at once.
+        self._look_again(is_missing=digest not in self._known)
+        return self._good(self._known.get(digest), address)
+
+    def principal(self, key_id: str, address: str = "") -> Principal | None:
+        """The owner of a key that was checked before, by its id; None as for `check`."""
+        self._look_again(is_missing=key_id not in self._by_id)
+        digest = self._by_id.get(key_id)
+        return self._good(self._known.get(digest) if digest else None, address)
+
+    def spend(self, key_id: str, amount_nano: int) -> bool:
+        """Count a purchase if the key's budgets have room for it; whether they do. Mutates."""
+        found = self.principal(key_id)
+        if found is None:
+            return False
+        day = int(self._wall_clock() // DAY_S)
+        limits = found.limits
+        with self._changing() as db:
+            db.execute("INSERT OR IGNORE INTO api_key_use (key_id) VALUES (?)", (key_id,))
+            db.execute(
+                "UPDATE api_key_use SET day = ?2, spent_of_day_nano = 0 WHERE key_id = ?1 "
+                "AND day < ?2",
+                (key_id, day),
+            )
+            db.execute(
+                "UPDATE api_key_use SET spent_of_day_nano = spent_of_day_nano + ?2, "
+                "spent_nano = spent_nano + ?2 WHERE key_id = ?1 "
+                "AND (?3 IS NULL OR spent_of_day_nano <= ?3 - ?2) "
+                "AND (?4 IS NULL OR spent_nano <= ?4 - ?2)",
+                (key_id, amount_nano, limits.day_budget_nano, limits.total_budget_nano),
+            )
+            return bool(db.changes())
+
+    def refund(self, key_id: str, amount_nano: int) -> None:
+        """Give back a part of today's spending that was not charged in the end. Mutates."""
+        with self._changing() as db:
+            db.execute(
+                "UPDATE api_key_use SET spent_nano = max(0, spent_nano - ?2), spent_of_day_nano = "
+                "max(0, spent_of_day_nano - iif(day = ?3, ?2, 0)) WHERE key_id = ?1",
+                (key_id, amount_nano, int(self._wall_clock() // DAY_S)),
+            )
+
+    def budget_left_nano(self, key_id: str) -> int | None:
+        """The most that the key may still spend today; None without a budget."""
+        listed = self.listed(key_id=key_id)
+        if not listed:
+            return 0
+        found, limits = listed[0], listed[0].limits
+        budgets = (
+            (limits.day_budget_nano, found.spent_today_nano),
+            (limits.total_budget_nano, found.spent_nano),
+        )
+        return min((most - spent for most, spent in budgets if most is not None), default=None)
+
+    def write_uses(self) -> None:
+        """Write the times of last use that are not written yet. Mutates the database."""
+        used, self._used_at_s = self._used_at_s, {}
+        if used:
+            with self._changing() as db:
+                db.executemany(
+                    "INSERT INTO api_key_use (key_id, last_used_at_s) VALUES (?, ?) "
+                    "ON CONFLICT (key_id) DO UPDATE SET "
+                    "last_used_at_s = max(last_used_at_s, excluded.last_used_at_s)",
+                    used.items(),
+                )
+
+    def _good(self, principal: Principal | None, address: str) -> Principal | None:
+        now_s = self._wall_clock()
+        if principal is None or not principal.is_good(now_s, address):
+            return None
+        self._used_at_s[principal.key_id] = now_s
+        if self._use_writer is None:
+            self._start_use_writer()
+        return principal
+
+    def _start_use_writer(self) -> None:
+        with self._reading:
+            if self._use_writer is None and not self._closing.is_set():
+                self._use_writer = threading.Thread(
+                    target=self._write_uses_often, name="kvmarket-key-uses", daemon=True
+                )
+                self._use_writer.start()
+
+    def _write_uses_often(self) -> None:
+        while True:
+            is_last = self._closing.wait(WRITE_USES_S)
+            # A time of last use is a help for people; the next one is written with the next use.
+            with contextlib.suppress(KeysUnavailableError):
+                self.write_uses()
+            if is_last:
+                return
+
+    def _look_again(self, *, is_missing: bool) -> None:
+        if is_missing or self._clock() >= self._fresh_until_s:
+            with self._reading:
                 self._refresh()
-            return self._known.get(digest)
 
     def _refresh(self) -> None:
+        """Read the rows that changed since the last time; only the first time reads them all."""
         now_s = self._clock()
         ((revision,),) = self._read("SELECT revision FROM api_key_revision", ())
         if revision != self._revision:
-            # Should a change come in between, the revision is too old, and all is read again.
+            # Where the table is an older one, from a backup, everything is read anew.
+            if revision < self._revision:
+                self._known, self._by_id, self._revision = {}, {}, -1
+            # A change between the two queries is read now and once more the next time.
             rows = self._read(
-                "SELECT digest, account, scopes, key_id FROM api_key WHERE revoked_at_s IS NULL", ()
+                "SELECT digest, account, scopes, key_id, limits, revoked_at_s FROM api_key "
+                "WHERE changed >= ?",
+                (self._revision,),
             )
-            self._known = {
-                row[0]: Principal(row[1], frozenset(_scopes(row[2])), row[3]) for row in rows
-            }
+            for digest, account, scopes, key_id, limits, revoked_at_s in rows:
+                if revoked_at_s is not None:
+                    self._known.pop(digest, None)
+                    self._by_id.pop(key_id, None)
+                    continue
+                self._known[digest] = Principal(
+                    account, frozenset(_scopes(scopes)), key_id, _limits(limits)
+                )
+                self._by_id[key_id] = digest
             self._revision = revision
         self._fresh_until_s = now_s + REFRESH_S
 
-    def _read(self, sql: str, values: tuple[object, ...]) -> list[tuple]:  # type: ignore[type-arg]
+    def _info(self, row: tuple[Any, ...]) -> KeyInfo:
+        key_id, account, scopes, label, limits, created, revoked, used, day, of_day, spent = row
+        return KeyInfo(
+            key_id,
+            account,
+            _scopes(scopes),
+            label,
+            _limits(limits),
+            created,
+            revoked,
+            last_used_at_s=used or None,
+            spent_today_nano=of_day if day == int(self._wall_clock() // DAY_S) else 0,
+            spent_nano=spent or 0,
+        )
+
+    def _read(self, sql: str, values: tuple[object, ...]) -> list[tuple[Any, ...]]:
         try:
-            return self._db.execute(sql, values).fetchall()
+            return self._reader.execute(sql, values).fetchall()
         except apsw.Error as error:
             raise self._unavailable(error) from error
 
-    def _change(self, sql: str, values: tuple[object, ...]) -> None:
-        with self._lock:
+    @contextlib.contextmanager
+    def _changing(self) -> Iterator[apsw.Connection]:
+        with self._writing:
             try:
-                with self._db:
-                    self._db.execute(sql, values)
-                    self._db.execute("UPDATE api_key_revision SET revision = revision + 1")
+                with self._writer:
+                    yield self._writer
             except apsw.Error as error:
                 raise self._unavailable(error) from error
-            self._fresh_until_s = float("-inf")
+
+    def _change(self, sql: str, values: tuple[object, ...]) -> None:
+        with self._changing() as db:
+            db.execute("UPDATE api_key_revision SET revision = revision + 1")
+            db.execute(sql, values)
+        self._fresh_until_s = float("-inf")
 
     def _unavailable(self, error: Exception) -> KeysUnavailableError:
         return KeysUnavailableError(
@@ -227,3 +454,20 @@ def _digest(secret: str) -> bytes:
 
 def _scopes(text: str) -> tuple[Scope, ...]:
     return tuple(scope for scope in SCOPES if scope in text.split(" "))
+
+
+def _limits(encoded: str) -> KeyLimits:
+    # Most keys have none, and 100,000 keys are read when a server starts.
+    if encoded == _NO_LIMITS_ENCODED:
+        return NO_LIMITS
+    return msgspec.json.decode(encoded, type=KeyLimits)
+
+
+def _is_within(address: str, networks: tuple[str, ...]) -> bool:
+    try:
+        parsed = ipaddress.ip_address(address)
+    except ValueError:
+        return False
+    if isinstance(parsed, ipaddress.IPv6Address) and parsed.ipv4_mapped:
+        parsed = parsed.ipv4_mapped
+    return any(parsed in ipaddress.ip_network(network) for network in networks)

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import argparse
 import json
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vllm_kvmarket.auth.api_keys import SCOPES, Keys
+import msgspec
+
+from vllm_kvmarket.auth.api_keys import SCOPES, KeyLimits, Keys
 from vllm_kvmarket.auth.operator_tokens import GRACE_S
 from vllm_kvmarket.auth.signing_keys import PublicKey, SigningKeys, TrustedKeys, read_jwks
-from vllm_kvmarket.cli.command import Command, open_market
+from vllm_kvmarket.cli.command import Command, amount, open_market, span_s
 from vllm_kvmarket.cli.output import emit, moment, table
+from vllm_kvmarket.core.pricing import format_nano
 from vllm_kvmarket.market.market import DATABASE_FILE
 
 if TYPE_CHECKING:
@@ -41,13 +45,51 @@ def _configure_create(parser: argparse.ArgumentParser) -> None:
         help="one thing that it may do; may be repeated (default: buyer)",
     )
     parser.add_argument("--label", default="", help="a note, for example its owner's name")
+    parser.add_argument(
+        "--ttl", type=span_s, help="the key ends after 90s, 15m, 12h, 7d, 4w (default: never)"
+    )
+    parser.add_argument(
+        "--day-budget", type=amount, help="the most that it may spend on a day (UTC)"
+    )
+    parser.add_argument("--budget", type=amount, help="the most that it may spend in all")
+    consent = parser.add_mutually_exclusive_group()
+    consent.add_argument(
+        "--price-cap",
+        type=amount,
+        help="its requests buy reuse without asking for it, up to this price of a million tokens "
+        "(default: the tariff's price)",
+    )
+    consent.add_argument(
+        "--no-consent", action="store_true", help="its requests buy reuse only when they ask for it"
+    )
+    parser.add_argument(
+        "--network",
+        action="append",
+        default=[],
+        help="an address range that it may be used from, like 10.0.0.0/8; may be repeated "
+        "(default: everywhere)",
+    )
 
 
 def _run_create(args: argparse.Namespace) -> int:
     scopes = args.scope or ["buyer"]
+    limits = KeyLimits(
+        expires_at_s=None if args.ttl is None else time.time() + args.ttl,
+        day_budget_nano=args.day_budget,
+        total_budget_nano=args.budget,
+        consents=not args.no_consent,
+        max_cache_read_nano_per_mtok=args.price_cap,
+        networks=tuple(args.network),
+    )
     with _api_keys(args, create=True) as keys:
-        secret, key_id = keys.create(args.account, scopes, args.label)
-    document = {"key": secret, "key_id": key_id, "account": args.account, "scopes": scopes}
+        secret, key_id = keys.create(args.account, scopes, args.label, limits)
+    document = {
+        "key": secret,
+        "key_id": key_id,
+        "account": args.account,
+        "scopes": scopes,
+        "limits": msgspec.to_builtins(limits),
+    }
 
     def show(where: Console) -> None:
         where.print(secret, soft_wrap=True)
@@ -64,17 +106,7 @@ def _configure_list(parser: argparse.ArgumentParser) -> None:
 def _run_list(args: argparse.Namespace) -> int:
     with _api_keys(args) as keys:
         found = keys.listed(account=args.account)
-    described: list[dict[str, Any]] = [
-        {
-            "key_id": key.key_id,
-            "account": key.account,
-            "scopes": list(key.scopes),
-            "label": key.label,
-            "created_at_s": key.created_at_s,
-            "revoked_at_s": key.revoked_at_s,
-        }
-        for key in found
-    ]
+    described: list[dict[str, Any]] = msgspec.to_builtins(found)
     emit(args, {"keys": described}, lambda where: _show_api_keys(where, described))
     return 0
 
@@ -82,7 +114,7 @@ def _run_list(args: argparse.Namespace) -> int:
 def _show_api_keys(where: Console, described: list[dict[str, Any]]) -> None:
     table(
         where,
-        ["key", "account", "scopes", "~label", "created", "revoked"],
+        ["key", "account", "scopes", "~label", "created", "last used", ">spent", "ends"],
         [
             (
                 key["key_id"],
@@ -90,12 +122,21 @@ def _show_api_keys(where: Console, described: list[dict[str, Any]]) -> None:
                 ", ".join(key["scopes"]),
                 key["label"],
                 moment(key["created_at_s"]),
-                moment(key["revoked_at_s"]) if key["revoked_at_s"] else "",
+                moment(key["last_used_at_s"]) if key["last_used_at_s"] else "never",
+                format_nano(key["spent_nano"]),
+                _end(key),
             )
             for key in described
         ],
         empty="no keys; make one with `kvmarket apikey create`",
     )
+
+
+def _end(key: dict[str, Any]) -> str:
+    if key["revoked_at_s"]:
+        return f"revoked {moment(key['revoked_at_s'])}"
+    expires_at_s = key["limits"]["expires_at_s"]
+    return "" if expires_at_s is None else moment(expires_at_s)
 
 
 def _configure_revoke(parser: argparse.ArgumentParser) -> None:

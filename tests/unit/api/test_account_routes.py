@@ -109,6 +109,26 @@ def test_money_and_keys_are_an_admin_s(server):
     get(server, "/accounts/me", "new", 401)
 
 
+def test_a_key_has_limits_over_http(server):
+    """They are listed with its spending; outside them the key is no key."""
+    limits = {"day_budget_nano": 5, "consents": False, "networks": ["192.0.2.0/24"]}
+    made = post(server, "/accounts/bea/keys", "admin", scopes=["buyer"], limits=limits)
+    server.keys["bound"] = made["secret"]
+    get(server, "/accounts/me", "bound", 401)
+    ended = {"expires_at_s": time.time() - 1}
+    made = post(server, "/accounts/bea/keys", "admin", scopes=["buyer"], limits=ended)
+    server.keys["ended"] = made["secret"]
+    get(server, "/accounts/me", "ended", 401)
+    last, first = get(server, "/accounts/bea/keys", "admin").json()["data"][:2]
+    assert last["limits"]["expires_at_s"] == ended["expires_at_s"]
+    assert {name: first["limits"][name] for name in limits} == limits
+    assert (first["spent_nano"], first["last_used_at"]) == (0, None)
+    wrong = {"networks": ["everywhere"]}
+    post(server, "/accounts/bea/keys", "admin", 400, scopes=["buyer"], limits=wrong)
+    for reserved in ("world", "provider"):
+        post(server, f"/accounts/{reserved}/keys", "admin", 400, scopes=["buyer"])
+
+
 @pytest.mark.parametrize(
     ("path", "body", "status"),
     [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import subprocess
 import sys
 import threading
@@ -10,8 +11,13 @@ import time
 import apsw
 import pytest
 
+from vllm_kvmarket import ledger
+from vllm_kvmarket.auth import api_keys
 from vllm_kvmarket.auth.api_keys import (
+    DAY_S,
     REFRESH_S,
+    RESERVED_ACCOUNTS,
+    KeyLimits,
     Keys,
     KeysUnavailableError,
     Principal,
@@ -150,10 +156,12 @@ def test_a_scope_allows_what_it_says(keys):
         ("a" * 129, ["buyer"]),
         ("alice", []),
         ("alice", ["root"]),
+        ("world", ["buyer"]),
+        ("provider", ["admin"]),
     ],
 )
 def test_no_key_is_made_for_what_cannot_be(keys, account, scopes):
-    """Neither for an account that cannot exist nor for an unknown scope."""
+    """An account that cannot exist or is the market's own, an unknown scope."""
     with pytest.raises(ConfigError):
         keys.create(account, scopes)
     assert keys.listed() == []
@@ -213,3 +221,209 @@ def test_a_secret_is_found_in_a_header_only_when_it_is_one():
     secret = "kvm_" + "aB-_" * 10 + "abc"
     assert secret_in(f"Bearer {secret}") == secret_in(secret) == secret
     assert secret_in(f"Bearer {secret}=") is None
+
+
+def test_the_markets_own_accounts_are_known_by_name():
+    """A key for `world`, which may go below zero, would be free money."""
+    assert {ledger.WORLD, ledger.PROVIDER} <= RESERVED_ACCOUNTS
+
+
+@pytest.fixture
+def wall():
+    clock = Clock()
+    clock.now_s = 20_000 * DAY_S + 100.0
+    return clock
+
+
+@pytest.fixture
+def dated(path, wall):
+    """Keys under a clock that the test moves."""
+    opened = Keys(path, wall_clock=wall)
+    yield opened
+    opened.close()
+
+
+def test_a_key_ends_at_its_expiry(dated, wall):
+    """At that moment, without a look at the database."""
+    secret, key_id = dated.create("alice", limits=KeyLimits(expires_at_s=wall.now_s + 10))
+    assert dated.check(secret) is not None
+    wall.now_s += 10
+    assert dated.check(secret) is None
+    assert dated.principal(key_id) is None
+
+
+@pytest.mark.parametrize(
+    ("address", "is_let_in"),
+    [
+        ("10.1.2.3", True),
+        ("11.1.2.3", False),
+        ("2001:db8::7", True),
+        ("2001:db9::7", False),
+        ("::ffff:10.9.9.9", True),
+        ("", False),
+        ("testclient", False),
+    ],
+)
+def test_a_key_may_be_bound_to_networks(keys, address, is_let_in):
+    """An unknown address is in none of them."""
+    limits = KeyLimits(networks=("10.0.0.0/8", "2001:db8::/32"))
+    secret, key_id = keys.create("alice", limits=limits)
+    assert (keys.check(secret, address) is not None) is is_let_in
+    assert (keys.principal(key_id, address) is not None) is is_let_in
+
+
+@pytest.mark.parametrize("network", ["10.0.0.1/8", "somewhere", "10.0.0.0/33", ""])
+def test_an_address_range_that_is_none_is_refused(network):
+    """With an example of one."""
+    with pytest.raises(ConfigError, match=r"10\.0\.0\.0/8"):
+        KeyLimits(networks=(network,))
+
+
+def test_a_keys_limits_are_known_to_every_process(keys, path):
+    """With the principal, and in the list."""
+    limits = KeyLimits(day_budget_nano=5, max_cache_read_nano_per_mtok=7, consents=False)
+    secret, key_id = keys.create("alice", limits=limits)
+    other = Keys.open(path)
+    assert other.check(secret).limits == other.listed(key_id=key_id)[0].limits == limits
+    assert other.principal(key_id) == other.check(secret)
+    keys.revoke(key_id)
+    other.close()
+
+
+def test_a_budget_of_a_day_ends_with_the_day(dated, wall):
+    """At midnight UTC there is a new one; the budget in all goes on."""
+    limits = KeyLimits(day_budget_nano=10, total_budget_nano=15)
+    _, key_id = dated.create("alice", limits=limits)
+    assert dated.spend(key_id, 6)
+    assert not dated.spend(key_id, 5)
+    assert dated.spend(key_id, 4)
+    assert dated.budget_left_nano(key_id) == 0
+    wall.now_s += DAY_S - 101
+    assert not dated.spend(key_id, 1)
+    wall.now_s += 1
+    assert dated.budget_left_nano(key_id) == 5
+    assert not dated.spend(key_id, 6)
+    assert dated.spend(key_id, 5)
+    assert not dated.spend(key_id, 1)
+    (info,) = dated.listed()
+    assert (info.spent_today_nano, info.spent_nano) == (5, 15)
+
+
+def test_what_was_not_charged_is_given_back(dated, wall):
+    """To the budget in all, and to the day's if it is still that day."""
+    _, key_id = dated.create("alice", limits=KeyLimits(day_budget_nano=10, total_budget_nano=20))
+    assert dated.spend(key_id, 10)
+    dated.refund(key_id, 4)
+    assert dated.budget_left_nano(key_id) == 4
+    wall.now_s += DAY_S
+    dated.refund(key_id, 6)
+    assert dated.spend(key_id, 10)
+    assert dated.listed()[0].spent_nano == 10
+
+
+def test_a_budget_holds_for_all_processes_together(path):
+    """Several threads with connections of their own spend no more than there is."""
+    first = Keys.open(path)
+    _, key_id = first.create("alice", limits=KeyLimits(total_budget_nano=50))
+    spent = []
+
+    def buy():
+        own = Keys.open(path)
+        spent.extend(1 for _ in range(20) if own.spend(key_id, 1))
+        own.close()
+
+    threads = [threading.Thread(target=buy) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(spent) == 50
+    assert first.budget_left_nano(key_id) == 0
+    first.close()
+
+
+def test_a_key_without_a_budget_has_no_end(keys):
+    """None is left to say; an unknown key may spend nothing."""
+    _, key_id = keys.create("alice")
+    assert keys.budget_left_nano(key_id) is None
+    assert keys.budget_left_nano("key_0") == 0
+    assert not keys.spend("key_0", 1)
+
+
+def test_the_last_use_is_written_by_a_thread(path, monkeypatch):
+    """Not by the check itself, and at the latest when the keys are closed."""
+    monkeypatch.setattr(api_keys, "WRITE_USES_S", 0.05)
+    keys = Keys.open(path)
+    secret, key_id = keys.create("alice")
+    assert keys.listed()[0].last_used_at_s is None
+    keys.check(secret)
+    until = time.monotonic() + 10
+    while keys.listed()[0].last_used_at_s is None and time.monotonic() < until:
+        time.sleep(0.02)
+    used_at_s = keys.listed()[0].last_used_at_s
+    assert time.time() - 10 < used_at_s <= time.time()
+    monkeypatch.setattr(api_keys, "WRITE_USES_S", 60.0)
+    time.sleep(0.2)
+    keys.check(secret)
+    keys.close()
+    later = Keys.open(path)
+    assert later.listed(key_id=key_id)[0].last_used_at_s > used_at_s
+    later.close()
+    assert "kvmarket-key-uses" not in [thread.name for thread in threading.enumerate()]
+
+
+def test_a_check_does_not_wait_for_a_writer(keys, path):
+    """Another process holds the database, and a thread of ours waits for it."""
+    secret, _ = keys.create("alice")
+    with contextlib.closing(apsw.Connection(str(path))) as other:
+        other.execute("BEGIN IMMEDIATE")
+        writer = threading.Thread(target=keys.create, args=("bob",))
+        writer.start()
+        time.sleep(0.1)
+        slowest_s = 0.0
+        for _ in range(20):
+            began = time.perf_counter()
+            assert keys.check(secret) is not None
+            assert keys.check("kvm_" + "a" * 43) is None
+            slowest_s = max(slowest_s, time.perf_counter() - began)
+            time.sleep(0.03)
+        assert writer.is_alive()
+        other.execute("ROLLBACK")
+    writer.join()
+    assert slowest_s < 0.05
+
+
+def test_a_change_among_many_keys_is_read_alone(path):
+    """With 100,000 keys a revocation does not hold up the next check."""
+    keys = Keys.open(path)
+    secret, key_id = keys.create("alice")
+    rows = (
+        (f"key_{number}", number.to_bytes(32), "bob", "buyer", "", "{}", 0.0, number)
+        for number in range(100_000)
+    )
+    with apsw.Connection(str(path)) as db:
+        db.executemany("INSERT INTO api_key VALUES (?, ?, ?, ?, ?, ?, ?, NULL, ?)", rows)
+        db.execute("UPDATE api_key_revision SET revision = 200000")
+    keys.close()
+    keys, other = Keys.open(path), Keys.open(path)
+    assert keys.check(secret) is not None
+    other.revoke(key_id)
+    time.sleep(REFRESH_S)
+    began = time.perf_counter()
+    assert keys.check(secret) is None
+    assert time.perf_counter() - began < 0.05
+    keys.close()
+    other.close()
+
+
+def test_keys_of_an_older_database_replace_those_in_memory(path):
+    """A revision that went back, as after a restore, is read as a whole."""
+    clock = Clock()
+    keys = Keys(path, clock)
+    secret, _ = keys.create("alice")
+    with apsw.Connection(str(path)) as db:
+        db.execute("UPDATE api_key_revision SET revision = 0")
+        db.execute("DELETE FROM api_key")
+    clock.now_s += REFRESH_S + 0.001
+    assert keys.check(secret) is None
+    keys.close()

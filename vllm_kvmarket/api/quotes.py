@@ -71,16 +71,15 @@ def _quote(
     # A document that was shown as live a moment ago is quoted, too.
     with contextlib.suppress(CatalogueError):
         market.catalogue.refresh()
-    match = market.match(namespace, tokens)
-    listing = None if match is None else match.listing
-    matched = 0 if match is None else min(match.token_count, most)
+    priced = market.quote(namespace, tokens, most=most)
+    listing = None if priced.match is None else priced.match.listing
     prices = prices_of(market, listing)
-    charge = amount_nano(matched, prices.cache_read_nano_per_mtok)
+    charge = priced.charge_nano
     without = amount_nano(len(tokens), prices.input_nano_per_mtok)
-    with_reuse = charge + amount_nano(len(tokens) - matched, prices.input_nano_per_mtok)
+    with_reuse = charge + amount_nano(len(tokens) - priced.tokens, prices.input_nano_per_mtok)
     return Quote(
         prompt_tokens=len(tokens),
-        matched_tokens=matched,
+        matched_tokens=priced.tokens,
         document=None if listing is None else listing.document_id,
         title=None if listing is None else listing.terms.title,
         publisher=None if listing is None else listing.terms.publisher,
@@ -129,15 +128,13 @@ def _offer(
     matched = charge = without = 0
     document_id = None
     for tokens in prompts:
-        found = market.match(namespace, tokens)
-        if found is None:
+        priced = market.quote(namespace, tokens, most=len(tokens) - 1)
+        if priced.match is None:
             continue
-        terms = market.terms_of(found)
-        reused = min(found.token_count, len(tokens) - 1)
-        matched += reused
-        charge += terms.charge_nano(reused)
-        without += terms.recompute_nano(reused)
-        document_id = document_id or found.listing.document_id
+        matched += priced.tokens
+        charge += priced.charge_nano
+        without += priced.recompute_nano
+        document_id = document_id or priced.match.listing.document_id
     return Offer(
         document_id=document_id,
         prompt_tokens=sum(map(len, prompts)),

@@ -7,8 +7,19 @@ from vllm_kvmarket.catalogue.listing import (
     ListingState,
     Match,
     MatchedChunk,
+    Segment,
     Usage,
     Use,
 )
 
-__all__ = ["Audit", "Catalogue", "Listing", "ListingState", "Match", "MatchedChunk", "Usage", "Use"]
+__all__ = [
+    "Audit",
+    "Catalogue",
+    "Listing",
+    "ListingState",
+    "Match",
+    "MatchedChunk",
+    "Segment",
+    "Usage",
+    "Use",
+]

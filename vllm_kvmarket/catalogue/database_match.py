@@ -1,8 +1,8 @@
 """The match in the database, for documents that are beyond the prefix tree.
 
 Whole chunks are found by their keys, which chain: those that are there are the first ones of the
-request. What comes behind the last one is matched into its continuations: the two neighbours in the
-order of the packed tokens, as in the tree. Tokens are compared, a key alone is never believed.
+request. Beside each of them, and behind the last one, other continuations may share some tokens and
+may have been offered earlier. Tokens are compared, a key alone is never believed.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ import apsw
 
 from vllm_kvmarket.catalogue import schema
 from vllm_kvmarket.catalogue.connections import Connections
-from vllm_kvmarket.catalogue.listing import Match, MatchedChunk
+from vllm_kvmarket.catalogue.listing import Match, MatchedChunk, Segment
 from vllm_kvmarket.catalogue.prefix_tree import common_tokens, pack_valid
-from vllm_kvmarket.catalogue.queries import read_listings, rows
+from vllm_kvmarket.catalogue.queries import chunks_of, read_listings, rows
 from vllm_kvmarket.core.errors import CatalogueError
 from vllm_kvmarket.core.model_identity import ROOT, TOKEN_BYTES, chunk_key, document_id
 
@@ -28,42 +28,39 @@ THREADS = 2
 _KEYS_AT_ONCE = 128
 _MOST_CONTINUATIONS = 1_000
 
-# The places in line of the listings that a chunk can be matched for. What has ended is written
-# down within a moment, so that few such rows are ever passed over. CROSS keeps the order of the
-# join: by the chunk, in line.
-_LINE = (
-    "FROM offered CROSS JOIN listing ON listing.listed = offered.listed "
+# The places of the listings that a chunk can be matched for. What has ended is written down within
+# a moment, so that few such rows are ever passed over. CROSS keeps the order of the join: by the
+# chunk, in the order of first offers.
+_PLACES = (
+    "FROM offered CROSS JOIN listing ON listing.offered_seq = offered.place "
     "WHERE offered.key = {key} AND (expires_at_s IS NULL OR expires_at_s > :now_s) "
 )
-_IS_OFFERED = f"EXISTS (SELECT 1 {_LINE})"
-_FIRST = f"(SELECT offered.listed {_LINE} ORDER BY offered.listed LIMIT 1)"
+_IS_OFFERED = f"EXISTS (SELECT 1 {_PLACES})"
+_FIRST = f"(SELECT offered.place {_PLACES} ORDER BY offered.place LIMIT 1)"
 _NEIGHBOURS = " UNION ALL ".join(
     f"SELECT * FROM (SELECT tokens FROM continuation WHERE parent = :parent AND tokens {side} "  # noqa: S608  # fixed texts
     f"AND {_IS_OFFERED.format(key='continuation.key')} ORDER BY tokens {order} LIMIT 1)"
-    for side, order in ((">= :tokens", "ASC"), ("< :tokens", "DESC"))
+    for side, order in (("> :tokens", "ASC"), ("< :tokens", "DESC"))
 )
 _BEGINNING_ALIKE = (
-    f"SELECT key, tokens, {_FIRST.format(key='continuation.key')} AS first FROM continuation "  # noqa: S608  # fixed texts
+    f"SELECT tokens, {_FIRST.format(key='continuation.key')} AS first FROM continuation "  # noqa: S608  # fixed texts
     "WHERE parent = :parent AND tokens BETWEEN :low AND :high AND first IS NOT NULL "
-    "ORDER BY tokens LIMIT :most"
+    "LIMIT :most"
 )
 _EARLIEST_ALIKE = (
-    "SELECT chunk.key, tokens FROM "
-    "(SELECT listed FROM offered WHERE key = :parent ORDER BY listed LIMIT :most) AS line "
-    "CROSS JOIN listing ON listing.listed = line.listed "
+    "SELECT tokens, line.place FROM "
+    "(SELECT place FROM offered WHERE key = :parent ORDER BY place LIMIT :most) AS line "
+    "CROSS JOIN listing ON listing.offered_seq = line.place "
     "CROSS JOIN listing_chunk AS held "
     "ON held.document_id = listing.document_id AND position = :position "
     "CROSS JOIN chunk ON chunk.key = held.key "
-    "CROSS JOIN offered AS reached ON reached.key = held.key AND reached.listed = line.listed "
-    "WHERE tokens BETWEEN :low AND :high AND (expires_at_s IS NULL OR expires_at_s > :now_s) "
-    "ORDER BY line.listed LIMIT 1"
+    "CROSS JOIN offered AS reached ON reached.key = held.key AND reached.place = line.place "
+    "WHERE tokens BETWEEN :low AND :high AND (expires_at_s IS NULL OR expires_at_s > :now_s)"
 )
-# The listing that ends with the chunk is named by its key.
-_PAYEE = (
-    "SELECT coalesce((SELECT offered.listed FROM listing CROSS JOIN offered "  # noqa: S608  # fixed texts
-    "ON offered.listed = listing.listed AND offered.key = :key WHERE document_id = :document_id "
-    "AND token_count = :total AND (expires_at_s IS NULL OR expires_at_s > :now_s)), "
-    f"{_FIRST.format(key=':key')})"
+
+_IS_WHOLE = (
+    "document_id = ? AND token_count = ? AND (expires_at_s IS NULL OR expires_at_s > ?) "
+    "AND EXISTS (SELECT 1 FROM offered WHERE key = ? AND place = offered_seq)"
 )
 
 InMemory = Callable[[bytes, Sequence[int]], Match | None]
@@ -78,47 +75,49 @@ def match(
 
     `db` is as of one moment, and as of `now_s`. Each statement costs by the request's length and by
     a bounded number of continuations, not by the catalogue's size: where more than a thousand begin
-    with the same part of a chunk, the payee is the first listed among the thousand that were first
-    listed behind the chunk before, else among the first thousand in the order of their tokens.
+    with the same part of a chunk, the owner is the first among the thousand that were first offered
+    behind the chunk before, and some thousand others.
     Raises CatalogueError for rows that contradict each other.
     """
     packed = pack_valid(token_ids)
     width = chunk_tokens * TOKEN_BYTES
     slices = [packed[start : start + width] for start in range(0, len(packed), width)]
     keys = _whole(db, namespace, slices, now_s)
-    tokens = slices[: len(keys)]
-    total = sum(map(len, tokens)) // TOKEN_BYTES
-    if len(keys) < len(slices):
-        parent = keys[-1] if keys else namespace
-        rest = slices[len(keys)]
-        end, shared = _inside(db, parent, rest, width, {"position": len(keys), "now_s": now_s})
-        if end is not None:
-            keys.append(end[0])
-            tokens.append(end[1])
-            total += shared
-    if not keys:
+    found: list[tuple[int, int]] = []
+    parent = namespace
+    for position, tokens in enumerate(slices[: len(keys) + 1]):
+        key = keys[position] if position < len(keys) else None
+        asked = {"parent": parent, "tokens": tokens, "position": position, "now_s": now_s}
+        for shared, place in _owners(db, key, asked, width):
+            if found and found[-1][1] == place:
+                found.pop()
+            found.append((position * chunk_tokens + shared, place))
+        parent = key or parent
+    if not found:
         return None
-    asked = {
-        "key": keys[-1],
-        "document_id": document_id(keys[-1]),
-        "total": total,
-        "now_s": now_s,
-    }
-    payee = rows(db, _PAYEE, asked)[0][0]
-    payees = read_listings(db, "listed = ?", (payee,))
-    if not payees:
-        raise CatalogueError(f"chunk {keys[-1].hex()} is nobody's; run `kvmarket store check`")
+    segments = []
+    start = 0
+    for end, place in found:
+        listings = read_listings(db, "offered_seq = ?", (place,))
+        if not listings:
+            raise CatalogueError(f"no listing was offered as {place}; run `kvmarket store check`")
+        segments.append(Segment(listings[0], start, end))
+        start = end
+    stored = chunks_of(db, segments[-1].listing.document_id)[: -(-start // chunk_tokens)]
     chunks = tuple(
         MatchedChunk(
-            key=key,
-            parent=keys[index - 1] if index else ROOT,
-            tokens=own,
-            token_count=len(own) // TOKEN_BYTES,
-            matched=min(len(own) // TOKEN_BYTES, total - index * chunk_tokens),
+            key=chunk.key,
+            parent=stored[index - 1].key if index else ROOT,
+            tokens=chunk.tokens,
+            token_count=len(chunk.tokens) // TOKEN_BYTES,
+            matched=min(len(chunk.tokens) // TOKEN_BYTES, start - index * chunk_tokens),
         )
-        for index, (key, own) in enumerate(zip(keys, tokens, strict=True))
+        for index, chunk in enumerate(stored)
     )
-    return Match(payees[0], total, chunks)
+    last = chunks[-1]
+    key = chunk_key(namespace, last.parent, last.tokens[: last.matched * TOKEN_BYTES])
+    whole = read_listings(db, _IS_WHOLE, (document_id(key), start, now_s, key))
+    return Match(tuple(segments), start, chunks, whole[0] if whole else None)
 
 
 def whole_chunks(count: int) -> str:
@@ -148,37 +147,41 @@ def _whole(
     return found
 
 
-def _inside(
-    db: apsw.Connection, parent: bytes, rest: bytes, width: int, place: dict[str, int | float]
-) -> tuple[tuple[bytes, bytes] | None, int]:
-    """Find the continuation (key, tokens) of `parent` that shares most tokens with `rest`.
+def _owners(
+    db: apsw.Connection, key: bytes | None, asked: dict[str, apsw.SQLiteValue], width: int
+) -> list[tuple[int, int]]:
+    """Return (shared tokens, place) as Children.owners does, for what continues `asked["parent"]`.
 
-    And how many those are. Of several, the one that ends there, else the one that was listed first.
-    `place` is the continuation's `position` in its documents, as of `now_s`.
+    `asked["tokens"]` are the request's; `key` is the chunk that has exactly these, if there is one.
     """
-    asked: dict[str, apsw.SQLiteValue] = {"parent": parent, "tokens": rest, **place}
-    neighbours = rows(db, _NEIGHBOURS, asked)
-    shared = max((common_tokens(tokens, rest) for (tokens,) in neighbours), default=0)
-    if shared == 0:
-        return None, 0
-    low = rest[: shared * TOKEN_BYTES]
-    high = low.ljust(width, b"\xff")
-    asked |= {"low": low, "high": high, "most": _MOST_CONTINUATIONS}
-    alike = rows(db, _BEGINNING_ALIKE, asked)
-    if alike[0][1] == low:
-        return alike[0][:2], shared
-    if len(alike) == _MOST_CONTINUATIONS:
-        earliest = rows(db, _EARLIEST_ALIKE, asked)
-        if earliest:
-            return earliest[0], shared
-    return min(alike, key=lambda row: row[2])[:2], shared
+    tokens = asked["tokens"]
+    assert isinstance(tokens, bytes)
+    found: list[tuple[int, int]] = []
+    reached = 0
+    near = [common_tokens(other, tokens) for (other,) in rows(db, _NEIGHBOURS, asked)]
+    # Beyond what a neighbour in the order of tokens shares, only the exact chunk goes.
+    while reached < max(near, default=0):
+        low = tokens[: (reached + 1) * TOKEN_BYTES]
+        high = low.ljust(width, b"\xff")
+        asked |= {"low": low, "high": high, "most": _MOST_CONTINUATIONS}
+        alike = rows(db, _BEGINNING_ALIKE, asked)
+        if len(alike) == _MOST_CONTINUATIONS:
+            alike += rows(db, _EARLIEST_ALIKE, asked)
+        other, place = min(alike, key=lambda row: row[1])
+        reached = common_tokens(other, tokens)
+        found.append((reached, place))
+    if key is not None and reached < len(tokens) // TOKEN_BYTES:
+        statement = f"SELECT {_FIRST.format(key=':key')}"
+        place = rows(db, statement, {**asked, "key": key})[0][0]
+        found.append((len(tokens) // TOKEN_BYTES, place))
+    return found
 
 
 class Beyond:
     """Matches in the database for one process, by threads with a connection each; thread-safe."""
 
     def __init__(self, db: Connections, chunk_tokens: int) -> None:
-        db.migrate(schema.BEYOND_ROOM, schema.BEYOND_MIGRATIONS)
+        db.migrate(schema.BEYOND_ROOM, (schema.BEYOND_SCHEMA,))
         self._db = db
         self._chunk_tokens = chunk_tokens
         self._own = threading.local()

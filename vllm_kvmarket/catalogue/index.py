@@ -51,7 +51,7 @@ class View:
         self._closing = threading.Event()
         self._watcher: threading.Thread | None = None
         self._owner = Owner(path.parent / OWNERS_FOLDER)
-        self._db = Connections(path, schema.ROOM, schema.MIGRATIONS)
+        self._db = Connections(path, schema.ROOM, (schema.SCHEMA,))
         with self._db.transaction() as db:
             chosen = queries.fix_chunk_tokens(db, chunk_tokens)
         if chosen != chunk_tokens:
@@ -108,8 +108,8 @@ class View:
     def match(self, namespace: bytes, token_ids: Sequence[int]) -> Match | None:
         """Find the longest published prefix of `token_ids`, token by token, down to inside a chunk.
 
-        It is paid to the listing that is wholly matched, else to the first listed of those that
-        contain the whole match. Memory only, and as fresh as the last refresh.
+        Each token belongs to the listing that was the first to offer the prefix up to it. Memory
+        only, and as fresh as the last refresh.
         """
         return self._tree.match(namespace, token_ids)
 
@@ -139,7 +139,7 @@ class View:
         Without the database it is what `match` says.
         """
         found = self.match(namespace, token_ids)
-        if not self._is_beyond or (found is not None and found.is_final(len(token_ids))):
+        if not self._is_beyond:
             return found
         try:
             return self.match_later(namespace, token_ids).result()

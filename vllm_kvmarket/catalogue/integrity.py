@@ -74,7 +74,7 @@ def _offer_problems(
     held = queries.rows(
         db,
         "SELECT followed.key FROM followed JOIN listing USING (document_id) "
-        "JOIN offered ON offered.key = followed.key AND offered.listed = listing.listed "
+        "JOIN offered ON offered.key = followed.key AND offered.place = listing.offered_seq "
         "JOIN continuation USING (parent, tokens) "
         "WHERE document_id = ? AND continuation.key = followed.key ORDER BY position",
         (listing.document_id,),

@@ -124,18 +124,46 @@ class MatchedChunk(msgspec.Struct, frozen=True, gc=False):
     matched: int
 
 
-class Match(msgspec.Struct, frozen=True):
-    """The longest published prefix of a token sequence, and the listing that is paid for it.
-
-    The chunks are that listing's, in order; their `matched` add up to `token_count`.
-    """
+class Segment(msgspec.Struct, frozen=True):
+    """Tokens `start` to `end` of a match, which `listing` was the first to offer."""
 
     listing: Listing
+    start: int
+    end: int
+
+
+class Match(msgspec.Struct, frozen=True):
+    """The longest published prefix of a token sequence, and who offered which part of it first.
+
+    The segments follow each other from 0 to `token_count`. The chunks are those of the last
+    segment's listing, in order; their `matched` add up to `token_count`. `whole` is the document
+    that consists of exactly these tokens, if there is one.
+    """
+
+    segments: tuple[Segment, ...]
     token_count: int
     chunks: tuple[MatchedChunk, ...]
+    whole: Listing | None = None
 
-    def is_final(self, prompt_tokens: int) -> bool:
-        """Say whether no other document could give a prompt of so many tokens a better match: it is
-        the listing, from end to end.
-        """
-        return self.token_count == prompt_tokens == self.listing.token_count
+    @property
+    def listing(self) -> Listing:
+        """The last segment's listing, which contains the whole match."""
+        return self.segments[-1].listing
+
+    def until(self, end: int) -> Match:
+        """Return the match as it would be for the first `end` tokens, at least one, only."""
+        if end >= self.token_count:
+            return self
+        chunks = []
+        left = end
+        for chunk in self.chunks:
+            if left <= 0:
+                break
+            chunks.append(msgspec.structs.replace(chunk, matched=min(chunk.matched, left)))
+            left -= chunk.matched
+        segments = tuple(
+            Segment(each.listing, each.start, min(each.end, end))
+            for each in self.segments
+            if each.start < end
+        )
+        return Match(segments, end, tuple(chunks))

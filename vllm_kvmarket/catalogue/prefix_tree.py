@@ -17,7 +17,7 @@ from operator import attrgetter
 
 import numpy as np
 
-from vllm_kvmarket.catalogue.listing import Listing, Match, MatchedChunk
+from vllm_kvmarket.catalogue.listing import Listing, Match, MatchedChunk, Segment
 from vllm_kvmarket.core.model_identity import ROOT, TOKEN_BYTES, pack_tokens
 
 _MAX_TOKEN_ID = 2**32 - 1
@@ -64,31 +64,39 @@ class Children:
         self.nodes.insert(at, node)
         self.firsts.insert(at, node.first)
 
-    def closest(self, tokens: bytes) -> tuple[Node | None, int]:
-        """Find the child that shares most leading tokens, and how many those are (0: no child).
+    def owners(self, tokens: bytes) -> list[tuple[int, Node]]:
+        """Find who offered first what leads as far into `tokens` as any child does.
 
-        Of several, the one that ends there, else the one that was listed first.
+        Returns (shared tokens, child) with ever more shared tokens: of the children that share
+        more than the entry before, the one with the lowest `first`.
         """
         nodes = self.nodes
-        at = bisect_left(nodes, tokens, key=_tokens)
-        if at < len(nodes) and nodes[at].tokens == tokens:
-            return nodes[at], len(tokens) // TOKEN_BYTES
-        shared = max(common_tokens(node.tokens, tokens) for node in nodes[max(at - 1, 0) : at + 1])
-        if shared == 0:
-            return None, 0
-        prefix = tokens[: shared * TOKEN_BYTES]
-        low = bisect_left(nodes, prefix, key=_tokens)
-        if len(nodes[low].tokens) > len(prefix):
-            high = bisect_right(nodes, prefix, low, key=lambda node: node.tokens[: len(prefix)])
-            low += int(np.frombuffer(self.firsts, np.int64)[low:high].argmin())
-        return nodes[low], shared
+        found: list[tuple[int, Node]] = []
+        shared = low = 0
+        high = len(nodes)
+        while (shared + 1) * TOKEN_BYTES <= len(tokens):
+            prefix = tokens[: (shared + 1) * TOKEN_BYTES]
+            # The children that begin with the prefix stand side by side.
+            low = bisect_left(nodes, prefix, low, high, key=_tokens)
+            high = bisect_right(
+                nodes, prefix, low, high, key=lambda node: node.tokens[: len(prefix)]
+            )
+            if low == high:
+                break
+            if high - low > 1:
+                best = low + int(np.frombuffer(self.firsts, np.int64)[low:high].argmin())
+            else:
+                best = low
+            shared = common_tokens(nodes[best].tokens, tokens)
+            found.append((shared, nodes[best]))
+        return found
 
 
 class Node:
     """A chunk in the tree.
 
     `ended` are the places of the listings whose (undamaged) chunks end here, `first` is the lowest
-    place among them and all listings below: the one that was listed first.
+    place among them and all listings below: the one that was offered first.
     """
 
     __slots__ = ("children", "ended", "first", "tokens")
@@ -138,7 +146,9 @@ class Node:
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """A listing in the tree: its place in line, and its nodes from the namespace's root down."""
+    """A listing in the tree: its place in the order of first offers, and its nodes from the
+    namespace's root down.
+    """
 
     place: int
     path: tuple[Node, ...]
@@ -162,8 +172,8 @@ class PrefixTree:
     def put(self, listing: Listing, place: int, chunks: Sequence[bytes]) -> None:
         """Make a document match in `chunks` (packed tokens, at least one chunk); mutates.
 
-        `place` is its place in line, no two documents' the same. What the tree had of the document
-        is replaced in one step.
+        `place` is its place in the order of first offers, no two documents' the same. What the tree
+        had of the document is replaced in one step.
         """
         assert chunks
         entry = self.entries.get(listing.document_id)
@@ -189,17 +199,21 @@ class PrefixTree:
     def match(self, namespace: bytes, token_ids: Sequence[int]) -> Match | None:
         """Find the longest published prefix of `token_ids`, down to inside a chunk.
 
-        It is paid to the listing that ends with it, else to the first listed of those that contain
-        it.
+        Each of its tokens belongs to the listing that was the first to offer the prefix up to it.
         """
         with self._lock:
-            found = self._find(namespace, token_ids)
-        if found is None:
-            return None
-        listing, total, nodes = found
-        keys = listing.chunk_keys
+            found, whole = self._find(namespace, token_ids)
+            if not found:
+                return None
+            segments = []
+            start = 0
+            for end, place in found:
+                segments.append(Segment(self._listings[place], start, end))
+                start = end
+            path = self.entries[segments[-1].listing.document_id].path[1:]
+        keys = segments[-1].listing.chunk_keys
         chunks = []
-        for index, node in enumerate(nodes):
+        for index, node in enumerate(path[: -(-start // self.chunk_tokens)]):
             count = len(node.tokens) // TOKEN_BYTES
             chunks.append(
                 MatchedChunk(
@@ -207,10 +221,10 @@ class PrefixTree:
                     parent=keys[index - 1] if index else ROOT,
                     tokens=node.tokens,
                     token_count=count,
-                    matched=min(count, total - index * self.chunk_tokens),
+                    matched=min(count, start - index * self.chunk_tokens),
                 )
             )
-        return Match(listing, total, tuple(chunks))
+        return Match(tuple(segments), start, tuple(chunks), whole)
 
     def listing(self, document_id: str) -> Listing | None:
         """Return a document's listing, None when it cannot be matched."""
@@ -220,29 +234,34 @@ class PrefixTree:
 
     def _find(
         self, namespace: bytes, token_ids: Sequence[int]
-    ) -> tuple[Listing, int, list[Node]] | None:
+    ) -> tuple[list[tuple[int, int]], Listing | None]:
+        """Return (end, place) of each segment of the longest match, in order; and the document that
+        is exactly the match.
+        """
+        found: list[tuple[int, int]] = []
+        last: Node | None = None
         node = self.roots.get(namespace)
-        nodes: list[Node] = []
         total = 0
         # Packed chunk by chunk: a request that matches nothing costs one chunk, however long.
         while node is not None and node.children is not None:
             tokens = pack_valid(token_ids[total : total + self.chunk_tokens])
-            node, shared = node.children.closest(tokens)
-            if node is not None:
-                nodes.append(node)
-                total += shared
-                if shared < self.chunk_tokens:
-                    break
-        if not nodes:
-            return None
-        return self._payee(nodes[-1], total), total, nodes
-
-    def _payee(self, node: Node, total: int) -> Listing:
-        """Say whose listing a match of `total` tokens that ends in `node` is paid to."""
-        for place in node.ended:
-            if self._listings[place].token_count == total:
-                return self._listings[place]
-        return self._listings[node.first]
+            owners = node.children.owners(tokens)
+            for shared, child in owners:
+                # One listing may own the end of a chunk and the beginning of the next.
+                if found and found[-1][1] == child.first:
+                    found.pop()
+                found.append((total + shared, child.first))
+            if not owners:
+                break
+            shared, child = owners[-1]
+            last = node.child(tokens[: shared * TOKEN_BYTES])
+            if shared < self.chunk_tokens:
+                break
+            total += self.chunk_tokens
+            node = child
+        ended = [self._listings[place] for place in last.ended] if last is not None else []
+        whole = [listing for listing in ended if listing.token_count == found[-1][0]]
+        return found, whole[0] if whole else None
 
     def _prepare(
         self, listing: Listing, place: int, chunks: Sequence[bytes]

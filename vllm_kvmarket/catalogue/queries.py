@@ -30,7 +30,9 @@ class StoredChunk:
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """A listing that changed: its place in line, and the chunks that can be matched, if any."""
+    """A listing that changed: its place in the order of first offers, and the tokens of its chunks
+    that can be matched, if any.
+    """
 
     listing: Listing
     place: int | None
@@ -94,13 +96,13 @@ def read_names(
 
 def read_changes(db: apsw.Connection, since: int, now_s: float) -> list[Change]:
     """Return what became, until now, of every listing that changed after that revision."""
-    statement = f"SELECT {_COLUMNS}, listed FROM listing WHERE revision > ?"  # noqa: S608  # column names are ours
+    statement = f"SELECT {_COLUMNS}, offered_seq FROM listing WHERE revision > ?"  # noqa: S608  # column names are ours
     return [_change(db, row, now_s) for row in rows(db, statement, (since,))]
 
 
 def read_change(db: apsw.Connection, document_id: str, now_s: float) -> Change:
     """Return what became, until now, of one listing."""
-    statement = f"SELECT {_COLUMNS}, listed FROM listing WHERE document_id = ?"  # noqa: S608  # column names are ours
+    statement = f"SELECT {_COLUMNS}, offered_seq FROM listing WHERE document_id = ?"  # noqa: S608  # column names are ours
     return _change(db, rows(db, statement, (document_id,))[0], now_s)
 
 
@@ -110,14 +112,15 @@ def changed(
     """Yield what changed after that revision: id, tokens, whether it is on offer, whether pinned,
     and its end.
 
-    What is not on offer comes first, then those with the highest use score, then in line. Nothing
+    What is not on offer comes first, then those with the highest use score, then in the
+    order of first offers. Nothing
     that grows with a document is read.
     """
     yield from db.execute(
         "SELECT document_id, token_count, state IN ('live', 'damaged') "
         "AND (expires_at_s IS NULL OR expires_at_s > ?2) AS offered, pinned, expires_at_s "
         "FROM listing LEFT JOIN listing_use USING (document_id) WHERE revision > ?1 "
-        "ORDER BY offered, coalesce(score, 0) DESC, listed",
+        "ORDER BY offered, coalesce(score, 0) DESC, offered_seq",
         (since, now_s),
     )
 
@@ -164,8 +167,9 @@ def chunks_of(db: apsw.Connection, document_id: str) -> list[StoredChunk]:
 def write_listing(db: apsw.Connection, listing: Listing) -> None:
     """Insert a listing, or restart the one of the same document; its chunks are not touched.
 
-    One that is damaged keeps its place in line, its bytes, its pin, that it was paid for, and its
-    end where it is given no other.
+    One that is damaged keeps its bytes, its pin, that it was paid for, and its end where it is
+    given no other. The place in the order of first offers stays with the publisher who earned it:
+    anyone else who lists the document again gets a new one.
     """
     values = [getattr(listing, name) for name in _FACTS]
     values += msgspec.structs.astuple(listing.terms)
@@ -178,10 +182,11 @@ def write_listing(db: apsw.Connection, listing: Listing) -> None:
         f"ON CONFLICT (document_id) DO UPDATE SET {changed_terms}, "
         "state = excluded.state, reason = excluded.reason, "
         "created_at_s = excluded.created_at_s, revision = excluded.revision, "
-        "stored_bytes = iif(listed IS NULL, excluded.stored_bytes, stored_bytes), "
-        "pinned = excluded.pinned OR (listed IS NOT NULL AND pinned), "
-        "paid_for = excluded.paid_for OR (listed IS NOT NULL AND paid_for), "
-        "expires_at_s = coalesce(excluded.expires_at_s, iif(listed IS NULL, NULL, expires_at_s))",
+        "stored_bytes = iif(listed, stored_bytes, excluded.stored_bytes), "
+        "pinned = excluded.pinned OR (listed AND pinned), "
+        "paid_for = excluded.paid_for OR (listed AND paid_for), "
+        "expires_at_s = coalesce(excluded.expires_at_s, iif(listed, expires_at_s, NULL)), "
+        "offered_seq = iif(listed OR publisher = excluded.publisher, offered_seq, NULL)",
         [*values, _next_revision(db)],
     )
 
@@ -198,16 +203,16 @@ def write_chunks(
 
 
 def set_state(db: apsw.Connection, document_id: str, state: ListingState, reason: str = "") -> None:
-    """Move one listing to another state, and into the line of those on offer or out of it.
+    """Move one listing to another state, on the market or off it.
 
-    What leaves the line is pinned no more.
+    Its first offer gives it its place. What leaves the market is pinned no more.
     """
     number = _next_revision(db)
     offered = state in ON_OFFER
     db.execute(
         "UPDATE listing SET state = ?, reason = ?, revision = ?, pinned = pinned AND ?, "
-        "listed = iif(?, coalesce(listed, ?), NULL) WHERE document_id = ?",
-        (state, reason, number, offered, offered, number, document_id),
+        "listed = ?, offered_seq = coalesce(offered_seq, iif(?, ?, NULL)) WHERE document_id = ?",
+        (state, reason, number, offered, offered, offered, number, document_id),
     )
 
 
@@ -241,8 +246,8 @@ def set_stored_bytes(db: apsw.Connection, document_id: str, stored_bytes: int) -
 
 
 def is_listed(db: apsw.Connection, document_id: str) -> bool:
-    """Return whether a listing has a place in line: on offer now, or when it was restarted."""
-    statement = "SELECT 1 FROM listing WHERE document_id = ? AND listed IS NOT NULL"
+    """Return whether a listing is on the market, or was when it was published again."""
+    statement = "SELECT 1 FROM listing WHERE document_id = ? AND listed"
     return bool(rows(db, statement, (document_id,)))
 
 

@@ -50,8 +50,8 @@ class ReuseRequest:
         return self
 
     def _price_nano(self, match: Match) -> int:
-        most = min(match.token_count, self._request.num_prompt_tokens - 1)
-        return self._engine.market.terms_of(match).charge_nano(most)
+        most = self._request.num_prompt_tokens - 1
+        return self._engine.market.quote_match(match, most).charge_nano
 
     def decline(self, message: str, reason: str) -> None:
         """Compute the request in full; `reason` is one of metric_definitions.DECLINED. Mutates."""
@@ -109,9 +109,9 @@ class PreloadRequest:
 
 def pin(engine: Engine, reuse: Reuse, block_ids: list[int], answer: dict[str, Any]) -> None:
     """Pin the blocks of a document that is to be pinned and was reused whole; mutates."""
-    if reuse.match is None or not reuse.match.listing.pinned:
+    listing = reuse.match.whole if reuse.match else None
+    if listing is None or not listing.pinned:
         return
-    listing = reuse.match.listing
     # A match in the database may know of the pin before memory does, which would end it at once.
     if not engine.market.catalogue.is_pinned(listing.document_id):
         return

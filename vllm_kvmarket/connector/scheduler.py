@@ -144,7 +144,6 @@ class SchedulerHalf:
         """Whether the database may know a longer match than memory."""
         return (
             self._market.catalogue.is_beyond_memory
-            and not (match is not None and match.is_final(len(request.prompt_token_ids)))
             # These reuse nothing, and vLLM does not let them wait either.
             and not request.skip_reading_prefix_cache
             and not (isinstance(params, RequestParams) and params.audit is not None)
@@ -158,10 +157,12 @@ class SchedulerHalf:
         match: Match | None,
     ) -> AnyRequest | None:
         """Start what the request asks for, now that its match is known."""
-        if match is not None and not self._market.is_sold(match):
-            if isinstance(params, RequestParams) and params.account is not None:
+        is_operators = isinstance(params, RequestParams) and params.is_operators
+        if match is not None and (sold := self._market.sold_part(match)) is not match:
+            if isinstance(params, RequestParams) and params.account is not None and sold is None:
                 self.metrics.declined("below_minimum")
-            match = None
+            # The operator's requests buy nothing: all that is stored serves them.
+            match = match if is_operators and self._market.is_worth_loading(match) else sold
         if match is None and params is NO_PARAMS:
             return None
         made: AnyRequest

@@ -33,6 +33,7 @@ from vllm_kvmarket.ledger import Account, Ledger, Receipt, Transfer
 from vllm_kvmarket.market import shared_bucket
 from vllm_kvmarket.market.engine_operations import CONNECTOR, POLL_S, EngineOperations
 from vllm_kvmarket.market.purchase import Item, Purchase
+from vllm_kvmarket.market.quote import Quote, quote_of, sold_part
 from vllm_kvmarket.store.tiers import store_of
 
 DATABASE_FILE = "market.sqlite"
@@ -169,17 +170,34 @@ class Market(EngineOperations):
             time.sleep(POLL_S)
 
     def match(self, namespace: bytes, token_ids: Sequence[int]) -> Match | None:
-        """The longest published prefix that is long enough to be sold.
+        """The longest published prefix that is sold.
 
         Memory only, unless documents are beyond it: then it may wait for the database.
         """
         found = self.catalogue.match_anywhere(namespace, token_ids)
-        return found if found is not None and self.is_sold(found) else None
+        return self.sold_part(found) if found is not None else None
+
+    def quote(
+        self, namespace: bytes, token_ids: Sequence[int], *, most: int | None = None
+    ) -> Quote:
+        """Price the reuse of what is published of a prompt, of at most `most` tokens of it.
+
+        May wait for the database, as `match`.
+        """
+        return self.quote_match(self.match(namespace, token_ids), most)
 
     # For the scheduler half: nothing here waits for disk or database
 
-    def is_sold(self, match: Match) -> bool:
-        """Whether a match is long enough to be sold."""
+    def quote_match(self, match: Match | None, most: int | None = None) -> Quote:
+        """Price a match that is sold; see quote_of."""
+        return quote_of(match, self.config.tariff, most)
+
+    def sold_part(self, match: Match) -> Match | None:
+        """The part of a match that is sold, with the listings that are paid; None for nothing."""
+        return sold_part(match, self.config.tariff, self.config.min_reuse_tokens)
+
+    def is_worth_loading(self, match: Match) -> bool:
+        """Whether loading a match saves more than it costs."""
         return match.token_count >= self.config.min_reuse_tokens
 
     def terms_of(self, match: Match) -> Terms:

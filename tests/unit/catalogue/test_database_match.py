@@ -154,10 +154,9 @@ STATEMENTS = (
     database_match._NEIGHBOURS,
     database_match._BEGINNING_ALIKE,
     database_match._EARLIEST_ALIKE,
-    database_match._PAYEE,
     database_match.whole_chunks(3),
     # What the trigger does for each change of a listing.
-    "DELETE FROM offered WHERE listed = :listed AND key IN "
+    "DELETE FROM offered WHERE place = :place AND key IN "
     "(SELECT key FROM listing_chunk WHERE document_id = :document_id UNION ALL SELECT :key)",
     "DELETE FROM continuation WHERE (parent, tokens) IN (SELECT parent, tokens FROM followed "
     "WHERE document_id = :document_id "
@@ -176,7 +175,7 @@ def test_no_statement_reads_a_whole_table(path, statement):
     assert not any("ORDER BY" in one for one in plan)
 
 
-_NAMES = "parent tokens now_s low high most position key document_id total listed"
+_NAMES = "parent tokens now_s low high most position key document_id place"
 ANYTHING = dict.fromkeys(_NAMES.split(), 1)
 
 

@@ -51,8 +51,10 @@ class Published:
         self.tree.remove(listing_of(document, self.chunk_tokens).document_id)
         del self.documents[tuple(document)]
 
-    def expected(self, request) -> tuple[int, tuple[int, ...]]:
-        """Compare the request with every document: tokens matched, and who is paid for them."""
+    def expected(self, request) -> list[tuple[int, tuple[int, ...]]]:
+        """Compare the request with every document, in the order of their first offers: up to where
+        each owns it.
+        """
 
         def shared(document, length: int) -> int:
             count = 0
@@ -62,29 +64,32 @@ class Published:
                 count += 1
             return count
 
-        reach = {doc: shared(doc, length) for doc, (_, length) in self.documents.items()}
-        total = max(reach.values(), default=0)
-        if total == 0:
-            return 0, ()
-        holders = [document for document in reach if reach[document] == total]
-        whole = [document for document in holders if len(document) == total]
-        return total, min(whole or holders, key=lambda document: self.documents[document])
+        found: list[tuple[int, tuple[int, ...]]] = []
+        for document, (_, length) in sorted(self.documents.items(), key=lambda item: item[1]):
+            end = shared(document, length)
+            if end > (found[-1][0] if found else 0):
+                found.append((end, document))
+        return found
 
     def check(self, request) -> None:
         """Hold the tree's answer against the model's, in all its parts."""
-        total, payee = self.expected(request)
+        owners = self.expected(request)
         match = self.tree.match(NAMESPACE, request)
-        if total == 0:
+        if not owners:
             assert match is None
             return
-        assert (match.token_count, match.listing.document_id) == (
-            total,
-            listing_of(payee, self.chunk_tokens).document_id,
-        )
-        keys = chunk_keys(NAMESPACE, payee, self.chunk_tokens)
+        assert [(each.end, each.listing.document_id) for each in match.segments] == [
+            (end, listing_of(document, self.chunk_tokens).document_id) for end, document in owners
+        ]
+        ends = [0, *(each.end for each in match.segments)]
+        assert [each.start for each in match.segments] == ends[:-1]
+        total, last = owners[-1]
+        assert match.token_count == total
+        assert match.listing == match.segments[-1].listing
+        keys = chunk_keys(NAMESPACE, last, self.chunk_tokens)
         left = total
         for index, chunk in enumerate(match.chunks):
-            part = payee[index * self.chunk_tokens : (index + 1) * self.chunk_tokens]
+            part = last[index * self.chunk_tokens : (index + 1) * self.chunk_tokens]
             assert chunk.key == keys[index]
             assert chunk.parent == (keys[index - 1] if index else ROOT)
             assert chunk.tokens == pack_tokens(part)
@@ -183,20 +188,26 @@ def test_a_short_last_chunk_matches_to_its_last_token():
     assert match.chunks[-1].token_count == 2
 
 
-def test_a_document_that_is_a_prefix_of_another_is_paid_where_the_request_ends_with_it():
-    """The shorter is paid for itself, the longer for every token more, whoever came first."""
-    for order in ((6, 11), (11, 6)):
-        published = Published()
-        for length in order:
-            published.put(tuple(range(length)))
-        for length in range(1, 12):
-            published.check(tuple(range(length)))
-        assert published.tree.match(NAMESPACE, range(6)).listing.token_count == 6
-        assert published.tree.match(NAMESPACE, range(7)).listing.token_count == 11
+def test_what_a_longer_document_repeats_stays_with_the_first():
+    """Offered first, the shorter owns its tokens, and the longer what it adds; offered last, the
+    shorter owns nothing.
+    """
+    published = Published()
+    published.put(tuple(range(6)))
+    published.put(tuple(range(11)))
+    assert [each.end for each in published.tree.match(NAMESPACE, range(11)).segments] == [6, 11]
+    assert [each.end for each in published.tree.match(NAMESPACE, range(6)).segments] == [6]
+    published = Published()
+    published.put(tuple(range(11)))
+    published.put(tuple(range(6)))
+    for length in range(1, 12):
+        (segment,) = published.tree.match(NAMESPACE, range(length)).segments
+        assert segment.listing.token_count == 11
+        published.check(tuple(range(length)))
 
 
-def test_of_several_documents_that_go_on_the_first_listed_is_paid():
-    """A request that ends inside what many documents share is paid to the first listed of them."""
+def test_of_several_documents_that_go_on_the_first_offered_owns_it():
+    """A request that ends inside what many documents share belongs to the first of them."""
     published = Published()
     for last in (50, 40, 60, 45):
         published.put((1, 2, last, 7, 7), place=100 - last)
@@ -206,6 +217,30 @@ def test_of_several_documents_that_go_on_the_first_listed_is_paid():
     published.remove((1, 2, 60, 7, 7))
     published.check((1, 2, 3))
     published.check((1, 2))
+
+
+def test_a_copy_inside_one_chunk_takes_only_what_it_adds():
+    """Documents may differ inside a chunk: beside the path, too, the first offer counts."""
+    published = Published(chunk_tokens=8)
+    for document in ((1, 2, 3), (1, 2, 3, 4, 5), (1, 2), (1, 2, 3, 4, 5, 6, 7, 8, 9)):
+        published.put(document)
+    match = published.tree.match(NAMESPACE, (1, 2, 3, 4, 5, 6, 7, 8, 9, 10))
+    assert [each.end for each in match.segments] == [3, 5, 9]
+    published.check((1, 2, 3, 4, 5, 6, 99))
+
+
+@given(st.lists(DOCUMENT, min_size=1, max_size=8, unique=True), REQUEST, st.integers(1, 12))
+def test_the_beginning_of_a_match_is_the_match_of_the_beginning(documents, request_, end):
+    """`until` cuts segments and chunks as the tree would for a shorter request."""
+    published = Published()
+    for document in documents:
+        published.put(document)
+    match = published.tree.match(NAMESPACE, request_)
+    if match is not None:
+        cut = match.until(end)
+        asked = published.tree.match(NAMESPACE, request_[:end])
+        assert cut.segments == asked.segments and cut.token_count == asked.token_count
+        assert [chunk.matched for chunk in cut.chunks] == [chunk.matched for chunk in asked.chunks]
 
 
 def test_namespaces_share_nothing():

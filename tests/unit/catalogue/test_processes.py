@@ -277,6 +277,8 @@ class TwoViews(RuleBasedStateMachine):
         self.writing = Catalogue.open(path, chunk_tokens=self.CHUNK)
         self.reading = Catalogue.open(path, chunk_tokens=self.CHUNK)
         self.line: list[tuple[int, ...]] = []
+        # Everything that was ever offered, in that order: it keeps its place when it comes back.
+        self.offered: list[tuple[int, ...]] = []
         self.damaged: set[bytes] = set()
         self.requests: list[tuple[int, ...]] = []
 
@@ -297,8 +299,13 @@ class TwoViews(RuleBasedStateMachine):
                 self.damaged.discard(key)
         self.writing.expire()
         publish(self.writing, document, self.CHUNK)
+        self.put(document)
+
+    def put(self, document) -> None:
         if document not in self.line:
             self.line.append(document)
+        if document not in self.offered:
+            self.offered.append(document)
 
     @rule(which=which)
     def delist(self, which) -> None:
@@ -329,8 +336,7 @@ class TwoViews(RuleBasedStateMachine):
         adopted = self.writing.adopt(listing, chunks_of(document, self.CHUNK), force=True)
         damaged = self.damaged & set(listing.chunk_keys)
         assert adopted.state == ("damaged" if damaged else "live")
-        if document not in self.line:
-            self.line.append(document)
+        self.put(document)
 
     @rule(which=which)
     def damage(self, which) -> None:
@@ -356,24 +362,21 @@ class TwoViews(RuleBasedStateMachine):
         for request in self.requests:
             for catalogue in (self.writing, self.reading):
                 match = catalogue.match(NAMESPACE, request)
-                answer = (match.token_count, match.listing.document_id) if match else None
+                segments = match.segments if match else ()
+                answer = [(each.end, each.listing.document_id) for each in segments]
                 assert answer == self.expected(request)
 
-    def expected(self, request) -> tuple[int, str] | None:
-        reach = {}
-        for document in self.line:
+    def expected(self, request) -> list[tuple[int, str]]:
+        found: list[tuple[int, str]] = []
+        for document in sorted(self.line, key=self.offered.index):
             count = 0
             for index, (a, b) in enumerate(zip(document, request, strict=False)):
                 if a != b or self.keys(document)[index // self.CHUNK] in self.damaged:
                     break
                 count += 1
-            reach[document] = count
-        total = max(reach.values(), default=0)
-        if total == 0:
-            return None
-        holders = [document for document in self.line if reach[document] == total]
-        whole = [document for document in holders if len(document) == total]
-        return total, listing_of((whole or holders)[0], self.CHUNK).document_id
+            if count > (found[-1][0] if found else 0):
+                found.append((count, listing_of(document, self.CHUNK).document_id))
+        return found
 
 
 TestTwoViews = TwoViews.TestCase

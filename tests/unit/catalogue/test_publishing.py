@@ -294,7 +294,7 @@ def test_delisting_while_publishing_stops_the_commit(catalogue):
 
 
 def test_what_is_shared_is_paid_to_who_was_listed_first(catalogue):
-    """First on offer, whatever the clocks said; who delists and comes back stands at the end."""
+    """First on offer, whatever the clocks said; who delists and comes back has its place again."""
     stem = tokens(400)
     first = publish(catalogue, [*stem, 1, 2], created_at_s=9.0)
     second = publish(catalogue, [*stem, 3], created_at_s=1.0)
@@ -303,7 +303,9 @@ def test_what_is_shared_is_paid_to_who_was_listed_first(catalogue):
     catalogue.heal(first.chunk_keys[1])
     assert catalogue.match(NAMESPACE, stem).listing == first
     catalogue.delist(first.document_id)
-    publish(catalogue, [*stem, 1, 2], created_at_s=0.0)
     assert catalogue.match(NAMESPACE, stem).listing == second
+    again = publish(catalogue, [*stem, 1, 2], created_at_s=0.0)
+    assert catalogue.match(NAMESPACE, stem).listing == again
     exact = publish(catalogue, stem)
-    assert catalogue.match(NAMESPACE, stem).listing == exact
+    match = catalogue.match(NAMESPACE, stem)
+    assert (match.listing, match.whole) == (again, exact)

@@ -24,11 +24,9 @@ from tests.support.catalogue_documents import (
     tell,
     tokens,
 )
-from vllm_kvmarket.catalogue import Catalogue, schema
+from vllm_kvmarket.catalogue import Catalogue
 from vllm_kvmarket.catalogue.expiry import Expiries
-from vllm_kvmarket.core import sqlite
 from vllm_kvmarket.core.errors import CatalogueError, NotFoundError
-from vllm_kvmarket.core.model_identity import chunk_keys, pack_tokens
 
 DOCUMENT = tokens(700)
 
@@ -330,64 +328,45 @@ def test_what_a_dead_process_was_publishing_is_given_up(catalogue, path, was):
     assert catalogue.fail_abandoned() == []
 
 
-# Databases of the first version
+# The order of first offers
 
 
-def test_a_database_of_the_first_version_keeps_every_row(path):
-    """Listings in every state, their chunks, damage and publishers are what they were."""
-    path.parent.mkdir()
-    old = sqlite.connect(path)
-    sqlite.migrate(old, schema.ROOM, schema.MIGRATIONS[:1])
-    states = ("publishing", "live", "failed", "delisted", "damaged")
-    old.execute("UPDATE catalogue SET revision = 100, chunk_tokens = 256")
-    expected = {}
-    for number, state in enumerate(states, 1):
-        document = tokens(600, seed=number)
-        listing = listing_of(
-            document,
-            title=f"No. {number}",
-            state=state,
-            reason="why",
-            royalty_ppm=number,
-            created_at_s=float(number),
-            stored_bytes=number,
-        )
-        expected[listing.document_id] = listing
-        old.execute(
-            "INSERT INTO listing VALUES (?, ?, ?, 'publisher', 600, 'text', NULL, ?, ?, 'why', "
-            "?, ?, ?, ?)",
-            (
-                listing.document_id,
-                NAMESPACE,
-                listing.terms.title,
-                number,
-                state,
-                float(number),
-                number,
-                number if state in ("live", "damaged") else None,
-                number,
-            ),
-        )
-        for position, key in enumerate(chunk_keys(NAMESPACE, document)):
-            packed = pack_tokens(document[256 * position : 256 * position + 256])
-            damaged = int(state == "damaged" and position == 1)
-            old.execute("INSERT INTO chunk VALUES (?, ?, ?)", (key, packed, damaged))
-            old.execute(
-                "INSERT INTO listing_chunk VALUES (?, ?, ?)", (listing.document_id, position, key)
-            )
-    being = next(iter(expected))
-    old.execute("INSERT INTO publishing (document_id, owner) VALUES (?, 'someone')", (being,))
-    old.close()
-    for chunks_in_memory in (None, 0, None):
-        with Catalogue.open(path, chunks_in_memory=chunks_in_memory) as catalogue:
-            assert {found.document_id: found for found in catalogue.listings()} == expected
-            assert catalogue.check_integrity() == []
-            for seed, count in ((2, 600), (5, 256)):
-                found = catalogue.match_anywhere(NAMESPACE, tokens(600, seed=seed))
-                assert found.token_count == count
-            with catalogue._db.reading() as db:
-                assert db.execute("SELECT document_id, owner FROM publishing").fetchall() == [
-                    (being, "someone")
-                ]
-                assert db.pragma("foreign_key_check") is None
-                assert db.pragma("foreign_keys") == 1
+def owner_of(catalogue, request) -> str:
+    """Whose the first token of a request is."""
+    return catalogue.match(NAMESPACE, request).segments[0].listing.document_id
+
+
+@pytest.mark.parametrize("leave", ["delist", "evict", "expire", "damage"])
+def test_a_publisher_keeps_its_place_when_its_document_comes_back(catalogue, leave):
+    """Whatever took it off the market: what a later document repeats is the first one's again."""
+    first = publish(catalogue, DOCUMENT)
+    longer = [*DOCUMENT, *tokens(100, seed=5)]
+    later = publish(catalogue, longer, publisher="someone else")
+    assert owner_of(catalogue, longer) == first.document_id
+    if leave == "delist":
+        catalogue.delist(first.document_id)
+    elif leave == "evict":
+        assert catalogue.evict(first.document_id, "no space")
+    elif leave == "expire":
+        catalogue.set_expiry(first.document_id, 1.0)
+        catalogue.expire()
+    else:
+        catalogue.report_damage(first.chunk_keys[0])
+        assert catalogue.match(NAMESPACE, longer) is None
+        catalogue.heal(first.chunk_keys[0])
+    if leave != "damage":
+        assert owner_of(catalogue, longer) == later.document_id
+    publish(catalogue, DOCUMENT)
+    assert owner_of(catalogue, longer) == first.document_id
+    assert catalogue.check_integrity() == []
+
+
+def test_another_publisher_does_not_inherit_a_place(catalogue):
+    """Whoever lists a delisted document of someone else again stands behind what came since."""
+    first = publish(catalogue, DOCUMENT)
+    longer = [*DOCUMENT, *tokens(100, seed=5)]
+    later = publish(catalogue, longer)
+    catalogue.delist(first.document_id)
+    publish(catalogue, DOCUMENT, publisher="someone else")
+    assert owner_of(catalogue, longer) == later.document_id
+    assert catalogue.check_integrity() == []

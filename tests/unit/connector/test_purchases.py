@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from vllm_kvmarket import Market
-from vllm_kvmarket.catalogue import Listing, Match
+from vllm_kvmarket.catalogue import Listing, Match, Segment
 from vllm_kvmarket.connector.purchases import Purchases
 from vllm_kvmarket.core.listing_terms import ListingTerms
 from vllm_kvmarket.market.purchase import PurchaseState, Usage
@@ -58,7 +58,7 @@ def matching(count=600, document_id="kvd_x"):
         terms=ListingTerms(publisher="pat"),
         created_at_s=1.0,
     )
-    return Match(listing, count, ())
+    return Match((Segment(listing, 0, count),), count, ())
 
 
 def request(request_id, arrival_time=1.0, prompt=PROMPT):

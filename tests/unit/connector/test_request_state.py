@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from vllm.v1.metrics.stats import PrefillStats
 
-from vllm_kvmarket.catalogue import Listing, Match, MatchedChunk
+from vllm_kvmarket.catalogue import Listing, Match, MatchedChunk, Segment
 from vllm_kvmarket.connector.messages import LoadReport
 from vllm_kvmarket.connector.purchases import client_request_id, ledger_key, purchase_group
 from vllm_kvmarket.connector.request_state import Reuse
@@ -46,7 +46,7 @@ def matching(count):
         )
         for index, start in enumerate(range(0, count, CHUNK))
     ]
-    return Match(listing, count, tuple(chunks))
+    return Match((Segment(listing, 0, count),), count, tuple(chunks))
 
 
 def asking(count, prompt=400):

@@ -7,7 +7,7 @@ import math
 
 import pytest
 
-from vllm_kvmarket.catalogue import Listing, Match
+from vllm_kvmarket.catalogue import Listing, Match, Segment
 from vllm_kvmarket.core.listing_terms import ListingTerms
 from vllm_kvmarket.core.pricing import Tariff
 from vllm_kvmarket.ledger import Ledger
@@ -52,7 +52,9 @@ def buy(ledger, key="k", account="alice", publisher="pat", tariff=None):
         terms=ListingTerms(publisher=publisher),
         created_at_s=1.0,
     )
-    item = ReuseItem(Match(listing, 600, ()), (tariff or Tariff()).terms(), "m", "r")
+    item = ReuseItem(
+        Match((Segment(listing, 0, 600),), 600, ()), (tariff or Tariff()).terms(), "m", "r"
+    )
     purchase = Purchase(ledger, item, key=key, account=account, timeout_s=TIMEOUT_S)
     written(ledger)
     return purchase

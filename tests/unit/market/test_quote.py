@@ -1,0 +1,148 @@
+"""Who is paid for a match, and how much: each range of tokens pays who offered it first."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests.support.catalogue_documents import NAMESPACE, changed, listing_of, publish, tokens
+from vllm_kvmarket.catalogue import Match, Segment
+from vllm_kvmarket.catalogue.prefix_tree import PrefixTree
+from vllm_kvmarket.core.model_identity import TOKEN_BYTES, pack_tokens
+from vllm_kvmarket.core.pricing import Tariff
+from vllm_kvmarket.ledger import PROVIDER
+from vllm_kvmarket.market.market import Market
+from vllm_kvmarket.market.quote import Quote, quote_of, sold_part
+
+CHUNK = 4
+MIN_TOKENS = 3
+INPUT = 1_000_000
+# A token costs as many nano-units as its price is above 0: amounts are easy to read.
+TARIFF = Tariff(input_nano_per_mtok=20 * INPUT, cache_read_nano_per_mtok=10 * INPUT)
+PRICES = (None, 0, 7 * INPUT + 1, 20 * INPUT, 21 * INPUT)
+
+DOCUMENT = st.builds(
+    lambda stem, rest: (7,) * stem + tuple(rest), st.integers(1, 9), st.lists(st.integers(0, 1))
+)
+OFFER = st.tuples(DOCUMENT, st.sampled_from("abc"), st.sampled_from(PRICES))
+
+
+class Shop:
+    """Listings in the order of their first offers, in a tree."""
+
+    def __init__(self) -> None:
+        self.tree = PrefixTree(CHUNK)
+        self.listings = []
+
+    def offer(self, document, publisher, price) -> None:
+        listing = changed(
+            listing_of(document, CHUNK), publisher=publisher, cache_read_nano_per_mtok=price
+        )
+        if listing.document_id in self.tree.entries:
+            return
+        self.listings.append((tuple(document), listing))
+        packed, width = pack_tokens(document), CHUNK * TOKEN_BYTES
+        chunks = [packed[start : start + width] for start in range(0, len(packed), width)]
+        self.tree.put(listing, len(self.listings), chunks)
+
+    def quote(self, prompt) -> Quote:
+        match = self.tree.match(NAMESPACE, prompt)
+        sold = sold_part(match, TARIFF, MIN_TOKENS) if match else None
+        return quote_of(sold, TARIFF, len(prompt) - 1)
+
+    def expected(self, prompt) -> list[tuple[str, int, int]]:
+        """Go through the listings in the order of their offers; who reaches further, adds."""
+        sold: list[tuple[str, int, int]] = []
+        reached = covered = 0
+        for document, listing in self.listings:
+            pairs = list(zip(document, prompt, strict=False))
+            end = next((at for at, (a, b) in enumerate(pairs) if a != b), len(pairs))
+            if end <= reached:
+                continue
+            reached = end
+            terms = TARIFF.terms(listing.terms)
+            if end - covered >= MIN_TOKENS and terms.cache_read_nano_per_mtok <= 20 * INPUT:
+                sold.append((listing.document_id, covered, end))
+                covered = end
+        return sold
+
+
+@given(st.lists(OFFER, max_size=10), st.lists(DOCUMENT, min_size=1, max_size=4))
+@settings(max_examples=300, deadline=None)
+def test_nobody_loses_by_what_is_published_later_and_no_buyer_pays_more_than_the_terms(
+    offers, prompts
+):
+    """Random overlapping documents in random order; after each, every prompt is quoted again."""
+    shop = Shop()
+    income: dict[tuple[int, str], int] = {}
+    for offer in offers:
+        shop.offer(*offer)
+        for number, prompt in enumerate(prompts):
+            asked = (*prompt, 99)
+            quote = shop.quote(asked)
+            assert [
+                (line.listing.document_id, line.start, line.end) for line in quote.lines
+            ] == shop.expected(asked)
+            for publisher in "abc":
+                earned = sum(
+                    line.royalty_nano
+                    for line in quote.lines
+                    if line.listing.terms.publisher == publisher
+                )
+                assert earned >= income.get((number, publisher), 0)
+                income[number, publisher] = earned
+            named = sum(line.terms.charge_nano(line.end - line.start) for line in quote.lines)
+            assert quote.charge_nano == named <= quote.recompute_nano
+            assert quote.royalty_nano <= quote.charge_nano
+            assert quote.tokens == (quote.lines[-1].end if quote.lines else 0)
+
+
+def test_a_copy_with_a_separator_takes_nothing():
+    """The attack: a document and what buyers type next, ten times dearer, published later."""
+    shop = Shop()
+    document = tuple(range(1, 601))
+    shop.offer(document, "acme", INPUT)
+    before = shop.quote((*document, 9, 9, 9))
+    shop.offer((*document, 9), "mallory", 20 * INPUT)
+    after = shop.quote((*document, 9, 9, 9))
+    assert after.lines == before.lines and after.charge_nano == 600
+    assert [line.listing.terms.publisher for line in after.lines] == ["acme"]
+
+
+def test_a_longer_edition_earns_what_it_adds():
+    """Each line is rounded down for itself, at its own terms, and trimmed to the prompt."""
+    shop = Shop()
+    shop.offer(range(1, 101), "acme", 7 * INPUT + 1)
+    shop.offer(range(1, 151), "edith", 20 * INPUT)
+    quote = shop.quote(range(1, 141))
+    assert [(line.start, line.end) for line in quote.lines] == [(0, 100), (100, 139)]
+    assert [line.charge_nano for line in quote.lines] == [700, 39 * 20]
+    assert [line.royalty_nano for line in quote.lines] == [350, 390]
+    assert (quote.tokens, quote.charge_nano) == (139, 700 + 39 * 20)
+
+
+def test_the_providers_own_documents_pay_no_royalty():
+    """The whole charge is the provider's already."""
+    match = Match((Segment(changed(listing_of([1] * 10), publisher=PROVIDER), 0, 10),), 10, ())
+    assert quote_of(match, TARIFF).royalty_nano == 0
+    assert quote_of(None, TARIFF) == Quote(None, 0, (), 0, 0, 0)
+
+
+@pytest.mark.parametrize("chunks_in_memory", [None, 0])
+def test_the_market_quotes_what_it_sells(tmp_path, chunks_in_memory):
+    """In memory and in the database: short additions and dear listings are not sold."""
+    settings_ = {"min_reuse_tokens": 64, "catalogue_chunks_in_memory": chunks_in_memory}
+    document = tokens(700)
+    with Market.open(tmp_path, settings_) as market:
+        publish(market.catalogue, document, publisher="acme")
+        publish(market.catalogue, [*document, 5], publisher="mallory")
+        dear = market.config.tariff.input_nano_per_mtok + 1
+        publish(market.catalogue, tokens(300, 1), cache_read_nano_per_mtok=dear)
+        market.catalogue.refresh()
+        quote = market.quote(NAMESPACE, [*document, 5, 6], most=701)
+        assert [line.listing.terms.publisher for line in quote.lines] == ["acme"]
+        assert quote.tokens == 700
+        assert market.quote(NAMESPACE, tokens(300, 1)).match is None
+        assert market.quote(NAMESPACE, document[:63]).match is None
+        assert market.quote(NAMESPACE, document[:64]).tokens == 64

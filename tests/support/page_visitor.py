@@ -40,6 +40,7 @@ class Visitor:
 
     def __init__(self, app, base_url="http://testserver"):
         self.client = TestClient(app, base_url=base_url, follow_redirects=False)
+        self.client.headers["origin"] = base_url
 
     def get(self, path="", **query):
         return self.client.get(f"{BASE}{path}", params=query or None)

@@ -9,12 +9,14 @@ from fastapi.concurrency import run_in_threadpool
 
 from vllm_kvmarket.api.bodies import Scope, header_values
 from vllm_kvmarket.api.errors import BEARER, ApiError, invalid, missing_key
+from vllm_kvmarket.api.rate_limits import WRONG_KEYS, Limiter, Queue, counted_as
 from vllm_kvmarket.auth.api_keys import NO_LIMITS, PREFIX, KeyLimits, Keys, Principal
 from vllm_kvmarket.auth.api_keys import Scope as KeyScope
 
 ADMIN: KeyScope = "admin"
 PUBLISHER: KeyScope = "publisher"
 BUYER: KeyScope = "buyer"
+MOST_CHECKS = 256
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,35 +85,48 @@ class Caller:
             raise missing_key("this server answers with a key only: Authorization: Bearer kvm_...")
 
 
-async def authenticate(scope: Scope, keys: Keys, *, anonymous_may_read: bool) -> Caller:
-    """Find and check the key of a request, without holding up the event loop.
-
-    Raises ApiError for a wrong key, on public routes too: its sender is not anonymous.
-    """
+def key_in(scope: Scope) -> str | None:
+    """The API key in a request's headers, None if there is none of ours. Raises ApiError."""
     given = header_values(scope, "authorization") + header_values(scope, "x-api-key")
     # Another key may be there for vLLM's own --api-key.
     ours = {secret for value in given if (secret := _secret(value)).startswith(PREFIX)}
-    if not ours:
-        return Caller(anonymous_may_read=anonymous_may_read)
     if len(ours) > 1:
         raise invalid("the request names several API keys; send one", code="several_api_keys")
-    principal = await run_in_threadpool(keys.check, ours.pop(), address_of(scope))
-    if principal is None:
-        raise ApiError(
-            401,
-            "invalid_api_key",
-            "this API key is unknown, revoked, expired, or not for this network address",
-            headers=BEARER,
-        )
-    return Caller.of_key(principal)
+    return ours.pop() if ours else None
+
+
+class KeyChecker:
+    """Checks API keys, bounded and beside the event loop."""
+
+    def __init__(self, keys: Keys) -> None:
+        self._keys = keys
+        self._wrong = Limiter(WRONG_KEYS)
+        self._waiting = Queue(MOST_CHECKS, "the check of an API key")
+
+    async def check(self, secret: str, address: str) -> Principal | None:
+        """The owner of a key; None for a wrong one, which is counted for its sender's address.
+
+        Raises ApiError after too many wrong ones, and KeysUnavailableError.
+        """
+        sender = counted_as(address)
+        self._wrong.count(sender, take=False)
+        with self._waiting.place():
+            principal = await run_in_threadpool(self._keys.check, secret, address)
+        if principal is None:
+            self._wrong.wait_s(sender)
+        return principal
+
+
+def wrong_key() -> ApiError:
+    """401: a sender with a wrong key is not anonymous, so public routes refuse it as well."""
+    return ApiError(
+        401,
+        "invalid_api_key",
+        "this API key is unknown, revoked, expired, or not for this network address",
+        headers=BEARER,
+    )
 
 
 def _secret(value: str) -> str:
     scheme, _, rest = value.strip().partition(" ")
     return rest.strip() if scheme.lower() == "bearer" else value.strip()
-
-
-def address_of(scope: Scope) -> str:
-    """The network address of a request's sender, "" if it is not known."""
-    client = scope.get("client")
-    return client[0] if client else ""

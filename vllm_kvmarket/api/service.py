@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol, TypeVar
 from fastapi import Depends, Request
 from fastapi.security import APIKeyHeader, HTTPBearer
 
-from vllm_kvmarket.api.auth import Caller, address_of
+from vllm_kvmarket.api.auth import Caller, KeyChecker, key_in, wrong_key
 from vllm_kvmarket.api.bodies import Scope
 from vllm_kvmarket.api.errors import ApiError
-from vllm_kvmarket.api.rate_limits import READS, WRITES, Limiter
+from vllm_kvmarket.api.rate_limits import READS, WRITES, Limiter, Queue, counted_as, sender_address
 from vllm_kvmarket.api.sessions import Sessions
 from vllm_kvmarket.auth.api_keys import Keys
 from vllm_kvmarket.market.market import Market
@@ -22,6 +22,8 @@ from vllm_kvmarket.market.market import Market
 if TYPE_CHECKING:
     from vllm_kvmarket.api.publication_queue import Publications
 
+# Texts that wait to be tokenised.
+MOST_WAITING = 32
 # Where the gate leaves the caller for the market's own routes.
 CALLER = "kvmarket.caller"
 Messages = Sequence[dict[str, Any]]
@@ -61,24 +63,46 @@ class Service:
     tokenizing: ThreadPoolExecutor = field(
         default_factory=lambda: ThreadPoolExecutor(1, thread_name_prefix="kvmarket-tokenize")
     )
+    tokenizing_queue: Queue = field(default_factory=lambda: Queue(MOST_WAITING, "the tokenizer"))
     reads: Limiter = field(default_factory=lambda: Limiter(READS))
     writes: Limiter = field(default_factory=lambda: Limiter(WRITES))
-    sessions: Sessions = field(default_factory=Sessions)
+    key_checker: KeyChecker = field(init=False)
+    sessions: Sessions = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.key_checker = KeyChecker(self.keys)
+        self.sessions = Sessions(self.market.credentials, self.keys, self.market.home)
 
     @property
     def anonymous_may_read(self) -> bool:
         """Whether requests without a key are answered."""
         return self.market.config.anonymous == "allow"
 
+    def address_of(self, scope: Scope) -> str:
+        """The network address of a request's sender."""
+        return sender_address(scope, self.market.config.trusted_proxies)
+
+    async def authenticate(self, scope: Scope) -> Caller:
+        """Find and check the key of a request. Raises ApiError and KeysUnavailableError."""
+        secret = key_in(scope)
+        if secret is None:
+            return Caller(anonymous_may_read=self.anonymous_may_read)
+        principal = await self.key_checker.check(secret, self.address_of(scope))
+        if principal is None:
+            raise wrong_key()
+        return Caller.of_key(principal)
+
     def count(self, scope: Scope, caller: Caller) -> None:
         """Count a request of the market's own routes. Raises ApiError for one too many."""
         limiter = self.reads if scope["method"] in ("GET", "HEAD") else self.writes
-        limiter.count(f"account:{caller.account}" if caller.account else address_of(scope))
+        sender = caller.account and f"account:{caller.account}"
+        limiter.count(sender or counted_as(self.address_of(scope)))
 
     async def tokenize(self, step: Callable[..., Result], *args: Any) -> Result:
-        """Run a step of the frontend that tokenises, beside the event loop."""
+        """Run a step of the frontend that tokenises, beside the event loop. Raises ApiError."""
         loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self.tokenizing, step, *args)
+        with self.tokenizing_queue.place():
+            return await loop.run_in_executor(self.tokenizing, step, *args)
 
 
 def service_of(request: Request) -> Service:
@@ -96,15 +120,14 @@ _KEY_HEADER = APIKeyHeader(name="x-api-key", auto_error=False, description="The 
 
 async def caller_of(
     request: Request,
-    service: ServiceOf,
+    _service: ServiceOf,
     _bearer: Annotated[Any, Depends(_BEARER)],
     _key: Annotated[str | None, Depends(_KEY_HEADER)],
 ) -> Caller:
-    """The caller, whom the gate has checked; counts the request. Raises ApiError."""
+    """The caller, whom the gate has checked. Raises ApiError if there is no gate."""
     caller = request.scope.get(CALLER)
     if not isinstance(caller, Caller):
         raise ApiError(503, "market_unavailable", "there is no gate in front of this server")
-    service.count(request.scope, caller)
     return caller
 
 

@@ -1,116 +1,97 @@
-"""Sessions of people who signed in on the pages: in this process's memory, and bounded.
+"""Sessions of people who signed in on the pages: signed cookies, good in every server process.
 
-A cookie holds 256 random bits; what is kept of them is a digest. It holds no key, and the key is
-looked at again for every page: revoked, it ends the session.
+A cookie names an API key by its id and holds no secret of it. The key is looked at again for every
+page, so a revoked key ends its sessions. A session that was ended has a file in the market's home,
+where every process finds it.
 """
 
 from __future__ import annotations
 
-import hmac
+import contextlib
+import os
 import secrets
-import threading
 import time
-from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
-from blake3 import blake3
+import msgspec
 
-from vllm_kvmarket.api.rate_limits import Limiter, Rate
 from vllm_kvmarket.auth.api_keys import Keys, Principal
+from vllm_kvmarket.auth.operator_tokens import Credentials
+from vllm_kvmarket.auth.signing_keys import decode_base64url, encode_base64url
 
 LIFETIME_S = 8 * 3600.0
 IDLE_S = 3600.0
-MOST_SESSIONS = 10_000
-MOST_OF_A_KEY = 50
-# Nobody guesses 256 bits; this keeps trying from costing the server anything.
-SIGN_INS = Rate(burst=20, per_s=0.2)
-
-_CONTEXT = b"kvmarket session 1\0"
+# An older cookie is replaced by a new one, so that a session in use does not end by idleness.
+RENEW_S = 300.0
+ENDED_FOLDER = "ended-sessions"
 
 
-@dataclass(slots=True)
-class Session:
-    """One browser's: whose key it was opened with, and the token of its forms."""
+class Session(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    """One browser's session. `id` is 128 random bits; times are seconds of the epoch."""
 
-    account: str
+    id: str
     key_id: str
-    csrf: str
-    ends_at_s: float
-    idle_at_s: float
+    began_at_s: float
+    seen_at_s: float
 
 
+@dataclass(frozen=True, slots=True)
 class Sessions:
-    """The sessions of one server process; thread-safe.
+    """The sessions of one market; every process with the same home knows them. Thread-safe."""
 
-    The oldest go first when there are too many, of one key or in all: whoever has them signs in
-    again. Times are of `clock`, in seconds.
-    """
-
-    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
-        self._clock = clock
-        self._lock = threading.Lock()
-        self._open: OrderedDict[bytes, Session] = OrderedDict()
-        # Asked by the event loop alone.
-        self.attempts = Limiter(SIGN_INS)
+    credentials: Credentials
+    keys: Keys
+    home: Path
+    clock: Callable[[], float] = time.time
 
     def open(self, principal: Principal) -> str:
-        """Begin a session; the cookie's value, known to nobody before. Mutates."""
-        value = secrets.token_urlsafe(32)
-        now_s = self._clock()
-        made = Session(
-            account=principal.account,
-            key_id=principal.key_id,
-            csrf=secrets.token_urlsafe(32),
-            ends_at_s=now_s + LIFETIME_S,
-            idle_at_s=now_s + IDLE_S,
-        )
-        with self._lock:
-            self._make_room(principal.key_id)
-            self._open[_digest(value)] = made
-        return value
+        """Begin a session; the cookie's value."""
+        now_s = self.clock()
+        return self._cookie(Session(secrets.token_hex(16), principal.key_id, now_s, now_s))
 
-    def find(self, value: str, keys: Keys) -> tuple[Session, Principal] | None:
-        """The session of a cookie, with what its key may do now; None when it is over, or the key
-        ended. Raises KeysUnavailableError.
+    def find(self, cookie: str, address: str = "") -> tuple[Session, Principal] | None:
+        """The session of a cookie, with the rights that its key has now; None if it is over.
+
+        Raises KeysUnavailableError.
         """
-        digest = _digest(value)
-        now_s = self._clock()
-        with self._lock:
-            found = self._open.get(digest)
-            if found is not None and now_s >= min(found.ends_at_s, found.idle_at_s):
-                del self._open[digest]
-                found = None
-        if found is None:
+        payload, _, signature = cookie.partition(".")
+        if not self.credentials.verifies("session", payload, signature):
             return None
-        principal = keys.principal(found.key_id)
-        if principal is None:
-            self.close(value)
+        try:
+            session = msgspec.json.decode(decode_base64url(payload), type=Session)
+        except ValueError:
             return None
-        found.idle_at_s = now_s + IDLE_S
-        return found, principal
+        now_s = self.clock()
+        ends_at_s = min(session.began_at_s + LIFETIME_S, session.seen_at_s + IDLE_S)
+        if now_s >= ends_at_s or (self._folder / session.id).exists():
+            return None
+        principal = self.keys.principal(session.key_id, address)
+        return None if principal is None else (session, principal)
 
-    def close(self, value: str) -> None:
-        """End a session; mutates. One that is not there is ended already."""
-        with self._lock:
-            self._open.pop(_digest(value), None)
+    def renewed(self, session: Session) -> str | None:
+        """The next cookie of a session in use; None while the present one is young."""
+        now_s = self.clock()
+        if now_s - session.seen_at_s < RENEW_S:
+            return None
+        return self._cookie(msgspec.structs.replace(session, seen_at_s=now_s))
 
-    def __len__(self) -> int:
-        with self._lock:
-            return len(self._open)
+    def close(self, session: Session) -> None:
+        """End a session for every process; writes into the home, and removes old files there."""
+        self._folder.mkdir(mode=0o700, exist_ok=True)
+        ended = self._folder / session.id
+        ended.touch(mode=0o600)
+        os.utime(ended, (self.clock(), self.clock()))
+        for file in self._folder.iterdir():
+            with contextlib.suppress(FileNotFoundError):
+                if self.clock() - file.stat().st_mtime > LIFETIME_S:
+                    file.unlink()
 
-    def _make_room(self, key_id: str) -> None:
-        own = [digest for digest, each in self._open.items() if each.key_id == key_id]
-        for digest in own[: max(0, len(own) - MOST_OF_A_KEY + 1)]:
-            del self._open[digest]
-        while len(self._open) >= MOST_SESSIONS:
-            self._open.popitem(last=False)
+    @property
+    def _folder(self) -> Path:
+        return self.home / ENDED_FOLDER
 
-
-def same(one: str, other: str) -> bool:
-    """Whether two tokens are the same; takes as long for any two."""
-    return hmac.compare_digest(one.encode(), other.encode())
-
-
-def _digest(value: str) -> bytes:
-    return blake3(_CONTEXT + value.encode()).digest()
+    def _cookie(self, session: Session) -> str:
+        payload = encode_base64url(msgspec.json.encode(session))
+        return f"{payload}.{self.credentials.sign('session', payload)}"

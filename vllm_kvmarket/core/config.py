@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import ipaddress
 import json
 import os
 import re
@@ -74,6 +75,20 @@ class MarketConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
     max_body_bytes: Annotated[
         int, msgspec.Meta(ge=1024, description="longest body of an HTTP request that is read")
     ] = 16 << 20
+    trusted_proxies: Annotated[
+        list[str],
+        msgspec.Meta(
+            description="networks of proxies, for example `10.0.0.0/8`, whose X-Forwarded-For "
+            "names the sender of a request; wrong keys and anonymous requests are counted by sender"
+        ),
+    ] = []
+    metrics_money: Annotated[
+        bool,
+        msgspec.Meta(
+            description="whether /metrics shows balances, charges and royalties to everybody; "
+            "an admin's key always sees them"
+        ),
+    ] = False
     trust_requests: Annotated[
         bool | None,
         msgspec.Meta(
@@ -173,6 +188,13 @@ class MarketConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
     def __post_init__(self) -> None:
         if self.chunk_tokens & (self.chunk_tokens - 1):
             raise ConfigError(f"chunk_tokens: expected a power of two, not {self.chunk_tokens}")
+        for network in self.trusted_proxies:
+            try:
+                ipaddress.ip_network(network, strict=False)
+            except ValueError:
+                raise ConfigError(
+                    f"trusted_proxies: expected addresses or networks, not {network!r}"
+                ) from None
 
 
 def load(source: MarketConfig | Mapping[str, Any] | str | Path | None = None) -> MarketConfig:
@@ -228,7 +250,7 @@ def _explain(message: str, mapping: Mapping[str, Any]) -> str:
     """Rewrite what msgspec says: the key first, then what it takes, then what it was given."""
     place = re.search(r" - at `(?:key in )?\$\.?([^`]*)`$", message)
     # A value inside an object is shown as the whole object.
-    inside = place.group(1).removesuffix("[...]") if place else ""
+    inside = re.sub(r"\[[^\]]*\]$", "", place.group(1)) if place else ""
     text = message[: place.start()] if place else message
     unknown = re.fullmatch(r"Object contains unknown field `(.*)`", text)
     if unknown:
@@ -298,6 +320,7 @@ _KINDS = {
     float: "number",
     bool: "boolean",
     dict: "object",
+    list: "array",
     NoneType: "null",
 }
 

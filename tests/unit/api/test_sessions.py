@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 
-from tests.support.api_server import running
+from tests.support.api_server import as_, running
 from tests.support.page_visitor import Forms, Visitor
 from vllm_kvmarket.api import sessions
-from vllm_kvmarket.api.rate_limits import Limiter
+from vllm_kvmarket.api.rate_limits import WRONG_KEYS, Limiter
 from vllm_kvmarket.api.sessions import Sessions
 from vllm_kvmarket.auth.api_keys import Keys, Principal
+from vllm_kvmarket.auth.operator_tokens import Credentials
 
 
 @pytest.fixture
@@ -64,7 +67,6 @@ def test_a_revoked_key_ends_its_session(server, bea):
     answer = bea.get("/money")
     assert answer.status_code == 303
     assert answer.headers["location"] == "/kvmarket/signin?next=/kvmarket/money"
-    assert len(server.service.sessions) == 0
 
 
 def test_signing_out_ends_the_session_on_the_server(server, bea):
@@ -82,7 +84,7 @@ def test_a_session_is_not_fixed(server, bea):
     bea.sign_in(server.keys["pat"])
     now = bea.client.cookies["kvmarket_session"]
     assert now != planted and "pat" in bea.get("/money").text
-    assert server.service.sessions.find(planted, server.service.keys) is None
+    assert server.service.sessions.find(planted) is None
 
 
 @pytest.mark.parametrize(
@@ -119,10 +121,23 @@ def test_a_form_sent_after_the_session_ended_says_so(server):
 
 def test_a_form_from_another_site_is_refused(server, bea):
     """Even with the right token, where the browser says that it came from elsewhere."""
-    for site in ("cross-site", "same-site"):
-        answer = bea.send("/money", "signout", headers={"sec-fetch-site": site})
-        assert answer.status_code == 403
+    for headers in (
+        {"sec-fetch-site": "cross-site"},
+        {"sec-fetch-site": "same-site"},
+        {"origin": "https://evil.example"},
+        {"origin": "null"},
+    ):
+        assert bea.send("/money", "signout", headers=headers).status_code == 403
     assert bea.get("/money").status_code == 200
+
+
+def test_a_form_from_nowhere_is_refused(server, bea):
+    """Every browser says where a form was; without Origin and Sec-Fetch-Site none is taken."""
+    del bea.client.headers["origin"]
+    assert bea.send("/money", "signout").status_code == 403
+    assert (
+        bea.send("/money", "signout", headers={"sec-fetch-site": "same-origin"}).status_code == 303
+    )
 
 
 @pytest.mark.parametrize(
@@ -160,8 +175,8 @@ def test_signing_in_leads_back(server):
 def test_trying_keys_is_slowed_down(server):
     """After so many attempts from an address the right key is refused too, for a while."""
     visitor = Visitor(server.app)
-    bucket = server.service.sessions.attempts = Limiter(sessions.SIGN_INS, clock=lambda: 0.0)
-    answers = [visitor.sign_in("kvm_wrong").status_code for _ in range(sessions.SIGN_INS.burst)]
+    bucket = server.service.key_checker._wrong = Limiter(WRONG_KEYS, clock=lambda: 0.0)
+    answers = [visitor.sign_in("kvm_wrong").status_code for _ in range(WRONG_KEYS.burst)]
     assert set(answers) == {401} and bucket.wait_s("somebody else") == 0
     late = visitor.sign_in(server.keys["bea"])
     assert late.status_code == 429 and int(late.headers["retry-after"]) >= 1
@@ -196,9 +211,24 @@ def test_a_cookie_that_is_no_session_is_nobody(server, cookie):
     assert visitor.client.get("/kvmarket/money", headers=headers).status_code == 303
 
 
+def test_wrong_keys_are_counted_on_every_route(server):
+    """The API and the pages have one count: guessing goes on nowhere else."""
+    server.service.key_checker._wrong = Limiter(WRONG_KEYS, clock=lambda: 0.0)
+    wrong = {"authorization": "Bearer kvm_" + "a" * 43}
+    for number in range(WRONG_KEYS.burst):
+        path = ("/v1/kvmarket/documents", "/v1/kvmarket/accounts/me")[number % 2]
+        assert server.client.get(path, headers=wrong).status_code == 401
+    refused = server.client.get("/v1/kvmarket/documents", headers=as_(server, "bea"))
+    assert refused.status_code == 429 and int(refused.headers["retry-after"]) >= 1
+    assert Visitor(server.app).sign_in(server.keys["bea"]).status_code == 429
+    assert server.client.get("/v1/kvmarket/documents").status_code == 200
+
+
 class Clock:
+    """A clock that stands until it is moved."""
+
     def __init__(self):
-        self.now_s = 0.0
+        self.now_s = time.time()
 
     def __call__(self):
         return self.now_s
@@ -211,40 +241,76 @@ def keys(tmp_path):
     with_keys.close()
 
 
+@pytest.fixture
+def clock():
+    return Clock()
+
+
+@pytest.fixture
+def held(tmp_path, keys, clock):
+    return Sessions(Credentials.of_home(tmp_path), keys, tmp_path, clock)
+
+
 def a_key(keys, account="ann"):
     _, key_id = keys.create(account, ["buyer"], "")
     return Principal(account, frozenset({"buyer"}), key_id)
 
 
-def test_sessions_end_by_idleness_and_by_age(keys):
+def test_sessions_end_by_idleness_and_by_age(held, keys, clock):
     """Use keeps a session, but not for longer than its lifetime."""
-    clock = Clock()
-    held = Sessions(clock)
+    began_s = clock.now_s
     idle, used = held.open(a_key(keys)), held.open(a_key(keys))
-    while clock.now_s + sessions.IDLE_S / 2 < sessions.LIFETIME_S:
+    while clock.now_s - began_s + sessions.IDLE_S / 2 < sessions.LIFETIME_S:
         clock.now_s += sessions.IDLE_S / 2
-        assert held.find(used, keys) is not None
-    assert held.find(idle, keys) is None
-    clock.now_s = sessions.LIFETIME_S
-    assert held.find(used, keys) is None and len(held) == 0
+        session, _ = held.find(used)
+        used = held.renewed(session)
+    assert held.find(idle) is None
+    clock.now_s = began_s + sessions.LIFETIME_S
+    assert held.find(used) is None
 
 
-def test_sessions_are_bounded(keys, monkeypatch):
-    """Of one key, and in all, the oldest go first."""
-    monkeypatch.setattr(sessions, "MOST_OF_A_KEY", 3)
-    monkeypatch.setattr(sessions, "MOST_SESSIONS", 5)
-    held = Sessions()
-    ann = a_key(keys)
-    opened = [held.open(ann) for _ in range(4)]
-    assert [held.find(each, keys) is not None for each in opened] == [False, True, True, True]
-    bob = a_key(keys, "bob")
-    last = [held.open(bob) for _ in range(3)][-1]
-    assert len(held) == 5 and held.find(opened[1], keys) is None and held.find(last, keys)
+def test_a_young_cookie_is_not_replaced(held, keys, clock):
+    """Pages set one every few minutes, not each time."""
+    session, _ = held.find(held.open(a_key(keys)))
+    assert held.renewed(session) is None
+    clock.now_s += sessions.RENEW_S
+    assert held.find(held.renewed(session))[0].id == session.id
 
 
-def test_what_is_kept_of_a_session_opens_none(keys):
-    """The server's memory holds digests, not cookies."""
-    held = Sessions()
-    value = held.open(a_key(keys))
-    assert value.encode() not in b"".join(held._open)
-    assert all(held.find(digest.hex(), keys) is None for digest in held._open)
+def test_every_process_of_a_home_knows_a_session(tmp_path, held, keys):
+    """Another API server takes the cookie, and knows when the session has ended."""
+    other = Sessions(Credentials.of_home(tmp_path), keys, tmp_path)
+    cookie = held.open(a_key(keys))
+    session, principal = other.find(cookie)
+    assert principal.account == "ann"
+    other.close(session)
+    assert held.find(cookie) is None and held.find(held.renewed(session) or cookie) is None
+
+
+def test_what_remembers_ended_sessions_is_bounded(tmp_path, held, keys, clock):
+    """A file goes when no cookie of its session can be good any more."""
+    session, _ = held.find(held.open(a_key(keys)))
+    held.close(session)
+    clock.now_s += sessions.LIFETIME_S + 60
+    later, _ = held.find(held.open(a_key(keys)))
+    held.close(later)
+    kept = [file.name for file in (tmp_path / sessions.ENDED_FOLDER).iterdir()]
+    assert kept == [later.id]
+
+
+def test_no_cookie_is_made_without_the_homes_secret(tmp_path, held, keys):
+    """A changed one, one under another home's secret, and another kind of token open nothing."""
+    cookie = held.open(a_key(keys))
+    payload, _, signature = cookie.partition(".")
+    foreign = Sessions(Credentials.of_home(tmp_path / "other"), keys, tmp_path)
+    wrong = [
+        foreign.open(a_key(keys)),
+        f"{payload}.{held.credentials.sign('form', payload)}",
+        f"{payload}A.{signature}",
+        f"{payload}.{'0' * 64}",
+        payload,
+        f".{held.credentials.sign('session', '')}",
+        f"bm9wZQ.{held.credentials.sign('session', 'bm9wZQ')}",
+    ]
+    assert [held.find(each) for each in wrong] == [None] * len(wrong)
+    assert held.find(cookie) is not None

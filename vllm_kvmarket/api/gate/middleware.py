@@ -10,7 +10,7 @@ from typing import Any
 from fastapi import FastAPI, Request
 
 from vllm_kvmarket.api import quotes
-from vllm_kvmarket.api.auth import ADMIN, BUYER, Caller, authenticate
+from vllm_kvmarket.api.auth import ADMIN, BUYER, Caller
 from vllm_kvmarket.api.bodies import (
     App,
     ClientGoneError,
@@ -94,9 +94,10 @@ class Gate:
                 raise ApiError(
                     503, "market_unavailable", "the market is not open; see the server's log"
                 )
-            caller = await authenticate(
-                scope, service.keys, anonymous_may_read=service.anonymous_may_read
-            )
+            if kind is not Kind.PAGES:  # visitors have sessions instead
+                caller = await service.authenticate(scope)
+            if kind is Kind.OURS or (kind is Kind.WORK and caller.is_anonymous):
+                service.count(scope, caller)
             _check_scope(kind, caller)
         if scope["type"] == "websocket":
             return scope, receive, send

@@ -10,9 +10,6 @@ import enum
 from collections.abc import Iterable, MutableMapping
 from typing import Any
 
-# Their routes say themselves which scope they need.
-OURS = ("/v1/kvmarket", "/kvmarket")
-
 
 class Kind(enum.Enum):
     """How a route is treated."""
@@ -29,6 +26,7 @@ class Kind(enum.Enum):
     WORK = "work"
     OPEN = "open"
     OURS = "ours"
+    PAGES = "pages"
     ADMIN = "admin"
 
     @property
@@ -49,6 +47,8 @@ _GENERATES = frozenset(
     }
 )
 
+# Their routes say themselves which scope they need.
+OURS = {"/v1/kvmarket": Kind.OURS, "/kvmarket": Kind.PAGES}
 # By path and method, as vLLM 0.32 registers them; tests/engine/test_gate_routes.py finds new ones.
 ROUTES: dict[tuple[str, str], Kind] = {
     ("/v1/completions", "POST"): Kind.COMPLETIONS,
@@ -106,6 +106,7 @@ def kind_of(routes: Iterable[Any], scope: MutableMapping[str, Any]) -> Kind:
 
 def listed(path: str, method: str) -> Kind:
     """How a route is treated. An unknown one, and every websocket, is for admins."""
-    if any(path == ours or path.startswith(f"{ours}/") for ours in OURS):
-        return Kind.OURS
+    for prefix, kind in OURS.items():
+        if path == prefix or path.startswith(f"{prefix}/"):
+            return kind
     return ROUTES.get((path, "GET" if method == "HEAD" else method), Kind.ADMIN)

@@ -8,7 +8,7 @@ from collections.abc import Callable, Coroutine, Mapping
 from dataclasses import dataclass
 from importlib import resources
 from typing import Annotated, Any
-from urllib.parse import parse_qsl, quote
+from urllib.parse import parse_qsl, quote, urlsplit
 
 import jinja2
 from fastapi import Depends, Request, Response
@@ -21,16 +21,15 @@ from vllm_kvmarket.api.bodies import FORM_TYPE, media_type
 from vllm_kvmarket.api.errors import ApiError, translate
 from vllm_kvmarket.api.pages import formatting
 from vllm_kvmarket.api.service import Service, ServiceOf, service_of
-from vllm_kvmarket.api.sessions import LIFETIME_S, Session, same
+from vllm_kvmarket.api.sessions import LIFETIME_S, Session
 
 BASE = "/kvmarket"
 SESSION_COOKIE = "kvmarket_session"
 FORM_COOKIE = "kvmarket_form"
 CSRF_FIELD = "csrf"
 MOST_FIELDS = 20
-# What a browser says of the site that a form was on.
-_OWN_SITES = ("same-origin", "none")
 _COOKIE = re.compile(r"[A-Za-z0-9_-]{16,128}")
+_SESSION = re.compile(r"[A-Za-z0-9_-]{16,512}\.[0-9a-f]{64}")
 # Where a sign-in may lead to: this server's pages, and nothing else.
 _PAGE = re.compile(r"/kvmarket(?:/[A-Za-z0-9_.-]+){0,4}")
 
@@ -80,7 +79,7 @@ def asset(name: str) -> Response:
 
 @dataclass(slots=True)
 class Visitor:
-    """Who looks at a page. `cookie` is the value of the session's cookie, or else the form's."""
+    """Who looks at a page. `cookie` is the value of the form's cookie, without a session."""
 
     request: Request
     service: Service
@@ -96,9 +95,11 @@ class Visitor:
     @property
     def csrf(self) -> str:
         """The token of this visitor's forms."""
-        if self.session is not None:
-            return self.session.csrf
-        return self.service.market.credentials.sign("form", self.cookie)
+        return self.service.market.credentials.sign("form", self._form_subject)
+
+    @property
+    def _form_subject(self) -> str:
+        return f"session:{self.session.id}" if self.session else f"visitor:{self.cookie}"
 
     def page(
         self,
@@ -121,7 +122,11 @@ class Visitor:
         }
         body = _templates.get_template(template).render(values)
         answer = HTMLResponse(body, status, {**HEADERS, **(headers or {})})
-        if self.session is None and f'name="{CSRF_FIELD}"' in body:
+        if self.session is not None:
+            renewed = self.service.sessions.renewed(self.session)
+            if renewed is not None:
+                self._set(answer, SESSION_COOKIE, renewed, int(LIFETIME_S))
+        elif f'name="{CSRF_FIELD}"' in body:
             self._set(answer, FORM_COOKIE, self.cookie)
         return answer
 
@@ -134,11 +139,15 @@ class Visitor:
         self._set(answer, SESSION_COOKIE, value, int(LIFETIME_S))
         answer.delete_cookie(FORM_COOKIE, path=self.base)
 
-    def sign_out(self, answer: Response) -> None:
+    async def sign_out(self, answer: Response) -> None:
         """End the session, on the server and in the browser; mutates both."""
-        if self.session is not None:
-            self.service.sessions.close(self.cookie)
+        await self.end_session()
         answer.delete_cookie(SESSION_COOKIE, path=self.base)
+
+    async def end_session(self) -> None:
+        """End the session on the server, if there is one."""
+        if self.session is not None:
+            await run_in_threadpool(self.service.sessions.close, self.session)
 
     def _set(self, answer: Response, name: str, value: str, age_s: int | None = None) -> None:
         answer.set_cookie(
@@ -156,8 +165,7 @@ class Visitor:
 
         Raises ApiError if it is too long, not a form, or another visitor's.
         """
-        site = self.request.headers.get("sec-fetch-site", "same-origin")
-        if site not in _OWN_SITES:
+        if not self._is_own_form():
             raise _foreign()
         if media_type(self.request.scope) != FORM_TYPE:
             raise ApiError(415, "not_a_form", "send the page's own form")
@@ -168,9 +176,21 @@ class Visitor:
             fields = await run_in_threadpool(_fields, body)
         except ValueError:
             raise ApiError(400, "not_a_form", "this is not what the page's form sends") from None
-        if not same(fields.pop(CSRF_FIELD, ""), self.csrf):
+        token = fields.pop(CSRF_FIELD, "")
+        if not self.service.market.credentials.verifies("form", self._form_subject, token):
             raise _foreign()
         return fields
+
+    def _is_own_form(self) -> bool:
+        """Whether the browser says that a form was on this server's own page.
+
+        Every browser says one of the two; a request that says neither is refused.
+        """
+        site = self.request.headers.get("sec-fetch-site")
+        if site is not None:
+            return site == "same-origin"
+        origin = urlsplit(self.request.headers.get("origin", "")).netloc
+        return bool(origin) and origin == self.request.headers.get("host")
 
 
 def _foreign() -> ApiError:
@@ -196,17 +216,16 @@ def _fields(body: bytes) -> dict[str, str]:
 
 async def visitor_of(request: Request, service: ServiceOf) -> Visitor:
     """The visitor of a request, with its session; counts the request. Raises ApiError."""
-    session, cookie = None, ""
+    session = None
     caller = Caller(anonymous_may_read=service.anonymous_may_read)
     given = request.cookies.get(SESSION_COOKIE, "")
-    if _COOKIE.fullmatch(given):
-        found = await run_in_threadpool(service.sessions.find, given, service.keys)
+    if _SESSION.fullmatch(given):
+        address = service.address_of(request.scope)
+        found = await run_in_threadpool(service.sessions.find, given, address)
         if found is not None:
-            session, cookie = found[0], given
-            caller = Caller.of_key(found[1])
-    if session is None:
-        given = request.cookies.get(FORM_COOKIE, "")
-        cookie = given if _COOKIE.fullmatch(given) else secrets.token_urlsafe(24)
+            session, caller = found[0], Caller.of_key(found[1])
+    given = request.cookies.get(FORM_COOKIE, "")
+    cookie = given if _COOKIE.fullmatch(given) else secrets.token_urlsafe(24)
     service.count(request.scope, caller)
     visitor = request.state.visitor = Visitor(request, service, caller, session, cookie)
     return visitor

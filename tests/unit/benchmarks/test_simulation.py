@@ -115,6 +115,7 @@ def test_published_policies_keep_their_budget(policy, paths, budget):
         assert not any(one.keys() & other for one, other in itertools.combinations(queues, 2))
 
 
+@pytest.mark.slow
 def test_known_rates_are_a_limit_that_no_policy_passes():
     """But for luck; with room for everything, what is read again is spared."""
     population = Population(name="p", reads=3000, documents=150, zipf=0.8, churn=0.3)

@@ -102,6 +102,7 @@ class Shop:
             view.close()
 
 
+@pytest.mark.slow
 @given(st.lists(ACTION, max_size=12), st.lists(ACTION, max_size=12), st.lists(REQUEST, max_size=3))
 @settings(max_examples=60, deadline=None)
 def test_the_database_answers_as_the_tree_does(before, after, requests):

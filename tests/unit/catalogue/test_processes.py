@@ -161,6 +161,7 @@ def test_what_a_process_does_itself_matches_at_once(path):
         assert matched(catalogue, DOCUMENT) == 0
 
 
+@pytest.mark.slow
 def test_matching_goes_on_while_listings_come_and_go(path):
     """A thread that matches all the time gets whole answers, and those of others stay."""
     stem = tokens(600)

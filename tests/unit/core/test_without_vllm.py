@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.slow
 PROJECT = ("pyproject.toml", "README.md", "LICENSE")
 MODULES = (
     "vllm_kvmarket",

@@ -198,6 +198,7 @@ print("good", flush=True)
 """
 
 
+@pytest.mark.slow
 def test_a_process_that_is_killed_leaves_a_market_that_is_whole(market, home):
     """Killed while it publishes, evicts, repairs or collects: nothing is missing, all is swept."""
     size = file_bytes(market, store(market, 0).chunk_keys)

@@ -119,6 +119,7 @@ with Market.open(Path(sys.argv[1])) as market:
 """
 
 
+@pytest.mark.slow
 def test_a_backup_beside_engines_that_charge_is_consistent(market, folder, tmp_path):
     """Two processes sell and sign meanwhile; each of three backups is of one moment, and later
     ones have more. What was acknowledged before a backup began is in it.

@@ -296,6 +296,7 @@ with Ledger.open(home / "market.sqlite") as ledger:
 """
 
 
+@pytest.mark.slow
 def test_a_killed_signer_leaves_a_log_that_goes_on(ledger, log, tmp_path):
     """kill -9 at any moment: whatever was told is kept, and everything signed is one history."""
     told = set()

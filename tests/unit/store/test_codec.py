@@ -76,6 +76,7 @@ def layers(draw: st.DrawFn) -> tuple[str, np.ndarray, int]:
     return dtype, np.concatenate([np.zeros(offset, np.uint8), content])[offset:], page_bytes
 
 
+@pytest.mark.slow
 @settings(max_examples=400, deadline=None)
 @given(layers(), st.lists(st.integers(0, 10_000), max_size=4), st.lists(st.integers(0, 10_000)))
 def test_whatever_the_bytes_they_come_back(

@@ -103,6 +103,7 @@ def test_more_ranks_than_heads_share_a_head(store, old, new):
         assert_loads(store, chunk, layout)
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=50)
 @given(data=st.data())
 def test_any_layout_becomes_any_other(tmp_path_factory, data):

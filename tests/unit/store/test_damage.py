@@ -33,6 +33,7 @@ def store(tmp_path: Path) -> DiskStore:
     return DiskStore(tmp_path / "chunks")
 
 
+@pytest.mark.slow
 @Sizes
 def test_every_single_byte_is_checked_on_load(store: DiskStore, page_bytes: int) -> None:
     """One flipped bit in any byte of the file, padding included, makes the load fail."""

@@ -231,6 +231,7 @@ def chunks(draw: st.DrawFn) -> tuple[Sample, int, int]:
     return chunk, first, draw(st.integers(first + 1, chunk.page_count))
 
 
+@pytest.mark.slow
 @settings(max_examples=120, deadline=None)
 @given(chunks(), st.sampled_from(CODECS))
 def test_any_range_of_pages_of_any_layout(drawn: tuple[Sample, int, int], codec: str) -> None:

@@ -156,6 +156,7 @@ def writer(tmp_path: Path, seed: int, mode: str, seconds: float) -> subprocess.P
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["cache", "store"])
 def test_threads_and_processes_together_stay_below(tmp_path: Path, mode: str) -> None:
     """Whenever one looks, all files together are within the quota, and as many as were counted."""

@@ -1,0 +1,52 @@
+"""Without vLLM (`make check`), modules that need it are left out; `make test` runs all of them."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterable
+from functools import cache
+from importlib.util import find_spec
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+HEAVY = {"vllm", "torch", "transformers"}
+HAS_VLLM = find_spec("vllm") is not None
+
+
+def pytest_report_header() -> str | None:
+    return None if HAS_VLLM else "kvmarket: no vLLM here, so test modules that need it are left out"
+
+
+def pytest_ignore_collect(collection_path: Path) -> bool | None:
+    """Leave out a test module that imports vLLM, itself or through a module of ours."""
+    is_test = collection_path.name.startswith("test_") and collection_path.suffix == ".py"
+    if HAS_VLLM or not is_test:
+        return None
+    seen: set[str] = set()
+    # Inside a test's functions too: they run. Inside ours, imports wait until they are needed.
+    waiting = imports(ast.walk(ast.parse(collection_path.read_text("utf-8"))))
+    while waiting := waiting - seen:
+        if {name.partition(".")[0] for name in waiting} & HEAVY:
+            return True
+        seen |= waiting
+        waiting = set().union(*map(imports_of_module, waiting))
+    return None
+
+
+def imports(statements: Iterable[ast.AST]) -> set[str]:
+    """The modules that statements import; `from a import b` may mean a module a.b too."""
+    names = set()
+    for node in statements:
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+    return names
+
+
+@cache
+def imports_of_module(module: str) -> set[str]:
+    """What one of our modules imports while it is imported itself; nothing for any other name."""
+    path = ROOT / module.replace(".", "/")
+    file = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
+    return imports(ast.parse(file.read_text("utf-8")).body) if file.is_file() else set()

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import tomllib
 from collections import Counter, defaultdict
+from functools import cache
 from importlib import import_module, metadata
 from pathlib import Path
 
@@ -50,6 +51,7 @@ MACHINE_PATH = re.compile(r"(?<![\w.}>])/(?:work|root|opt|home/\w+)/")
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 
 
+@cache
 def parse(path):
     return ast.parse(path.read_text(encoding="utf-8"), filename=str(path))
 

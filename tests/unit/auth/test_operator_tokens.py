@@ -78,7 +78,7 @@ CHANGES = [
     {"token": ""},
     {"token": None},
     {"token": "0" * 64},
-    {"added": object()},
+    {"added": {1}},  # nothing that JSON can hold
 ]
 
 

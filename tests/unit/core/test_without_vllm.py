@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 
-pytestmark = pytest.mark.slow
 PROJECT = ("pyproject.toml", "README.md", "LICENSE")
 MODULES = (
     "vllm_kvmarket",
@@ -21,7 +20,7 @@ MODULES = (
     "vllm_kvmarket.plugin",
     "vllm_kvmarket.store",
 )
-pytestmark = pytest.mark.timeout(300)  # pip may build and download
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]  # pip may build and download
 HEAVY = ("fastapi", "torch", "transformers", "vllm")
 
 

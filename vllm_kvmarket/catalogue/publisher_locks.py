@@ -28,11 +28,11 @@ class Owner:
         """Be alive in the eyes of others until closed; sweeps what the dead left behind."""
         if self._file is not None:
             return
-        self._folder.mkdir(parents=True, exist_ok=True)
+        self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         for file in self._folder.iterdir():
             self.is_alive(file.name)
         self._file = os.open(
-            self._folder / self.name, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666
+            self._folder / self.name, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600
         )
         fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
 

@@ -132,6 +132,14 @@ class MarketConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
             description="most bytes that the chunks folder ever takes; null: as much as there is"
         ),
     ] = None
+    disk_reserve_bytes: Annotated[
+        int,
+        msgspec.Meta(
+            ge=0,
+            description="bytes of the home's device that no chunk and no new document takes: they "
+            "are for the ledger, which must be able to book what was sold",
+        ),
+    ] = 1 << 28
     quarantine_bytes: Annotated[
         int,
         msgspec.Meta(

@@ -87,8 +87,8 @@ class Files:
         shutil.rmtree(path)
 
     def make_folder(self, path: Path) -> None:
-        """Make a folder; its parent must exist."""
-        path.mkdir()
+        """Make a folder for this user alone; its parent must exist."""
+        path.mkdir(mode=0o700)
 
     def sync_folder(self, path: Path) -> None:
         """Wait until the names in a folder are durable."""

@@ -5,6 +5,7 @@ The catalogue and the ledger keep their tables in one file, each under a schema 
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -21,7 +22,9 @@ def connect(path: Path) -> apsw.Connection:
     WAL lets readers go on beside one writer; synchronous=FULL makes a commit durable before it
     returns. Source: https://www.sqlite.org/wal.html.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
+    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    # Made here, because SQLite would let every user read it. Its WAL gets the same mode.
+    os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
     connection = apsw.Connection(str(path))
     connection.set_busy_timeout(BUSY_TIMEOUT_MS)
     connection.pragma("journal_mode", "wal")

@@ -229,6 +229,7 @@ class Market(EngineOperations):
         document: DocumentChunks,
         make_room: Callable[[], object] | None,
     ) -> Listing:
+        self.store.disk.check_reserve(listing.document_id)
         # Without it the royalty, and with it the whole settlement, would be refused. An account of
         # that name and another kind earns it as well.
         with contextlib.suppress(LedgerError):

@@ -69,7 +69,8 @@ class DiskStore:
 
     `quota_bytes` limits all files below `root`, damaged and unfinished ones included. A store with
     `is_cache` deletes the chunks that were not used for the longest time when it needs space.
-    Other stores never delete a chunk by themselves.
+    Other stores never delete a chunk by themselves. No chunk takes the device's last
+    `reserve_bytes`: they are left for the ledger.
     """
 
     def __init__(
@@ -80,6 +81,7 @@ class DiskStore:
         quarantine_bytes: int = QUARANTINE_BYTES,
         codec: str = CODEC_RAW,
         is_cache: bool = False,
+        reserve_bytes: int = 0,
         files: Files = OS_FILES,
     ) -> None:
         """Make the folder where there is none. Raises StoreError."""
@@ -88,7 +90,7 @@ class DiskStore:
         self.is_cache = is_cache
         self._files = files
         self._durable: set[Path] = set()
-        self._quota = Quota(root, quota_bytes, files)
+        self._quota = Quota(root, quota_bytes, files, reserve_bytes)
         self._quarantine = Quarantine(root, quarantine_bytes, files)
         self._oldest = LeastRecentlyUsed(root, files) if is_cache else None
         try:
@@ -461,21 +463,34 @@ class DiskStore:
     # Space
 
     def _make_space(self, count: ByteCount, path: Path, size: int) -> None:
-        """Free what a new file needs within the quota. Raises StoreFullError, OSError."""
+        """Free what a new file needs within quota and reserve. Raises StoreFullError, OSError."""
         quota, limit = self._quota, self._quota.quota_bytes
-        if limit is None:
-            return
-        if size <= limit:
+        if limit is None or size <= limit:
             self._evict(count, quota.excess(count, size))
             if quota.excess(count, size) > 0:
                 # A process that died may have left the number too high.
                 quota.recount_if_due(count)
                 self._evict(count, quota.excess(count, size))
-        if quota.excess(count, size) > 0:
+        self._check_reserve(path.name, size)
+        if limit is not None and count.used + size > limit:
             raise StoreFullError(
                 f"{path.name}: no space for its {size} bytes, because {count.used} bytes of the "
                 f"quota of {limit} are used in {self.root}; raise disk_quota_bytes, or delist "
                 "documents and run `kvmarket store gc`"
+            )
+
+    def check_reserve(self, name: str) -> None:
+        """Refuse new work when only the ledger's reserve is left. Raises StoreFullError."""
+        with self._reporting(self.root / name):
+            self._check_reserve(name, 0)
+
+    def _check_reserve(self, name: str, size: int) -> None:
+        reserve = self._quota.reserve_bytes
+        if reserve and self._quota.reserve_excess(size) > 0:
+            raise StoreFullError(
+                f"{name}: no space for it, because the last {reserve} bytes of the device of "
+                f"{self.root} are for the ledger (disk_reserve_bytes); free some space, then "
+                "publish the document again"
             )
 
     def _evict(self, count: ByteCount, size: int) -> None:

@@ -109,10 +109,17 @@ class ByteCount:
 
 
 class Quota:
-    """One folder's number and its limit, None for no limit."""
+    """One folder's number and its limits.
 
-    def __init__(self, folder: Path, quota_bytes: int | None, files: Files) -> None:
+    `quota_bytes` limits the folder; None is no limit. `reserve_bytes` of the device stay free for
+    the ledger, whose database is on the same device.
+    """
+
+    def __init__(
+        self, folder: Path, quota_bytes: int | None, files: Files, reserve_bytes: int = 0
+    ) -> None:
         self.quota_bytes = quota_bytes
+        self.reserve_bytes = reserve_bytes
         self._folder = folder
         self._files = files
         # A process does not outlive the boot that it began in.
@@ -127,7 +134,7 @@ class Quota:
         open file, and threads, or a process and its fork, must not share one.
         """
         flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC
-        descriptor = os.open(f"{self._folder}/{RECORD_NAME}", flags, 0o644)
+        descriptor = os.open(f"{self._folder}/{RECORD_NAME}", flags, 0o600)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX)
             try:
@@ -139,14 +146,27 @@ class Quota:
             os.close(descriptor)
 
     def excess(self, count: ByteCount, size: int) -> int:
-        """How many bytes must be deleted before `size` more fit; not positive when they fit."""
-        return 0 if self.quota_bytes is None else count.used + size - self.quota_bytes
+        """How many bytes must be deleted before `size` more fit; not positive when they fit.
+
+        Raises OSError.
+        """
+        excess = 0 if self.quota_bytes is None else count.used + size - self.quota_bytes
+        return max(excess, self.reserve_excess(size)) if self.reserve_bytes else excess
+
+    def reserve_excess(self, size: int = 0) -> int:
+        """How many of `size` more bytes would be taken from the reserve. Raises OSError."""
+        return size + self.reserve_bytes - self._device_bytes()
 
     def free_bytes(self, used: int) -> int:
-        """Bytes that still fit, on the device and within the quota. Raises OSError."""
+        """Bytes that still fit, within the quota and outside the reserve. Raises OSError."""
+        free = self._device_bytes() - self.reserve_bytes
+        if self.quota_bytes is not None:
+            free = min(free, self.quota_bytes - used)
+        return max(0, free)
+
+    def _device_bytes(self) -> int:
         device = os.statvfs(self._folder)
-        free = device.f_bavail * device.f_frsize
-        return free if self.quota_bytes is None else max(0, min(free, self.quota_bytes - used))
+        return device.f_bavail * device.f_frsize
 
     def recount_if_due(self, count: ByteCount) -> None:
         """Count the folder again, but not more often than RECOUNT_INTERVAL_S. Raises OSError."""

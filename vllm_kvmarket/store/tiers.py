@@ -388,6 +388,7 @@ def store_of(config: MarketConfig) -> Tiers:
     disk = DiskStore(
         Path(config.home).expanduser() / CHUNKS_FOLDER,
         quota_bytes=config.disk_quota_bytes,
+        reserve_bytes=config.disk_reserve_bytes,
         quarantine_bytes=config.quarantine_bytes,
         codec=config.codec,
         is_cache=objects is not None,

@@ -10,8 +10,10 @@ import apsw
 import pytest
 
 from tests.support.catalogue_documents import matched, store_and_list, tokens
-from vllm_kvmarket.catalogue import Use
+from vllm_kvmarket.catalogue import Listing, Use
+from vllm_kvmarket.core.document_chunks import DocumentChunks
 from vllm_kvmarket.core.errors import NotFoundError, NotPublishableError, StoreFullError
+from vllm_kvmarket.core.listing_terms import ListingTerms
 from vllm_kvmarket.market import check_and_repair, eviction, garbage_collection
 from vllm_kvmarket.market.market import DATABASE_FILE, Market
 
@@ -45,7 +47,22 @@ def file_bytes(market: Market, keys) -> int:
     return sum(market.store.disk.path(key).stat().st_size for key in keys)
 
 
-# Room
+# Space
+
+
+def test_the_ledgers_reserve_refuses_documents_and_not_money(home: Path):
+    """On a device that is nearly full nothing new is published, and the ledger still books."""
+    with Market.open(home, {"disk_reserve_bytes": 1 << 62}) as market:
+        document = DocumentChunks.of(bytes(32), tokens(LENGTH), market.config.chunk_tokens)
+        listing = Listing.of(document, ListingTerms(publisher="acme"))
+        with pytest.raises(StoreFullError, match="are for the ledger"):
+            market.begin_listing(listing, document).result()
+        with pytest.raises(StoreFullError, match="are for the ledger"):
+            store(market, 0)
+        assert [each.state for each in market.catalogue.listings()] in ([], ["publishing"])
+        market.create_account("alice")
+        market.deposit("alice", 5)
+        assert market.ledger.account("alice").balance_nano == 5
 
 
 @pytest.fixture

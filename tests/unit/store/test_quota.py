@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -271,8 +272,9 @@ def test_a_fork_does_not_keep_the_lock(tmp_path: Path) -> None:
     chunk_of(0).load(store)
 
 
-def test_a_cache_on_a_device_that_is_full(tmp_path: Path) -> None:
-    """Without a quota, a cache makes room when the device itself has none."""
+@pytest.fixture
+def small_device(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 128 KiB."""
     mounted = tmp_path / "small"
     mounted.mkdir()
     command = ["mount", "-t", "tmpfs", "-o", "size=128k", "tmpfs", str(mounted)]
@@ -281,11 +283,59 @@ def test_a_cache_on_a_device_that_is_full(tmp_path: Path) -> None:
     except (OSError, subprocess.CalledProcessError):
         pytest.skip("mounting a file system needs root")
     try:
-        cache = DiskStore(mounted / "chunks", is_cache=True)
-        for seed in range(30):
-            chunk_of(seed).put(cache)
-            chunk_of(seed).load(cache)
-        assert 0 < len(there(cache, *range(30))) < 8
-        assert cache.usage().bytes_used == tree_bytes(cache.root)
+        yield mounted
     finally:
         subprocess.run(["umount", str(mounted)], check=True)
+
+
+def free_bytes(folder: Path) -> int:
+    """What the device of a folder still has."""
+    device = os.statvfs(folder)
+    return device.f_bavail * device.f_frsize
+
+
+def test_a_cache_on_a_device_that_is_full(small_device: Path) -> None:
+    """Without a quota, a cache makes room when the device itself has none."""
+    cache = DiskStore(small_device / "chunks", is_cache=True)
+    for seed in range(30):
+        chunk_of(seed).put(cache)
+        chunk_of(seed).load(cache)
+    assert 0 < len(there(cache, *range(30))) < 8
+    assert cache.usage().bytes_used == tree_bytes(cache.root)
+
+
+def test_no_chunk_takes_the_reserve_of_the_ledger(small_device: Path) -> None:
+    """Publishing ends before the device is full; what was stored stays, and the rest is free."""
+    reserve = 3 * SIZE
+    store = DiskStore(small_device / "chunks", reserve_bytes=reserve)
+
+    def fill() -> None:
+        for seed in range(30):
+            chunk_of(seed).put(store)
+
+    with pytest.raises(StoreFullError, match="are for the ledger"):
+        fill()
+    assert store.has(chunk_of(0).key)
+    assert reserve <= free_bytes(small_device) < reserve + SIZE + 4096
+    assert store.usage().free_bytes == free_bytes(small_device) - reserve
+    chunk_of(0).load(store)
+    with pytest.raises(StoreFullError, match="are for the ledger"):
+        # Something else has filled the device further.
+        DiskStore(store.root, reserve_bytes=2 * reserve).check_reserve("kvd_1")
+
+
+def test_a_cache_gives_up_chunks_for_the_reserve(small_device: Path) -> None:
+    """A cache goes on, with fewer chunks."""
+    cache = DiskStore(small_device / "chunks", is_cache=True, reserve_bytes=3 * SIZE)
+    for seed in range(30):
+        chunk_of(seed).put(cache)
+        chunk_of(seed).load(cache)
+        assert free_bytes(small_device) >= 3 * SIZE
+
+
+def test_the_files_of_a_store_are_its_owners(tmp_path: Path) -> None:
+    """No other user can read a chunk, or list the folders."""
+    store = DiskStore(tmp_path / "home" / "chunks", quota_bytes=1 << 20)
+    chunk_of(0).put(store)
+    for path in [tmp_path / "home", *(tmp_path / "home").rglob("*")]:
+        assert path.stat().st_mode & 0o077 == 0, path

@@ -13,7 +13,6 @@ import numpy as np
 import torch
 
 from vllm_kvmarket.connector.messages import (
-    AuditPlan,
     AuditReport,
     ChunkLoad,
     ChunkSave,
@@ -158,7 +157,7 @@ class Bench:
     def audit(self, *chunks: ChunkSave) -> AuditReport:
         """Compare chunks, and wait."""
         request = self._id()
-        self.transfers.audit(AuditPlan(request, NAMESPACE, chunks))
+        self.transfers.audit(SavePlan(request, NAMESPACE, chunks))
         report: AuditReport = self._wait(request)
         return report
 

@@ -6,7 +6,7 @@ import time
 from typing import TYPE_CHECKING
 
 from vllm_kvmarket.catalogue import Audit, Match
-from vllm_kvmarket.connector.messages import AuditPlan, AuditReport
+from vllm_kvmarket.connector.messages import AuditReport, SavePlan
 from vllm_kvmarket.connector.publish_requests import chunk_pages, log_failure
 from vllm_kvmarket.connector.request_params import AuditParams
 from vllm_kvmarket.connector.request_state import ANSWERED, Ended, Engine, Lookup, Reuse
@@ -72,7 +72,7 @@ class AuditRequest:
         chunks = chunk_pages(self._document, block_ids, self._engine.facts.block_tokens)
         chosen = tuple(chunks[index] for index in self._wanted.chunks)
         namespace = self._document.namespace
-        return Ended(answer, AuditPlan(self._request.request_id, namespace, chosen))
+        return Ended(answer, compares=SavePlan(self._request.request_id, namespace, chosen))
 
     def transferred(self) -> None:
         """Every rank has compared its part: record the result with the listing."""
@@ -81,7 +81,7 @@ class AuditRequest:
             document_id=self._wanted.document_id,
             at_s=time.time(),
             engine=self._engine.facts.id,
-            chunks=len(report.chunks) - report.unread,
+            chunks=len(report.chunks) - report.count("unread"),
             result=report.result,
             worst_difference=report.worst_difference,
             detail="; ".join(report.details),

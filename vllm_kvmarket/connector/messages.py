@@ -67,16 +67,9 @@ class ChunkSave:
 
 @dataclass(frozen=True, slots=True)
 class SavePlan:
-    """All that one publishing request stores; chunks in the order of the document."""
-
-    request_id: str
-    namespace: bytes
-    chunks: tuple[ChunkSave, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class AuditPlan:
-    """Compare what this request has computed in its blocks with what is stored."""
+    """The chunks that a finished request stores, or compares with stored ones; in the prompt's
+    order.
+    """
 
     request_id: str
     namespace: bytes
@@ -90,7 +83,7 @@ class Instructions(KVConnectorMetadata):
     loads: list[LoadPlan] = field(default_factory=list)
     saves: list[SavePlan] = field(default_factory=list)
     prefetches: list[ChunkPrefetch] = field(default_factory=list)
-    audits: list[AuditPlan] = field(default_factory=list)
+    audits: list[SavePlan] = field(default_factory=list)
 
 
 @dataclass(slots=True)
@@ -159,7 +152,8 @@ class AuditReport:
                 ours, theirs, key=lambda each: (_AUDIT_ORDER.index(each.result), each.difference)
             )
 
-    def _count(self, result: AuditResult) -> int:
+    def count(self, result: AuditResult) -> int:
+        """How many chunks compare so."""
         return sum(1 for chunk in self.chunks.values() if chunk.result == result)
 
     @property
@@ -167,26 +161,6 @@ class AuditReport:
         """The worst that was found of any chunk."""
         found = (chunk.result for chunk in self.chunks.values())
         return max(found, key=_AUDIT_ORDER.index, default="exact")
-
-    @property
-    def exact(self) -> int:
-        """Chunks that are equal bit for bit."""
-        return self._count("exact")
-
-    @property
-    def close(self) -> int:
-        """Chunks that differ, within the tolerance of their dtype."""
-        return self._count("close")
-
-    @property
-    def different(self) -> int:
-        """Chunks that are not what this engine computes."""
-        return self._count("different")
-
-    @property
-    def unread(self) -> int:
-        """Chunks that could not be compared: missing, damaged, or in a foreign layout."""
-        return self._count("unread")
 
     @property
     def worst_difference(self) -> float:

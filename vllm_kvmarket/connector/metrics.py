@@ -41,10 +41,6 @@ class MarketStats(KVConnectorStats):
         """Begin anew; mutates."""
         self.data = {_COUNTS: {}, _DURATIONS: {}, _GAUGES: {}}
 
-    def count(self, counter: str, label: str = "", amount: float = 1) -> None:
-        """Add to a counter; mutates. Not synchronised."""
-        self.add({f"{counter}/{label}" if label else counter: amount})
-
     def add(self, amounts: Mapping[str, float]) -> None:
         """Add to counters, named as in `data["counts"]`; mutates. Not synchronised."""
         counts = self.data[_COUNTS]
@@ -100,9 +96,7 @@ class Tally:
 
     def count(self, counter: str, label: str = "", amount: float = 1) -> None:
         """Add to a counter; mutates."""
-        with self._lock:
-            self._stats.count(counter, label, amount)
-            self.has_news = True
+        self.add({f"{counter}/{label}" if label else counter: amount})
 
     def add(self, amounts: Mapping[str, float]) -> None:
         """Add to several counters, named `counter` or `counter/label value`; mutates."""

@@ -124,7 +124,7 @@ class PublishRequest:
             return Ended(answer)
         document = self._document
         chunks = chunk_pages(document, block_ids, self._engine.facts.block_tokens)
-        return Ended(answer, SavePlan(self._request.request_id, document.namespace, chunks))
+        return Ended(answer, saves=SavePlan(self._request.request_id, document.namespace, chunks))
 
     def transferred(self) -> None:
         """Every rank has stored its part, or has reported why not: list the document. Mutates."""

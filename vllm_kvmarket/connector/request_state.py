@@ -12,7 +12,7 @@ from vllm.sampling_params import RequestOutputKind
 from vllm.v1.request import RequestStatus
 
 from vllm_kvmarket.catalogue import Match
-from vllm_kvmarket.connector.messages import AuditPlan, ChunkLoad, LoadPlan, LoadReport, SavePlan
+from vllm_kvmarket.connector.messages import ChunkLoad, LoadPlan, LoadReport, SavePlan
 from vllm_kvmarket.connector.pins import PinnedBlocks
 from vllm_kvmarket.connector.purchases import Charge, Purchases
 from vllm_kvmarket.connector.scheduler_metrics import SchedulerMetrics
@@ -101,12 +101,11 @@ class Engine:
 
 @dataclass(frozen=True, slots=True)
 class Ended:
-    """What a request leaves: the market's object for its answer, and the transfer that still needs
-    its blocks.
-    """
+    """A request's end: the market's object for its answer, and what its blocks are kept for."""
 
     answer: dict[str, Any]
-    transfer: SavePlan | AuditPlan | None = None
+    saves: SavePlan | None = None
+    compares: SavePlan | None = None
 
 
 @dataclass(slots=True)

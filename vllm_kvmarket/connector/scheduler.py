@@ -20,7 +20,6 @@ from vllm_kvmarket.connector.messages import (
     ChunkPrefetch,
     Instructions,
     LoadReport,
-    SavePlan,
     WorkerReport,
 )
 from vllm_kvmarket.connector.namespaces import Namespaces
@@ -287,13 +286,14 @@ class SchedulerHalf:
         if made is None:
             return False, None
         ended = made.finished(block_ids)
-        if ended.transfer is not None:
-            self._requests[request.request_id] = made
-            if isinstance(ended.transfer, SavePlan):
-                self._next.saves.append(ended.transfer)
-            else:
-                self._next.audits.append(ended.transfer)
-        return ended.transfer is not None, {FIELD: ended.answer}
+        if ended.saves is not None:
+            self._next.saves.append(ended.saves)
+        elif ended.compares is not None:
+            self._next.audits.append(ended.compares)
+        else:
+            return False, {FIELD: ended.answer}
+        self._requests[request.request_id] = made
+        return True, {FIELD: ended.answer}
 
     def worker_reported(self, output: KVConnectorOutput) -> None:
         """Take in what the workers loaded, stored and compared since the last step."""

@@ -40,6 +40,24 @@ def test_a_purchase_moves_the_charge_and_the_royalty(llm, market, document):
     assert market.ledger.account("alice").debits_pending == 0
 
 
+def test_a_request_that_must_be_reserved_is_ended_if_it_cannot_be(llm, market, document):
+    """Without a token and uncomputed, though vLLM's cache holds the document; the next one buys."""
+    ask(llm, document + QUESTION, market.params("alice"), max_tokens=1, rest_s=0)
+    settle(market)
+    before = balances(market)
+    for account, status in (("dave", 402), ("nobody", 402), (None, 402)):
+        params = {"account": account, "must_reserve": True}
+        answer = ask(llm, document + QUESTION, {"kv_transfer_params": {"kvmarket": params}})
+        assert answer.token_ids == ()
+        assert answer.market["error"]["status"] == status
+        assert "receipt_id" not in answer.market
+    assert balances(market) == before
+    params = {"account": "alice", "must_reserve": True}
+    answer = ask(llm, document + QUESTION, {"kv_transfer_params": {"kvmarket": params}})
+    assert (answer.market["reused_tokens"], len(answer.token_ids)) == (600, 24)
+    settle(market)
+
+
 @pytest.mark.parametrize(
     ("account", "reason"),
     [(None, "names no account"), ("dave", "not enough funds"), ("nobody", "no account 'nobody'")],

@@ -41,7 +41,7 @@ def half_of(market: Market, monkeypatch: Any, **settings: Any) -> scheduler.Sche
     known = SimpleNamespace(of=lambda _: NAMESPACE)
     monkeypatch.setattr(scheduler, "Namespaces", lambda *_: known)
     engine: Any = SimpleNamespace(model_config=SimpleNamespace(model="m", max_model_len=4096))
-    config = load({"home": str(market.home)} | settings)
+    config = load({"home": str(market.home), "trust_requests": True} | settings)
     return scheduler.SchedulerHalf(engine, config, EngineFacts("e", BLOCK_TOKENS, 1 << 16, 3))
 
 

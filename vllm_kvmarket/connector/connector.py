@@ -16,8 +16,10 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 )
 from vllm.v1.metrics.cache_hit_source import CacheHitSource
 
+from vllm_kvmarket.connector import refusals
 from vllm_kvmarket.connector.messages import Instructions
 from vllm_kvmarket.connector.metrics import MarketPromMetrics, MarketStats
+from vllm_kvmarket.connector.request_params import Refusal
 from vllm_kvmarket.connector.request_state import EngineFacts
 from vllm_kvmarket.connector.scheduler import SchedulerHalf
 from vllm_kvmarket.connector.supported_models import check_layers
@@ -93,6 +95,7 @@ class KVMarketConnector(KVConnectorBase_V1):
         self._worker: WorkerHalf | None = None
         self._idle = False
         if role is KVConnectorRole.SCHEDULER:
+            refusals.install()
             self._scheduler = SchedulerHalf(
                 vllm_config, config, engine_facts(vllm_config, kv_cache_config, block_tokens)
             )
@@ -151,6 +154,10 @@ class KVMarketConnector(KVConnectorBase_V1):
     ) -> tuple[bool, dict[str, Any] | None]:
         """End a request; returns whether its blocks are still needed, and its answer's object."""
         return self.scheduler.finished(request, block_ids)
+
+    def take_refusals(self) -> dict[str, Refusal]:
+        """The requests that the market ends now, by their ids; not vLLM's: see refusals.py."""
+        return self.scheduler.take_refusals()
 
     def has_pending_push_work(self) -> bool:
         """Whether an idle engine shall make a step, which delivers the scheduler half's metrics."""

@@ -21,6 +21,7 @@ DECLINED = (
     "never",
     "invalid_token",
     "malformed",
+    "other_tokens",
     "ledger_busy",
     "ledger_unavailable",
     "ledger_refused",

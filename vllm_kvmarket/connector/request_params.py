@@ -25,6 +25,7 @@ FIELD = "kvmarket"
 AccountId = Annotated[str, msgspec.Meta(pattern=f"^{ACCOUNT_PATTERN}$")]
 # Why the sender of a request does not want reuse.
 Reason = Literal["never", "max_price"]
+PurchaseKey = Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9._:-]{1,128}$")]
 Token = Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{0,64}$")]
 
 
@@ -47,16 +48,33 @@ class AuditParams(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class RequestParams(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """`kv_transfer_params["kvmarket"]` of one request."""
+    """`kv_transfer_params["kvmarket"]` of one request.
 
+    `token` signs all the other fields; see Credentials.sign_params. Where requests are trusted, as
+    offline, it may be missing, and so may `request_id` and `expires_at_s`.
+    """
+
+    # Who pays.
     account: AccountId | None = None
+    # The document that is bought, to its end and nothing behind it; None: the longest match.
+    document: str | None = None
+    # Whether the request ends with a Refusal, uncomputed, when its reuse cannot be reserved.
+    must_reserve: bool = False
+    # Requests with one key are one purchase, on every engine: a client's retries.
+    purchase_key: PurchaseKey | None = None
+    # The most that its reuse may be reserved at: the price may have changed since it was quoted.
+    max_price_nano: Annotated[int, msgspec.Meta(ge=0)] | None = None
+    # The dearest listing that the account has agreed to buy from.
+    max_cache_read_nano_per_mtok: Annotated[int, msgspec.Meta(ge=0)] | None = None
+    # Why the sender wants no reuse.
+    declined: Reason | None = None
+    # The operator's work.
     publish: PublishParams | None = None
     preload: bool = False
     audit: AuditParams | None = None
-    declined: Reason | None = None
+    request_id: str | None = None
+    expires_at_s: float | None = None
     token: Token = ""
-    # The most that its reuse may be reserved at: the price may have changed since it was quoted.
-    max_price_nano: Annotated[int, msgspec.Meta(ge=0)] | None = None
 
     @property
     def is_operators(self) -> bool:
@@ -64,11 +82,27 @@ class RequestParams(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         return self.publish is not None or self.preload or self.audit is not None
 
 
+class Refusal(msgspec.Struct, frozen=True):
+    """Why the market ended a request that had to be reserved, before any of it was computed.
+
+    The engine ends the request with vLLM's finish reason "abort" and no token. Its answer's
+    `kv_transfer_params["kvmarket"]` is `{"error": {"code", "message", "status"}}`: these fields.
+    `status` is the HTTP status that the gate answers with: 402 (no account, no funds, too dear),
+    404 (no such document on offer), 409 (the prompt's tokens are not the document's, or the
+    parameters are not valid), 503 (the ledger is away).
+    """
+
+    code: str
+    message: str
+    status: int
+
+
 class Declined(msgspec.Struct, frozen=True):
     """Why a request's parameters are not followed: for people, and as the metrics count it."""
 
     message: str
     reason: str
+    must_reserve: bool = False
 
 
 NO_PARAMS = RequestParams()
@@ -79,28 +113,36 @@ DECLINED_BY_CALLER: dict[Reason, str] = {
 
 
 def read_params(
-    kv_transfer_params: dict[str, Any] | None, credentials: Credentials, trusted: bool
+    kv_transfer_params: dict[str, Any] | None,
+    credentials: Credentials,
+    trusted: bool,
+    request_id: str | None = None,
 ) -> RequestParams | Declined:
-    """The request's parameters, or why they are declined. Under `trusted` no token is needed."""
+    """The request's parameters, or why they are declined. Under `trusted` no token is needed.
+
+    `request_id` is vLLM's, in which the one that was signed must be found.
+    """
     raw = (kv_transfer_params or {}).get(FIELD)
     if raw is None:
         return NO_PARAMS
+    must_reserve = isinstance(raw, dict) and raw.get("must_reserve") is True
     try:
         params = msgspec.convert(raw, RequestParams)
     except msgspec.ValidationError as error:
-        return Declined(f"kv_transfer_params.{FIELD} is malformed: {error}", "malformed")
+        message = f"kv_transfer_params.{FIELD} is malformed: {error}"
+        return Declined(message, "malformed", must_reserve)
     if params.declined is not None:
-        return Declined(DECLINED_BY_CALLER[params.declined], params.declined)
-    if trusted:
+        return Declined(DECLINED_BY_CALLER[params.declined], params.declined, must_reserve)
+    if trusted or (params.account is None and not params.is_operators):
         return params
-    if params.is_operators and not credentials.allows(OPERATOR, params.token):
-        return Declined(
-            "publishing, preloading and auditing need the operator's token", "invalid_token"
+    subject = OPERATOR if params.is_operators else account_subject(params.account or "")
+    if not credentials.allows_params(raw) and not credentials.allows(subject, params.token):
+        needs = (
+            "publishing, preloading and auditing need the operator's token"
+            if params.is_operators
+            else f"no valid token for account {params.account!r}"
         )
-    if (
-        not params.is_operators
-        and params.account is not None
-        and not credentials.allows(account_subject(params.account), params.token)
-    ):
-        return Declined(f"no valid token for account {params.account!r}", "invalid_token")
+        return Declined(needs, "invalid_token", must_reserve)
+    if request_id is not None and (params.request_id or "") not in request_id:
+        return Declined("the token is another request's", "invalid_token", must_reserve)
     return params

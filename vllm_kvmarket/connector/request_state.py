@@ -15,6 +15,7 @@ from vllm_kvmarket.catalogue import Match
 from vllm_kvmarket.connector.messages import ChunkLoad, LoadPlan, LoadReport, SavePlan
 from vllm_kvmarket.connector.pins import PinnedBlocks
 from vllm_kvmarket.connector.purchases import Charge, Purchases
+from vllm_kvmarket.connector.request_params import Refusal
 from vllm_kvmarket.connector.scheduler_metrics import SchedulerMetrics
 from vllm_kvmarket.market.market import Market
 from vllm_kvmarket.market.purchase import Usage
@@ -76,6 +77,10 @@ class PrefixCacheSwitch:
         else:
             request.skip_reading_prefix_cache = True
 
+    def turn_on(self, request: Request) -> None:
+        """Let the market decide, not the sender: vLLM computes at once what reads no cache."""
+        request.skip_reading_prefix_cache = False
+
     def is_turning_off(self, request: Request) -> bool:
         """Whether the request waits for the step's end, when its cache is turned off."""
         return any(request is each for each in self._later)
@@ -97,6 +102,8 @@ class Engine:
     purchases: Purchases
     pins: PinnedBlocks
     prefix_cache: PrefixCacheSwitch
+    # Requests that vLLM's scheduler shall end, by its ids.
+    refusals: dict[str, Refusal] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

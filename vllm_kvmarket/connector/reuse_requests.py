@@ -5,7 +5,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, Self
 
 from vllm_kvmarket.catalogue import Match
-from vllm_kvmarket.connector.request_params import DECLINED_BY_CALLER, Declined, RequestParams
+from vllm_kvmarket.connector.request_params import (
+    DECLINED_BY_CALLER,
+    Declined,
+    Refusal,
+    RequestParams,
+)
 from vllm_kvmarket.connector.request_state import Ended, Engine, Lookup, Reuse, is_answered
 from vllm_kvmarket.market.purchase import Purchase, PurchaseState
 
@@ -13,16 +18,38 @@ if TYPE_CHECKING:
     from vllm.v1.request import Request
 
 
+# For a request that must be reserved: what the gate answers with, by the reason of a decline.
+_REFUSALS: dict[str, tuple[str, int]] = {
+    "no_account": ("account_missing", 402),
+    "unknown_account": ("account_unknown", 402),
+    "no_funds": ("insufficient_funds", 402),
+    "max_price": ("price_above_limit", 402),
+    "not_on_offer": ("document_not_on_offer", 404),
+    "other_tokens": ("document_mismatch", 409),
+    "ledger_busy": ("ledger_unavailable", 503),
+    "ledger_unavailable": ("ledger_unavailable", 503),
+    "catalogue_unavailable": ("catalogue_unavailable", 503),
+}
+
+
 class ReuseRequest:
     """A request that buys what it matches, or is computed in full and says why.
 
     Customers pay to skip computation, so vLLM's own cache must not give it away: a request that may
-    not reuse what it matches does not read that cache either.
+    not reuse what it matches does not read that cache either. A request that must be reserved is
+    not even computed: it ends with a Refusal.
     """
 
-    def __init__(self, engine: Engine, request: Request, match: Match | None) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        request: Request,
+        params: RequestParams | Declined,
+        match: Match | None,
+    ) -> None:
         self._engine = engine
         self._request = request
+        self._must_reserve = params.must_reserve
         self.reuse = Reuse(request, match)
         self.purchase: Purchase | None = None
         self.declined = ""
@@ -32,32 +59,60 @@ class ReuseRequest:
         cls, engine: Engine, request: Request, params: RequestParams | Declined, match: Match | None
     ) -> Self:
         """Start to reserve the price, or decline; mutates vLLM's request."""
-        self = cls(engine, request, match)
+        self = cls(engine, request, params, match)
+        computes_all = request.skip_reading_prefix_cache
+        if self._must_reserve:
+            engine.prefix_cache.turn_on(request)
         if isinstance(params, Declined):
             self.decline(params.message, params.reason)
-        elif match is None:
-            return self
+        elif self._must_reserve and computes_all:
+            self.decline("prompt_logprobs and the like compute every token", "other_tokens")
+        else:
+            self._buy(params)
+        return self
+
+    def _buy(self, params: RequestParams) -> None:
+        match, market = self.reuse.match, self._engine.market
+        if match is None:
+            if self._must_reserve:
+                name = params.document or "beginning with this prompt"
+                self.decline(f"there is no document {name} on offer", "not_on_offer")
         elif params.account is None:
-            if engine.market.config.without_account == "recompute":
+            if self._must_reserve or market.config.without_account == "recompute":
                 self.decline("the request names no account", "no_account")
-        elif params.max_price_nano is not None and params.max_price_nano < self._price_nano(match):
+        elif params.document is not None and not _is_whole(match, params.document):
+            self.decline(f"the prompt does not begin with {params.document}", "other_tokens")
+        elif self._is_too_dear(params, match):
             self.decline(DECLINED_BY_CALLER["max_price"], "max_price")
         else:
             # Samples of one request share a purchase, and so its match: the catalogue may have
             # changed between them.
-            self.purchase, shared = engine.purchases.join(request, params.account, match)
-            self.reuse = Reuse(request, shared)
-        return self
+            self.purchase, shared = self._engine.purchases.join(
+                self._request, params.account, match
+            )
+            self.reuse = Reuse(self._request, shared)
 
-    def _price_nano(self, match: Match) -> int:
-        most = self._request.num_prompt_tokens - 1
-        return self._engine.market.quote_match(match, most).charge_nano
+    def _is_too_dear(self, params: RequestParams, match: Match) -> bool:
+        quote = self._engine.market.quote_match(match, self._request.num_prompt_tokens - 1)
+        limit, cap = params.max_price_nano, params.max_cache_read_nano_per_mtok
+        return (limit is not None and quote.charge_nano > limit) or (
+            cap is not None
+            and any(line.terms.cache_read_nano_per_mtok > cap for line in quote.lines)
+        )
 
     def decline(self, message: str, reason: str) -> None:
-        """Compute the request in full; `reason` is one of metric_definitions.DECLINED. Mutates."""
+        """Compute the request in full, or end it where it must be reserved; mutates.
+
+        `reason` is one of metric_definitions.DECLINED.
+        """
         self.declined = message
         if self.reuse.match is not None:
             self._engine.metrics.declined(reason)
+        if self._must_reserve:
+            code, status = _REFUSALS.get(reason, ("request_refused", 409))
+            refusal = Refusal(code, message, status)
+            self._engine.refusals[self._request.request_id] = refusal
+        elif self.reuse.match is not None:
             self._engine.prefix_cache.turn_off(self._request)
 
     def ready(self) -> Lookup:
@@ -68,6 +123,8 @@ class ReuseRequest:
                 return Lookup.PENDING
             if state is PurchaseState.REFUSED:
                 self.decline(self.purchase.refusal, self.purchase.refusal_reason)
+        if self.declined and self._must_reserve:
+            return Lookup.PENDING  # until it is ended, at the end of this step
         found = self.reuse.lookup()
         return Lookup.PENDING if found is Lookup.HIT and self.declined else found
 
@@ -124,3 +181,9 @@ def pin(engine: Engine, reuse: Reuse, block_ids: list[int], answer: dict[str, An
             block_tokens = engine.facts.block_tokens
             answer["pinned_tokens"] = listing.token_count // block_tokens * block_tokens
             engine.metrics.pinned(engine.pins.block_count)
+
+
+def _is_whole(match: Match, document_id: str) -> bool:
+    """Whether the match is this document, from its first token to its last."""
+    listing = match.listing
+    return listing.document_id == document_id and match.token_count == listing.token_count

@@ -30,6 +30,7 @@ from vllm_kvmarket.connector.request_params import (
     FIELD,
     NO_PARAMS,
     Declined,
+    Refusal,
     RequestParams,
     read_params,
 )
@@ -123,7 +124,8 @@ class SchedulerHalf:
         params = read_params(
             request.kv_transfer_params,
             self._market.credentials,
-            trusted=self._config.trust_requests is not False,
+            trusted=self._config.trust_requests is True,
+            request_id=request.request_id,
         )
         namespace = self._namespaces.of(request.lora_request)
         tokens = request.prompt_token_ids
@@ -186,7 +188,7 @@ class SchedulerHalf:
         made = self._admit(request, lookup.params, lookup.namespace, None)
         if not lookup.is_operators:
             if isinstance(made, ReuseRequest):
-                made.declined = NOT_LOOKED_UP
+                made.decline(NOT_LOOKED_UP, "catalogue_unavailable")
             # It may ask for a published document, which vLLM's cache must not give away either.
             self._engine.prefix_cache.turn_off(request)
         return made
@@ -274,6 +276,14 @@ class SchedulerHalf:
                 self._next.prefetches.append(ChunkPrefetch(match.listing.namespace, keys))
 
     # Ends
+
+    def take_refusals(self) -> dict[str, Refusal]:
+        """The requests that vLLM's scheduler shall end now, by its ids; mutates."""
+        if not (refusals := self._engine.refusals):
+            return {}
+        taken = dict(refusals)
+        refusals.clear()
+        return taken
 
     def finished(
         self, request: Request, block_ids: list[int]

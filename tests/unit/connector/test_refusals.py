@@ -1,0 +1,195 @@
+"""Requests that must be reserved: what cannot be reserved is ended, and none of it is computed."""
+
+from __future__ import annotations
+
+import time
+from concurrent.futures import Future
+from types import SimpleNamespace
+
+import pytest
+from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.engine import FinishReason
+from vllm.v1.request import RequestStatus
+
+from tests.support.catalogue_documents import NAMESPACE, tokens
+from tests.support.scheduler_half import CACHED, DOCUMENT, half_of, opened_market, request_of
+from vllm_kvmarket.connector import refusals
+from vllm_kvmarket.core.errors import CatalogueError, LedgerUnavailableError
+
+PROMPT = [*DOCUMENT, 7, 8]
+
+
+@pytest.fixture
+def market(tmp_path):
+    with opened_market(tmp_path) as opened:
+        yield opened
+
+
+@pytest.fixture
+def half(market, monkeypatch):
+    made = half_of(market, monkeypatch)
+    yield made
+    made.close()
+
+
+def params(**fields):
+    return {"kv_transfer_params": {"kvmarket": {"must_reserve": True, **fields}}}
+
+
+def name_of(market):
+    return market.match(NAMESPACE, PROMPT).listing.document_id
+
+
+def decided(half, request):
+    """Ask as vLLM's scheduler asks, until the request can go on or is to be ended."""
+    deadline = time.monotonic() + 10
+    while True:
+        local = 0 if request.skip_reading_prefix_cache else CACHED
+        external, _ = half.ready(request, local)
+        assert not request.skip_reading_prefix_cache, "vLLM would compute it in full"
+        half.take_instructions()
+        refused = half.take_refusals()
+        if external is not None or refused:
+            return external, refused.get(request.request_id)
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+
+
+REFUSED = [
+    ({"account": "poor"}, PROMPT, "insufficient_funds", 402),
+    ({"account": "nobody"}, PROMPT, "account_unknown", 402),
+    ({}, PROMPT, "account_missing", 402),
+    ({"account": "alice", "max_price_nano": 0}, PROMPT, "price_above_limit", 402),
+    ({"account": "alice", "max_price_nano": 600 * 500 - 1}, PROMPT, "price_above_limit", 402),
+    ({"account": "alice", "max_cache_read_nano_per_mtok": 1}, PROMPT, "price_above_limit", 402),
+    ({"account": "alice"}, tokens(600, 9), "document_not_on_offer", 404),
+    ({"account": "alice", "document": "DOCUMENT"}, PROMPT[1:], "document_not_on_offer", 404),
+    ({"account": "alice", "document": "DOCUMENT"}, PROMPT[:599], "document_mismatch", 409),
+    ({"account": "alice", "document": "kvd_other"}, PROMPT, "document_mismatch", 409),
+    ({"account": "alice", "declined": "never"}, PROMPT, "request_refused", 409),
+    ({"account": "alice", "nonsense": 1}, PROMPT, "request_refused", 409),
+]
+
+
+@pytest.mark.parametrize(("fields", "prompt", "code", "status"), REFUSED)
+def test_what_cannot_be_reserved_is_ended_with_a_reason(
+    market, half, *, fields, prompt, code, status
+):
+    """vLLM never goes on with it, whatever it has cached; nothing is charged or stays reserved."""
+    if fields.get("document") == "DOCUMENT":
+        fields = {**fields, "document": name_of(market)}
+    request = request_of(prompt, params(**fields), status=RequestStatus.WAITING, output=0)
+    half.arrived(request)
+    external, refusal = decided(half, request)
+    assert (external, refusal.code, refusal.status) == (None, code, status)
+    assert refusal.message
+    request.status = RequestStatus.FINISHED_ABORTED
+    half.finished(request, [])
+    assert half._requests == {}
+    market.ledger.submit([]).result()
+    for account in ("alice", "poor"):
+        found = market.ledger.account(account)
+        assert found.debits_posted == found.debits_pending == 0
+
+
+def test_what_can_be_reserved_is_sold(market, half):
+    """To the document's end."""
+    fields = {"account": "alice", "document": name_of(market), "max_price_nano": 600 * 500}
+    request = request_of(PROMPT, params(**fields))
+    half.arrived(request)
+    assert decided(half, request) == (600 - CACHED, None)
+
+
+def test_a_request_that_would_read_no_cache_is_ended_too(market, half):
+    """vLLM would compute it at once, and asks nobody."""
+    request = request_of(PROMPT, params(account="alice"))
+    request.skip_reading_prefix_cache = True
+    half.arrived(request)
+    external, refusal = decided(half, request)
+    assert (external, refusal.code) == (None, "document_mismatch")
+
+
+def test_a_ledger_that_is_away_refuses_for_now(half, monkeypatch):
+    """503: the client may try again."""
+    failed: Future[object] = Future()
+    failed.set_exception(LedgerUnavailableError("no database"))
+    monkeypatch.setattr(half._market.ledger, "submit", lambda *_, **__: failed)
+    request = request_of(PROMPT, params(account="alice"))
+    half.arrived(request)
+    _, refusal = decided(half, request)
+    assert (refusal.code, refusal.status) == ("ledger_unavailable", 503)
+
+
+def test_a_document_that_cannot_be_looked_up_is_not_computed(market, monkeypatch):
+    """Where not all documents are in memory, and the database is away."""
+    half = half_of(market, monkeypatch, catalogue_chunks_in_memory=0)
+    failed: Future = Future()
+    failed.set_exception(CatalogueError("locked"))
+    monkeypatch.setattr(half._market.catalogue, "match_later", lambda *_: failed)
+    request = request_of(PROMPT, params(account="alice"))
+    half.arrived(request)
+    _, refusal = decided(half, request)
+    assert (refusal.code, refusal.status) == ("catalogue_unavailable", 503)
+    half.close()
+
+
+def test_without_a_valid_token_nothing_is_computed_for_it(market, monkeypatch):
+    """A token for another request, or none, refuses; the right one buys."""
+    half = half_of(market, monkeypatch, trust_requests=False)
+    fields = {"account": "alice", "must_reserve": True, "request_id": "r-1"}
+    signed = market.credentials.sign_params(fields)
+    for name, sent, sold in (
+        ("cmpl-r-1-0", signed, True),
+        ("cmpl-r-2-0", signed, False),
+        ("cmpl-r-1-1", {**fields, "token": "0" * 64}, False),
+        ("cmpl-r-1-2", {**signed, "max_price_nano": 10**12}, False),
+    ):
+        request = request_of(PROMPT, {"kv_transfer_params": {"kvmarket": sent}}, name)
+        half.arrived(request)
+        external, refusal = decided(half, request)
+        assert (external is not None) == sold
+        assert sold or (refusal.code, refusal.status) == ("request_refused", 409)
+    half.close()
+
+
+@pytest.mark.parametrize("trust", [None, False])
+def test_only_an_explicit_true_trusts_requests(market, monkeypatch, trust):
+    """Not a configuration that nobody has completed."""
+    half = half_of(market, monkeypatch, trust_requests=trust)
+    request = request_of(PROMPT, params(account="alice"))
+    half.arrived(request)
+    _, refusal = decided(half, request)
+    assert "token" in refusal.message
+    half.close()
+
+
+def test_vllms_scheduler_ends_them_and_answers(half):
+    """In the step in which they were refused: with the reason, and without a token."""
+    request = request_of(PROMPT, params(account="poor"), status=RequestStatus.WAITING)
+    request.client_index, request.trace_headers = 3, None
+    request.record_event = request.take_events = lambda *_: None
+    request.get_finished_reason = lambda: FinishReason.ABORT
+    half.arrived(request)
+    while not half._engine.refusals:
+        half.ready(request, CACHED)
+    ended = []
+
+    def finish_requests(ids, status):
+        ended.extend((each, status) for each in ids)
+        return [request]
+
+    scheduler = SimpleNamespace(finish_requests=finish_requests, log_stats=True)
+    outputs: dict = {}
+    refusals.end_refused(scheduler, half.take_refusals(), outputs)
+    (answer,) = outputs[3].outputs
+    assert ended == [(request.request_id, RequestStatus.FINISHED_ABORTED)]
+    assert (answer.new_token_ids, answer.finish_reason) == ([], FinishReason.ABORT)
+    assert answer.kv_transfer_params["kvmarket"]["error"]["status"] == 402
+
+
+def test_vllms_scheduler_is_changed_once():
+    """However many connectors are made in a process."""
+    refusals.install()
+    changed = Scheduler.update_from_output
+    refusals.install()
+    assert Scheduler.update_from_output is changed

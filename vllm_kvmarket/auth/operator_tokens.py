@@ -23,7 +23,7 @@ from typing import Any, Literal
 import msgspec
 from blake3 import blake3
 
-from vllm_kvmarket.core.durable_files import write_durably
+from vllm_kvmarket.core.durable_files import make_private, write_durably
 from vllm_kvmarket.core.errors import ConfigError
 
 SECRET_FILE = "operator.key"  # noqa: S105  # its name, not the secret
@@ -69,9 +69,10 @@ class Credentials:
 
     @classmethod
     def of_home(cls, home: Path, clock: Callable[[], float] = time.time) -> Credentials:
-        """Read the home's secret, or make it (mode 0600) where there is none."""
+        """Read the home's secret, or make it; a home of ours becomes private (mode 0700)."""
         path = home / SECRET_FILE
         home.mkdir(mode=0o700, parents=True, exist_ok=True)
+        make_private(home)
         if not path.exists():
             # A secret that another process makes meanwhile stays.
             with contextlib.suppress(FileExistsError):

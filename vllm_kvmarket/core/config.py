@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
+from urllib.parse import parse_qs, urlsplit
 
 import msgspec
 
@@ -103,7 +104,8 @@ class MarketConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
         str | None,
         msgspec.Meta(
             description="where accounts and transfers are kept: "
-            "`postgresql://user:password@host/name` for several machines; null: in the home"
+            "`postgresql://user@host/name` for several machines, with the password in the file "
+            "that PGPASSFILE names; null: in the home"
         ),
     ] = None
     reservation_timeout_s: Annotated[
@@ -203,6 +205,22 @@ class MarketConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
                 raise ConfigError(
                     f"trusted_proxies: expected addresses or networks, not {network!r}"
                 ) from None
+        if self.ledger_url is not None and _has_password(self.ledger_url):
+            # vLLM logs its configuration, and `ps` shows it.
+            raise ConfigError(
+                "ledger_url: a password in it would be logged; leave it out, and put it into the "
+                "file that the environment's PGPASSFILE names (default: ~/.pgpass)"
+            )
+
+
+def _has_password(url: str) -> bool:
+    try:
+        parts = urlsplit(url)
+    except ValueError:
+        return True  # in doubt, it is not shown
+    given = parts.password is not None or "password" in parse_qs(parts.query)
+    # libpq also takes "host=... password=..." instead of a URL.
+    return given or re.search(r"\bpassword\s*=", url) is not None
 
 
 def load(source: MarketConfig | Mapping[str, Any] | str | Path | None = None) -> MarketConfig:

@@ -18,6 +18,7 @@ import glob
 import os
 import secrets
 import shutil
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Protocol
@@ -178,6 +179,14 @@ def locked(folder: Path) -> Iterator[None]:
         yield
     finally:
         os.close(descriptor)
+
+
+def make_private(path: Path) -> None:
+    """Take the rights of group and others off a file or folder of ours, if it is there."""
+    with contextlib.suppress(FileNotFoundError):
+        status = path.stat()
+        if status.st_mode & 0o077 and status.st_uid == os.geteuid():
+            path.chmod(stat.S_IMODE(status.st_mode) & 0o700)
 
 
 def draft_path(path: Path) -> Path:

@@ -5,26 +5,32 @@ The catalogue and the ledger keep their tables in one file, each under a schema 
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Sequence
 from pathlib import Path
 
 import apsw
 
+from vllm_kvmarket.core.durable_files import make_private
 from vllm_kvmarket.core.errors import ConfigError
 
 BUSY_TIMEOUT_MS = 10_000
 
 
 def connect(path: Path) -> apsw.Connection:
-    """Open (and create) the market's database, safe for several processes at once.
+    """Open (and create) the market's database, for its owner alone and for several processes.
 
     WAL lets readers go on beside one writer; synchronous=FULL makes a commit durable before it
     returns. Source: https://www.sqlite.org/wal.html.
     """
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    # Made here, because SQLite would let every user read it. Its WAL gets the same mode.
-    os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
+    # SQLite gives its -wal and -shm files the database's mode. An existing database must not be
+    # opened here: closing it would drop the locks of this process's other connections.
+    with contextlib.suppress(OSError):
+        os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
+    for suffix in ("", "-wal", "-shm"):
+        make_private(path.with_name(path.name + suffix))
     connection = apsw.Connection(str(path))
     connection.set_busy_timeout(BUSY_TIMEOUT_MS)
     connection.pragma("journal_mode", "wal")

@@ -178,3 +178,28 @@ def test_the_documented_defaults_are_the_defaults():
             room, _, name = key.rpartition(".")
             value = (mapping[room] if room else mapping)[name]
             assert msgspec.json.decode(default) == value, key
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "postgresql://market:s3cret@db/market",
+        "postgresql://market:@db/market",
+        "postgresql://market@db/market?password=s3cret",
+        "host=db user=market password=s3cret",
+        "postgresql://[market:s3cret@db",
+    ],
+)
+def test_a_password_in_the_ledgers_url_is_refused(url):
+    """With a hint at the file for it, and without showing it."""
+    with pytest.raises(ConfigError, match="PGPASSFILE") as refused:
+        load({"ledger_url": url})
+    assert "s3cret" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    "url", ["postgresql://market@db/market", "postgresql://market@/m?host=/run/pg&port=5433"]
+)
+def test_a_url_without_a_password_is_taken(url):
+    """The password comes from PGPASSFILE, or the server needs none."""
+    assert load({"ledger_url": url}).ledger_url == url

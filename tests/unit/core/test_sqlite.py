@@ -1,0 +1,55 @@
+"""The market's database is its owner's alone."""
+
+import contextlib
+import os
+
+from vllm_kvmarket.core import sqlite
+from vllm_kvmarket.core.durable_files import make_private
+from vllm_kvmarket.market.market import Market
+
+
+def modes(folder):
+    return {path.name: path.stat().st_mode & 0o777 for path in folder.iterdir()}
+
+
+def test_a_database_and_its_companions_are_private(tmp_path):
+    """Whatever the umask is; the write-ahead log holds rows too."""
+    before = os.umask(0)
+    try:
+        with contextlib.closing(sqlite.connect(tmp_path / "new" / "m.sqlite")) as db:
+            db.execute("CREATE TABLE t (x); INSERT INTO t VALUES (1)")
+            found = modes(tmp_path / "new")
+    finally:
+        os.umask(before)
+    assert found == {"m.sqlite": 0o600, "m.sqlite-wal": 0o600, "m.sqlite-shm": 0o600}
+    assert modes(tmp_path) == {"new": 0o700}
+
+
+def test_a_readable_database_from_before_becomes_private(tmp_path):
+    """With its log, which another process has open."""
+    path = tmp_path / "m.sqlite"
+    with contextlib.closing(sqlite.connect(path)) as other:
+        other.execute("CREATE TABLE t (x)")
+        for each in tmp_path.iterdir():
+            each.chmod(0o644)
+        with contextlib.closing(sqlite.connect(path)) as db:
+            assert db.execute("SELECT count(*) FROM t").fetchall() == [(0,)]
+        assert set(modes(tmp_path).values()) == {0o600}
+
+
+def test_a_market_is_its_owners_alone(tmp_path):
+    """The home is closed to others, also one that was open; no file in it is readable by them."""
+    home = tmp_path / "home"
+    home.mkdir(mode=0o755)
+    home.chmod(0o755)
+    with Market.open(home) as market:
+        market.create_account("alice")
+        files = [path for path in home.rglob("*") if path.is_file()]
+        assert home.stat().st_mode & 0o777 == 0o700
+        assert {path.name for path in files} >= {"market.sqlite", "market.sqlite-wal"}
+        assert [path.name for path in files if path.stat().st_mode & 0o077] == []
+
+
+def test_a_missing_file_is_no_error(tmp_path):
+    """It may have been removed meanwhile."""
+    make_private(tmp_path / "none")

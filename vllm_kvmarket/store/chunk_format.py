@@ -3,10 +3,9 @@
     magic (8) | version u32 | header length u32 | xxh3_64 of these and the header u64
     header (msgpack) | zeros to the next 4,096 | layer 0's pages | zeros to the next 4,096 | ...
 
-The payload begins with layer 0, and the file ends with the last layer's last byte. Layers that are
-not raw take as many bytes as their codec made of them, and follow one another without padding.
-Every byte is covered: the header and what precedes it by the header's checksum, layers by their
-own, padding by being zero, and the length by the header.
+The payload begins with layer 0, and the file ends with the last layer's last byte. Encoded layers
+follow one another without padding. Every byte is covered: the header and what precedes it by the
+header's checksum, each layer by its own, padding by being zero, and the length by the header.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ from vllm_kvmarket.store import codec as codecs
 from vllm_kvmarket.store.codec import CODEC_RAW, CODECS, MAX_RATIO
 
 Bytes = codecs.Bytes
-# Where buffers are Any: numpy tells type checkers that its arrays are buffers from Python 3.12 on.
+# Buffers are Any below: type checkers know that arrays are buffers only from Python 3.12 on.
 
 SUFFIX = ".kv"
 _NAME = re.compile(r"([0-9a-f]{64})(?:\.(\d+)of(\d+))?" + re.escape(SUFFIX))
@@ -43,8 +42,8 @@ _FACTS = struct.Struct("<8sII")
 _CHECKSUM = struct.Struct("<Q")
 PREFIX_BYTES = _FACTS.size + _CHECKSUM.size
 
-# How much is read by one call: little enough to be in the cores' caches when it is hashed, enough
-# for the calls not to count. From 0.4 to 4 MiB it makes 3 % (median of CPU time).
+# Bytes read by one call: few enough to be in the core's caches when they are hashed, and so many
+# that the calls do not count. Between 0.4 and 4 MiB it makes 3 % (median of CPU time).
 GROUP_BYTES = 1024 * 1024
 
 # Bounds that msgspec checks when it decodes a header.
@@ -79,7 +78,7 @@ class ChunkLayout(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class ChunkHeader(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What a chunk file says of itself.
+    """The header of a chunk file.
 
     `tokens` are little-endian uint32. `codec` is one of codec.CODECS. `layer_offsets` count from
     the start of the payload, `layer_bytes` are what a layer takes in the file, as its codec left
@@ -146,10 +145,9 @@ def checksum(buffers: Sequence[Any]) -> int:
 
 @dataclass(frozen=True, slots=True)
 class PreparedChunk:
-    """A chunk file that is yet to be written: `size` bytes, the `buffers` one after another.
+    """A chunk file before it is written: `size` bytes, the dense `buffers` one after another.
 
-    The buffers are dense; those of raw layers are the caller's pages, which must not change until
-    they are written.
+    Buffers of raw layers are the caller's pages, which must not change until they are written.
     """
 
     header: ChunkHeader
@@ -157,10 +155,10 @@ class PreparedChunk:
     buffers: tuple[Any, ...]
 
     def write(self, descriptor: int) -> int:
-        """Write it all, from the file's position on; how many bytes. Raises OSError.
+        """Write everything at the file's position; returns the bytes. Raises OSError.
 
-        In as few calls as can be: ext4 then keeps the file in the page cache in folios of up to
-        2 MiB, which later reads copy at twice the speed of single pages.
+        In as few calls as possible: ext4 then puts the file into the page cache in folios of up to
+        2 MiB, and later reads copy them at twice the speed of single pages.
         """
         buffers = list(self.buffers)
         while buffers:
@@ -170,7 +168,7 @@ class PreparedChunk:
 
 @lru_cache(maxsize=64)
 def arrange(layout: ChunkLayout, page_count: int) -> Arrangement:
-    """Place raw layers of so many pages; remembered, as every chunk asks the same."""
+    """Where raw layers of so many pages lie; cached, because all chunks ask the same."""
     return _place(raw_sizes(layout, page_count), ALIGNMENT)
 
 
@@ -213,11 +211,11 @@ def prepare(
 ) -> PreparedChunk:
     """Encode and describe a chunk, so that its size is known before anything is written.
 
-    `layers`: for each layer its pages, dense uint8 arrays, one after another. Raw ones are written
-    from where they lie; others are encoded into new memory, and decoded once to prove them.
+    `layers`: for each layer its pages, dense uint8 arrays, one after another. Raw pages are written
+    from where they lie. Others are encoded into new memory, and decoded once as a proof.
 
-    Raises ValueError when the pages do not fit the layout or the key, or nobody knows the codec;
-    StoreError when encoded pages do not decode to what they were.
+    Raises ValueError when the pages do not fit the layout or the key, or the codec is unknown;
+    StoreError when encoded pages do not decode to the same bytes.
     """
     if codec not in CODECS:
         raise ValueError(f"unknown codec {codec!r}; choose one of {', '.join(CODECS)}")
@@ -256,7 +254,7 @@ def prepare(
 def _encode_layers(
     codec: str, layout: ChunkLayout, layers: Sequence[Sequence[Bytes]]
 ) -> Iterator[Bytes]:
-    """Encode each layer. Checksums cover stored bytes, so that only decoding proves the codec."""
+    """Encode each layer, and decode it: a checksum of stored bytes cannot find a codec's error."""
     sizes = [sum(page.nbytes for page in layer) for layer in layers]
     scratch = np.empty(max(sizes), np.uint8)
     for layer, size, described in zip(layers, sizes, layout.layers, strict=True):
@@ -380,5 +378,5 @@ def share_of(name: str) -> tuple[int, int] | None:
 
 
 def damaged(name: str, what: str) -> ChunkDamagedError:
-    """One wording for everything that can be wrong with a chunk's file."""
+    """The error for a chunk file that is not what was stored."""
     return ChunkDamagedError(f"{name}: {what}; publish the document again to repair it")

@@ -1,16 +1,16 @@
-"""Reading a chunk file: straight into place, and never believed without its checksums.
+"""Reading a chunk file straight into place, with a checksum over every byte that is used.
 
-Why pread and not mmap, measured on chunks of 11.8 MB in the page cache, two threads, for the first
-time in a new process: copying and hashing ran at 68-80 % of memcpy with pread, at 52-77 % mapped,
-which depends on how finely the page cache holds the file. A mapped file that is truncated or
-fails under its reader kills the process with SIGBUS; pread returns an error. No read-ahead advice:
-what POSIX_FADV_WILLNEED brings in lies there in single pages, and every later read is slower.
+Why pread and not mmap: measured on chunks of 11.8 MB in the page cache, two threads, first read of
+a new process, copying and hashing ran at 68-80 % of memcpy with pread, and at 52-77 % mapped. And a
+mapped file that is truncated, or whose device fails, kills the process with SIGBUS; pread returns
+an error. No read-ahead advice: POSIX_FADV_WILLNEED fills the page cache with single pages, and
+every later read is slower.
 
-What is verified is the copy that is used, not the file before it was copied. That costs a fifth of
-the time on one core: pread copies as fast as memcpy, 8-10 GB/s, and the hash finds the copy in the
-caches, at 40-50 GB/s, which any second pass over it is bound by. Opening takes 50 us.
+The copy is verified, not the file before it was copied. That costs a fifth of the time on one core:
+pread copies at 8-10 GB/s, as fast as memcpy, and the hash reads the copy from the core's caches at
+40-50 GB/s. Opening takes 50 us.
 
-Layers that are not raw are read and verified one by one, in memory of the loading thread, and then
+Layers that are not raw are read and verified one by one, in the loading thread's memory, and then
 decoded into place. Other threads, and the kernel's read-ahead, read meanwhile.
 """
 
@@ -37,20 +37,20 @@ from vllm_kvmarket.store import chunk_format, codec
 from vllm_kvmarket.store.chunk_format import ChunkHeader, ChunkLayout
 from vllm_kvmarket.store.codec import CODEC_RAW, Bytes
 
-# Enough for the header of most models, so that one call reads it.
+# Most headers fit, so that one call reads them.
 _FIRST_READ_BYTES = 8192
 _CACHE_LINE_BYTES = 64
 _NOTHING: Bytes = np.empty(0, dtype=np.uint8)
 _own = threading.local()
-# Errors of this process, which say nothing about the file.
+# Errors of this process, not of the file.
 _OUR_OWN = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAGAIN})
 
 
 def aligned_empty(size: int) -> Bytes:
     """Uninitialised memory that begins on a cache line, uint8 (size,).
 
-    The kernel's copy into memory that begins 8 or 16 bytes behind a page's start, as numpy's own
-    does, ran at 2.6 instead of 12 GB/s (AMD Zen 3).
+    numpy's own memory begins 8 or 16 bytes after a page's start. The kernel copies into such memory
+    at 2.6 instead of 12 GB/s (AMD Zen 3).
     """
     raw = np.empty(size + _CACHE_LINE_BYTES, dtype=np.uint8)
     start = -raw.ctypes.data % _CACHE_LINE_BYTES
@@ -85,13 +85,13 @@ class StoredChunk:
         self.close()
 
     def close(self) -> None:
-        """Give the file back; the chunk cannot be read any more. May be called twice."""
+        """Close the file. May be called twice."""
         if self._descriptor >= 0:
             os.close(self._descriptor)
             self._descriptor = -1
 
     def layer(self, index: int) -> Bytes:
-        """Read a layer's pages: verified, in memory of their own, uint8 (pages * page_bytes,).
+        """Read and verify a layer's pages into new memory, uint8 (pages * page_bytes,).
 
         Raises ChunkDamagedError, StoreError.
         """
@@ -104,7 +104,7 @@ class StoredChunk:
     ) -> None:
         """Read pages first_page .. last_page - 1 of one layer into `destination`, and verify them.
 
-        As `copy_all_pages` otherwise, which is faster for a whole chunk.
+        Otherwise as `copy_all_pages`, which is faster for a whole chunk.
         """
         self._check_sizes(index, first_page, last_page, [destination])
         try:
@@ -118,12 +118,12 @@ class StoredChunk:
     ) -> None:
         """Read pages first_page .. last_page - 1 of every layer into place, and verify them.
 
-        `destinations`: for each layer writable, dense uint8 arrays, which take the layer's pages
-        one after another; an array may hold one page or a run of several. Fastest where they begin
-        on a cache line (see aligned_empty) and runs are not cut up. Whole layers are read and
-        verified, whatever part of them is wanted.
+        `destinations`: for each layer, writable, dense uint8 arrays for the layer's pages in their
+        order, each for one page or for several. Fastest where they begin on a cache line (see
+        aligned_empty) and are long. Whole layers are read and verified, also when only a part is
+        wanted.
 
-        The caller must not use `destinations` before this returns. When reading fails, they hold
+        The caller must not use `destinations` before this returns. After an error they contain
         zeros, never an unverified byte. Releases the GIL while it reads and while it hashes.
 
         Raises ChunkDamagedError; StoreError when this process cannot read just now; ValueError,
@@ -144,7 +144,7 @@ class StoredChunk:
             raise
 
     def verify(self) -> None:
-        """Check every byte that is not checked yet. Raises ChunkDamagedError, StoreError."""
+        """Check every byte of every layer. Raises ChunkDamagedError, StoreError."""
         sizes = chunk_format.raw_sizes(self.header.layout, self.header.page_count)
         scratch = aligned_empty(max(sizes))
         for index, size in enumerate(sizes):
@@ -170,7 +170,7 @@ class StoredChunk:
                 raise ValueError(f"{self._name}: {given} bytes for {pages} pages of layer {index}")
 
     def _read_all(self, destinations: Sequence[Sequence[Bytes]]) -> None:
-        """Read and verify a whole chunk without padding; no Python that is not needed."""
+        """Read and verify a whole chunk without padding, with as little Python as possible."""
         place, checksums = self._place, self.header.checksums
         for start, stop in place.groups:
             position = place.offsets[start]
@@ -181,7 +181,7 @@ class StoredChunk:
                 self._payload + position,
                 self._name,
             )
-            # Right after they were copied: the hash finds the bytes in this core's caches.
+            # Now, because the bytes are still in this core's caches.
             for index in range(start, stop):
                 if chunk_format.checksum(destinations[index]) != checksums[index]:
                     raise chunk_format.damaged(self._name, f"layer {index} is not what was stored")
@@ -228,7 +228,7 @@ class StoredChunk:
             ) from None
 
     def _unwanted_memory(self, size: int) -> Bytes:
-        """Memory for what must be verified, but is not wanted; the same for every layer."""
+        """Memory for pages that must be verified but are not wanted; shared by all layers."""
         if self._unwanted.nbytes < size:
             self._unwanted = aligned_empty(size)
         return self._unwanted[:size]
@@ -237,7 +237,7 @@ class StoredChunk:
 def _stored_memory(size: int) -> Bytes:
     """Memory of this thread for one encoded layer, on a cache line, until the next call.
 
-    Kept, as fresh memory costs a page fault for each page, which is more than reading into it.
+    It is reused, because new memory costs a page fault for each page, more than the reading.
     """
     memory: Bytes = getattr(_own, "memory", _NOTHING)
     if memory.nbytes < size:
@@ -262,7 +262,7 @@ def open_chunk(
     """
     name = str(path).rpartition("/")[2]
     try:
-        # Regular files ignore O_NONBLOCK; it keeps us from waiting for ever on a named pipe.
+        # Regular files ignore O_NONBLOCK; with it, a named pipe cannot block us for ever.
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     except FileNotFoundError:
         raise ChunkMissingError(
@@ -280,7 +280,7 @@ def open_chunk(
 
 
 def _read_header(descriptor: int, name: str) -> tuple[ChunkHeader, int]:
-    """Read and verify the header; also says where the payload begins."""
+    """Read and verify the header; returns it and the payload's position."""
     # 0 for pipes and devices.
     size = os.fstat(descriptor).st_size
     front = _read(descriptor, min(_FIRST_READ_BYTES, size), 0, name)

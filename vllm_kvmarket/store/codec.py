@@ -1,17 +1,17 @@
-"""Lossless codecs for a layer's pages: pure functions on bytes, exact for whatever bits come.
+"""Lossless codecs for a layer's pages: pure functions on bytes, exact for any bits.
 
-`zstd-exponent` takes floating-point numbers apart. Their exponents repeat, and are compressed by
-zstd's Huffman coder alone; what else they have is noise, and is kept as it is:
+`zstd-exponent` splits floating-point numbers. Their exponents repeat, and are compressed by zstd's
+Huffman coder alone. The other bits are noise, and are stored as they are:
 
     bfloat16        sign and mantissa of each number | odd bytes | zstd frame of exponents
     float16         lower byte of each number | odd bytes | zstd frame of upper bytes
     float32         lower half of each number | as bfloat16, for the upper halves
     anything else   zstd frame of all bytes
 
-What is compressed is sorted by its place in a page first: what comes from one head, and from K or V
-alone, then lies together, and each zstd block of 16 KiB has a Huffman table for just that, which is
-worth 1.5 % of all bytes. A layer that would not become smaller is kept as it lies, which its size
-tells. Words are little endian; frames are plain zstd.
+The compressed bytes are first sorted by their place in a page. Then bytes of one head, and of K or
+V alone, are together, and each zstd block of 16 KiB has a Huffman table for them, which saves 1.5 %
+of all bytes. A layer that would not become smaller is stored unchanged; its size shows that. Words
+are little endian; frames are plain zstd.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ _WORD = np.dtype("<u2")
 CODEC_RAW = "raw"
 CODEC_EXPONENT = "zstd-exponent"
 CODECS = (CODEC_RAW, CODEC_EXPONENT)
-# No more is believed of a file, so that a small one cannot ask for all memory there is.
+# A file that claims more is refused: a small file must not ask for all memory.
 MAX_RATIO = 256
 
-# Numbers are worked on in tiles, little enough for a core's caches, enough for Python not to count.
+# Numbers are processed in tiles: small enough for a core's caches, large enough to hide Python.
 _TILE = 128 * 1024
-# Bytes a number of the types that are taken apart.
+# Bytes of a number, for the types that are split.
 _ITEM_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 # Numbers that stay together when they are sorted by their place; runs of fewer are slow to copy.
 _RUN = 1024
@@ -58,19 +58,19 @@ def _parameters(hash_log: int) -> zstandard.ZstdCompressionParameters:
     )
 
 
-# Looking for matches costs bfloat16 time and ratio. In float16 there are few enough by chance that
-# the first layer's, where equal tokens have equal values, are worth finding.
+# Searching for matches costs bfloat16 time and ratio. In float16 it pays: in the first layer equal
+# tokens have equal values.
 _NO_MATCHES, _MATCHES = _parameters(6), _parameters(12)
 
 
 class _Own(threading.local):
-    """What each thread has for itself: zstd contexts are not thread-safe, and costly to make."""
+    """Each thread's own zstd contexts, which are not thread-safe, and costly to make."""
 
     def __init__(self) -> None:
         self.compressor = zstandard.ZstdCompressor(compression_params=_NO_MATCHES)
         self.matching_compressor = zstandard.ZstdCompressor(compression_params=_MATCHES)
         self.decompressor = zstandard.ZstdDecompressor()
-        # Kept, as fresh memory costs more page faults than the work that is done in it.
+        # Reused: the page faults of new memory cost more than the work that is done in it.
         self.words = np.empty(_TILE, _WORD)
 
 
@@ -78,11 +78,11 @@ _own = _Own()
 
 
 def encode(codec: str, dtype: str, pages: Sequence[Bytes], *, page_bytes: int) -> Bytes:
-    """Encode a layer: dense uint8 arrays, one after another; never more bytes than they have.
+    """Encode a layer: dense uint8 arrays, one after another; never makes it larger.
 
     `dtype` is torch's name of the numbers' type, `page_bytes` the size of a page (the arrays may be
-    cut anywhere); whatever they are costs ratio only. The result is uint8 (stored bytes,), and may
-    be the caller's own memory. Raises ValueError for an unknown codec.
+    cut anywhere). Wrong ones only cost ratio. The result is uint8 (stored bytes,), and may be the
+    caller's own memory. Raises ValueError for an unknown codec.
     """
     _check_codec(codec)
     layer = _joined(pages)
@@ -95,11 +95,11 @@ def encode(codec: str, dtype: str, pages: Sequence[Bytes], *, page_bytes: int) -
 def decode_into(
     codec: str, dtype: str, stored: Bytes, destinations: Sequence[Bytes], *, page_bytes: int
 ) -> None:
-    """Decode what `encode` made of a layer into dense uint8 arrays, which take it in order.
+    """Decode a layer that `encode` made into dense uint8 arrays, one after another.
 
-    Fastest into one array, with `stored` on an even address; releases the GIL in all of its long
-    steps. Mutates `destinations` also when it raises ValueError: for an unknown codec, and for
-    bytes that are no layer of this size.
+    Fastest into one array, with `stored` at an even address. Releases the GIL in its long steps.
+    Mutates `destinations` also when it raises ValueError: for an unknown codec, and for bytes that
+    are no layer of this size.
     """
     _check_codec(codec)
     size = sum(destination.nbytes for destination in destinations)
@@ -137,7 +137,7 @@ def _scatter(layer: Bytes, destinations: Sequence[Bytes]) -> None:
 
 
 def _take_apart(layer: Bytes, dtype: str, page_bytes: int) -> Bytes:
-    """Encode a layer, whatever its size becomes."""
+    """Encode a layer; the result may be as large as the layer."""
     item_bytes = _ITEM_BYTES.get(dtype, 1)
     items = layer.nbytes // item_bytes
     body = items * item_bytes
@@ -275,5 +275,5 @@ def _decompress(frame: Bytes, size: int) -> Bytes:
 
 
 def _buffer(content: Bytes) -> Any:
-    # numpy tells type checkers that its arrays are buffers from Python 3.12 on.
+    # Type checkers know that arrays are buffers only from Python 3.12 on.
     return content

@@ -1,9 +1,8 @@
-"""Chunks of other block sizes and other ranks, converted while they are loaded.
+"""Converts chunks of other block sizes, packings and ranks while they are loaded.
 
-A chunk is stored as the pages of whoever published it. An engine with another block size, another
-packing or another number of ranks reads whatever shares are there, layer by layer, each verified as
-always, takes them apart into [token, head, content], and puts them together as its own pages.
-Elements are moved, never computed with: not one bit of a key or value changes.
+A chunk is stored as its publisher's pages. An engine with another layout reads the shares that are
+there, verifies them layer by layer, takes them apart into [token, head, content], and puts them
+together as its own pages. Elements are moved and never computed with, so no bit changes.
 """
 
 from __future__ import annotations
@@ -41,7 +40,7 @@ __all__ = ["as_floats", "canonical", "copy_converted", "is_usable", "token_count
 
 
 class OpenShare(Protocol):
-    """One rank's file of a chunk, open: a StoredChunk, or what stands for one."""
+    """One open share of a chunk: a StoredChunk, or what stands for one."""
 
     @property
     def header(self) -> ChunkHeader:
@@ -60,7 +59,7 @@ class OpenShare(Protocol):
 
 
 class ShareStore(Protocol):
-    """What conversion needs of a store."""
+    """The part of a store that conversion uses."""
 
     def shares(self, key: bytes) -> list[tuple[int, int]]:
         """(rank, world_size) of each file of a chunk that is there."""
@@ -71,7 +70,7 @@ class ShareStore(Protocol):
         """Open one rank's share in whatever layout it has; raises as `open` does."""
 
     def quarantine(self, key: bytes, rank: int, world_size: int, reason: str) -> bool:
-        """Put a damaged share out of the way."""
+        """Move a damaged share away."""
 
 
 @lru_cache(maxsize=256)
@@ -381,7 +380,7 @@ def _of_heads(part: Plane, heads: slice) -> Elements:
 
 
 def _worst(problems: list[StoreError], key: bytes) -> StoreError:
-    """The error that tells most: damage, then what failed just now, then the layout."""
+    """The most telling error: damage, then a failure of this moment, then the layout."""
 
     def order(problem: StoreError) -> int:
         kinds = (ChunkMissingError, LayoutMismatchError, StoreError, ChunkDamagedError)

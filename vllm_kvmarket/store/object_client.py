@@ -1,7 +1,7 @@
-"""Calls to an object store: deadlines, retries, one wording for what went wrong.
+"""Calls to an object store, with deadlines, retries and clear errors.
 
-obstore's calls are awaited on an event loop in a thread of their own, as they can be cancelled
-there: a thread that was blocked in one could only be left behind.
+obstore's calls are awaited on an event loop in their own thread. There they can be cancelled; a
+thread that is blocked in a call could not be stopped.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ import obstore.store
 from vllm_kvmarket.core.errors import ConfigError, StoreError
 
 T = TypeVar("T")
-# What obstore takes as options of its HTTP client, and not of one kind of store.
+# Options of obstore's HTTP client; all others are options of one kind of store.
 _CLIENT_OPTIONS = frozenset({
     "allow_http",
     "allow_invalid_certificates",
@@ -51,7 +51,7 @@ _CLIENT_OPTIONS = frozenset({
 })  # fmt: skip
 FIRST_PAUSE_S = 5.0
 LONGEST_PAUSE_S = 60.0
-_ONE_ATTEMPT = 1 / 3  # of the deadline: a request that hangs is made once more
+_ONE_ATTEMPT = 1 / 3  # of the deadline: then a hanging request is tried once more
 _FIRST_BACKOFF_S = 0.05
 _LONGEST_BACKOFF_S = 1.0
 _LOOP_GRACE_S = 1.0
@@ -61,7 +61,7 @@ _FORBIDDEN = frozenset({401, 403})
 _QUERY = re.compile(r"\?\S+")
 _MAX_REASON = 200
 
-# obstore's own threads are not there in a fork of the process that started them.
+# obstore's threads do not exist in a fork of the process that started them.
 _first_user: int | None = None
 
 
@@ -81,9 +81,9 @@ def connect(url: str, options: Mapping[str, str], timeout_s: float) -> Any:
                 raise ValueError("file:// takes a folder's whole path")
             return obstore.store.LocalStore(folder, mkdir=True)
         patience = {"timeout": f"{timeout_s * 10:.0f}s", "connect_timeout": f"{timeout_s:.3f}s"}
-        # Attempts are ours to count and to space.
+        # We count and space the attempts ourselves.
         once = {"max_retries": 0, "retry_timeout": timedelta(seconds=timeout_s)}
-        # Typed for each kind of store; which one this is, only the URL says.
+        # Its types differ for each kind of store, and only the URL says which one this is.
         from_url: Any = obstore.store.from_url
         return from_url(
             url,
@@ -109,10 +109,10 @@ def local_root(url: str) -> Path | None:
 
 
 class Breaker:
-    """Whether a store may be asked just now; thread-safe.
+    """A circuit breaker: a dead store costs one deadline, not one for each chunk; thread-safe.
 
-    After a call that was not answered, none may be made for a while; then one, as a probe, and if
-    that is not answered either, none for twice as long.
+    After a call without an answer, no call is made for a while. Then one is made as a probe; when
+    it gets no answer either, the next pause is twice as long.
     """
 
     def __init__(self, first_pause_s: float = FIRST_PAUSE_S) -> None:
@@ -123,9 +123,9 @@ class Breaker:
         self._lock = threading.Lock()
 
     def enter(self) -> float:
-        """Ask for a call: how many seconds it must be put off, 0 when it may be made.
+        """Ask to make a call; returns the seconds to wait first, 0 when it may be made.
 
-        Whoever may make it must call `answered` or `failed` afterwards.
+        After 0 the caller must call `answered` or `failed`.
         """
         with self._lock:
             if self._pause_s == 0.0:
@@ -139,7 +139,7 @@ class Breaker:
             return 0.0
 
     def answered(self) -> None:
-        """The store answered a call, be it with a refusal."""
+        """The store answered a call, perhaps with a refusal."""
         with self._lock:
             self._pause_s = 0.0
             self._probing = False
@@ -148,7 +148,7 @@ class Breaker:
         """The store did not answer a call."""
         with self._lock:
             now_s = time.monotonic()
-            # Calls that were under way together fail together: they make one pause.
+            # Calls that run together fail together; they make one pause.
             if self._probing or now_s >= self._until_s:
                 doubled = min(2 * self._pause_s, LONGEST_PAUSE_S)
                 self._pause_s = max(self._first_pause_s, doubled)
@@ -157,7 +157,7 @@ class Breaker:
 
 
 class Calls:
-    """Runs calls of one object store; thread-safe. `at_once` requests are under way at a time."""
+    """Runs calls of one object store; thread-safe. At most `at_once` requests run at a time."""
 
     def __init__(self, url: str, *, timeout_s: float, at_once: int) -> None:
         self._url = url
@@ -171,7 +171,7 @@ class Calls:
         self._trouble = ""
 
     def close(self) -> None:
-        """Cancel what is under way. May be called twice."""
+        """Cancel running calls. May be called twice."""
         with self._lock:
             self._closed = True
             stop, self._stop, self._loop = self._stop, None, None
@@ -186,10 +186,10 @@ class Calls:
         until_s: float | None = None,
         timeout_s: float | None = None,
     ) -> T:
-        """Await a call, for `timeout_s` at most, and no longer than `until_s` (time.monotonic()).
+        """Await a call, at most `timeout_s`, and not after `until_s` (time.monotonic()).
 
-        Raises FileNotFoundError when the store says so; StoreError when it refuses or does not
-        answer, and what else the call raises.
+        Raises FileNotFoundError when the object is not there; StoreError when the store refuses or
+        does not answer; and what else the call raises.
         """
         limit_s = timeout_s or self._timeout_s
         if until_s is not None:
@@ -224,9 +224,9 @@ class Calls:
                 self._breaker.failed()
 
     async def attempt(self, call: Callable[[], Awaitable[T]], timeout_s: float | None = None) -> T:
-        """Make a request until the store answers it; for calls of `run` that may be repeated.
+        """Repeat a request until the store answers; for calls of `run` that may be repeated.
 
-        One that hangs is given up after a third of `timeout_s`; the next then has what is left.
+        A first one that hangs is cancelled after a third of `timeout_s`.
         """
         limit_s: float | None = (timeout_s or self._timeout_s) * _ONE_ATTEMPT
         backoff_s = _FIRST_BACKOFF_S
@@ -244,12 +244,12 @@ class Calls:
             else:
                 self._trouble = ""
                 return answer
-            # Not all that failed together try again together.
+            # Requests that failed together must not all come back together.
             await asyncio.sleep(backoff_s * random.uniform(0.5, 1.0))  # noqa: S311
             backoff_s = min(2 * backoff_s, _LONGEST_BACKOFF_S)
 
     def _running_loop(self) -> asyncio.AbstractEventLoop:
-        global _first_user  # noqa: PLW0603  # obstore's runtime is the process's, too
+        global _first_user  # noqa: PLW0603  # obstore's runtime belongs to the process too
         if _first_user is None:
             _first_user = os.getpid()
         if _first_user != os.getpid():
@@ -266,7 +266,7 @@ class Calls:
                     target=self._loop.run_forever, name="kvmarket-objects", daemon=True
                 )
                 thread.start()
-                # Also when it is forgotten, and before the interpreter goes away.
+                # Runs also when nobody closes it, and before the interpreter ends.
                 self._stop = weakref.finalize(self, _stop_loop, self._loop, thread, os.getpid())
             return self._loop
 
@@ -304,13 +304,13 @@ async def _bounded(call: Callable[[], Coroutine[Any, Any, T]], limit_s: float) -
 
 def _stop_loop(loop: asyncio.AbstractEventLoop, thread: threading.Thread, owner: int) -> None:
     if os.getpid() != owner:
-        # A fork shares the loop's sockets with the process that it is of, which still needs them.
+        # A fork shares the loop's sockets with its parent, which still needs them.
         return
 
     def stop() -> None:
         for task in asyncio.all_tasks(loop):
             task.cancel()
-        # Tasks get to hear of it first.
+        # Tasks see the cancellation first.
         loop.call_soon(loop.call_soon, loop.stop)
 
     loop.call_soon_threadsafe(stop)
@@ -325,7 +325,7 @@ def _status(error: Exception) -> int | None:
 
 
 def _may_pass(error: Exception) -> bool:
-    """Whether the same request may be answered a little later."""
+    """Whether the same request may succeed a little later."""
     is_generic = isinstance(error, obstore.exceptions.GenericError)
     if not is_generic or str(error).startswith(("Generic LocalFileSystem", "Generic InMemory")):
         return False
@@ -334,7 +334,7 @@ def _may_pass(error: Exception) -> bool:
 
 
 def _reason(error: Exception) -> str:
-    """Cut what obstore says to a line without an XML document, and without a signed query."""
+    """The message of obstore as one line, without an XML document and without a signed query."""
     text = str(error)
     code = re.search(r"<Code>(\w+)</Code>", text)
     text = _QUERY.sub("", text.partition("\n")[0].partition(": <?xml")[0]).strip()

@@ -1,7 +1,7 @@
-"""The object tier: chunk files in a bucket, through obstore, and never a wait without an end.
+"""The object tier: chunk files in a bucket, through obstore.
 
-Every call has one deadline over all its attempts. A call that is not answered within it raises
-StoreError, and opens a circuit breaker: for a few seconds every further call fails at once.
+Every call has one deadline over all its attempts. A call without an answer raises StoreError and
+opens a circuit breaker: for a few seconds every further call fails at once.
 """
 
 from __future__ import annotations
@@ -18,32 +18,33 @@ from typing import Any, cast
 import obstore
 import obstore.exceptions
 
+from vllm_kvmarket.core.durable_files import sync_path
 from vllm_kvmarket.core.errors import StoreError
 from vllm_kvmarket.store.chunk_format import chunk_name, share_of
 from vllm_kvmarket.store.object_client import Calls, connect, local_root
 
-# One request of a download; large enough that a request's round trip does not count.
+# Bytes of one request of a download: so many that a round trip does not count.
 PART_BYTES = 4 << 20
-# Beyond this an upload is cut into parts, which the bucket joins.
+# A larger upload is cut into parts, which the bucket joins.
 _SINGLE_PUT_BYTES = 32 << 20
-# Nobody waits for a token while a chunk is uploaded: a slow line gets longer.
+# An upload may take longer on a slow line: no request waits for it.
 _SLOWEST_UPLOAD_BYTES_PER_S = 1 << 20
-# Listings and the like; whoever can write to the bucket must not fill our memory.
+# For listings and the like: a writer to the bucket must not fill our memory.
 MAX_DOCUMENT_BYTES = 64 << 20
 QUARANTINE_PREFIX = "quarantine"
 _LISTED_AT_ONCE = 1000
 
 
 class ObjectReplacedError(StoreError):
-    """Somebody replaced the object while it was read; read it again."""
+    """The object was replaced while it was read; read it again."""
 
 
 @dataclass(frozen=True, slots=True)
 class ObjectFacts:
-    """What a bucket says of an object: name, bytes, when it was written (Unix), which content.
+    """An object's name, bytes, time of writing (Unix) and version.
 
-    `version` is equal for equal content and differs, as a rule, for other content (an ETag); None
-    when the bucket does not say.
+    `version` is the ETag: equal for equal content, and as a rule different for other content; None
+    when the bucket has none.
     """
 
     name: str
@@ -55,11 +56,11 @@ class ObjectFacts:
 class ObjectTier:
     """Objects below one URL; thread-safe. The first call connects, not the constructor.
 
-    `threads`: requests that are under way at once. Every method raises StoreError when the store
-    refuses or does not answer; those with `until_s`, a value of time.monotonic(), end by then, the
-    others within `timeout_s`, and an upload within that and a second a MiB.
+    `threads`: the most requests at once. Every method raises StoreError when the store refuses or
+    does not answer. Methods with `until_s`, a value of time.monotonic(), end by then; the others
+    within `timeout_s`; an upload may take a second more for each MiB.
 
-    Not to be used by a process that was forked from one that has used it.
+    After it was used, a fork of the process must not use it.
     """
 
     def __init__(
@@ -70,7 +71,7 @@ class ObjectTier:
         timeout_s: float = 10.0,
         threads: int = 4,
     ) -> None:
-        """See obstore for `options`. Raises ConfigError when they or the URL cannot be right."""
+        """`options` are obstore's. Raises ConfigError for a wrong URL or option."""
         self.url = url
         self.timeout_s = timeout_s
         self._threads = threads
@@ -79,18 +80,18 @@ class ObjectTier:
         self._calls = Calls(url, timeout_s=timeout_s, at_once=threads)
 
     def close(self) -> None:
-        """End what is under way; its callers get a StoreError. May be called twice."""
+        """Cancel running calls; their callers get a StoreError. May be called twice."""
         self._calls.close()
 
     # Chunks
 
     def upload(self, name: str, path: Path) -> int:
-        """Store a file durably under `name`, whatever was there; how many bytes it has.
+        """Store a file durably under `name`, and replace what was there; returns its bytes.
 
         Raises FileNotFoundError when there is no such file.
         """
         content = path.read_bytes()
-        self._put(name, content)
+        self.put_bytes(name, content)
         return len(content)
 
     def download(
@@ -102,18 +103,18 @@ class ObjectTier:
         version: str | None = None,
         until_s: float | None = None,
     ) -> None:
-        """Write an object of `size` bytes to a file, from its start; several ranges at once.
+        """Write an object of `size` bytes to a file, from its start, several ranges at once.
 
-        Nothing is verified but the size. When `version` is given, an object that has become another
-        raises ObjectReplacedError. After an error the file holds anything.
+        Only the size is verified. With `version`, an object that was replaced raises
+        ObjectReplacedError. After an error the file's content is undefined.
         """
         ranges = [
             (start, min(start + PART_BYTES, size)) for start in range(0, size, PART_BYTES)
         ] or [(0, 0)]
 
         async def fetch_all() -> None:
-            # A file of its own: what comes late must not be written to whatever the caller opens
-            # next under the same number.
+            # A duplicate: late data must not go to the file that the caller opens next under the
+            # same number.
             own = os.dup(descriptor)
             try:
                 async with asyncio.TaskGroup() as tasks:
@@ -152,7 +153,7 @@ class ObjectTier:
             view, start = view[done:], start + done
 
     def facts(self, name: str, *, until_s: float | None = None) -> ObjectFacts | None:
-        """What the bucket says of an object; None when there is none."""
+        """An object's facts; None when there is no object."""
         try:
             found = self._run(lambda: obstore.head_async(self._store, name), name, until_s=until_s)
         except FileNotFoundError:
@@ -168,15 +169,15 @@ class ObjectTier:
         """(rank, world_size) of each object of a chunk, in order."""
         folder, _, name = chunk_name(key).partition("/")
         stem = name[: 2 * len(key)]
-        # Names of shares follow the stem. Not every store lists in order: all behind it are read.
+        # Names of shares follow the stem. Not every store lists in order, so all after it are read.
         names = (facts.name for facts in self.entries(folder, after=f"{folder}/{stem}"))
         found = (share_of(name.rpartition("/")[2]) for name in names if stem in name)
         return sorted(share for share in found if share is not None)
 
     def quarantine(self, name: str, version: str | None) -> bool:
-        """Set a damaged object aside, below `quarantine/`, if it is still that one; whether it was.
+        """Move a damaged object below `quarantine/`, where it stays; returns whether it was moved.
 
-        It stays there until somebody deletes it.
+        It is not moved when it was replaced meanwhile.
         """
         facts = self.facts(name)
         if facts is None or facts.version != version:
@@ -189,10 +190,6 @@ class ObjectTier:
         return True
 
     # Anything
-
-    def put_bytes(self, name: str, content: bytes) -> None:
-        """Store a small document durably, whatever was there."""
-        self._put(name, content)
 
     def get_bytes(self, name: str) -> bytes | None:
         """A small document; None when there is none."""
@@ -222,13 +219,13 @@ class ObjectTier:
             return
 
     def names(self, prefix: str = "") -> Iterator[str]:
-        """Names of all objects in a folder and those below, "" for all; in no order."""
+        """Names of all objects below a folder, "" for all; in no order."""
         return (facts.name for facts in self.entries(prefix))
 
     def entries(self, prefix: str = "", *, after: str | None = None) -> Iterator[ObjectFacts]:
-        """As `names`, with what the bucket says of them; only those behind `after` if given.
+        """The facts of all objects below a folder; with `after`, only of names after it.
 
-        Each thousand of them has a deadline of its own.
+        Each thousand of them has its own deadline.
         """
 
         async def begin() -> tuple[Any, Any]:
@@ -241,10 +238,11 @@ class ObjectTier:
         batches, batch = self._run(begin, prefix or "/")
         while batch is not None:
             yield from (_facts(found) for found in batch)
-            # Cannot be repeated: it may go on where it failed, or behind that.
+            # Cannot be repeated: it may continue where it failed, or after that.
             batch = self._calls.run(lambda: anext(batches, None), prefix or "/")
 
-    def _put(self, name: str, content: bytes) -> None:
+    def put_bytes(self, name: str, content: bytes) -> None:
+        """Store bytes durably, and replace what was there."""
         put = lambda: obstore.put_async(  # noqa: E731
             self._store,
             name,
@@ -285,13 +283,9 @@ def _facts(found: Any) -> ObjectFacts:
 
 
 def _sync_to_disk(root: Path, file: Path) -> None:
-    """Make a file below a folder durable, which obstore leaves to the kernel. Raises StoreError."""
+    """Make a file below a folder durable, as obstore does not. Raises StoreError."""
     try:
         for path in itertools.takewhile(lambda path: path != root.parent, (file, *file.parents)):
-            descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-            try:
-                os.fsync(descriptor)
-            finally:
-                os.close(descriptor)
+            sync_path(path)
     except OSError as error:
         raise StoreError(f"{file}: cannot be made durable ({error.strerror})") from error

@@ -1,13 +1,13 @@
-"""What a layout's tag knows: where in a page each token's keys and values lie.
+"""Layout tags: where in a page each token's keys and values lie.
 
     tag = order "/" device "-" packing [ "/x" replicas ]        "012/cpu-vec", "102/cuda-tokens/x2"
 
 `order` lists a page's dimensions (heads, tokens, content) from outermost to innermost in memory;
-`replicas` says how many neighbouring ranks hold the same heads, 1 when it is left out. A packing
-that is not described here cannot be converted, only copied as it lies.
+`replicas` says how many neighbouring ranks have the same heads, 1 when it is left out. A packing
+that is not described here can be copied into the same layout, and not converted.
 
 Sources: vLLM's csrc/cpu/cpu_attn_{vec,vec16,amx}.hpp (`reshape_and_cache`) for the
-CPU kernels' packings, vllm/v1/kv_cache_layout.py for the others. connector/layouts.py writes a
+CPU kernels' packings, vllm/v1/kv_cache_layout.py for the others. connector/paged_cache.py writes a
 packing into a tag only after vLLM's own kernel has filled a page that reads back right.
 """
 
@@ -50,7 +50,7 @@ class Shape:
 
 @dataclass(frozen=True, slots=True)
 class Plane:
-    """A part of every token's content (its key, say), as a view of pages that shares their memory.
+    """A part of every token's content, for example its key, as a view of the pages' memory.
 
     `view` has the axes (pages, *tokens, heads, *dims): a page's tokens, and a head's elements, are
     split into as many axes as the packing nests. `start` is the part's first element in the
@@ -144,7 +144,7 @@ def read_tag(tag: str) -> Tag | None:
 
 
 def shape_of(layout: ChunkLayout, layer: LayerLayout) -> Shape | None:
-    """What a layer's page holds; None when the layout's tag does not tell."""
+    """The shape of a layer's page; None when the layout's tag does not tell."""
     return _shape_of(layout.tag, layout.block_tokens, layer.page_shape, layer.page_bytes)
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from tests.support.engines import NANO, SMOLLM, running
+from tests.support.serving import serving
 from tools.make_tiny_model import make_tiny_model
 from vllm_kvmarket import Market
 
@@ -66,3 +67,10 @@ def llm(tiny: Callable[[int], Path], market: Market) -> Iterator[Any]:
         disable_log_stats=False,
     ) as engine:
         yield engine
+
+
+@pytest.fixture(scope="session")
+def open_server(llm: Any, tiny: Callable[[int], Path], market: Market) -> Iterator[str]:
+    """The address of a server beside the shared engine, on the same market and model."""
+    with serving(tiny(1), market.home, "--enable-prompt-tokens-details") as running:
+        yield running.base

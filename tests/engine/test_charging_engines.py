@@ -9,6 +9,8 @@ from tests.support.engines import NANO, running, words
 from vllm_kvmarket import Market
 from vllm_kvmarket.market.timed_requests import ask, empty_prefix_cache
 
+pytestmark = pytest.mark.long
+
 QUESTION = words(994, 5) * 4  # a model that was taught to read goes on with it, as drafted
 DOCUMENT = words(5200, 600)
 ENGINES = {

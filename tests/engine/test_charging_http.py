@@ -9,7 +9,6 @@ from urllib.parse import urlsplit
 
 import pytest
 
-from tests.engine.test_serve import server  # noqa: F401  # a fixture: this module starts a server of its own
 from tests.support.asking import Bill, wait_until
 from tests.support.engines import words
 from vllm_kvmarket import Market
@@ -21,6 +20,11 @@ def document(llm, market):
     market.publish(llm, token_ids=tokens, title="over http")
     time.sleep(1)  # the server sees it within a second
     return tokens
+
+
+@pytest.fixture
+def server(open_server):
+    return open_server
 
 
 @pytest.fixture
@@ -62,7 +66,7 @@ class Connection:
 
 
 @pytest.fixture
-def connect(server, market):  # noqa: F811
+def connect(server, market):
     opened = []
 
     def make() -> Connection:

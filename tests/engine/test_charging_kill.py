@@ -9,8 +9,12 @@ import sys
 import time
 from contextlib import suppress
 
+import pytest
+
 from tests.support.engines import NANO
 from vllm_kvmarket import Market
+
+pytestmark = pytest.mark.long
 
 TIMEOUT_S = 3
 

@@ -13,7 +13,7 @@ from tests.engine.test_gate_http import events_of
 from tests.support.engines import words
 from tests.support.serving import DOCUMENT, MODEL, PRICE_NANO, cached, sold
 
-pytest_plugins = ("tests.support.clients_server",)
+pytest_plugins = ("tests.support.gate_server", "tests.support.clients_server")
 
 REQUESTS = 96
 AT_ONCE = 12

@@ -15,7 +15,7 @@ from schemathesis.specs.openapi import checks
 
 from tests.support.engines import words
 
-pytest_plugins = ("tests.support.clients_server",)
+pytest_plugins = ("tests.support.gate_server", "tests.support.clients_server")
 
 OURS = "/v1/kvmarket"
 EXAMPLES = 6

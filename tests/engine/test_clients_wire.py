@@ -15,7 +15,7 @@ from openai import AsyncOpenAI, AuthenticationError, OpenAI
 from tests.support.engines import words
 from tests.support.serving import DOCUMENT, MODEL, PRICE_NANO, cached
 
-pytest_plugins = ("tests.support.clients_server",)
+pytest_plugins = ("tests.support.gate_server", "tests.support.clients_server")
 
 WHOLE = 600 * PRICE_NANO
 GENERATING = (

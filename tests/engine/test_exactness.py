@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from importlib import resources
-from itertools import product
 
 import pytest
 
@@ -11,7 +10,8 @@ from tests.support.engines import running
 from vllm_kvmarket import Market
 from vllm_kvmarket.market.timed_requests import ask, empty_prefix_cache
 
-LENGTHS = (300, 1000, 3774)
+# Documents' lengths; the last one takes minutes.
+LENGTHS = [(300, 1000), pytest.param((3774,), marks=pytest.mark.long)]
 BLOCK = 128
 QUESTION = "\n\nQuestion: May I sell copies of this program?\nAnswer:"
 TOLERANCE = 1e-3
@@ -22,9 +22,9 @@ def home(tmp_path_factory):
     return tmp_path_factory.mktemp("exact")
 
 
-@pytest.fixture(scope="module")
-def documents(smollm):
-    """Three documents that share nothing, from one licence text."""
+@pytest.fixture(scope="module", params=LENGTHS, ids=str)
+def documents(request, smollm):
+    """Documents that share nothing, from one licence text; and a question."""
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(smollm)
@@ -32,7 +32,7 @@ def documents(smollm):
     tokens = tokenizer(text)["input_ids"]
     starts = {300: 100, 1000: 400, 3774: 1400}
     question = tokenizer(QUESTION)["input_ids"]
-    cut = {length: tokens[starts[length] : starts[length] + length] for length in LENGTHS}
+    cut = {length: tokens[starts[length] : starts[length] + length] for length in request.param}
     return cut, question
 
 
@@ -73,24 +73,26 @@ def answers(smollm, home, documents):
     return reuse, hit, full
 
 
-@pytest.mark.parametrize(("length", "whole"), list(product(LENGTHS, (True, False))))
+@pytest.mark.parametrize("whole", [True, False])
 def test_reuse_in_a_fresh_process_gives_the_tokens_of_full_prefill(
-    answers, documents, length, whole, record_property
+    answers, documents, whole, record_property
 ):
     """24 of 24 greedy tokens, and log-probabilities within float32's noise."""
-    reuse, _, full = (answer[length, whole] for answer in answers)
-    assert reuse.market["reused_tokens"] == (length if whole else length // BLOCK * BLOCK)
-    assert reuse.market["computed_tokens"] == len(documents[1])
-    assert reuse.equal_tokens(full) == len(full.token_ids) == 24
-    difference = reuse.logprob_difference(full)
-    record_property("max_abs_logprob_diff", difference)
-    print(f"{length} tokens: largest log-probability difference to full prefill {difference:.2e}")
-    assert difference < TOLERANCE
+    cut, question = documents
+    for length in cut:
+        reuse, _, full = (answer[length, whole] for answer in answers)
+        assert reuse.market["reused_tokens"] == (length if whole else length // BLOCK * BLOCK)
+        assert reuse.market["computed_tokens"] == len(question)
+        assert reuse.equal_tokens(full) == len(full.token_ids) == 24
+        difference = reuse.logprob_difference(full)
+        record_property(f"max_abs_logprob_diff_{length}", difference)
+        print(f"{length} tokens: largest log-probability difference {difference:.2e}")
+        assert difference < TOLERANCE
 
 
-@pytest.mark.parametrize("length", LENGTHS)
-def test_reuse_equals_vllms_own_prefix_cache_hit_bit_for_bit(answers, length):
+def test_reuse_equals_vllms_own_prefix_cache_hit_bit_for_bit(answers, documents):
     """Where both begin to compute at the same token, not one bit of a log-probability differs."""
-    reuse, hit, _ = (answer[length, False] for answer in answers)
-    assert reuse.token_ids == hit.token_ids
-    assert reuse.logprobs == hit.logprobs
+    for length in documents[0]:
+        reuse, hit, _ = (answer[length, False] for answer in answers)
+        assert reuse.token_ids == hit.token_ids
+        assert reuse.logprobs == hit.logprobs

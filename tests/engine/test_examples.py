@@ -8,13 +8,16 @@ import re
 import subprocess
 import sys
 
+import pytest
+
 from tests.support import ROOT
 
-pytest_plugins = ("tests.support.clients_server",)
+pytest_plugins = ("tests.support.gate_server", "tests.support.clients_server")
 
 EXAMPLE = ROOT / "examples" / "offline_preloaded_documents.py"
 
 
+@pytest.mark.long
 def test_the_offline_example_publishes_preloads_and_sells(tiny, tmp_path):
     """Two agents buy the same document; it is under 40 lines."""
     document = tmp_path / "document.txt"

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import socket
 import subprocess
 import time
 import urllib.error
@@ -26,44 +24,9 @@ VLLM = ROOT / ".venv" / "bin" / "vllm"
 KVMARKET = ROOT / ".venv" / "bin" / "kvmarket"
 
 
-@pytest.fixture(scope="module")
-def server(llm, tiny, market, tmp_path_factory):
-    """A server beside the shared engine, on the same market and model."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    log = tmp_path_factory.mktemp("serve") / "log"
-    command = [VLLM, "serve", tiny(1), "--kv-connector", "kvmarket"]
-    command += ["--kvmarket-config", json.dumps({"home": str(market.home)})]
-    command += ["--host", "127.0.0.1", "--port", str(port), "--dtype", "float32", "--enforce-eager"]
-    command += ["--max-model-len", "4096", "--served-model-name", "tiny"]
-    command += ["--enable-prompt-tokens-details"]
-    with log.open("w") as out:
-        process = subprocess.Popen(
-            list(map(str, command)),
-            stdout=out,
-            stderr=subprocess.STDOUT,
-            env=os.environ | {"HF_HUB_OFFLINE": "1"},
-        )
-    base = f"http://127.0.0.1:{port}"
-    try:
-        wait_until_healthy(base, process, log)
-        yield base
-    finally:
-        process.terminate()
-        process.wait(timeout=60)
-
-
-def wait_until_healthy(base, process, log):
-    deadline = time.monotonic() + 240
-    while time.monotonic() < deadline:
-        assert process.poll() is None, log.read_text()[-3000:]
-        try:
-            urllib.request.urlopen(f"{base}/health", timeout=2).close()
-            return
-        except (urllib.error.URLError, OSError):
-            time.sleep(0.5)
-    pytest.fail(log.read_text()[-3000:])
+@pytest.fixture
+def server(open_server):
+    return open_server
 
 
 @pytest.fixture

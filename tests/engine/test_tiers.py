@@ -164,6 +164,7 @@ def black_hole() -> Iterator[int]:
         yield listener.getsockname()[1]
 
 
+@pytest.mark.long
 def test_an_object_store_that_never_answers_costs_a_deadline_and_no_token(
     tiny, tmp_path, black_hole
 ):

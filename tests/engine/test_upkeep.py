@@ -178,6 +178,7 @@ def test_a_full_store_evicts_what_is_worth_least_and_never_exceeds_its_quota(tin
         assert market.ledger.check_integrity() == []
 
 
+@pytest.mark.long
 def test_an_encoded_store_gives_the_same_tokens(tiny, tmp_path):
     """With zstd-exponent, in a fresh engine: smaller on the disk, equal in the paged cache."""
     document = words(6200, 700)

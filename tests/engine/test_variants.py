@@ -8,6 +8,8 @@ from tests.support.engines import NANO, running, words
 from vllm_kvmarket import Market
 from vllm_kvmarket.market.timed_requests import ask, empty_prefix_cache
 
+pytestmark = pytest.mark.long
+
 QUESTION = words(997, 10)
 DOCUMENT = words(80, 700)
 
@@ -30,7 +32,6 @@ def published(tiny, home):
         yield market, expected
 
 
-@pytest.mark.long
 def test_an_engine_without_prefix_caching_loads_all_of_it_every_time(tiny, published):
     """vLLM's prefix cache off, in a fresh process: the store alone serves, again and again."""
     market, expected = published

@@ -5,16 +5,13 @@ from __future__ import annotations
 import pytest
 
 from tests.support.engines import NANO
-from tests.support.serving import DOCUMENT, serving
+from tests.support.serving import DOCUMENT
 
 
 @pytest.fixture(scope="session")
-def shop(tiny, tmp_path_factory):
-    """A server that publishes over HTTP for nothing, and sells."""
-    home = tmp_path_factory.mktemp("clients") / "home"
-    arguments = ["--generation-config", "vllm"]
-    with serving(tiny(1), home, *arguments, config={"max_body_bytes": 1 << 20}) as running:
-        yield running
+def shop(server):
+    """The server that publishes over HTTP for nothing, and sells: the gate's tests use it too."""
+    return server
 
 
 @pytest.fixture(scope="session")

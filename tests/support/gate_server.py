@@ -1,4 +1,4 @@
-"""Fixtures, as a plugin of pytest: a server behind the gate, accounts, documents to buy."""
+"""Fixtures, as a plugin of pytest: a server behind the gate, accounts, documents."""
 
 from __future__ import annotations
 

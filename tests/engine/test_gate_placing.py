@@ -12,6 +12,7 @@ from vllm_kvmarket.api.errors import ApiError
 from vllm_kvmarket.api.gate.placement import Documents, prompts_of
 from vllm_kvmarket.api.gate.request_fields import GatedRequest
 from vllm_kvmarket.api.gate.route_kinds import Kind
+from vllm_kvmarket.core.listing_terms import ListingTerms
 from vllm_kvmarket.market import document_tokens
 
 TEXT = "Ships leave the harbour at dawn. " * 20
@@ -51,11 +52,12 @@ def published(tokenizer, text, **listing):
 
 
 def on_offer(tokens, tokenizer, rendered_as="chat"):
-    listing = SimpleNamespace(document_id="kvd_1", rendered_as=rendered_as)
-    market = SimpleNamespace(
-        catalogue=SimpleNamespace(tokens_of=lambda _: tokens),
-        match=lambda _, __: SimpleNamespace(listing=listing),
+    terms = ListingTerms(rendered_as=rendered_as)
+    whole = SimpleNamespace(document_id="kvd_1", terms=terms)
+    catalogue = SimpleNamespace(
+        tokens_of=lambda _: tokens, match_anywhere=lambda _, __: SimpleNamespace(whole=whole)
     )
+    market = SimpleNamespace(catalogue=catalogue)
     return Documents(market, bytes(32), tokenizer)
 
 

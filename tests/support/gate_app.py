@@ -55,7 +55,7 @@ def make_app(market, keys, tokenizer=None):
     app.add_api_route("/v9/dream", answer, methods=["POST"])
     renderer = SimpleNamespace(get_tokenizer=lambda: tokenizer)
     app.state.online_renderer = SimpleNamespace(renderer=renderer)
-    frontend = SimpleNamespace(namespace=NAMESPACE)
+    frontend = SimpleNamespace(namespace=NAMESPACE, context_tokens=4096)
     app.state.kvmarket_service = Service(market=market, keys=keys, info={}, frontend=frontend)
     app.add_middleware(Gate)
     return app

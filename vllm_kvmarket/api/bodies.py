@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Coroutine, MutableMapping
+from functools import partial
 from typing import Any, TypeVar
 
 import msgspec
@@ -21,6 +22,9 @@ Result = TypeVar("Result")
 
 # Longer bodies are parsed and written in a thread.
 QUICK_BYTES = 1 << 16
+# Values in a body: tokens, messages and their parts.
+MOST_ITEMS = 100_000
+MOST_DEPTH = 64
 FORM_TYPE = "application/x-www-form-urlencoded"
 # In a form, one byte of text may be percent-encoded as three.
 FORM_FACTOR = 3
@@ -93,20 +97,50 @@ def replay(body: bytes, receive: Receive) -> Receive:
     return receive_again
 
 
-async def parse_object(scope: Scope, body: bytes) -> dict[str, Any]:
-    """The JSON object in a body. Raises ApiError."""
+async def parse_object(scope: Scope, body: bytes, most_items: int = MOST_ITEMS) -> dict[str, Any]:
+    """The JSON object in a body. Raises ApiError.
+
+    It has at most `most_items` values and MOST_DEPTH levels: vLLM goes through them once more on
+    the event loop.
+    """
     kind = media_type(scope)
     if kind != "application/json" and not kind.endswith("+json"):
         raise ApiError(415, "not_json", "send JSON, with content-type: application/json")
     if single_header(scope, "content-encoding").lower() not in ("", "identity"):
         raise ApiError(415, "encoded_body", "compressed bodies are not read; send plain JSON")
     try:
-        parsed = await beside_loop(len(body), msgspec.json.decode, body)
+        parsed = await beside_loop(len(body), partial(_parse, most_items=most_items), body)
     except (msgspec.DecodeError, RecursionError, UnicodeDecodeError) as error:
         raise invalid(f"the body is not valid JSON: {error}", code="not_json") from None
     if not isinstance(parsed, dict):
         raise invalid("the body must be a JSON object", code="not_json")
     return parsed
+
+
+def _parse(body: bytes, most_items: int) -> Any:
+    # Texts may contain these characters too, so only many of them make it worth to look closely.
+    commas, opened = body.count(b","), body.count(b"[") + body.count(b"{")
+    parsed = msgspec.json.decode(body)
+    if commas + opened > most_items or opened > MOST_DEPTH:
+        _check_shape(parsed, most_items)
+    return parsed
+
+
+def _check_shape(parsed: Any, most_items: int) -> None:
+    """Raises ApiError if a value has too many values in it, or too many levels."""
+    level, depth, items = [parsed], 0, 0
+    while level:
+        depth += 1
+        if depth > MOST_DEPTH:
+            raise invalid(f"the body has more than {MOST_DEPTH} levels", code="body_too_deep")
+        inner: list[Any] = []
+        for each in level:
+            items += len(each)
+            if items > most_items:
+                raise ApiError(413, "body_too_long", f"the body has more than {most_items} values")
+            values = each.values() if isinstance(each, dict) else each
+            inner += [value for value in values if isinstance(value, dict | list) and value]
+        level = inner
 
 
 async def beside_loop(size: int, step: Callable[[Any], Result], value: Any) -> Result:
@@ -143,7 +177,9 @@ class MarketRoute(APIRoute):
             try:
                 if has_body:
                     # Starlette keeps a parsed body here, where FastAPI then finds it.
-                    request._json = await parse_object(request.scope, await request.body())
+                    service = getattr(request.app.state, "kvmarket_service", None)
+                    most = MOST_ITEMS if service is None else service.most_items
+                    request._json = await parse_object(request.scope, await request.body(), most)
                 return await handle(request)
             except Exception as error:
                 refused = translate(error)

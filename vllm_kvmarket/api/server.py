@@ -25,7 +25,7 @@ from vllm_kvmarket.api.gate import engine_answers
 from vllm_kvmarket.api.models import ErrorBody
 from vllm_kvmarket.api.pages import build_pages
 from vllm_kvmarket.api.publication_queue import Publications
-from vllm_kvmarket.api.service import Frontend, Service, ServiceOf
+from vllm_kvmarket.api.service import Frontend, Service, ServiceOf, market_settings
 from vllm_kvmarket.auth.api_keys import Keys
 from vllm_kvmarket.core.config import MarketConfig, load
 from vllm_kvmarket.market.market import DATABASE_FILE, Market
@@ -56,8 +56,7 @@ class MarketEndpoints:
         state.kvmarket_service = None
         if engine_client is None:
             return
-        transfer = engine_client.vllm_config.kv_transfer_config
-        if transfer is not None and transfer.kv_connector == self.name:
+        if market_settings(engine_client.vllm_config.kv_transfer_config) is not None:
             state.kvmarket_service = await asyncio.to_thread(_open, engine_client, state)
             engine_answers.watch(engine_client)
 
@@ -67,7 +66,7 @@ def _open(engine_client: Any, state: Any) -> Service:
     from vllm_kvmarket.connector.frontend import Frontend as EngineFrontend
 
     vllm_config = engine_client.vllm_config
-    config = load(vllm_config.kv_transfer_config.kv_connector_extra_config)
+    config = load(market_settings(vllm_config.kv_transfer_config))
     renderer = getattr(state, "online_renderer", None)
     frontend = EngineFrontend(engine_client, renderer, Path(config.home).expanduser())
     served = vllm_config.model_config.served_model_name

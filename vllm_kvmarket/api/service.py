@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol, TypeVar
@@ -12,7 +12,7 @@ from fastapi import Depends, Request
 from fastapi.security import APIKeyHeader, HTTPBearer
 
 from vllm_kvmarket.api.auth import Caller, KeyChecker, key_in, wrong_key
-from vllm_kvmarket.api.bodies import Scope
+from vllm_kvmarket.api.bodies import MOST_ITEMS, Scope
 from vllm_kvmarket.api.errors import ApiError
 from vllm_kvmarket.api.rate_limits import READS, WRITES, Limiter, Queue, counted_as, sender_address
 from vllm_kvmarket.api.sessions import Sessions
@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 MOST_WAITING = 32
 # Where the gate leaves the caller for the market's own routes.
 CALLER = "kvmarket.caller"
+# By its registered name, or by its class with a module path.
+_CONNECTORS = ("kvmarket", "KVMarketConnector")
 Messages = Sequence[dict[str, Any]]
 Result = TypeVar("Result")
 
@@ -78,6 +80,11 @@ class Service:
         """Whether requests without a key are answered."""
         return self.market.config.anonymous == "allow"
 
+    @property
+    def most_items(self) -> int:
+        """How many values a body may have: tokens, mostly."""
+        return max(MOST_ITEMS, 2 * self.frontend.context_tokens) if self.frontend else MOST_ITEMS
+
     def address_of(self, scope: Scope) -> str:
         """The network address of a request's sender."""
         return sender_address(scope, self.market.config.trusted_proxies)
@@ -103,6 +110,23 @@ class Service:
         loop = asyncio.get_running_loop()
         with self.tokenizing_queue.place():
             return await loop.run_in_executor(self.tokenizing, step, *args)
+
+
+def market_settings(transfer: Any) -> Mapping[str, Any] | None:
+    """The market's configuration in an engine's transfer configuration; None without a market.
+
+    It may stand inside a MultiConnector's, or name the connector's class.
+    """
+    if transfer is None:
+        return None
+    settings: Mapping[str, Any] = transfer.kv_connector_extra_config or {}
+    if transfer.kv_connector in _CONNECTORS:
+        return settings
+    for each in settings.get("connectors") or ():
+        if isinstance(each, Mapping) and each.get("kv_connector") in _CONNECTORS:
+            inner: Mapping[str, Any] = each.get("kv_connector_extra_config") or {}
+            return inner
+    return None
 
 
 def service_of(request: Request) -> Service:

@@ -74,8 +74,13 @@ class MarketConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
         ),
     ] = "recompute"
     max_body_bytes: Annotated[
-        int, msgspec.Meta(ge=1024, description="longest body of an HTTP request that is read")
-    ] = 16 << 20
+        int,
+        msgspec.Meta(
+            ge=1024,
+            description="longest body of an HTTP request that is read; images need more, and "
+            "longer bodies hold up other requests",
+        ),
+    ] = 4 << 20
     trusted_proxies: Annotated[
         list[str],
         msgspec.Meta(

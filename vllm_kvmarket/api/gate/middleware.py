@@ -29,6 +29,7 @@ from vllm_kvmarket.api.gate.engine_answers import MarketResponse
 from vllm_kvmarket.api.gate.placement import Documents, prompts_of
 from vllm_kvmarket.api.gate.request_fields import (
     GatedRequest,
+    MarketField,
     cache_salt,
     engine_params,
     remove_admin_fields,
@@ -40,10 +41,11 @@ from vllm_kvmarket.api.gate.request_fields import (
 )
 from vllm_kvmarket.api.gate.route_kinds import Kind, kind_of
 from vllm_kvmarket.api.pages.page import BASE, error_page
-from vllm_kvmarket.api.service import CALLER, Service
+from vllm_kvmarket.api.scrapes import without_money
+from vllm_kvmarket.api.service import CALLER, Service, market_settings
 from vllm_kvmarket.connector.request_params import FIELD
 from vllm_kvmarket.core.config import MarketConfig
-from vllm_kvmarket.core.errors import KVMarketError
+from vllm_kvmarket.core.errors import KVMarketError, UnavailableError
 
 _REQUEST_ID = re.compile(r"[\x21-\x7e]{1,256}")
 _PASSED = "kvmarket.passed_the_gate"
@@ -89,6 +91,8 @@ class Gate:
         config = MarketConfig() if service is None else service.market.config
         kind = kind_of(scope["app"].routes, scope)
         caller = Caller()
+        if kind is Kind.METRICS and service is None:
+            kind = Kind.OPEN
         if kind is not Kind.OPEN:
             if service is None:
                 raise ApiError(
@@ -101,13 +105,15 @@ class Gate:
             _check_scope(kind, caller)
         if scope["type"] == "websocket":
             return scope, receive, send
+        if kind is Kind.METRICS and not (config.metrics_money or caller.is_admin):
+            scope, send = without_money(scope, send)
         content = await read_bounded(scope, receive, config.max_body_bytes)
         if service is None or not kind.generates:
             return {**scope, CALLER: caller}, replay(content, receive), send
         request_id = single_header(scope, "x-request-id") or secrets.token_hex(16)
         if not _REQUEST_ID.fullmatch(request_id):
             raise invalid("X-Request-Id: expected up to 256 visible characters")
-        body = await parse_object(scope, content)
+        body = await parse_object(scope, content, service.most_items)
         caller = sender_of(caller, service.market.credentials, body)
         caller.need_reader()
         if not (caller.is_admin or caller.operation is not None):
@@ -147,21 +153,8 @@ class Gate:
         if field.document is not None:
             await self._documents_of(service, request.app).place(request, field.document)
         reuse = field.reuse != "never" and kind is not Kind.SALTED
-        refuse_unfunded = market.config.unfunded == "refuse"
-        if (
-            reuse
-            and (field.needs_quote or refuse_unfunded)
-            and adapter is None
-            and caller.account is not None
-        ):
-            prompts = await prompts_of(request)
-            offer = await quotes.offer_of(service, prompts, caller.account)
-            reuse = quotes.may_reuse(
-                offer,
-                required=field.reuse == "require",
-                max_price_nano=field.max_price_nano,
-                refuse_unfunded=refuse_unfunded,
-            )
+        if reuse and adapter is None and caller.account is not None:
+            reuse = await self._may_reuse(service, request, field)
         params = engine_params(
             caller,
             market.credentials,
@@ -173,6 +166,28 @@ class Gate:
             body["kv_transfer_params"] = {**body.get("kv_transfer_params", {}), **params}
         body["cache_salt"] = salt
         return reuse
+
+    async def _may_reuse(self, service: Service, request: GatedRequest, field: MarketField) -> bool:
+        """Whether a request may reuse at the present price. Raises ApiError."""
+        account, refuse_unfunded = (
+            request.caller.account,
+            service.market.config.unfunded == "refuse",
+        )
+        if account is None or not (field.needs_quote or refuse_unfunded):
+            return True
+        prompts = await prompts_of(request)
+        try:
+            offer = await quotes.offer_of(service, prompts, account)
+        except UnavailableError:
+            if field.is_binding:
+                raise
+            return True  # the engine keeps the limit, and computes what it cannot reserve
+        return quotes.may_reuse(
+            offer,
+            required=field.reuse == "require",
+            max_price_nano=field.max_price_nano,
+            refuse_unfunded=refuse_unfunded,
+        )
 
     def _documents_of(self, service: Service, app: FastAPI) -> Documents:
         if self._documents is None:
@@ -199,8 +214,7 @@ def _has_market(state: Any) -> bool:
     if getattr(state, "kvmarket_service", None) is not None:
         return True
     config = getattr(state, "vllm_config", None)
-    transfer = getattr(config, "kv_transfer_config", None)
-    return transfer is not None and transfer.kv_connector == FIELD
+    return market_settings(getattr(config, "kv_transfer_config", None)) is not None
 
 
 def _check_scope(kind: Kind, caller: Caller) -> None:

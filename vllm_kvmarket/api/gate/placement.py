@@ -100,15 +100,16 @@ class Documents:
                 while len(self._tokens) > REMEMBERED:
                     self._tokens.popitem(last=False)
         # It may have been withdrawn meanwhile. This reads memory, mostly.
-        found = self._market.match(self._namespace, tokens)
-        if found is None or found.listing.document_id != document_id:
+        match = self._market.catalogue.match_anywhere(self._namespace, tokens)
+        whole = None if match is None else match.whole
+        if whole is None or whole.document_id != document_id:
             raise ApiError(
                 404,
                 "document_not_on_offer",
                 f"{document_id} is not on offer here: not live, or published for another model",
                 param="kvmarket",
             )
-        return found.listing, tokens
+        return whole, tokens
 
     def _place_before_prompt(self, body: dict[str, Any], tokens: list[int]) -> None:
         prompt = body.get("prompt")

@@ -25,6 +25,8 @@ class Kind(enum.Enum):
     # Does not generate, but costs the server some work.
     WORK = "work"
     OPEN = "open"
+    # Open, but amounts of money are for admins.
+    METRICS = "metrics"
     OURS = "ours"
     PAGES = "pages"
     ADMIN = "admin"
@@ -84,7 +86,7 @@ ROUTES: dict[tuple[str, str], Kind] = {
     # It names the hosts of the engines.
     ("/kv_event_sources", "GET"): Kind.ADMIN,
     ("/health", "GET"): Kind.OPEN,
-    ("/metrics", "GET"): Kind.OPEN,
+    ("/metrics", "GET"): Kind.METRICS,
     ("/ping", "GET"): Kind.OPEN,
     ("/ping", "POST"): Kind.OPEN,
     ("/v1/models", "GET"): Kind.OPEN,

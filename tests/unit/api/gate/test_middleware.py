@@ -7,6 +7,7 @@ import json
 from types import SimpleNamespace
 
 import pytest
+from fastapi.responses import PlainTextResponse
 from fastapi.testclient import TestClient
 
 from tests.support.catalogue_documents import NAMESPACE, store_and_list, tokens
@@ -17,6 +18,7 @@ from vllm_kvmarket.api.gate import engine_answers
 from vllm_kvmarket.api.gate.route_kinds import ROUTES, Kind
 from vllm_kvmarket.auth.api_keys import Keys
 from vllm_kvmarket.auth.operator_tokens import OPERATOR, account_subject
+from vllm_kvmarket.core.errors import LedgerUnavailableError
 from vllm_kvmarket.market.market import DATABASE_FILE
 
 GENERATING = sorted(path for (path, _), kind in ROUTES.items() if kind.generates)
@@ -116,7 +118,7 @@ def test_a_server_may_refuse_whoever_has_no_key(tmp_path, keys):
         client = TestClient(make_app(market, keys))
         for (path, method), kind in ROUTES.items():
             status = client.request(method, path, json={}).status_code
-            assert status == (200 if kind is Kind.OPEN else 401), path
+            assert status == (200 if kind in (Kind.OPEN, Kind.METRICS) else 401), path
 
 
 def test_a_route_that_is_not_known_is_for_admins_only(app, client, keys, alice):
@@ -131,7 +133,7 @@ def test_a_route_that_is_not_known_is_for_admins_only(app, client, keys, alice):
 def test_a_market_that_is_not_open_lets_nothing_through(app, client):
     """The engine is on one, but the server could not open it."""
     app.state.kvmarket_service = None
-    transfer = SimpleNamespace(kv_connector="kvmarket")
+    transfer = SimpleNamespace(kv_connector="kvmarket", kv_connector_extra_config={})
     app.state.vllm_config = SimpleNamespace(kv_transfer_config=transfer)
     assert client.post("/v1/completions", json={}).status_code == 503
     assert client.get("/health").status_code == 200
@@ -313,6 +315,78 @@ def test_a_server_may_refuse_whoever_cannot_pay(tmp_path, keys):
         assert (told.status_code, told.json()["error"]["code"]) == (402, "insufficient_funds")
         reached(ask(client, poor, [1, 2]))
         reached(ask(client, poor, prompt, reuse="never"))
+
+
+def test_a_request_is_computed_while_the_ledger_is_away(client, alice, market, monkeypatch):
+    """With "prefer" the engine keeps the limit; what must be reused is refused."""
+
+    def away(*_):
+        raise LedgerUnavailableError("no database")
+
+    prompt = [*tokens(300), 1]
+    store_and_list(market, prompt[:-1])
+    monkeypatch.setattr(market.ledger, "account", away)
+    got = reached(ask(client, alice, prompt, max_price_nano=10**9))
+    assert got["kv_transfer_params"]["kvmarket"]["max_price_nano"] == 10**9
+    assert ask(client, alice, prompt, reuse="require").status_code == 503
+
+
+METRICS = """# HELP vllm:kvmarket_charged_nano_total Charges.
+# TYPE vllm:kvmarket_charged_nano_total counter
+vllm:kvmarket_charged_nano_total{what="reuse"} 5.0
+# HELP vllm:kvmarket_reused_tokens_total Tokens.
+vllm:kvmarket_reused_tokens_total 7.0
+vllm:kvmarket_provider_balance_nano 9.0
+"""
+
+
+def test_amounts_of_money_leave_the_metrics(tmp_path, keys, alice):
+    """Everybody sees the other metrics; an admin's key, or the configuration, shows all."""
+    admin = {"x-api-key": keys.create("root", ["admin"])[0]}
+    for shown in (False, True):
+        with Market.open(tmp_path / "home", {"metrics_money": shown}) as market:
+            app = make_app(market, keys)
+
+            async def metrics(scope, receive, send):
+                await PlainTextResponse(METRICS)(scope, receive, send)
+
+            app.router.routes[:] = [r for r in app.routes if r.path != "/metrics"]
+            app.mount("/metrics", metrics)
+            client = TestClient(app)
+            for headers in ({}, alice, {"accept-encoding": "gzip"}):
+                told = client.get("/metrics/", headers=headers).text
+                assert ("charged_nano" in told) is ("balance_nano" in told) is shown
+                assert "vllm:kvmarket_reused_tokens_total 7.0" in told
+            assert client.get("/metrics/", headers=admin).text == METRICS
+
+
+@pytest.mark.parametrize(
+    ("transfer", "has_market"),
+    [
+        ({"kv_connector": "kvmarket"}, True),
+        ({"kv_connector": "KVMarketConnector"}, True),
+        ({"kv_connector": "NixlConnector"}, False),
+        (
+            {
+                "kv_connector": "MultiConnector",
+                "kv_connector_extra_config": {
+                    "connectors": [
+                        {"kv_connector": "NixlConnector"},
+                        {"kv_connector": "kvmarket", "kv_connector_extra_config": {"home": "/h"}},
+                    ]
+                },
+            },
+            True,
+        ),
+    ],
+)
+def test_a_market_is_found_wherever_it_is_configured(app, client, transfer, has_market):
+    """Then nothing that generates is let through without it."""
+    app.state.kvmarket_service = None
+    filled = SimpleNamespace(**{"kv_connector_extra_config": None} | transfer)
+    app.state.vllm_config = SimpleNamespace(kv_transfer_config=filled)
+    status = client.post("/v1/completions", json={}).status_code
+    assert status == (503 if has_market else 200)
 
 
 def test_a_request_has_one_id_that_its_receipts_have_too(client, alice):

@@ -49,7 +49,7 @@ class Publications:
         self._frontend = frontend
         self._namespace = frontend.namespace
         self._waiting: dict[str, Publication] = {}
-        self._beginning: dict[str, asyncio.Task[Listing]] = {}
+        self._beginning: dict[str, tuple[Publication, asyncio.Task[Listing]]] = {}
         self._running: str | None = None
         self._worker: asyncio.Task[None] | None = None
 
@@ -65,7 +65,7 @@ class Publications:
         name = publication.document.document_id
         if name in self._waiting or name == self._running:
             return await asyncio.to_thread(self._market.catalogue.get, name)
-        beginning = self._beginning.get(name)
+        _, beginning = self._beginning.get(name, (None, None))
         if beginning is None:
             if len(self._waiting) + len(self._beginning) >= MOST_WAITING:
                 raise ApiError(
@@ -74,11 +74,24 @@ class Publications:
                     f"{MOST_WAITING} documents are waiting to be published; come again later",
                     headers={"retry-after": "30"},
                 )
+            self._check_publisher(publication.terms.publisher)
             beginning = asyncio.create_task(self._begin(name, publication))
-            self._beginning[name] = beginning
+            self._beginning[name] = publication, beginning
             beginning.add_done_callback(lambda _: self._beginning.pop(name, None))
         # The document stays accepted if its client leaves now.
         return await asyncio.shield(beginning)
+
+    def _check_publisher(self, publisher: str) -> None:
+        """Raise ApiError for a publisher that would fill the queue, which all share."""
+        most = self._market.config.publisher_max_queued
+        queued = [*self._waiting.values(), *(each for each, _ in self._beginning.values())]
+        if sum(each.terms.publisher == publisher for each in queued) >= most:
+            raise ApiError(
+                429,
+                "too_many_queued",
+                f"{publisher} has {most} documents waiting to be published; come again later",
+                headers={"retry-after": "30"},
+            )
 
     async def _begin(self, name: str, publication: Publication) -> Listing:
         """Write the listing into the catalogue, and put the document into the queue."""
@@ -97,7 +110,9 @@ class Publications:
 
     async def close(self) -> None:
         """Give up all documents that are not published yet; the catalogue says so."""
-        await asyncio.gather(*self._beginning.values(), return_exceptions=True)
+        await asyncio.gather(
+            *(task for _, task in self._beginning.values()), return_exceptions=True
+        )
         left = [*self._waiting, *([self._running] if self._running else [])]
         self._waiting.clear()
         if self._worker is not None:

@@ -69,6 +69,13 @@ class Listing:
         return ends_at_s is not None and ends_at_s <= now_s
 
 
+class PublisherLimits(msgspec.Struct, frozen=True):
+    """The most that one publisher may hold, None for no limit; what is being published counts."""
+
+    documents: int | None
+    bytes: int | None
+
+
 @dataclass(frozen=True, slots=True)
 class Use:
     """One reuse of a listing: `tokens` that were not computed, and what it brought the provider."""

@@ -9,7 +9,7 @@ import apsw
 
 from vllm_kvmarket.catalogue import queries, upkeep
 from vllm_kvmarket.catalogue.index import View
-from vllm_kvmarket.catalogue.listing import NEEDED, ON_OFFER, Listing
+from vllm_kvmarket.catalogue.listing import NEEDED, ON_OFFER, Listing, PublisherLimits
 from vllm_kvmarket.core.document_chunks import DocumentChunks
 from vllm_kvmarket.core.errors import CatalogueError, CatalogueRefusedError, NotFoundError
 
@@ -17,23 +17,49 @@ from vllm_kvmarket.core.errors import CatalogueError, CatalogueRefusedError, Not
 class Offers(View):
     """What puts documents on offer, takes them off, and changes their terms; see Catalogue."""
 
-    def begin(self, listing: Listing, document: DocumentChunks) -> Listing:
+    def begin(
+        self,
+        listing: Listing,
+        document: DocumentChunks,
+        limits: PublisherLimits | None = None,
+        needed_bytes: int = 0,
+    ) -> Listing:
         """Note that a document is being published; returns its listing; mutates the database.
 
         A listing that is live comes back untouched, and so does one that another living process is
         publishing: whoever commits first puts it on offer. Any other, or one that was left behind
         by a process that ended, starts anew on the given terms. From now on the store keeps the
         chunks that it has of it. Raises CatalogueRefusedError for a listing that does not fit its
-        tokens.
+        tokens, or that would exceed its publisher's `limits` with `needed_bytes` more; what is
+        repaired is not limited.
         """
         chunks = self._check(listing, document)
         fresh = dataclasses.replace(listing, state="publishing", reason="", stored_bytes=0)
         with self._changing() as db:
+            if limits is not None and not queries.is_listed(db, listing.document_id):
+                self._check_limits(db, listing, limits, needed_bytes)
             begun = self._start(db, fresh, chunks)
             if begun.state == "publishing":
                 self._owner.announce()
                 queries.add_publishing(db, begun.document_id, self._owner.name)
         return begun
+
+    @staticmethod
+    def _check_limits(
+        db: apsw.Connection, listing: Listing, limits: PublisherLimits, needed_bytes: int
+    ) -> None:
+        publisher = listing.terms.publisher
+        count, stored_bytes = queries.held_by(db, publisher, listing.document_id)
+        if limits.documents is not None and count >= limits.documents:
+            raise CatalogueRefusedError(
+                f"publisher {publisher!r} has {count} documents and may have {limits.documents}; "
+                "withdraw one first"
+            )
+        if limits.bytes is not None and stored_bytes + needed_bytes > limits.bytes:
+            raise CatalogueRefusedError(
+                f"publisher {publisher!r} stores {stored_bytes} bytes and may store "
+                f"{limits.bytes}, too few for {needed_bytes} more; withdraw a document first"
+            )
 
     def _start(
         self, db: apsw.Connection, fresh: Listing, chunks: list[tuple[bytes, bytes]]

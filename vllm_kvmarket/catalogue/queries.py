@@ -60,6 +60,18 @@ def fix_chunk_tokens(db: apsw.Connection, chunk_tokens: int) -> int:
     return int(rows(db, "SELECT chunk_tokens FROM catalogue")[0][0])
 
 
+def held_by(db: apsw.Connection, publisher: str, except_id: str) -> tuple[int, int]:
+    """Count the documents of a publisher that are on offer or on their way, and their bytes,
+    without one of them.
+    """
+    statement = (
+        "SELECT count(*), coalesce(sum(stored_bytes), 0) FROM listing WHERE publisher = ? "
+        "AND document_id <> ? AND state IN ('live', 'damaged', 'publishing')"
+    )
+    count, stored_bytes = rows(db, statement, (publisher, except_id))[0]
+    return int(count), int(stored_bytes)
+
+
 def _next_revision(db: apsw.Connection) -> int:
     statement = "UPDATE catalogue SET revision = revision + 1 RETURNING revision"
     return int(rows(db, statement)[0][0])

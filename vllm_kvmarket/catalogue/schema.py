@@ -38,6 +38,7 @@ CREATE TABLE listing (
 ) STRICT;
 CREATE INDEX listing_revision ON listing (revision);
 CREATE INDEX listing_state ON listing (state);
+CREATE INDEX listing_publisher ON listing (publisher);
 CREATE INDEX listing_expiry ON listing (expires_at_s)
     WHERE expires_at_s IS NOT NULL AND state IN ('live', 'damaged');
 CREATE TABLE chunk (

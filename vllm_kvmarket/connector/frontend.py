@@ -19,8 +19,6 @@ from vllm_kvmarket.market import document_tokens
 
 # Behind every buyer's request, where vLLM was started with --scheduling-policy priority.
 PRIORITY = 1 << 20
-# What buyers may say after a whole message.
-_NEXT_MESSAGES = ("What is this?", "who", " a", "0", "\n\n- a")
 
 
 class Frontend:
@@ -53,25 +51,10 @@ class Frontend:
 
         Raises NotPublishableError.
         """
-        if messages is None:
-            with _Refusing():
-                return document_tokens.render(self._tokenizer, text or "", as_)
-        if not any(message["content"].strip() for message in messages):
-            raise NotPublishableError("the messages are empty; there is nothing to publish")
-        *before, last = messages
-        if last["role"] == "user":
-            # A buyer may write on in the last message, or send another one.
-            conversations = [
-                [*before, {**last, "content": last["content"] + more}]
-                for more in ("\n\nWhat is this?", "\nwho", " Explain.", "0", "\n\n\n- a", "")
-            ]
-        else:
-            conversations = [
-                [*messages, {"role": "user", "content": content}] for content in _NEXT_MESSAGES
-            ]
         with _Refusing():
-            rendered = [self._tokenizer.chat(conversation) for conversation in conversations]
-        return document_tokens.common_prefix(rendered)
+            if messages is None:
+                return document_tokens.render(self._tokenizer, text or "", as_)
+            return document_tokens.render_messages(self._tokenizer.chat, messages)
 
     def prompt(self, text: str | None, messages: Sequence[dict[str, Any]] | None) -> list[int]:
         """The tokens of a completion's prompt, or of a chat. Raises NotPublishableError."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from concurrent.futures import Future
-from functools import partial
 from typing import TYPE_CHECKING
 
 from vllm.logger import init_logger
@@ -25,7 +24,6 @@ from vllm_kvmarket.connector.request_state import (
 from vllm_kvmarket.connector.reuse_requests import PreloadRequest
 from vllm_kvmarket.core.document_chunks import DocumentChunks
 from vllm_kvmarket.core.model_identity import TOKEN_BYTES
-from vllm_kvmarket.market.eviction import make_room
 from vllm_kvmarket.market.purchase import Purchase, PurchaseState, StorageItem
 
 if TYPE_CHECKING:
@@ -65,9 +63,7 @@ class PublishRequest:
             document, wanted.terms, created_at_s=time.time(), paid_for=price_nano > 0
         )
         space = _file_bytes(new_tokens, len(document.keys), engine.facts)
-        self._begun = market.begin_listing(
-            listing, document, partial(make_room, market, space, {listing.document_id})
-        )
+        self._begun = market.begin_listing(listing, document, space)
         self.charge: Purchase | None = None
         if wanted.charge and price_nano:
             key = ledger_key(engine.facts.id, request.request_id, request.arrival_time)

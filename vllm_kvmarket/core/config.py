@@ -147,6 +147,21 @@ class MarketConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
             "are for the ledger, which must be able to book what was sold",
         ),
     ] = 1 << 28
+    publisher_max_documents: Annotated[
+        Annotated[int, msgspec.Meta(ge=1)] | None,
+        msgspec.Meta(
+            description="most documents that a publisher has on offer or on their way; "
+            "null: no limit"
+        ),
+    ] = 10_000
+    publisher_max_bytes: Annotated[
+        Annotated[int, msgspec.Meta(ge=0)] | None,
+        msgspec.Meta(description="most bytes of a publisher's documents; null: no limit"),
+    ] = 1 << 38
+    publisher_max_queued: Annotated[
+        int,
+        msgspec.Meta(ge=1, description="most documents of a publisher that wait to be published"),
+    ] = 16
     quarantine_bytes: Annotated[
         int,
         msgspec.Meta(

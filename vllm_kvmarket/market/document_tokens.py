@@ -6,13 +6,17 @@ template up to the last token that does not depend on what the buyer asks behind
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 from vllm_kvmarket.core.errors import NotPublishableError
 
+Message = dict[str, Any]
 # What buyers may write behind a document, inside its message: each starts in a way that tokenizers
-# merge differently with the document's end.
-_CONTINUATIONS = ("\n\nWhat is this?", "\nwho", " Explain.", "0", "\n\n\n- a")
+# merge differently with the document's end. The last one ends the message there.
+CONTINUATIONS = ("\n\nWhat is this?", "\nwho", " Explain.", "0", "\n\n\n- a", "")
+# What buyers may say in a message of their own behind the model's last answer.
+NEXT_MESSAGES = ("What is this?", "who", " a", "0", "\n\n- a")
 
 
 def render(llm: Any, text: str, as_: Literal["text", "chat"]) -> list[int]:
@@ -31,13 +35,37 @@ def render(llm: Any, text: str, as_: Literal["text", "chat"]) -> list[int]:
         raise NotPublishableError(
             "this model has no chat template; publish the document as text instead"
         )
-    conversations = [[{"role": "user", "content": text + more}] for more in _CONTINUATIONS]
-    conversations.append([{"role": "user", "content": text}, {"role": "user", "content": "a"}])
-    rendered = [
-        tokenizer.apply_chat_template(conversation, add_generation_prompt=True, return_dict=False)
-        for conversation in conversations
-    ]
-    return common_prefix(rendered)
+
+    def render_chat(messages: Sequence[Message]) -> list[int]:
+        return list(
+            tokenizer.apply_chat_template(
+                list(messages), add_generation_prompt=True, return_dict=False
+            )
+        )
+
+    return render_messages(render_chat, [{"role": "user", "content": text}])
+
+
+def render_messages(
+    render_chat: Callable[[Sequence[Message]], list[int]], messages: Sequence[Message]
+) -> list[int]:
+    """The tokens with which every chat begins that goes on from `messages`.
+
+    `render_chat` gives the tokens of a whole chat, up to where the model answers. Raises
+    NotPublishableError for messages without any text.
+    """
+    if not any(message["content"].strip() for message in messages):
+        raise NotPublishableError("the messages are empty; there is nothing to publish")
+    *before, last = messages
+    if last["role"] == "user":
+        conversations = [
+            [*before, {**last, "content": last["content"] + more}] for more in CONTINUATIONS
+        ]
+    else:
+        conversations = [
+            [*messages, {"role": "user", "content": content}] for content in NEXT_MESSAGES
+        ]
+    return common_prefix([render_chat(conversation) for conversation in conversations])
 
 
 def common_prefix(sequences: list[list[int]]) -> list[int]:

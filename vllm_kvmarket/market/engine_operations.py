@@ -5,13 +5,12 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import msgspec
 
-from vllm_kvmarket.auth.operator_tokens import OPERATOR, Credentials
-from vllm_kvmarket.catalogue import Audit, Catalogue, Listing
-from vllm_kvmarket.core.config import MarketConfig
+from vllm_kvmarket.auth.operator_tokens import OPERATOR
+from vllm_kvmarket.catalogue import Audit, Listing
 from vllm_kvmarket.core.errors import (
     AuditFailedError,
     ConfigError,
@@ -20,8 +19,11 @@ from vllm_kvmarket.core.errors import (
     PublishFailedError,
 )
 from vllm_kvmarket.core.listing_terms import ListingTerms
-from vllm_kvmarket.ledger import Ledger
 from vllm_kvmarket.market import document_tokens
+from vllm_kvmarket.market.publishers import ensure_account
+
+if TYPE_CHECKING:
+    from vllm_kvmarket.market.market import Market
 
 CONNECTOR = "kvmarket"
 # Storing 1 GB takes seconds on a slow disk; a listing that takes longer than this is lost.
@@ -30,165 +32,165 @@ PIN_TIMEOUT_S = 10.0
 POLL_S = 0.01
 
 
-class EngineOperations:
-    """The part of Market that is given an engine: a vllm.LLM that was started on the market.
+def publish(
+    market: Market,
+    llm: Any,
+    text: str | None = None,
+    *,
+    token_ids: Sequence[int] | None = None,
+    title: str = "",
+    publisher: str = "publisher",
+    cache_read_nano_per_mtok: int | None = None,
+    royalty_ppm: int | None = None,
+    as_: Literal["text", "chat"] = "text",
+    ttl_s: float | None = None,
+) -> Listing:
+    """Prefill a document once on `llm` (a vllm.LLM on this market) and list it.
 
-    Each operation is one greedy request of one token that carries the operator's token.
+    Give `text`, rendered `as_` plain text or as the first chat message, or `token_ids`; it is
+    on offer for `ttl_s` seconds, None for good. Returns the live listing, when every chunk is
+    durable; a document that is listed already comes back as it is. Raises NotPublishableError
+    (nothing was tried) and PublishFailedError (nothing was listed).
     """
+    tokens = (
+        list(token_ids) if token_ids is not None else document_tokens.render(llm, text or "", as_)
+    )
+    document_tokens.check_publishable(llm, tokens)
+    return _publish(
+        market,
+        llm,
+        tokens,
+        ListingTerms(
+            title=title,
+            publisher=publisher,
+            rendered_as=as_,
+            cache_read_nano_per_mtok=cache_read_nano_per_mtok,
+            royalty_ppm=royalty_ppm,
+            expires_at_s=None if ttl_s is None else time.time() + ttl_s,
+        ),
+    )
 
-    config: MarketConfig
-    credentials: Credentials
-    catalogue: Catalogue
-    ledger: Ledger
 
-    def publish(
-        self,
-        llm: Any,
-        text: str | None = None,
-        *,
-        token_ids: Sequence[int] | None = None,
-        title: str = "",
-        publisher: str = "publisher",
-        cache_read_nano_per_mtok: int | None = None,
-        royalty_ppm: int | None = None,
-        as_: Literal["text", "chat"] = "text",
-        ttl_s: float | None = None,
-    ) -> Listing:
-        """Prefill a document once on `llm` (a vllm.LLM on this market) and list it.
+def republish(market: Market, llm: Any, document_id: str) -> Listing:
+    """Publish a document again on its own terms, from the catalogue's tokens: what is damaged
+    or was evicted is computed and stored anew. Raises as `publish` does, and NotFoundError.
+    """
+    listing = market.catalogue.get(document_id)
+    terms = listing.terms
+    if listing.is_over(time.time()):
+        terms = msgspec.structs.replace(terms, expires_at_s=None)
+    tokens = market.catalogue.tokens_of(document_id)
+    document_tokens.check_publishable(llm, tokens)
+    # Its publisher has paid for storing it, where that has a price.
+    return _publish(market, llm, tokens, terms, charge=False)
 
-        Give `text`, rendered `as_` plain text or as the first chat message, or `token_ids`; it is
-        on offer for `ttl_s` seconds, None for good. Returns the live listing, when every chunk is
-        durable; a document that is listed already comes back as it is. Raises NotPublishableError
-        (nothing was tried) and PublishFailedError (nothing was listed).
-        """
-        tokens = (
-            list(token_ids)
-            if token_ids is not None
-            else document_tokens.render(llm, text or "", as_)
-        )
-        document_tokens.check_publishable(llm, tokens)
-        return self._publish(
-            llm,
-            tokens,
-            ListingTerms(
-                title=title,
-                publisher=publisher,
-                rendered_as=as_,
-                cache_read_nano_per_mtok=cache_read_nano_per_mtok,
-                royalty_ppm=royalty_ppm,
-                expires_at_s=None if ttl_s is None else time.time() + ttl_s,
-            ),
-        )
 
-    def republish(self, llm: Any, document_id: str) -> Listing:
-        """Publish a document again on its own terms, from the catalogue's tokens: what is damaged
-        or was evicted is computed and stored anew. Raises as `publish` does, and NotFoundError.
-        """
-        listing = self.catalogue.get(document_id)
-        terms = listing.terms
-        if listing.is_over(time.time()):
-            terms = msgspec.structs.replace(terms, expires_at_s=None)
-        tokens = self.catalogue.tokens_of(document_id)
-        document_tokens.check_publishable(llm, tokens)
-        # Its publisher has paid for storing it, where that has a price.
-        return self._publish(llm, tokens, terms, charge=False)
+def _publish(
+    market: Market, llm: Any, tokens: list[int], terms: ListingTerms, *, charge: bool = True
+) -> Listing:
+    ensure_account(market.ledger, terms.publisher)
+    wish = {"terms": msgspec.to_builtins(terms), "charge": charge}
+    answer = _operate(market, llm, tokens, publish=wish)
+    if reason := answer.get("declined"):
+        raise NotPublishableError(f"{terms.title or 'the document'}: {reason}")
+    return wait_for_listing(market, answer["document_id"])
 
-    def _publish(
-        self, llm: Any, tokens: list[int], terms: ListingTerms, *, charge: bool = True
-    ) -> Listing:
-        self.ledger.create_account(terms.publisher, "publisher")
-        wish = {"terms": msgspec.to_builtins(terms), "charge": charge}
-        answer = self._operate(llm, tokens, publish=wish)
-        if reason := answer.get("declined"):
-            raise NotPublishableError(f"{terms.title or 'the document'}: {reason}")
-        return self.wait_for_listing(answer["document_id"])
 
-    def wait_for_listing(self, document_id: str, timeout_s: float = PUBLISH_TIMEOUT_S) -> Listing:
-        """Wait until a document is live. Raises PublishFailedError with the reason when it
-        failed.
-        """
-        deadline = time.monotonic() + timeout_s
-        while True:
-            listing = self.catalogue.get(document_id)
-            if listing.state == "live":
-                return listing
-            if listing.state != "publishing":
-                raise PublishFailedError(f"{listing.terms.title or document_id}: {listing.reason}")
-            if time.monotonic() > deadline:
-                raise PublishFailedError(
-                    f"{listing.terms.title or document_id}: not listed after {timeout_s:.0f} s; "
-                    "look at the engine's log, then publish it again"
-                )
-            time.sleep(POLL_S)
-
-    def preload(self, llm: Any, document_id: str) -> int:
-        """Bring a document into `llm`'s paged cache before anyone asks; free of charge.
-
-        Returns the tokens that are there now. Raises NotFoundError for an unknown document.
-        """
-        answer = self._operate(llm, self.catalogue.tokens_of(document_id), preload=True)
-        return int(answer.get("reused_tokens", 0))
-
-    def pin(self, llm: Any, document_id: str) -> int:
-        """Preload a document and keep it in the paged cache: here until it is unpinned, in other
-        engines from its next use there.
-
-        Returns its tokens that are held, in whole blocks. Raises NotFoundError for an unknown
-        document, and PinError, with nothing pinned, when the engine has no room for it.
-        """
-        self.catalogue.set_pinned(document_id, pinned=True)
-        tokens = self.catalogue.tokens_of(document_id)
-        deadline = time.monotonic() + PIN_TIMEOUT_S
-        while True:
-            answer = self._operate(llm, tokens, preload=True)
-            if held := int(answer.get("pinned_tokens", 0)):
-                return held
-            reason = answer.get("declined") or answer.get("not_pinned")
-            # Without a reason the engine has not seen the change yet.
-            if reason or time.monotonic() > deadline:
-                self.catalogue.set_pinned(document_id, pinned=False)
-                raise PinError(
-                    f"{document_id} is not pinned: {reason or 'it could not be loaded whole'}"
-                )
-            time.sleep(POLL_S)
-
-    def unpin(self, document_id: str) -> None:
-        """Let engines drop a document when they need the room. Raises NotFoundError."""
-        self.catalogue.set_pinned(document_id, pinned=False)
-
-    def audit(self, llm: Any, document_id: str, chunks: int = 3, seed: int | None = None) -> Audit:
-        """Compute randomly chosen chunks of a document on `llm` and compare them with what is
-        stored; recorded with the listing.
-
-        Raises NotFoundError, and AuditFailedError when no comparison was made.
-        """
-        listing = self.catalogue.get(document_id)
-        count = len(listing.chunk_keys)
-        chosen = sorted(random.Random(seed).sample(range(count), min(chunks, count)))  # noqa: S311  # which chunks is no secret
-        tokens = self.catalogue.tokens_of(document_id)
-        tokens = tokens[: (chosen[-1] + 1) * self.config.chunk_tokens]
-        before = len(self.catalogue.audits_of(document_id))
-        wish = {"document_id": document_id, "chunks": chosen}
-        if reason := self._operate(llm, tokens, audit=wish).get("declined"):
-            raise AuditFailedError(f"{document_id} was not audited: {reason}")
-        deadline = time.monotonic() + PUBLISH_TIMEOUT_S
-        while len(audits := self.catalogue.audits_of(document_id)) == before:
-            if time.monotonic() > deadline:
-                raise AuditFailedError(f"{document_id}: no result; look at the engine's log")
-            time.sleep(POLL_S)
-        return max(audits, key=lambda audit: audit.at_s)
-
-    def _operate(self, llm: Any, tokens: list[int], **wish: Any) -> dict[str, Any]:
-        sampling = llm.get_default_sampling_params()
-        sampling.max_tokens = 1
-        sampling.temperature = 0.0
-        wish["token"] = self.credentials.token(OPERATOR)
-        sampling.extra_args = {"kv_transfer_params": {CONNECTOR: wish}}
-        (output,) = llm.generate([{"prompt_token_ids": tokens}], sampling, use_tqdm=False)
-        answer = (output.kv_transfer_params or {}).get(CONNECTOR)
-        if answer is None:
-            raise ConfigError(
-                "this engine is not on a market: start it with "
-                "kv_transfer_config=market.transfer_config()"
+def wait_for_listing(
+    market: Market, document_id: str, timeout_s: float = PUBLISH_TIMEOUT_S
+) -> Listing:
+    """Wait until a document is live. Raises PublishFailedError with the reason when it
+    failed.
+    """
+    deadline = time.monotonic() + timeout_s
+    while True:
+        listing = market.catalogue.get(document_id)
+        if listing.state == "live":
+            return listing
+        if listing.state != "publishing":
+            raise PublishFailedError(f"{listing.terms.title or document_id}: {listing.reason}")
+        if time.monotonic() > deadline:
+            raise PublishFailedError(
+                f"{listing.terms.title or document_id}: not listed after {timeout_s:.0f} s; "
+                "look at the engine's log, then publish it again"
             )
-        return dict(answer)
+        time.sleep(POLL_S)
+
+
+def preload(market: Market, llm: Any, document_id: str) -> int:
+    """Bring a document into `llm`'s paged cache before anyone asks; free of charge.
+
+    Returns the tokens that are there now. Raises NotFoundError for an unknown document.
+    """
+    answer = _operate(market, llm, market.catalogue.tokens_of(document_id), preload=True)
+    return int(answer.get("reused_tokens", 0))
+
+
+def pin(market: Market, llm: Any, document_id: str) -> int:
+    """Preload a document and keep it in the paged cache: here until it is unpinned, in other
+    engines from its next use there.
+
+    Returns its tokens that are held, in whole blocks. Raises NotFoundError for an unknown
+    document, and PinError, with nothing pinned, when the engine has no room for it.
+    """
+    market.catalogue.set_pinned(document_id, pinned=True)
+    tokens = market.catalogue.tokens_of(document_id)
+    deadline = time.monotonic() + PIN_TIMEOUT_S
+    while True:
+        answer = _operate(market, llm, tokens, preload=True)
+        if held := int(answer.get("pinned_tokens", 0)):
+            return held
+        reason = answer.get("declined") or answer.get("not_pinned")
+        # Without a reason the engine has not seen the change yet.
+        if reason or time.monotonic() > deadline:
+            market.catalogue.set_pinned(document_id, pinned=False)
+            raise PinError(
+                f"{document_id} is not pinned: {reason or 'it could not be loaded whole'}"
+            )
+        time.sleep(POLL_S)
+
+
+def unpin(market: Market, document_id: str) -> None:
+    """Let engines drop a document when they need the room. Raises NotFoundError."""
+    market.catalogue.set_pinned(document_id, pinned=False)
+
+
+def audit(
+    market: Market, llm: Any, document_id: str, chunks: int = 3, seed: int | None = None
+) -> Audit:
+    """Compute randomly chosen chunks of a document on `llm` and compare them with what is
+    stored; recorded with the listing.
+
+    Raises NotFoundError, and AuditFailedError when no comparison was made.
+    """
+    listing = market.catalogue.get(document_id)
+    count = len(listing.chunk_keys)
+    chosen = sorted(random.Random(seed).sample(range(count), min(chunks, count)))  # noqa: S311  # which chunks is no secret
+    tokens = market.catalogue.tokens_of(document_id)
+    tokens = tokens[: (chosen[-1] + 1) * market.config.chunk_tokens]
+    before = len(market.catalogue.audits_of(document_id))
+    wish = {"document_id": document_id, "chunks": chosen}
+    if reason := _operate(market, llm, tokens, audit=wish).get("declined"):
+        raise AuditFailedError(f"{document_id} was not audited: {reason}")
+    deadline = time.monotonic() + PUBLISH_TIMEOUT_S
+    while len(audits := market.catalogue.audits_of(document_id)) == before:
+        if time.monotonic() > deadline:
+            raise AuditFailedError(f"{document_id}: no result; look at the engine's log")
+        time.sleep(POLL_S)
+    return max(audits, key=lambda audit: audit.at_s)
+
+
+def _operate(market: Market, llm: Any, tokens: list[int], **wish: Any) -> dict[str, Any]:
+    sampling = llm.get_default_sampling_params()
+    sampling.max_tokens = 1
+    sampling.temperature = 0.0
+    wish["token"] = market.credentials.token(OPERATOR)
+    sampling.extra_args = {"kv_transfer_params": {CONNECTOR: wish}}
+    (output,) = llm.generate([{"prompt_token_ids": tokens}], sampling, use_tqdm=False)
+    answer = (output.kv_transfer_params or {}).get(CONNECTOR)
+    if answer is None:
+        raise ConfigError(
+            "this engine is not on a market: start it with "
+            "kv_transfer_config=market.transfer_config()"
+        )
+    return dict(answer)

@@ -5,13 +5,16 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Collection, Iterator
+from typing import TYPE_CHECKING
 
 from vllm_kvmarket.catalogue import Listing, eviction_policy
 from vllm_kvmarket.catalogue.eviction_policy import Candidate
 from vllm_kvmarket.catalogue.listing import ON_OFFER
 from vllm_kvmarket.market import shared_bucket
 from vllm_kvmarket.market.garbage_collection import bytes_on_disk, release_unneeded
-from vllm_kvmarket.market.market import Market
+
+if TYPE_CHECKING:
+    from vllm_kvmarket.market.market import Market
 
 
 def make_room(market: Market, needed_bytes: int, protect: Collection[str] = frozenset()) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
 import msgspec
 
@@ -12,8 +13,10 @@ from vllm_kvmarket.catalogue.listing import NEEDED, ON_OFFER
 from vllm_kvmarket.core.errors import StoreError
 from vllm_kvmarket.core.model_identity import chunk_keys, unpack_tokens
 from vllm_kvmarket.market import shared_bucket
-from vllm_kvmarket.market.market import Market
 from vllm_kvmarket.store import bucket_listings
+
+if TYPE_CHECKING:
+    from vllm_kvmarket.market.market import Market
 
 
 class GcReport(msgspec.Struct, frozen=True, kw_only=True):

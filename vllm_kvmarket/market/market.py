@@ -6,11 +6,10 @@ scheduler half of the connector inside the engine.
 
 from __future__ import annotations
 
-import contextlib
 import time
 import uuid
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
@@ -24,14 +23,15 @@ from vllm_kvmarket.core.config import MarketConfig, load, to_mapping
 from vllm_kvmarket.core.document_chunks import DocumentChunks
 from vllm_kvmarket.core.errors import (
     ConfigError,
-    LedgerError,
     NotFoundError,
     StoreError,
 )
 from vllm_kvmarket.core.pricing import Terms
 from vllm_kvmarket.ledger import Account, Ledger, Receipt, Transfer
-from vllm_kvmarket.market import shared_bucket
-from vllm_kvmarket.market.engine_operations import CONNECTOR, POLL_S, EngineOperations
+from vllm_kvmarket.market import engine_operations, shared_bucket
+from vllm_kvmarket.market.engine_operations import CONNECTOR, POLL_S
+from vllm_kvmarket.market.eviction import make_room
+from vllm_kvmarket.market.publishers import ensure_account, limits_of
 from vllm_kvmarket.market.purchase import Item, Purchase
 from vllm_kvmarket.market.quote import Quote, quote_of, sold_part
 from vllm_kvmarket.store.tiers import store_of
@@ -39,7 +39,7 @@ from vllm_kvmarket.store.tiers import store_of
 DATABASE_FILE = "market.sqlite"
 
 
-class Market(EngineOperations):
+class Market:
     """One market home: open it, publish, buy, look at the money, close it.
 
     Several markets on one home, in one process or several, see the same listings and accounts.
@@ -94,6 +94,16 @@ class Market(EngineOperations):
         trace: TracebackType | None,
     ) -> None:
         self.close()
+
+    # What an operator does with an offline engine, a vllm.LLM that was started on this market
+
+    publish = engine_operations.publish
+    republish = engine_operations.republish
+    wait_for_listing = engine_operations.wait_for_listing
+    preload = engine_operations.preload
+    pin = engine_operations.pin
+    unpin = engine_operations.unpin
+    audit = engine_operations.audit
 
     # Settings for an engine and its requests
 
@@ -215,28 +225,25 @@ class Market(EngineOperations):
         )
 
     def begin_listing(
-        self,
-        listing: Listing,
-        document: DocumentChunks,
-        make_room: Callable[[], object] | None = None,
+        self, listing: Listing, document: DocumentChunks, needed_bytes: int = 0
     ) -> Future[Listing]:
-        """Note that a document is being published, then make room for it; see Catalogue.begin."""
-        return self._clerk.submit(self._begin_listing, listing, document, make_room)
+        """Note that a document is being published, and make room for the bytes that it needs.
+
+        The future raises what Catalogue.begin raises, and LedgerError when its publisher has no
+        account and gets none: nothing goes on offer whose royalty has nowhere to go.
+        """
+        return self._clerk.submit(self._begin_listing, listing, document, needed_bytes)
 
     def _begin_listing(
-        self,
-        listing: Listing,
-        document: DocumentChunks,
-        make_room: Callable[[], object] | None,
+        self, listing: Listing, document: DocumentChunks, needed_bytes: int
     ) -> Listing:
         self.store.disk.check_reserve(listing.document_id)
-        # Without it the royalty, and with it the whole settlement, would be refused. An account of
-        # that name and another kind earns it as well.
-        with contextlib.suppress(LedgerError):
-            self.ledger.create_account(listing.terms.publisher, "publisher")
-        begun = self.catalogue.begin(listing, document)
-        if make_room is not None and begun.state == "publishing":
-            make_room()
+        publisher = listing.terms.publisher
+        ensure_account(self.ledger, publisher)
+        limits = limits_of(self.config, publisher)
+        begun = self.catalogue.begin(listing, document, limits, needed_bytes)
+        if begun.state == "publishing" and needed_bytes:
+            make_room(self, needed_bytes, {listing.document_id})
         return begun
 
     def commit_listing(

@@ -18,12 +18,13 @@ from vllm_kvmarket.core.document_chunks import DocumentChunks
 from vllm_kvmarket.core.errors import (
     CatalogueRefusedError,
     KVMarketError,
-    LedgerError,
     NotFoundError,
+    UnavailableError,
 )
 from vllm_kvmarket.core.listing_terms import ListingTerms
 from vllm_kvmarket.core.model_identity import pack_tokens, unpack_tokens
 from vllm_kvmarket.ledger import Ledger
+from vllm_kvmarket.market.publishers import ensure_account
 from vllm_kvmarket.store import Tiers, bucket_listings
 
 FORMAT = 1
@@ -88,16 +89,20 @@ class Directory:
         if self._store.objects is None:
             return 0
         there = bucket_listings.listed_documents(self._store.objects)
+        again: set[str] = set()
         adopted = 0
         for document_id in sorted(there - self._seen):
             try:
                 adopted += self._adopt(document_id)
+            except UnavailableError as error:
+                logger.warning("kvmarket: the bucket's entry %s waits: %s", document_id, error)
+                again.add(document_id)
             except (KVMarketError, msgspec.MsgspecError, ValueError) as error:
                 logger.warning("kvmarket: the bucket's entry %s: %s", document_id, error)
         for document_id in self._seen - there:
             with contextlib.suppress(NotFoundError):
                 self._catalogue.delist(document_id)
-        self._seen = there
+        self._seen = there - again
         return adopted
 
     def _adopt(self, document_id: str) -> bool:
@@ -113,9 +118,7 @@ class Directory:
             raise CatalogueRefusedError("not an entry of this format and name")
         tokens = unpack_tokens(entry.tokens)
         document = DocumentChunks.of(entry.namespace, tokens, self._catalogue.chunk_tokens)
-        # An account of that name and another kind stays what it is, and earns the royalty.
-        with contextlib.suppress(LedgerError):
-            self._ledger.create_account(entry.terms.publisher, "publisher")
+        ensure_account(self._ledger, entry.terms.publisher)
         listing = Listing.of(document, entry.terms, created_at_s=entry.created_at_s)
         listing = dataclasses.replace(listing, stored_bytes=entry.stored_bytes)
         return self._catalogue.adopt(listing, document).state == "live"

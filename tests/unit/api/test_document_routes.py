@@ -318,3 +318,30 @@ def test_a_server_without_an_engine_shows_but_does_not_publish(tmp_path):
         assert missing.status_code == 404
         assert "--kv-connector" in missing.json()["error"]["message"]
         server.app.state.kvmarket_service = service
+
+
+def test_one_publisher_cannot_fill_the_queue(tmp_path):
+    """429 for the third document that waits; another publisher's is accepted."""
+    with running(tmp_path, publisher_max_queued=2) as server:
+        server.engine.operate = lambda *_: asyncio.sleep(3600)
+
+        def post(number, who):
+            wish = {"text": text_of(300, f"{who}{number}-")}
+            return server.client.post(DOCUMENTS, json=wish, headers=as_(server, who))
+
+        # The first one is with the engine; the others wait.
+        assert [post(number, "pat").status_code for number in range(3)] == [202, 202, 202]
+        refused = post(3, "pat")
+        assert (refused.status_code, refused.json()["error"]["code"]) == (429, "too_many_queued")
+        assert "retry-after" in refused.headers
+        assert post(4, "eve").status_code == 202
+
+
+def test_a_publisher_over_its_limit_is_refused_in_words(tmp_path):
+    """409: nothing waits, and the reason names what to do."""
+    with running(tmp_path, publisher_max_documents=1) as server:
+        publish(server, text=text_of(300))
+        wish = {"text": text_of(300, "other")}
+        refused = server.client.post(DOCUMENTS, json=wish, headers=as_(server, "pat"))
+        assert refused.status_code == 409
+        assert "withdraw one first" in refused.json()["error"]["message"]

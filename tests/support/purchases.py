@@ -11,5 +11,5 @@ def reserve(
     market: Market, *, key: str, request_id: str, account: str, match: Match, model: str
 ) -> Purchase:
     """Start to reserve what reusing the whole match costs."""
-    item = ReuseItem(match, market.terms_of(match), model, request_id)
+    item = ReuseItem(match, market.config.tariff, model, request_id)
     return market.reserve(item, key=key, account=account)

@@ -129,18 +129,23 @@ class PublishRequest:
     def _end(self, failure: str) -> None:
         """List the document, or note why not; and charge for storing it, or do not."""
         market, document = self._engine.market, self._document
-        stored_bytes = self.report.stored_bytes
         if failure:
             done = market.fail_listing(document.document_id, failure)
         else:
+            stored_bytes = self.report.stored_bytes
             done = market.commit_listing(document.document_id, stored_bytes, document.keys)
-        if self.charge is not None:
-            if failure or not stored_bytes:
-                self.charge.void()
-            else:
-                self.charge.settle()
-                self._engine.metrics.bought(self.charge)
         done.add_done_callback(log_failure)
+        if self.charge is not None:
+            done.add_done_callback(partial(self._pay, self.charge, failure))
+
+    def _pay(self, charge: Purchase, failure: str, done: Future[None]) -> None:
+        """Charge for a document that the catalogue has listed; called on the catalogue's thread."""
+        is_listed = not failure and done.exception() is None
+        if is_listed and self.report.stored_bytes:
+            charge.settle()
+            self._engine.metrics.bought(charge)
+        else:
+            charge.void()
 
 
 def refusal(request: Request, namespace: bytes | None, block_tokens: int) -> str:

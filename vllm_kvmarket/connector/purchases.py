@@ -1,15 +1,14 @@
 """Which requests share one purchase, and when it is closed.
 
-The samples of a request share one, and so does its retry: the same account asking the same prompt
-under the same request id once more.
+Only the samples of one request (n > 1) share one. A client that wants to repeat a request without
+paying twice sends a key with it; the ledger then knows the purchase, on whichever engine it is.
 """
 
 from __future__ import annotations
 
 import re
 import time
-from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
@@ -20,20 +19,15 @@ from vllm_kvmarket.connector.scheduler_metrics import SchedulerMetrics
 from vllm_kvmarket.core.model_identity import pack_tokens
 from vllm_kvmarket.market.market import Market
 from vllm_kvmarket.market.purchase import Purchase, PurchaseState, ReuseItem, Usage
+from vllm_kvmarket.market.quote import Quote, quote_of
 
 if TYPE_CHECKING:
     from vllm.v1.request import Request
 
-MAX_REMEMBERED = 4096
-
 _CHILD = re.compile(r"\d+_(.+)")
+# vLLM's id of one of a completion's prompts.
+_NUMBERED = re.compile(r"cmpl-.*-(\d+)", re.DOTALL)
 _RANDOM_SUFFIX = re.compile(r"-[0-9a-f]{8}$")
-
-# Samples of one request have the same id behind their number and arrived in the same instant; a
-# client may choose the id, even `1_foo`, but not the instant.
-_Samples = tuple[str, float]
-# Account, the client's request id, digest of the prompt, and what of it is on offer.
-_Retry = tuple[str, str, bytes, str, int]
 
 
 def purchase_group(request_id: str) -> str:
@@ -61,6 +55,21 @@ def ledger_key(engine_id: str, request_id: str, arrival_time: float) -> str:
     return f"{engine_id}:{digest}"
 
 
+def shared_key(
+    purchase_key: str, account: str, request_id: str, prompt: Sequence[int], quote: Quote
+) -> str:
+    """The key of a purchase that a client may repeat: the same on every engine.
+
+    One HTTP request may have several prompts, also equal ones, each with its number in its id.
+    """
+    numbered = _NUMBERED.fullmatch(client_request_id(request_id, is_sample=True))
+    ends = [(line.listing.document_id, line.end) for line in quote.lines]
+    parts = (purchase_key, account, numbered and numbered.group(1), ends, quote.charge_nano)
+    digest = blake3(repr(parts).encode())
+    digest.update(pack_tokens(prompt))
+    return f"key:{digest.hexdigest(16)}"
+
+
 @dataclass(frozen=True, slots=True)
 class Charge:
     """What an answer says of its purchase; the receipt is booked when the last sample ends."""
@@ -71,17 +80,15 @@ class Charge:
 
 @dataclass(slots=True)
 class _Group:
-    """The requests that share a purchase."""
+    """The samples of one request, which share a purchase."""
 
     purchase: Purchase
     item: ReuseItem
-    retry: _Retry
-    opened_s: float
-    first: _Samples
-    samples: list[_Samples] = field(default_factory=list)
+    prompt: list[int]
+    # A client may repeat a purchase with a key: its hold stays for the repetition until it expires.
+    may_be_repeated: bool
     members: set[str] = field(default_factory=set)
-    # Of all answers the one that reused least, with the tokens of all: what one sample had to
-    # compute, and the others then found in the paged cache, was not bought.
+    # Of all answers the one that reused most, with the output of all.
     usage: Usage | None = None
 
     def count(self, usage: Usage) -> None:
@@ -89,53 +96,40 @@ class _Group:
         if self.usage is None:
             self.usage = usage
             return
-        least = min(self.usage, usage, key=lambda each: each.reused)
-        self.usage = replace(least, output=self.usage.output + usage.output)
+        most = max(self.usage, usage, key=lambda each: each.reused)
+        self.usage = replace(most, output=self.usage.output + usage.output)
 
     def charge(self) -> Charge | None:
         """What is charged as of now."""
-        purchase = self.purchase
-        if purchase.receipt is not None:
-            return Charge(purchase.receipt.id, purchase.receipt.charge_nano)
-        if self.is_payable():
-            assert self.usage is not None
-            return Charge(purchase.receipt_id, self.item.terms.charge_nano(self.usage.reused))
-        return None
-
-    def is_payable(self) -> bool:
-        """Whether something was reused for an answer, and is reserved."""
-        return (
-            self.usage is not None
-            and self.usage.reused > 0
-            and self.purchase.state() is PurchaseState.RESERVED
-        )
+        purchase, usage = self.purchase, self.usage
+        if usage is None or not usage.reused:
+            return None
+        if purchase.state() is PurchaseState.PAID:
+            return Charge(purchase.receipt_id, 0)
+        if purchase.state() is PurchaseState.SETTLED:
+            return Charge(purchase.receipt_id, purchase.charge_nano)
+        quote = quote_of(self.item.match, self.item.tariff, usage.reused)
+        return Charge(purchase.receipt_id, quote.charge_nano)
 
 
 class Purchases:
-    """Every purchase of one engine; used by the scheduler's thread only.
-
-    A retry is known for as long as a reservation lives. It is not paid for again, and no more of
-    it is given away than with `n` samples, which cost one charge too.
-    """
+    """Every purchase under way on one engine; used by the scheduler's thread only."""
 
     def __init__(
-        self,
-        market: Market,
-        engine_id: str,
-        model: str,
-        clock: Callable[[], float] = time.monotonic,
-        metrics: SchedulerMetrics | None = None,
+        self, market: Market, engine_id: str, model: str, metrics: SchedulerMetrics | None = None
     ) -> None:
         self._market = market
         self._metrics = metrics or SchedulerMetrics(market)
         self._engine_id = engine_id
         self._model = model
-        self._clock = clock
         self._by_request: dict[str, _Group] = {}
-        self._by_samples: dict[_Samples, _Group] = {}
-        self._recent: OrderedDict[_Retry, _Group] = OrderedDict()
+        # Samples of one request have the same id behind their number and arrived in the same
+        # instant; a client may choose the id, even `1_foo`, but not the instant.
+        self._by_samples: dict[tuple[str, float], _Group] = {}
 
-    def join(self, request: Request, account: str, match: Match) -> tuple[Purchase, Match]:
+    def join(
+        self, request: Request, account: str, match: Match, purchase_key: str | None = None
+    ) -> tuple[Purchase, Match]:
         """The purchase that this request's reuse of `match` is part of, and the match that the
         request may reuse: the catalogue may have changed between two samples.
 
@@ -143,47 +137,36 @@ class Purchases:
         """
         samples = (purchase_group(request.request_id), request.arrival_time)
         group = self._by_samples.get(samples)
-        if group is not None and group.purchase.account == account and _stands(group):
-            if samples == group.first:
-                group.item.request_id = client_request_id(request.request_id, is_sample=True)
+        prompt = request.prompt_token_ids
+        assert prompt is not None
+        if group is not None and (group.purchase.account, group.prompt) == (account, prompt):
+            group.item.request_id = client_request_id(request.request_id, is_sample=True)
         else:
-            group = self._retried_or_new(request, samples, account, match)
-            group.samples.append(samples)
+            name = client_request_id(request.request_id)
+            item = ReuseItem(match, self._market.config.tariff, self._model, name)
+            key = ledger_key(self._engine_id, *samples)
+            if purchase_key is not None:
+                quote = self._market.quote_match(match)
+                key = shared_key(purchase_key, account, request.request_id, prompt, quote)
+            purchase = self._market.reserve(item, key=key, account=account)
+            group = _Group(purchase, item, prompt, purchase_key is not None)
             self._by_samples[samples] = group
         group.members.add(request.request_id)
         self._by_request[request.request_id] = group
         return group.purchase, group.item.match
 
-    def _retried_or_new(
-        self, request: Request, samples: _Samples, account: str, match: Match
-    ) -> _Group:
-        self._forget_old()
-        name = client_request_id(request.request_id)
-        assert request.prompt_token_ids is not None
-        prompt = blake3(pack_tokens(request.prompt_token_ids)).digest()
-        retry = (account, name, prompt, match.listing.document_id, match.token_count)
-        group = self._recent.get(retry)
-        if group is not None and _stands(group):
-            if group.purchase.state() is not PurchaseState.REFUSED:
-                return group
-            self._forget(group)  # there may be funds now
-        item = ReuseItem(match, self._market.terms_of(match), self._model, name)
-        purchase = self._market.reserve(
-            item, key=ledger_key(self._engine_id, *samples), account=account
-        )
-        group = _Group(purchase, item, retry, self._clock(), samples)
-        self._recent[retry] = group
-        return group
-
-    def leave(self, request_id: str, usage: Usage | None) -> Charge | None:
+    def leave(self, request: Request, usage: Usage | None) -> Charge | None:
         """Note that a request has ended, with what its answer used, or None where no answer came;
         the last one closes the purchase. Returns what is charged so far. Mutates.
         """
-        group = self._by_request.pop(request_id)
-        group.members.discard(request_id)
+        group = self._by_request.pop(request.request_id)
+        group.members.discard(request.request_id)
         if usage is not None:
             group.count(usage)
         if not group.members:
+            samples = (purchase_group(request.request_id), request.arrival_time)
+            if self._by_samples.get(samples) is group:
+                del self._by_samples[samples]
             self._close(group)
         return group.charge()
 
@@ -198,38 +181,19 @@ class Purchases:
 
     def close(self) -> None:
         """Settle what has been answered and release the rest: the engine ends."""
-        for request_id in list(self._by_request):
-            self.leave(request_id, None)
+        for group in {id(group): group for group in self._by_request.values()}.values():
+            self._close(group)
+        self._by_request.clear()
+        self._by_samples.clear()
 
     def _close(self, group: _Group) -> None:
-        purchase = group.purchase
-        if purchase.receipt is not None:
-            return
-        if group.is_payable():
-            assert group.usage is not None
-            purchase.settle(group.usage)
+        purchase, usage = group.purchase, group.usage
+        is_reserved = purchase.state() is PurchaseState.RESERVED
+        if is_reserved and usage is not None and usage.reused:
+            purchase.settle(usage)
             self._metrics.bought(purchase)
-            use = Use(group.item.document_id, group.usage.reused, purchase.charge_nano, time.time())
-            self._market.note_use(use)
-            return
-        purchase.void()
-        self._forget(group)
-
-    def _forget_old(self) -> None:
-        oldest_s = self._clock() - self._market.config.reservation_timeout_s
-        while self._recent:
-            group = next(iter(self._recent.values()))
-            if group.opened_s >= oldest_s and len(self._recent) < MAX_REMEMBERED:
-                break
-            self._forget(group)
-
-    def _forget(self, group: _Group) -> None:
-        if self._recent.get(group.retry) is group:
-            del self._recent[group.retry]
-        for samples in group.samples:
-            if self._by_samples.get(samples) is group:
-                del self._by_samples[samples]
-
-
-def _stands(group: _Group) -> bool:
-    return group.purchase.state() is not PurchaseState.VOIDED
+            for line in purchase.receipt.lines if purchase.receipt else ():
+                use = Use(line.document_id, line.end - line.start, line.charge_nano, time.time())
+                self._market.note_use(use)
+        elif not group.may_be_repeated:
+            purchase.void()

@@ -88,7 +88,7 @@ class ReuseRequest:
             # Samples of one request share a purchase, and so its match: the catalogue may have
             # changed between them.
             self.purchase, shared = self._engine.purchases.join(
-                self._request, params.account, match
+                self._request, params.account, match, params.purchase_key
             )
             self.reuse = Reuse(self._request, shared)
 
@@ -133,7 +133,7 @@ class ReuseRequest:
         charge = None
         if self.purchase is not None:
             usage = self.reuse.usage() if is_answered(self._request) else None
-            charge = self._engine.purchases.leave(self._request.request_id, usage)
+            charge = self._engine.purchases.leave(self._request, usage)
         self._engine.metrics.used(self.reuse.usage(), declined=bool(self.declined))
         answer = self.reuse.answer(self.declined, charge)
         pin(self._engine, self.reuse, block_ids, answer)

@@ -43,6 +43,7 @@ from vllm_kvmarket.connector.request_state import (
 from vllm_kvmarket.connector.reuse_requests import PreloadRequest, ReuseRequest
 from vllm_kvmarket.connector.scheduler_metrics import SchedulerMetrics
 from vllm_kvmarket.core.config import MarketConfig
+from vllm_kvmarket.ledger import Outcome, Result
 from vllm_kvmarket.market.market import Market
 
 if TYPE_CHECKING:
@@ -53,6 +54,7 @@ if TYPE_CHECKING:
 
 logger = init_logger("vllm.kvmarket.scheduler")
 
+_LOST = (Outcome.EXPIRED, Outcome.ALREADY_VOIDED, Outcome.PENDING_NOT_FOUND)
 NOT_LOOKED_UP = "the documents on offer could not be looked up"
 
 
@@ -251,7 +253,7 @@ class SchedulerHalf:
             if isinstance(made, PublishRequest) and made.charge is not None:
                 ids.append(made.charge.reservation_id)
         if ids:
-            self._market.ledger.renew(ids, timeout_s)
+            self._market.ledger.renew(ids, timeout_s).add_done_callback(_log_lost_holds)
 
     def _prefetch(self) -> None:
         """Have chunks read for requests that may load but have waited for a whole step; mutates.
@@ -330,3 +332,17 @@ class SchedulerHalf:
         made = self._requests.get(request_id)
         if made is not None and not isinstance(made, DatabaseLookup):
             made.reuse.load_ended(load, self._config.chunk_tokens)
+
+
+def _log_lost_holds(renewed: Future[list[Result]]) -> None:
+    """What a lost hold reserved may not be paid when its request ends."""
+    if (error := renewed.exception()) is not None:
+        logger.warning("kvmarket: reservations could not be extended: %s", error)
+        return
+    lost = [each for each in renewed.result() if each.outcome in _LOST]
+    if lost:
+        logger.warning(
+            "kvmarket: %d reservations of running requests are gone, the first because of %s",
+            len(lost),
+            lost[0].outcome.name,
+        )

@@ -102,6 +102,20 @@ class Transfer(Operation, frozen=True, gc=False):
     created_at_s: float = 0.0
 
 
+class ReceiptLine(msgspec.Struct, frozen=True, kw_only=True):
+    """One listing's part of a sale: the tokens from `start` up to, and without, `end`."""
+
+    document_id: str
+    title: str
+    publisher: str
+    start: int
+    end: int
+    cache_read_nano_per_mtok: int
+    royalty_ppm: int
+    charge_nano: int
+    royalty_nano: int
+
+
 class Receipt(msgspec.Struct, frozen=True, kw_only=True):
     """What one request reused, at which prices, and the transfers that paid for it.
 
@@ -135,6 +149,7 @@ class Receipt(msgspec.Struct, frozen=True, kw_only=True):
     created_at_s: float
     model: str
     namespace: str
+    lines: tuple[ReceiptLine, ...] = ()
 
 
 def plain(

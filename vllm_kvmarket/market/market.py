@@ -26,7 +26,6 @@ from vllm_kvmarket.core.errors import (
     NotFoundError,
     StoreError,
 )
-from vllm_kvmarket.core.pricing import Terms
 from vllm_kvmarket.ledger import Account, Ledger, Receipt, Transfer
 from vllm_kvmarket.market import engine_operations, shared_bucket
 from vllm_kvmarket.market.engine_operations import CONNECTOR, POLL_S
@@ -209,10 +208,6 @@ class Market:
     def is_worth_loading(self, match: Match) -> bool:
         """Whether loading a match saves more than it costs."""
         return match.token_count >= self.config.min_reuse_tokens
-
-    def terms_of(self, match: Match) -> Terms:
-        """The prices at which a match is sold."""
-        return self.config.tariff.terms(match.listing.terms)
 
     def reserve(self, item: Item, *, key: str, account: str) -> Purchase:
         """Start to reserve the most that `item` can cost; `key` makes the ledger's ids."""

@@ -1,7 +1,8 @@
 """One purchase, from its reservation to its settlement: a request's reuse, or storing a document.
 
 The most that it can cost is reserved first. It ends exactly once: settled for what was really used,
-or voided. The ledger's ids derive from the purchase's key, so that a repetition changes nothing.
+or voided. The ledger's ids derive from the purchase's key, so that a repetition changes nothing:
+whoever reserves under a key that was paid, on this engine or another, pays nothing more.
 """
 
 from __future__ import annotations
@@ -16,19 +17,21 @@ from functools import partial
 
 from vllm_kvmarket.catalogue import Match
 from vllm_kvmarket.core.errors import LedgerBusyError, LedgerUnavailableError
-from vllm_kvmarket.core.pricing import Terms
+from vllm_kvmarket.core.pricing import Tariff
 from vllm_kvmarket.ledger import (
     PROVIDER,
     Ledger,
     Operation,
     Outcome,
     Receipt,
+    ReceiptLine,
     Result,
     pending,
     plain,
     post,
     void,
 )
+from vllm_kvmarket.market.quote import quote_of
 
 logger = logging.getLogger(__name__)
 
@@ -46,6 +49,7 @@ class PurchaseState(enum.Enum):
     RESERVING = "reserving"
     RESERVED = "reserved"
     REFUSED = "refused"
+    PAID = "paid"  # by an earlier request with the same key: this one is free
     SETTLED = "settled"
     VOIDED = "voided"
 
@@ -85,7 +89,7 @@ class ReuseItem:
     """The reuse of a match. `request_id` is the buyer's name for the request, for the receipt."""
 
     match: Match
-    terms: Terms
+    tariff: Tariff
     model: str
     request_id: str
     code = "reuse"
@@ -93,39 +97,51 @@ class ReuseItem:
 
     @property
     def document_id(self) -> str:
-        """The document that is reused."""
+        """The document that contains the whole match."""
         return self.match.listing.document_id
 
     @property
     def most_nano(self) -> int:
         """The price of the whole match."""
-        return self.terms.charge_nano(self.match.token_count)
+        return quote_of(self.match, self.tariff).charge_nano
 
     def settlement(self, purchase: Purchase, usage: Usage) -> Settlement:
-        """The charge for what was reused, the publisher's royalty, and the receipt."""
-        listing = self.match.listing
-        charge = self.terms.charge_nano(usage.reused)
-        # The provider's own documents earn it the whole charge.
-        royalty = 0 if listing.terms.publisher == PROVIDER else self.terms.royalty_nano(charge)
-        royalties = []
-        if royalty:
-            royalties.append(
-                plain(
-                    id=f"{purchase.key}:royalty",
-                    debit=PROVIDER,
-                    credit=listing.terms.publisher,
-                    amount_nano=royalty,
-                    code="royalty",
-                    user_data=listing.document_id,
-                )
+        """The charge for what was reused, a royalty for each publisher's part, and the receipt."""
+        quote = quote_of(self.match, self.tariff, usage.reused)
+        royalties = tuple(
+            plain(
+                id=f"{purchase.key}:royalty:{number}",
+                debit=PROVIDER,
+                credit=line.listing.terms.publisher,
+                amount_nano=line.royalty_nano,
+                code="royalty",
+                user_data=line.listing.document_id,
             )
+            for number, line in enumerate(quote.lines)
+            if line.royalty_nano
+        )
+        lines = tuple(
+            ReceiptLine(
+                document_id=line.listing.document_id,
+                title=line.listing.terms.title,
+                publisher=line.listing.terms.publisher,
+                start=line.start,
+                end=line.end,
+                cache_read_nano_per_mtok=line.terms.cache_read_nano_per_mtok,
+                royalty_ppm=line.terms.royalty_ppm,
+                charge_nano=line.charge_nano,
+                royalty_nano=line.royalty_nano,
+            )
+            for line in quote.lines
+        )
+        last = lines[-1]
         receipt = Receipt(
             id=purchase.receipt_id,
             request_id=self.request_id,
             account=purchase.account,
-            document_id=listing.document_id,
-            title=listing.terms.title,
-            publisher=listing.terms.publisher,
+            document_id=last.document_id,
+            title=last.title,
+            publisher=last.publisher,
             tokens_matched=usage.matched,
             tokens_reused=usage.reused,
             tokens_loaded=usage.loaded,
@@ -133,19 +149,20 @@ class ReuseItem:
             tokens_failed=usage.failed,
             tokens_computed=usage.computed,
             tokens_output=usage.output,
-            input_nano_per_mtok=self.terms.input_nano_per_mtok,
-            cache_read_nano_per_mtok=self.terms.cache_read_nano_per_mtok,
-            royalty_ppm=self.terms.royalty_ppm,
-            charge_nano=charge,
-            royalty_nano=royalty,
-            recompute_nano=self.terms.recompute_nano(usage.reused),
+            input_nano_per_mtok=quote.lines[-1].terms.input_nano_per_mtok,
+            cache_read_nano_per_mtok=last.cache_read_nano_per_mtok,
+            royalty_ppm=last.royalty_ppm,
+            charge_nano=quote.charge_nano,
+            royalty_nano=quote.royalty_nano,
+            recompute_nano=quote.recompute_nano,
             reservation_id=purchase.reservation_id,
             transfer_ids=(f"{purchase.key}:settle", *(each.id for each in royalties)),
             created_at_s=time.time(),
             model=self.model,
-            namespace=listing.namespace.hex(),
+            namespace=self.match.listing.namespace.hex(),
+            lines=lines,
         )
-        return Settlement(charge, tuple(royalties), receipt)
+        return Settlement(quote.charge_nano, royalties, receipt)
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,7 +198,9 @@ class Purchase:
     ) -> None:
         self._ledger = ledger
         self.item = item
-        self.key = key
+        self._key = key
+        self._attempt = 0
+        self._timeout_s = timeout_s
         self.account = account
         # What the settlement comes to.
         self.charge_nano = 0
@@ -192,19 +211,30 @@ class Purchase:
         self.refusal = ""
         self.refusal_reason = ""
         self._state = PurchaseState.RESERVING
-        self._reservation: Future[list[Result]] = ledger.submit(
+        self._reserve()
+
+    def _reserve(self) -> None:
+        """Reserve under the key, or under another one where the earlier hold has been released."""
+        # A repetition finds the hold of the first request; a renewal then says what became of it.
+        self._renewal: Future[list[Result]] | None = None
+        self._reservation = self._ledger.submit(
             [
                 pending(
                     id=self.reservation_id,
-                    debit=account,
+                    debit=self.account,
                     credit=PROVIDER,
-                    amount_nano=item.most_nano,
-                    timeout_s=timeout_s,
-                    code=item.code,
-                    user_data=item.document_id,
+                    amount_nano=self.item.most_nano,
+                    timeout_s=self._timeout_s,
+                    code=self.item.code,
+                    user_data=self.item.document_id,
                 )
             ]
         )
+
+    @property
+    def key(self) -> str:
+        """The beginning of the ids of this purchase's transfers."""
+        return f"{self._key}:{self._attempt}" if self._attempt else self._key
 
     @property
     def reservation_id(self) -> str:
@@ -218,20 +248,30 @@ class Purchase:
 
     def state(self) -> PurchaseState:
         """Where the purchase stands now; never waits."""
-        if self._state is PurchaseState.RESERVING and self._reservation.done():
-            self._take_reservation()
+        if self._state is PurchaseState.RESERVING:
+            asked = self._renewal or self._reservation
+            if asked.done():
+                self._take(asked)
         return self._state
 
-    def _take_reservation(self) -> None:
-        error = self._reservation.exception()
+    def _take(self, asked: Future[list[Result]]) -> None:
+        """Take in what the ledger answered to the reservation, or to its renewal."""
+        error = asked.exception()
         if error is not None:
             reason = _REASON_OF_ERROR.get(type(error), "ledger_refused")
             self._refuse(reason, f"the ledger could not reserve: {error}")
             return
-        result = self._reservation.result()[0]
+        result = asked.result()[0]
         cannot_pay = self.item.cannot_pay
-        if result.outcome.good:
+        if result.outcome is Outcome.OK:
             self._state = PurchaseState.RESERVED
+        elif result.outcome is Outcome.EXISTS and self._renewal is None:
+            self._renewal = self._ledger.renew([self.reservation_id], self._timeout_s)
+        elif result.outcome is Outcome.ALREADY_POSTED:
+            self._state = PurchaseState.PAID
+        elif result.outcome in (Outcome.ALREADY_VOIDED, Outcome.EXPIRED):
+            self._attempt += 1
+            self._reserve()
         elif result.outcome is Outcome.EXCEEDS_CREDITS:
             funds = f"account {self.account!r} has not enough funds"
             self._refuse("no_funds", cannot_pay or funds)
@@ -268,26 +308,48 @@ class Purchase:
             )
             stored = f"storing {self.item.document_id}"
             name = f"receipt {self.receipt.id}" if self.receipt else stored
-            self.settled.add_done_callback(partial(_log_refusal, name, self.account))
+            self.settled.add_done_callback(partial(self._settled, name))
         return self.receipt
+
+    def _settled(self, name: str, settled: Future[list[Result]]) -> None:
+        """Log a settlement that was refused, and release its hold: the answer is out already."""
+        if is_booked(settled) is not False:
+            return
+        error = settled.exception()
+        reason: object = error
+        if error is None:
+            # In a linked batch one operation has the reason, and the others fail because of it.
+            refused = [each for each in settled.result() if not each.outcome.good]
+            refused.sort(key=lambda result: result.outcome is Outcome.LINKED_FAILED)
+            reason = _in_words(refused[0])
+            self._release()
+        logger.error(
+            "kvmarket: %s was not booked, %s is not charged: %s", name, self.account, reason
+        )
 
     def void(self) -> None:
         """Release the reservation: nothing was used, or no answer came; once, then nothing."""
         if self._state in (PurchaseState.RESERVING, PurchaseState.RESERVED):
-            # The ledger applies batches in the order of submission: a void behind a reservation
-            # that is still under way finds it, or finds nothing where it was refused.
-            self._ledger.submit(
-                [void(id=f"{self.key}:void", pending_id=self.reservation_id)],
-                patience_s=NEVER_GIVE_UP_S,
-            )
+            self._release()
             self._state = PurchaseState.VOIDED
+
+    def _release(self) -> None:
+        # The ledger applies batches in the order of submission: a void behind a reservation that
+        # is still under way finds it, or finds nothing where it was refused.
+        self._ledger.submit(
+            [void(id=f"{self.key}:void", pending_id=self.reservation_id)],
+            patience_s=NEVER_GIVE_UP_S,
+        )
 
 
 def is_booked(settled: Future[list[Result]]) -> bool | None:
-    """Whether the ledger has booked a settlement; None: it was booked before."""
+    """Whether the ledger has booked a settlement; None: the purchase was paid before."""
     if settled.exception() is not None:
         return False
     outcomes = [result.outcome for result in settled.result()]
+    # Two requests of one key: the first to end has settled for what it used.
+    if outcomes[0] in (Outcome.EXISTS_WITH_DIFFERENT_FIELDS, Outcome.ALREADY_POSTED):
+        return None
     if not max(outcomes).good:
         return False
     return True if Outcome.OK in outcomes else None
@@ -295,14 +357,3 @@ def is_booked(settled: Future[list[Result]]) -> bool | None:
 
 def _in_words(result: Result) -> str:
     return f"{result.outcome.name.lower().replace('_', ' ')} {result.detail}".rstrip()
-
-
-def _log_refusal(what: str, account: str, settled: Future[list[Result]]) -> None:
-    """An answer that is out cannot be taken back: what the ledger refuses is not charged."""
-    error = settled.exception()
-    # In a linked batch one operation has the reason, and the others fail because of it.
-    refused = [] if error else [each for each in settled.result() if not each.outcome.good]
-    refused.sort(key=lambda result: result.outcome is Outcome.LINKED_FAILED)
-    if error or refused:
-        reason = error or _in_words(refused[0])
-        logger.error("kvmarket: %s was not booked, %s is not charged: %s", what, account, reason)

@@ -93,13 +93,13 @@ def test_a_receipt_of_before_a_rotation_is_verified(run, signed, jwks, tmp_path)
 def test_a_receipt_is_found_in_the_log(run, run_json, signed, offline, tmp_path):
     """With proofs of its charge and its royalty, offline."""
     options = []
-    for transfer in ("p1:settle", "p1:royalty"):
+    for transfer in ("p1:settle", "p1:royalty:0"):
         path = tmp_path / f"{transfer}.tlog-proof"
         path.write_text(run("log", "prove", transfer).out)
         assert transfer in run("log", "verify", path, *offline).out
         options += ["--proof", path]
     document = run_json("receipt", "verify", signed, *options, *offline)
-    assert document["in_log"] == ["p1:settle", "p1:royalty"]
+    assert document["in_log"] == ["p1:settle", "p1:royalty:0"]
     other = tmp_path / "other.tlog-proof"
     other.write_text(run("log", "prove", "p1:reserve").out)
     refused = run("receipt", "verify", signed, *offline, "--proof", other, code=1).err

@@ -31,23 +31,9 @@ def market(tmp_path):
         yield opened
 
 
-class Clock:
-    """A clock that the test sets."""
-
-    now_s = 100.0
-
-    def __call__(self) -> float:
-        return self.now_s
-
-
 @pytest.fixture
-def clock():
-    return Clock()
-
-
-@pytest.fixture
-def purchases(market, clock):
-    return Purchases(market, "engine", "model", clock)
+def purchases(market):
+    return Purchases(market, "engine", "model")
 
 
 def matching(count=600, document_id="kvd_x"):
@@ -87,10 +73,10 @@ def reserved(joined):
     return purchase
 
 
-def bought(purchases, asking, usage, account="alice", match=None):
+def bought(purchases, asking, usage, *, account="alice", match=None, key=None):
     """One request from its arrival to its end."""
-    reserved(purchases.join(asking, account, match or matching()))
-    return purchases.leave(asking.request_id, usage)
+    reserved(purchases.join(asking, account, match or matching(), key))
+    return purchases.leave(asking, usage)
 
 
 def spent(market, account="alice"):
@@ -102,22 +88,39 @@ def spent(market, account="alice"):
     return found.debits_posted
 
 
-def test_samples_pay_once_for_what_none_of_them_computed(market, purchases):
-    """The last one to end books it, with the tokens of all; each answer names the receipt."""
+def test_samples_pay_once_for_the_most_that_any_reused(market, purchases):
+    """The last one to end books it, with the output of all; each answer names the receipt."""
     names = [f"{index}_x-0123abcd" for index in range(3)]
     bundle = {reserved(purchases.join(request(name), "alice", matching())) for name in names}
     assert len(bundle) == 1
-    first = purchases.leave(names[1], used(600))
-    assert first.charge_nano == 600 * 500, "so far"
+    first = purchases.leave(request(names[1]), used(256))
+    assert first.charge_nano == 256 * 500, "so far"
     assert market.receipts() == []
-    assert purchases.leave(names[0], None) == first, "this one was aborted"
-    last = purchases.leave(names[2], used(256, output=7))
+    assert purchases.leave(request(names[0]), None) == first, "this one was aborted"
+    last = purchases.leave(request(names[2]), used(600, output=7))
     receipt = market.receipt(last.receipt_id)
     assert first.receipt_id == last.receipt_id == receipt.id
-    assert (receipt.charge_nano, receipt.tokens_output) == (256 * 500, 12)
-    assert (receipt.tokens_computed, receipt.tokens_failed) == (444, 344)
+    assert (receipt.charge_nano, receipt.tokens_output) == (600 * 500, 12)
+    assert (receipt.tokens_computed, receipt.tokens_failed) == (100, 0)
     assert receipt.request_id == "x"
-    assert spent(market) == 256 * 500
+    assert spent(market) == 600 * 500
+
+
+def test_a_sample_that_reused_nothing_does_not_make_the_others_free(market, purchases):
+    """Nor does a second request of the same id that computes everything: it is another purchase."""
+    names = [f"{index}_x-0123abcd" for index in range(2)]
+    for name in names:
+        reserved(purchases.join(request(name), "alice", matching()))
+    assert purchases.leave(request(names[0]), used(0)) is None
+    charge = purchases.leave(request(names[1]), used())
+    assert market.receipt(charge.receipt_id).charge_nano == 600 * 500
+    one, other = request("y-0000000a", 2.0), request("y-0000000b", 3.0)
+    for each in (one, other):
+        reserved(purchases.join(each, "alice", matching()))
+    charge = purchases.leave(one, used())
+    assert purchases.leave(other, used(0)) is None
+    assert market.receipt(charge.receipt_id).charge_nano == 600 * 500
+    assert spent(market) == 2 * 600 * 500
 
 
 def test_a_number_in_front_of_a_clients_own_id_is_no_sample(market, purchases):
@@ -128,94 +131,112 @@ def test_a_number_in_front_of_a_clients_own_id_is_no_sample(market, purchases):
     assert first[0] is not second[0]
     for each, joined in ((one, first), (other, second)):
         reserved(joined)
-        charge = purchases.leave(each.request_id, used())
+        charge = purchases.leave(each, used())
         assert market.receipt(charge.receipt_id).request_id == each.request_id
     assert spent(market) == 2 * 600 * 500
 
 
-def test_the_same_id_for_another_account_prompt_or_document_is_another_request(market, purchases):
-    """A client that always sends one id, or somebody else's, pays for each of its requests."""
-    bought(purchases, request("x-0000000a"), used())
-    bought(purchases, request("x-0000000b"), used(), account="bob")
-    bought(purchases, request("x-0000000c", prompt=[*PROMPT, 1]), used())
-    bought(purchases, request("x-0000000d"), used(), match=matching(document_id="kvd_y"))
-    bought(purchases, request("x-0000000e"), used(500), match=matching(count=500))
-    assert spent(market) == (3 * 600 + 500) * 500
-    assert spent(market, "bob") == 600 * 500
-    assert len(market.receipts()) == 5
+def test_the_same_id_again_is_another_request(market, purchases):
+    """An id that a client chooses means nothing for money: it pays for each of its requests."""
+    for number in range(3):
+        bought(purchases, request(f"x-0000000{number}", float(number)), used())
+    assert spent(market) == 3 * 600 * 500
+    assert len(market.receipts()) == 3
 
 
-def test_a_retry_is_not_paid_again_after_its_answer_or_beside_it(market, purchases):
-    """The same account, id and prompt: one charge, one receipt, which every answer names."""
-    one = bought(purchases, request("x-0000000a", 1.0), used())
-    assert bought(purchases, request("x-0000000b", 2.0), used()) == one
-    reserved(purchases.join(request("y-0000000a", 3.0), "alice", matching()))
-    reserved(purchases.join(request("y-0000000b", 4.0), "alice", matching()))
-    ahead = purchases.leave("y-0000000a", used())
-    assert purchases.leave("y-0000000b", used()) == ahead
-    assert ahead.receipt_id != one.receipt_id
+def test_samples_of_another_prompt_share_nothing(market, purchases):
+    """What was loaded for one prompt would be wrong for the other."""
+    one = purchases.join(request("0_x"), "alice", matching())
+    other = purchases.join(request("1_x", prompt=[*PROMPT, 1]), "alice", matching())
+    assert one[0] is not other[0]
+
+
+def test_a_request_that_is_repeated_with_its_key_is_paid_once_on_all_engines(market, purchases):
+    """After its answer or beside it; all answers name one receipt, and the first one its price."""
+    elsewhere = Purchases(market, "another engine", "model")
+    one = bought(purchases, request("x-0000000a", 1.0), used(), key="k")
+    again = bought(elsewhere, request("z-0000000b", 2.0), used(), key="k")
+    assert (again.receipt_id, again.charge_nano) == (one.receipt_id, 0)
+    ahead, behind = request("y-0000000a", 3.0), request("y-0000000b", 4.0)
+    reserved(purchases.join(ahead, "alice", matching(), "k2"))
+    reserved(elsewhere.join(behind, "alice", matching(), "k2"))
+    paid = purchases.leave(ahead, used())
+    assert elsewhere.leave(behind, used(500)).receipt_id == paid.receipt_id != one.receipt_id
     assert spent(market) == 2 * 600 * 500
     assert len(market.receipts()) == 2
 
 
-def test_a_retry_of_several_samples_is_one_retry(market, purchases):
-    """Its samples find the purchase too, though only the first one has the id in its books."""
-    for suffix, arrived_s in (("0000000a", 1.0), ("0000000b", 2.0)):
-        names = [f"{index}_x-{suffix}" for index in range(2)]
-        for name in names:
-            reserved(purchases.join(request(name, arrived_s), "alice", matching()))
-        for name in names:
-            purchases.leave(name, used())
+def test_samples_on_two_engines_share_a_key(market, purchases):
+    """As under data parallelism, where each sample may run on another rank."""
+    elsewhere = Purchases(market, "another engine", "model")
+    for number, engine in enumerate((purchases, elsewhere)):
+        bought(engine, request(f"{number}_x-0123abcd"), used(), key="k")
     assert spent(market) == 600 * 500
-    assert [receipt.request_id for receipt in market.receipts()] == ["x"]
+
+
+def test_a_key_covers_one_prompt_of_one_account_at_one_price(market, purchases):
+    """Also where one request has several prompts, and where two of them are equal."""
+    bought(purchases, request("cmpl-x-0-0000000a"), used(), key="k")
+    bought(purchases, request("cmpl-x-1-0000000a"), used(), key="k")
+    bought(purchases, request("cmpl-y-1-0000000a", 2.0), used(), key="k")
+    assert spent(market) == 2 * 600 * 500, "the third repeats the second"
+    bought(purchases, request("x-0000000b"), used(), account="bob", key="k")
+    assert spent(market, "bob") == 600 * 500
+    bought(purchases, request("x-0000000c", prompt=[*PROMPT, 1]), used(), key="k")
+    bought(purchases, request("x-0000000d"), used(), match=matching(document_id="kvd_y"), key="k")
+    bought(purchases, request("x-0000000e"), used(500), match=matching(count=500), key="k")
+    assert spent(market) == (4 * 600 + 500) * 500
+
+
+def test_a_key_is_no_free_ride_for_who_leaves_before_the_answer(market, purchases):
+    """The hold stays for the repetition, which is charged; so is one beside it."""
+    asking = request("x-0000000a")
+    reserved(purchases.join(asking, "alice", matching(), "k"))
+    beside = request("x-0000000b", 2.0)
+    reserved(purchases.join(beside, "alice", matching(), "k"))
+    assert purchases.leave(asking, None) is None
+    market.ledger.submit([]).result()
+    assert market.ledger.account("alice").debits_pending == 600 * 500
+    charge = purchases.leave(beside, used())
+    assert market.receipt(charge.receipt_id).charge_nano == 600 * 500
+    again = bought(purchases, request("x-0000000c", 3.0), used(), key="k")
+    assert again.receipt_id == charge.receipt_id
+    assert spent(market) == 600 * 500
 
 
 def test_a_sample_that_arrives_after_the_others_end_pays_nothing_more(market, purchases):
     """It belongs to what was paid."""
     one = bought(purchases, request("0_x-0123abcd"), used())
-    assert bought(purchases, request("1_x-0123abcd"), used()) == one
+    again = bought(purchases, request("1_x-0123abcd"), used())
+    assert again.receipt_id == one.receipt_id
     assert spent(market) == 600 * 500
 
 
 @pytest.mark.parametrize("usage", [None, used(0)])
-def test_a_retry_of_what_was_not_paid_is_a_purchase_of_its_own(market, purchases, usage):
-    """No answer, or all of it computed, was voided: the retry is reserved again, and paid."""
+def test_what_was_not_paid_is_reserved_and_paid_when_it_comes_again(market, purchases, usage):
+    """No answer, or all of it computed, was voided."""
     assert bought(purchases, request("x-0000000a"), usage) is None
-    charge = bought(purchases, request("x-0000000b", 2.0), used())
+    charge = bought(purchases, request("x-0000000a"), used())
     assert market.receipt(charge.receipt_id).charge_nano == spent(market) == 600 * 500
 
 
-def test_a_retry_after_a_deposit_is_not_refused_for_the_first_times_sake(market, purchases):
+def test_a_repetition_after_a_deposit_is_not_refused_for_the_first_times_sake(market, purchases):
     """The ledger is asked again."""
     market.create_account("carol")
-    refused = purchases.join(request("x-0000000a"), "carol", matching())
-    assert reserved(refused).state() is PurchaseState.REFUSED
-    assert purchases.leave("x-0000000a", None) is None
+    refused = request("x-0000000a")
+    purchase = reserved(purchases.join(refused, "carol", matching(), "k"))
+    assert purchase.state() is PurchaseState.REFUSED
+    assert purchases.leave(refused, None) is None
     market.deposit("carol", NANO, "now")
-    assert bought(purchases, request("x-0000000b", 2.0), used(), account="carol")
+    assert bought(purchases, request("x-0000000b", 2.0), used(), account="carol", key="k")
     assert spent(market, "carol") == 600 * 500
 
 
-def test_a_retry_is_known_for_as_long_as_a_reservation_lives(market, purchases, clock):
-    """Nobody reuses for nothing for longer than that, however often an id is sent."""
-    bought(purchases, request("x-0000000a"), used())
-    clock.now_s += market.config.reservation_timeout_s
-    bought(purchases, request("x-0000000b", 2.0), used())
-    assert spent(market) == 600 * 500
-    clock.now_s += 1
-    bought(purchases, request("x-0000000c", 3.0), used())
-    assert spent(market) == 2 * 600 * 500
-
-
-def test_what_is_remembered_is_bounded(market, purchases, monkeypatch):
-    """By number, whatever the clock says."""
-    monkeypatch.setattr("vllm_kvmarket.connector.purchases.MAX_REMEMBERED", 20)
+def test_nothing_is_remembered_of_requests_that_ended(market, purchases):
+    """The ledger knows what was paid."""
     for number in range(30):
-        purchases.join(request(f"{number}", prompt=[number] * 64), "alice", matching(64))
-        purchases.leave(f"{number}", used(1))
-    assert len(purchases._recent) <= 20
-    assert len(purchases._by_samples) <= 20
-    assert purchases._by_request == {}
+        bought(purchases, request(f"{number}", prompt=[number] * 64), used(1), match=matching(64))
+    assert purchases._by_samples == purchases._by_request == {}
 
 
 def test_what_is_under_way_is_held_once_and_nothing_else(purchases):
@@ -223,9 +244,9 @@ def test_what_is_under_way_is_held_once_and_nothing_else(purchases):
     reserved(purchases.join(request("0_x-0123abcd"), "alice", matching()))
     purchase = reserved(purchases.join(request("1_x-0123abcd"), "alice", matching()))
     assert purchases.held() == [purchase.reservation_id]
-    purchases.leave("0_x-0123abcd", used())
+    purchases.leave(request("0_x-0123abcd"), used())
     assert purchases.held() == [purchase.reservation_id]
-    purchases.leave("1_x-0123abcd", used())
+    purchases.leave(request("1_x-0123abcd"), used())
     assert purchases.held() == []
 
 
@@ -233,7 +254,7 @@ def test_an_engine_that_ends_settles_what_was_answered_and_releases_the_rest(mar
     """One sample of the first request has its answer; the second request has none."""
     reserved(purchases.join(request("0_x-0123abcd"), "alice", matching()))
     reserved(purchases.join(request("1_x-0123abcd"), "alice", matching()))
-    purchases.leave("0_x-0123abcd", used())
+    purchases.leave(request("0_x-0123abcd"), used())
     reserved(purchases.join(request("y", 2.0), "alice", matching()))
     purchases.close()
     assert spent(market) == 600 * 500
@@ -243,8 +264,7 @@ def test_an_engine_that_ends_settles_what_was_answered_and_releases_the_rest(mar
 STEPS = st.lists(
     st.tuples(
         st.sampled_from(["join", "answer", "abort"]),
-        st.integers(0, 3),  # which of the client's ids
-        st.integers(0, 2),  # which attempt
+        st.integers(0, 3),  # which request
         st.integers(0, 2),  # which sample
         st.integers(0, 600),
     ),
@@ -256,36 +276,28 @@ STEPS = st.lists(
     suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=25, deadline=None
 )
 @given(steps=STEPS)
-def test_whatever_the_order_each_id_pays_once_for_what_it_did_not_compute(market, steps):
-    """Against a model: a client's id pays for the answer that reused least while it was under way,
-    and nothing for a retry once it has paid.
-    """
+def test_whatever_the_order_each_request_pays_once_for_its_best_answer(market, steps):
+    """Against a model: samples that run together pay once, for the answer that reused most."""
     before = spent(market)
     # The market outlives the example: a second engine of one name would meet the first one's ids.
-    purchases = Purchases(market, f"engine-{uuid4().hex}", "model", Clock())
+    purchases = Purchases(market, f"engine-{uuid4().hex}", "model")
     under_way: dict[str, int] = {}
-    least: dict[int, int] = {}
+    most: dict[int, int] = {}
     paid: dict[int, int] = {}
-    for what, client, attempt, sample, reused in steps:
-        name = f"{sample}_c{client}-0000000{attempt}"
-        # All samples of an attempt begin with sample 0, as vLLM's do.
+    for what, number, sample, reused in steps:
+        name = f"{sample}_c{number}-0000000a"
         if what == "join" and name not in under_way:
-            started = any(n.endswith(f"_c{client}-0000000{attempt}") for n in under_way)
-            if sample and not started:
-                continue
-            reserved(purchases.join(request(name, float(attempt)), "alice", matching()))
-            under_way[name] = client
+            reserved(purchases.join(request(name, float(number)), "alice", matching()))
+            under_way[name] = number
         elif what != "join" and name in under_way:
-            purchases.leave(name, used(reused) if what == "answer" else None)
+            asking = request(name, float(number))
+            purchases.leave(asking, used(reused) if what == "answer" else None)
             del under_way[name]
             if what == "answer":
-                least[client] = min(least.get(client, 600), reused)
-            if client not in under_way.values():
-                paid.setdefault(client, least.pop(client, 0))
-                least.pop(client, None)
-                if not paid[client]:
-                    del paid[client]
+                most[number] = max(most.get(number, 0), reused)
+            if number not in under_way.values() and (best := most.pop(number, 0)):
+                paid.setdefault(number, best)
     purchases.close()
-    for client, reused in least.items():
-        paid.setdefault(client, reused)
+    for number, best in most.items():
+        paid.setdefault(number, best)
     assert spent(market) - before == sum(paid.values()) * 500

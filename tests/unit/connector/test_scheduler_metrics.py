@@ -14,7 +14,7 @@ from vllm_kvmarket.connector.scheduler_metrics import SchedulerMetrics
 from vllm_kvmarket.core.pricing import NANO
 from vllm_kvmarket.ledger import PROVIDER, plain
 from vllm_kvmarket.market.market import Market
-from vllm_kvmarket.market.purchase import StorageItem, Usage
+from vllm_kvmarket.market.purchase import PurchaseState, StorageItem, Usage
 
 DOCUMENT = tokens(600)
 USAGE = Usage(600, 600, 600, 0, 0, 10, 5)
@@ -60,8 +60,9 @@ def buy(market: Market, key: str = "k"):
         match=market.match(NAMESPACE, DOCUMENT),
         model="m",
     )
-    written(market)
-    assert purchase.state().value == "reserved"
+    while purchase.state() is PurchaseState.RESERVING:
+        time.sleep(0.001)
+    assert purchase.state() is PurchaseState.RESERVED
     return purchase
 
 

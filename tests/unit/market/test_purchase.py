@@ -4,14 +4,23 @@ from __future__ import annotations
 
 import logging
 import math
+import time
 
 import pytest
 
 from vllm_kvmarket.catalogue import Listing, Match, Segment
 from vllm_kvmarket.core.listing_terms import ListingTerms
 from vllm_kvmarket.core.pricing import Tariff
-from vllm_kvmarket.ledger import Ledger
-from vllm_kvmarket.market.purchase import Purchase, PurchaseState, ReuseItem, StorageItem, Usage
+from vllm_kvmarket.ledger import PROVIDER, Ledger, plain
+from vllm_kvmarket.market.purchase import (
+    Purchase,
+    PurchaseState,
+    ReuseItem,
+    Settlement,
+    StorageItem,
+    Usage,
+    is_booked,
+)
 
 NANO = 1_000_000_000
 TIMEOUT_S = 900
@@ -52,9 +61,7 @@ def buy(ledger, key="k", account="alice", publisher="pat", tariff=None):
         terms=ListingTerms(publisher=publisher),
         created_at_s=1.0,
     )
-    item = ReuseItem(
-        Match((Segment(listing, 0, 600),), 600, ()), (tariff or Tariff()).terms(), "m", "r"
-    )
+    item = ReuseItem(Match((Segment(listing, 0, 600),), 600, ()), tariff or Tariff(), "m", "r")
     purchase = Purchase(ledger, item, key=key, account=account, timeout_s=TIMEOUT_S)
     written(ledger)
     return purchase
@@ -219,3 +226,122 @@ def test_a_publisher_who_cannot_pay_is_told_the_true_reason(ledger, publisher, a
     refusal = charge.refusal
     assert reason in refusal
     assert ("deposit" in refusal) == ("cannot pay" in refusal)
+
+
+def held(ledger, account="alice"):
+    written(ledger)
+    return ledger.account(account).debits_pending
+
+
+def answered(purchase):
+    """Wait until the ledger has said whether the purchase is reserved."""
+    deadline = time.monotonic() + 10
+    while purchase.state() is PurchaseState.RESERVING:
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+    return purchase.state()
+
+
+def test_a_key_that_was_paid_is_not_charged_again(ledger, caplog):
+    """On any engine: the second purchase is paid already, names the receipt, and moves nothing."""
+    first = buy(ledger)
+    assert answered(first) is PurchaseState.RESERVED
+    first.settle(USAGE)
+    again = buy(ledger)
+    assert answered(again) is PurchaseState.PAID
+    assert again.receipt_id == first.receipt_id
+    again.void()
+    assert balance(ledger, "alice") == NANO - 300_000
+    assert len(ledger.receipts()) == 1
+    assert caplog.records == []
+
+
+def test_two_requests_of_one_key_pay_what_the_first_to_end_has_used(ledger, caplog):
+    """They run at the same time, perhaps on two engines, and share the hold."""
+    one, other = buy(ledger), buy(ledger)
+    assert answered(one) is answered(other) is PurchaseState.RESERVED
+    assert held(ledger) == 300_000
+    one.settle(Usage(600, 400, 400, 0, 0, 210, 5))
+    other.settle(USAGE)
+    assert balance(ledger, "alice") == NANO - 200_000
+    assert caplog.records == []
+    assert is_booked(one.settled)
+    assert is_booked(other.settled) is None
+
+
+@pytest.mark.parametrize("end", ["void", "expire"])
+def test_a_key_whose_hold_is_gone_is_reserved_and_paid_anew(ledger, clock, end):
+    """Nobody reuses for nothing by leaving before the answer."""
+    first = buy(ledger)
+    assert answered(first) is PurchaseState.RESERVED
+    if end == "void":
+        first.void()
+    else:
+        clock.now_s += 2 * TIMEOUT_S
+        assert ledger.expire_pending() == 1
+    again = buy(ledger)
+    assert answered(again) is PurchaseState.RESERVED
+    assert held(ledger) == 300_000
+    receipt = again.settle(USAGE)
+    assert balance(ledger, "alice") == NANO - 300_000
+    assert ledger.receipt(receipt.id) == receipt
+
+
+def test_each_listing_is_paid_for_its_own_tokens(ledger):
+    """One charge and one receipt, a line for each listing, a royalty for each publisher."""
+    ledger.create_account("sam", "publisher")
+    terms = (
+        ListingTerms(publisher="pat", title="first", cache_read_nano_per_mtok=1_000_000_000),
+        ListingTerms(publisher="sam", title="longer", cache_read_nano_per_mtok=4_000_000_000),
+        ListingTerms(publisher=PROVIDER, title="ours", royalty_ppm=1_000_000),
+    )
+    ends = (256, 600, 700)
+    segments = tuple(
+        Segment(
+            Listing(
+                document_id=f"kvd_{number}",
+                namespace=b"n" * 32,
+                token_count=end,
+                terms=each,
+                created_at_s=1.0,
+            ),
+            start,
+            end,
+        )
+        for number, (each, start, end) in enumerate(zip(terms, (0, *ends), ends, strict=False))
+    )
+    item = ReuseItem(Match(segments, 700, ()), Tariff(), "m", "r")
+    assert item.most_nano == 256 * 1000 + 344 * 4000 + 100 * 500
+    purchase = Purchase(ledger, item, key="k", account="alice", timeout_s=TIMEOUT_S)
+    assert answered(purchase) is PurchaseState.RESERVED
+    receipt = purchase.settle(Usage(700, 650, 650, 0, 50, 60, 5))
+    charges = [256 * 1000, 344 * 4000, 50 * 500]
+    assert [line.charge_nano for line in receipt.lines] == charges
+    assert [(line.start, line.end) for line in receipt.lines] == [(0, 256), (256, 600), (600, 650)]
+    assert [line.royalty_nano for line in receipt.lines] == [charges[0] // 2, charges[1] // 2, 0]
+    assert receipt.charge_nano == sum(charges)
+    assert receipt.title == "ours"
+    assert balance(ledger, "alice") == NANO - sum(charges)
+    assert balance(ledger, "pat") == NANO + charges[0] // 2
+    assert balance(ledger, "sam") == charges[1] // 2
+    assert [ledger.transfer(each).amount_nano for each in receipt.transfer_ids] == [
+        sum(charges), charges[0] // 2, charges[1] // 2,
+    ]  # fmt: skip
+
+
+def test_a_settlement_that_is_refused_releases_its_hold(ledger, monkeypatch, caplog):
+    """Here by a royalty to nobody: the buyer's funds are not locked for what is not charged."""
+    purchase = buy(ledger, publisher="nobody at all")
+    assert answered(purchase) is PurchaseState.RESERVED
+    settlement = purchase.item.settlement(purchase, USAGE)
+    wrong = plain(id="x", debit=PROVIDER, credit=PROVIDER, amount_nano=1, code="royalty")
+    monkeypatch.setattr(
+        ReuseItem,
+        "settlement",
+        lambda *_: Settlement(settlement.charge_nano, (wrong,), settlement.receipt),
+    )
+    purchase.settle(USAGE)
+    purchase.settled.result()
+    assert held(ledger) == 0
+    assert balance(ledger, "alice") == NANO
+    assert len(caplog.records) == 1

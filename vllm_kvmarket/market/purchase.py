@@ -134,14 +134,15 @@ class ReuseItem:
             )
             for line in quote.lines
         )
-        last = lines[-1]
+        listing = quote.lines[-1].listing if quote.lines else self.match.listing
+        terms = self.tariff.terms(listing.terms)
         receipt = Receipt(
             id=purchase.receipt_id,
             request_id=self.request_id,
             account=purchase.account,
-            document_id=last.document_id,
-            title=last.title,
-            publisher=last.publisher,
+            document_id=listing.document_id,
+            title=listing.terms.title,
+            publisher=listing.terms.publisher,
             tokens_matched=usage.matched,
             tokens_reused=usage.reused,
             tokens_loaded=usage.loaded,
@@ -149,9 +150,9 @@ class ReuseItem:
             tokens_failed=usage.failed,
             tokens_computed=usage.computed,
             tokens_output=usage.output,
-            input_nano_per_mtok=quote.lines[-1].terms.input_nano_per_mtok,
-            cache_read_nano_per_mtok=last.cache_read_nano_per_mtok,
-            royalty_ppm=last.royalty_ppm,
+            input_nano_per_mtok=terms.input_nano_per_mtok,
+            cache_read_nano_per_mtok=terms.cache_read_nano_per_mtok,
+            royalty_ppm=terms.royalty_ppm,
             charge_nano=quote.charge_nano,
             royalty_nano=quote.royalty_nano,
             recompute_nano=quote.recompute_nano,

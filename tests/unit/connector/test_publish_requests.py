@@ -1,0 +1,115 @@
+"""A document on its way to a listing, called as vLLM's scheduler calls the half."""
+
+from __future__ import annotations
+
+import time
+from types import SimpleNamespace
+
+import pytest
+from vllm.v1.request import RequestStatus
+
+from tests.support.catalogue_documents import tokens
+from tests.support.scheduler_half import BLOCK_TOKENS, half_of, opened_market, request_of
+from vllm_kvmarket.connector.messages import SaveReport, WorkerReport
+from vllm_kvmarket.core.errors import CatalogueError
+from vllm_kvmarket.core.pricing import NANO
+
+NEW = tokens(600, 4)
+PRICE_NANO = 600 * 2
+
+
+@pytest.fixture
+def market(tmp_path):
+    with opened_market(tmp_path) as opened:
+        opened.deposit("pat", NANO, "for storing")
+        yield opened
+
+
+@pytest.fixture
+def half(market, monkeypatch):
+    tariff = {"cache_write_nano_per_mtok": 2_000_000}
+    made = half_of(market, monkeypatch, tariff=tariff)
+    yield made
+    made.close()
+
+
+def begun(half, publisher="pat"):
+    """A publishing request that may be computed, or was declined."""
+    wish = {"publish": {"terms": {"title": "new", "publisher": publisher}}}
+    request = request_of(NEW, {"kv_transfer_params": {"kvmarket": wish}}, output=1)
+    half.arrived(request)
+    deadline = time.monotonic() + 10
+    while half.ready(request, 0)[0] is None:
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+    return request
+
+
+def stored(half, request, **report):
+    """The request ends, and its chunks are stored as the report says; the answer."""
+    blocks = list(range(-(-len(NEW) // BLOCK_TOKENS)))
+    waits, answer = half.finished(request, blocks)
+    if waits:
+        (plan,) = half.take_instructions().saves
+        assert [len(chunk.block_ids) for chunk in plan.chunks] == [2, 2, 1]
+        saves = {request.request_id: SaveReport(**report)}
+        half.worker_reported(
+            SimpleNamespace(
+                kv_connector_worker_meta=WorkerReport(saves=saves),
+                finished_sending={request.request_id},
+            )
+        )
+    half._market._clerk.submit(lambda: None).result()
+    half._market.ledger.submit([]).result()
+    assert half._requests == {}
+    return answer["kvmarket"]
+
+
+def paid(market, account="pat"):
+    found = market.ledger.account(account)
+    assert found.debits_pending == 0
+    return found.debits_posted
+
+
+def test_a_stored_document_is_listed_and_paid_for(market, half):
+    """Once its listing is in the catalogue."""
+    answer = stored(half, begun(half), stored_bytes=1000)
+    assert market.catalogue.get(answer["document_id"]).state == "live"
+    assert paid(market) == PRICE_NANO
+
+
+def test_a_listing_that_is_not_committed_costs_nothing(market, half, monkeypatch):
+    """The catalogue cannot be written: the publisher pays for no listing."""
+
+    def away(*_):
+        raise CatalogueError("disk full")
+
+    request = begun(half)
+    monkeypatch.setattr(half._market.catalogue, "commit", away)
+    stored(half, request, stored_bytes=1000)
+    assert paid(market) == 0
+
+
+@pytest.mark.parametrize(
+    "report", [{"failure": "no space", "stored_bytes": 10}, {"stored_bytes": 0}]
+)
+def test_what_was_not_stored_costs_nothing(market, half, report):
+    """Nor does what was there before."""
+    stored(half, begun(half), **report)
+    assert paid(market) == 0
+
+
+def test_an_aborted_publication_costs_nothing(market, half):
+    """And is not listed."""
+    request = begun(half)
+    request.status = RequestStatus.FINISHED_ABORTED
+    answer = stored(half, request)
+    assert market.catalogue.get(answer["document_id"]).state != "live"
+    assert paid(market) == 0
+
+
+def test_a_publisher_without_funds_is_declined(market, half):
+    """With the reason; nothing is listed."""
+    answer = stored(half, begun(half, publisher="alex"))
+    assert "cannot pay" in answer["declined"]
+    assert market.catalogue.get(answer["document_id"]).state != "live"

@@ -264,7 +264,7 @@ def measure_opening(folder: Path, count: int, seed: int) -> dict[str, Any]:
     started = time.perf_counter()
     with Catalogue.open(path) as catalogue:
         opened_s = time.perf_counter() - started
-        chunks = catalogue.chunk_count
+        chunks = catalogue.index.tree.chunk_count
     return {
         "documents": count,
         "chunks": chunks,

@@ -28,7 +28,7 @@ def test_documents_beyond_memory_are_reused_to_the_token_and_charged_once(tiny, 
     with running(tiny(1), shop, num_gpu_blocks_override=44, max_num_seqs=8) as llm:
         document = words(71, 700)
         listing = shop.publish(llm, token_ids=document, publisher="pat")
-        assert shop.catalogue.chunk_count == 0
+        assert shop.catalogue.index.tree.chunk_count == 0
         assert shop.catalogue.match(listing.namespace, document) is None
         prompt = document + QUESTION
         empty_prefix_cache(llm)

@@ -1,31 +1,447 @@
-"""All listings and the prefix tree over their chunks, kept in step with the market's database."""
+"""All listings of a market: the facade over their tables and what of them is in memory."""
 
 from __future__ import annotations
 
+import dataclasses
+import logging
+import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future
+from contextlib import contextmanager
 from itertools import islice
+from pathlib import Path
+from types import TracebackType
+from typing import Literal, Self
 
-from vllm_kvmarket.catalogue import queries, upkeep
+import apsw
+
+from vllm_kvmarket.catalogue import queries
 from vllm_kvmarket.catalogue.eviction_policy import Candidate
-from vllm_kvmarket.catalogue.listing import NEEDED, ON_OFFER, Audit, Listing, Usage, Use
-from vllm_kvmarket.catalogue.offers import Offers
-from vllm_kvmarket.core.errors import NotFoundError
-from vllm_kvmarket.core.model_identity import unpack_tokens
+from vllm_kvmarket.catalogue.index import Index
+from vllm_kvmarket.catalogue.listing import (
+    NEEDED,
+    ON_OFFER,
+    Audit,
+    Listing,
+    Match,
+    PublisherLimits,
+    Usage,
+    Use,
+)
+from vllm_kvmarket.catalogue.publisher_locks import Owner
+from vllm_kvmarket.catalogue.schema import BusyError, Connections
+from vllm_kvmarket.core.document_chunks import DocumentChunks
+from vllm_kvmarket.core.errors import (
+    CatalogueError,
+    CatalogueRefusedError,
+    ConfigError,
+    NotFoundError,
+)
+from vllm_kvmarket.core.model_identity import CHUNK_TOKENS, unpack_tokens
 
+OWNERS_FOLDER = "publishing"
+EXPIRED_REASON = "its time to live is over"
 # Files that are deleted in one transaction: publishers wait for it.
 _RELEASED_AT_ONCE = 32
-# Chunks from which on reading all that are needed is quicker than asking for each.
+# From this number of chunks on, reading all that are needed is quicker than asking for each.
 _MANY = 1000
 
+logger = logging.getLogger(__name__)
 
-class Catalogue(Offers):
+
+class Catalogue:
     """One process's view of the catalogue; thread-safe.
 
     `match` reads memory only. Everything else goes to the database and raises CatalogueError when
     that cannot be used. `last_error` is why the last refresh failed, None when it did not; what was
     taken over before goes on matching until its time to live is over.
     """
+
+    def __init__(self, path: Path, chunk_tokens: int, chunks_in_memory: int | None = None) -> None:
+        self.last_error: Exception | None = None
+        self.chunk_tokens = chunk_tokens
+        self._closing = threading.Event()
+        self._watcher: threading.Thread | None = None
+        self._owner = Owner(path.parent / OWNERS_FOLDER)
+        self._db = Connections(path)
+        with self._db.transaction() as db:
+            chosen = queries.fix_chunk_tokens(db, chunk_tokens)
+        if chosen != chunk_tokens:
+            self._db.close()
+            raise ConfigError(
+                f"chunk_tokens is {chunk_tokens}, but the market in {path.parent} was made with "
+                f"{chosen}: set it to {chosen}, or use another home"
+            )
+        self.index = Index(self._db, chunk_tokens, chunks_in_memory)
+        self.refresh()
+
+    @classmethod
+    def open(
+        cls, path: Path, chunk_tokens: int = CHUNK_TOKENS, chunks_in_memory: int | None = None
+    ) -> Self:
+        """Open the catalogue in the market's database, making its tables where there are none.
+
+        At most `chunks_in_memory` chunks go into the prefix tree, None for all; documents that do
+        not fit are matched in the database, which gets more tables for it, for good. Raises
+        ConfigError when it was made with another chunk size, CatalogueError when the database
+        cannot be used.
+        """
+        return cls(path, chunk_tokens, chunks_in_memory)
+
+    def close(self) -> None:
+        """Stop watching and release the database; what this process was publishing is given up."""
+        self._closing.set()
+        if self._watcher is not None:
+            self._watcher.join()
+        self.index.close()
+        self._db.close()
+        self._owner.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    # What is in memory
+
+    def match(self, namespace: bytes, token_ids: Sequence[int]) -> Match | None:
+        """Find the longest published prefix of `token_ids`, token by token, down to inside a chunk.
+
+        Each token belongs to the listing that was the first to offer the prefix up to it. Memory
+        only, and as fresh as the last refresh.
+        """
+        return self.index.tree.match(namespace, token_ids)
+
+    def match_later(self, namespace: bytes, token_ids: Sequence[int]) -> Future[Match | None]:
+        """Start to match in the tree and in the database; never waits.
+
+        The future gives the longer of the two matches, and raises CatalogueError when the database
+        cannot be used. Where no document is beyond memory it is done already.
+        """
+        return self.index.match_later(namespace, token_ids)
+
+    def match_anywhere(self, namespace: bytes, token_ids: Sequence[int]) -> Match | None:
+        """Find what `match_later` does; waits for the database when it must.
+
+        Without the database it is what `match` says.
+        """
+        return self.index.match_anywhere(namespace, token_ids)
+
+    def refresh(self) -> bool:
+        """Take over what was committed since, by this process or another, and drop what has ended;
+        whether anything was.
+
+        Mutates the tree. Raises CatalogueError when the database cannot be read; what has ended is
+        dropped even then.
+        """
+        return self.index.refresh()
+
+    def check_integrity(self) -> list[str]:
+        """Compare listings, chunks and tree; returns what is wrong, nothing when all is well."""
+        return self.index.check_integrity()
+
+    # Keeping up with the clock and with other processes
+
+    def watch(self, interval_s: float = 0.25) -> None:
+        """Refresh from a thread of its own until closed; see `last_error`."""
+        if self._watcher is None:
+            self._watcher = threading.Thread(
+                target=self._watch, args=(interval_s,), name="kvmarket-catalogue", daemon=True
+            )
+            self._watcher.start()
+
+    def _watch(self, interval_s: float) -> None:
+        while not self._closing.wait(interval_s):
+            self._attempt(self._look)
+
+    def _look(self) -> None:
+        self.refresh()
+        if self.index.overdue:
+            self._write_ended()
+
+    def _write_ended(self) -> None:
+        """Tell the database what has ended, or leave it for later; never waits for other writers.
+
+        The tree knows already, and must be kept up to date meanwhile.
+        """
+        try:
+            self.index.overdue = False
+            self._expire(time.time(), wait=False)
+        except BusyError:
+            self.index.overdue = True
+        except BaseException:
+            self.index.overdue = True
+            raise
+
+    def _attempt(self, step: Callable[[], object]) -> None:
+        try:
+            step()
+        except Exception as error:  # noqa: BLE001  # a dead watcher would sell stale listings for ever
+            if repr(error) != repr(self.last_error):
+                logger.warning("kvmarket: the catalogue is not up to date: %s", error)
+            self.last_error = error
+        else:
+            self.last_error = None
+
+    def expire(self, now_s: float | None = None) -> list[str]:
+        """Note that listings on offer whose time to live is over have expired; returns which.
+
+        Mutates the database, and does not write to it when there are none. The watcher does this
+        unasked.
+        """
+        return self._expire(time.time() if now_s is None else now_s, wait=True)
+
+    def _expire(self, now_s: float, *, wait: bool) -> list[str]:
+        with self._db.snapshot() as db:
+            if not queries.ended(db, now_s):
+                return []
+        with self._changing(wait=wait) as db:
+            ended = queries.ended(db, now_s)
+            for document_id in ended:
+                queries.set_state(db, document_id, "expired", EXPIRED_REASON)
+        return ended
+
+    @contextmanager
+    def _changing(self, *, wait: bool = True) -> Iterator[apsw.Connection]:
+        """Change the database, all or nothing, and then the tree."""
+        with self._db.transaction(wait=wait) as db:
+            yield db
+        # The change is durable: that it could not be read back yet must not look like its failure.
+        self._attempt(self.refresh)
+
+    @staticmethod
+    def _read(db: apsw.Connection, document_id: str) -> Listing:
+        listing = queries.find_listing(db, document_id)
+        if listing is None:
+            raise NotFoundError(f"there is no document {document_id}; see `kvmarket document list`")
+        return listing
+
+    # How a document gets on offer, and how it leaves: each step is one transaction
+
+    def begin(
+        self,
+        listing: Listing,
+        document: DocumentChunks,
+        limits: PublisherLimits | None = None,
+        needed_bytes: int = 0,
+    ) -> Listing:
+        """Note that a document is being published; returns its listing; mutates the database.
+
+        A listing that is live comes back untouched, and so does one that another living process is
+        publishing: whoever commits first puts it on offer. Any other, or one that was left behind
+        by a process that ended, starts anew on the given terms. From now on the store keeps the
+        chunks that it has of it. Raises CatalogueRefusedError for a listing that does not fit its
+        tokens, or that would exceed its publisher's `limits` with `needed_bytes` more; what is
+        repaired is not limited.
+        """
+        chunks = self._check(listing, document)
+        fresh = dataclasses.replace(listing, state="publishing", reason="", stored_bytes=0)
+        with self._changing() as db:
+            if limits is not None and not queries.is_listed(db, listing.document_id):
+                queries.check_limits(db, listing, limits, needed_bytes)
+            begun = self._start(db, fresh, chunks)
+            if begun.state == "publishing":
+                self._owner.announce()
+                queries.add_publishing(db, begun.document_id, self._owner.name)
+        return begun
+
+    def _start(
+        self, db: apsw.Connection, fresh: Listing, chunks: list[tuple[bytes, bytes]]
+    ) -> Listing:
+        """Write a listing and its chunks unless it is taken; returns the listing that holds."""
+        name = fresh.document_id
+        existing = queries.find_listing(db, name)
+        if existing is None or not self._is_taken(db, existing):
+            queries.write_listing(db, fresh)
+            queries.write_chunks(db, name, chunks)
+            existing = self._read(db, name)
+        if [(chunk.key, chunk.tokens) for chunk in queries.chunks_of(db, name)] != chunks:
+            raise CatalogueError(
+                f"{name}: other tokens are stored under one of its keys; this must never be: run "
+                "`kvmarket store check`"
+            )
+        return existing
+
+    def adopt(self, listing: Listing, document: DocumentChunks, *, force: bool = False) -> Listing:
+        """Put a document on offer at once, all of whose chunks are stored; one transaction.
+
+        Returns its listing. One that is on offer already comes back untouched, and one that was
+        delisted here stays so unless `force`: look at its state. One that another process is
+        publishing goes on offer on that one's terms. With a chunk that is marked as damaged it
+        becomes damaged; heal what was stored again first. Raises CatalogueRefusedError for a
+        listing that does not fit its tokens or whose time to live is over.
+        """
+        name = listing.document_id
+        chunks = self._check(listing, document)
+        fresh = dataclasses.replace(listing, state="publishing", reason="")
+        with self._changing() as db:
+            existing = queries.find_listing(db, name)
+            if existing is not None and (
+                existing.state in ON_OFFER or (existing.state == "delisted" and not force)
+            ):
+                return existing
+            if listing.is_over(time.time()):
+                raise CatalogueRefusedError(f"{name}: its time to live is over; ask for a new one")
+            self._start(db, fresh, chunks)
+            self._offer(db, name, listing.stored_bytes)
+            return self._read(db, name)
+
+    @staticmethod
+    def _offer(db: apsw.Connection, document_id: str, stored_bytes: int) -> None:
+        queries.set_stored_bytes(db, document_id, stored_bytes)
+        queries.set_offered(db, document_id)
+        queries.end_publishing(db, document_id)
+
+    @staticmethod
+    def _check(listing: Listing, document: DocumentChunks) -> list[tuple[bytes, bytes]]:
+        """Return a document's chunks (key, packed tokens); see that the listing fits them."""
+        name = listing.document_id
+        if not 0 < document.token_count == listing.token_count:
+            raise CatalogueRefusedError(
+                f"{name}: listed with {listing.token_count} tokens, given {document.token_count}"
+            )
+        if document.document_id != name or listing.chunk_keys not in ((), document.keys):
+            raise CatalogueRefusedError(
+                f"{name}: not the id, or not the chunk keys, of these tokens"
+            )
+        return list(zip(document.keys, document.tokens, strict=True))
+
+    def _is_taken(self, db: apsw.Connection, listing: Listing) -> bool:
+        """Say whether a listing is live, or another living process is publishing it."""
+        others = self._publishers(db, listing.document_id) - {self._owner.name}
+        return listing.state == "live" or (listing.state == "publishing" and bool(others))
+
+    def _publishers(self, db: apsw.Connection, name: str) -> set[str]:
+        """Find which living processes publish a document; forgets the others."""
+        owners = queries.owners_of(db, name)
+        alive = {owner for owner in owners if self._owner.is_alive(owner)}
+        for owner in owners - alive:
+            queries.forget_owner(db, owner)
+        return alive
+
+    def commit(self, document_id: str, stored_bytes: int) -> Listing:
+        """Put a document on offer, all of whose chunks are durable, in one transaction.
+
+        A live one is returned as it is: another publisher of it was faster. One with a chunk that
+        is marked as damaged becomes damaged; heal what was stored again first. Raises
+        CatalogueError when it is not being published.
+        """
+        with self._changing() as db:
+            listing = queries.find_listing(db, document_id)
+            if listing is None or listing.state not in ("publishing", "live"):
+                state = listing.state if listing else "unknown"
+                raise CatalogueRefusedError(
+                    f"{document_id} is {state}, not being published; begin it first"
+                )
+            if listing.state == "publishing":
+                self._offer(db, document_id, stored_bytes)
+            return self._read(db, document_id)
+
+    def fail(self, document_id: str, reason: str) -> None:
+        """Note that this process's publishing ended without a listing; mutates the database.
+
+        The listing fails unless someone else is still publishing it; one that was on offer before
+        (it was damaged) returns to that. Other states stay. Raises NotFoundError.
+        """
+        with self._changing() as db:
+            if self._read(db, document_id).state != "publishing":
+                return
+            queries.end_publishing(db, document_id, self._owner.name)
+            self._fail_unless_published(db, document_id, reason)
+
+    def _fail_unless_published(self, db: apsw.Connection, document_id: str, reason: str) -> bool:
+        if self._publishers(db, document_id):
+            return False
+        if queries.is_listed(db, document_id):
+            queries.set_offered(db, document_id, reason)
+        else:
+            queries.set_state(db, document_id, "failed", reason)
+        return True
+
+    def fail_abandoned(self, reason: str = "its publisher ended") -> list[str]:
+        """Fail what was being published by processes that have ended since; returns which.
+
+        Mutates the database, and does not write to it when nothing is being published. A document
+        that was on offer before returns to that.
+        """
+        with self._db.snapshot() as db:
+            if not queries.being_published(db):
+                return []
+        with self._changing() as db:
+            return [
+                document_id
+                for document_id in queries.being_published(db)
+                if self._fail_unless_published(db, document_id, reason)
+            ]
+
+    def delist(self, document_id: str) -> None:
+        """Take a document off the market at once; mutates the database.
+
+        Raises NotFoundError when it is not on it.
+        """
+        with self._changing() as db:
+            if self._read(db, document_id).state == "delisted":
+                raise NotFoundError(f"document {document_id} is delisted already")
+            queries.set_state(db, document_id, "delisted")
+            queries.end_publishing(db, document_id)
+
+    def evict(self, document_id: str, reason: str) -> bool:
+        """Take a document off the market as the store needs its room; mutates the database.
+
+        Returns whether it was done: not for one that is not on offer, or was pinned since it was
+        chosen. Its chunks can be released then. Raises NotFoundError.
+        """
+        with self._changing() as db:
+            listing = self._read(db, document_id)
+            if listing.state not in ON_OFFER or listing.pinned:
+                return False
+            queries.remember_uses(db, document_id)
+            queries.set_state(db, document_id, "evicted", reason)
+            return True
+
+    def set_expiry(self, document_id: str, expires_at_s: float | None) -> Listing:
+        """Say until when a document is on offer, None for good; mutates the database.
+
+        A time that is over takes it off the market at once. Raises NotFoundError, and
+        CatalogueRefusedError for a document that is neither on offer nor on its way.
+        """
+        return self._set_field(document_id, "expires_at_s", expires_at_s)
+
+    def set_price(self, document_id: str, cache_read_nano_per_mtok: int | None) -> Listing:
+        """Set what reusing a million of a document's tokens costs, None for the tariff's price;
+        mutates the database.
+
+        Reservations made before keep the price that they were made at. Raises as `set_expiry`.
+        """
+        return self._set_field(document_id, "cache_read_nano_per_mtok", cache_read_nano_per_mtok)
+
+    def set_pinned(self, document_id: str, pinned: bool) -> Listing:
+        """Pin a document, or unpin it, in whatever state; mutates the database. Raises as
+        `set_expiry` when it is to be pinned.
+        """
+        return self._set_field(document_id, "pinned", pinned, in_any_state=not pinned)
+
+    def _set_field(
+        self,
+        document_id: str,
+        column: Literal["expires_at_s", "pinned", "cache_read_nano_per_mtok"],
+        value: float | None,
+        *,
+        in_any_state: bool = False,
+    ) -> Listing:
+        with self._changing() as db:
+            state = self._read(db, document_id).state
+            if state not in NEEDED and not in_any_state:
+                raise CatalogueRefusedError(f"{document_id} is {state}; publish it again first")
+            queries.set_field(db, document_id, column, value)
+            return self._read(db, document_id)
 
     # Reading
 
@@ -131,7 +547,7 @@ class Catalogue(Offers):
     def candidates(self) -> list[Candidate]:
         """Return every document on offer as the eviction policies see it, in order of their ids."""
         with self._db.snapshot() as db:
-            return upkeep.candidates(db)
+            return queries.candidates(db)
 
     def release(self, keys: Iterable[bytes], delete: Callable[[bytes], object]) -> int:
         """Call `delete` for each chunk that no listing on offer or on its way holds; how many.
@@ -159,12 +575,12 @@ class Catalogue(Offers):
         """
         if uses:
             with self._db.transaction() as db:
-                upkeep.note_uses(db, uses)
+                queries.note_uses(db, uses)
 
     def usage_of(self, document_id: str) -> Usage:
         """Return what is known of a document's reuses. Raises NotFoundError."""
         with self._db.snapshot() as db:
-            usage = upkeep.usage_of(db, document_id)
+            usage = queries.usage_of(db, document_id)
         if usage is None:
             raise NotFoundError(f"there is no document {document_id}; see `kvmarket document list`")
         return usage
@@ -173,9 +589,9 @@ class Catalogue(Offers):
         """Keep an audit's result with its listing; mutates the database. Raises NotFoundError."""
         with self._db.transaction() as db:
             self._read(db, audit.document_id)
-            upkeep.record_audit(db, audit)
+            queries.record_audit(db, audit)
 
     def audits_of(self, document_id: str) -> list[Audit]:
         """Return a document's audits, newest first; none for an unknown document."""
         with self._db.snapshot() as db:
-            return upkeep.audits_of(db, document_id)
+            return queries.audits_of(db, document_id)

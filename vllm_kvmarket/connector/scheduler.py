@@ -146,7 +146,7 @@ class SchedulerHalf:
     ) -> bool:
         """Whether the database may know a longer match than memory."""
         return (
-            self._market.catalogue.is_beyond_memory
+            self._market.catalogue.index.is_beyond_memory
             # These reuse nothing, and vLLM does not let them wait either.
             and not request.skip_reading_prefix_cache
             and not (isinstance(params, RequestParams) and params.audit is not None)
@@ -237,7 +237,7 @@ class SchedulerHalf:
         self._prefetch()
         self._renew()
         if self.pins.block_count:
-            self.pins.unpin_unless(self._market.catalogue.is_pinned)
+            self.pins.unpin_unless(self._market.catalogue.index.is_pinned)
             self.metrics.pinned(self.pins.block_count)
         instructions, self._next = self._next, Instructions()
         return instructions

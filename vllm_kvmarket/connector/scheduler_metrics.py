@@ -70,8 +70,8 @@ class SchedulerMetrics:
         catalogue, ledger = self._market.catalogue, self._market.ledger
         self._tally.stand_at(
             {
-                "documents": catalogue.document_count,
-                "chunks": catalogue.chunk_count,
+                "documents": len(catalogue.index.tree.entries),
+                "chunks": catalogue.index.tree.chunk_count,
                 _QUEUE: ledger.queue_depth,
             }
         )

@@ -39,7 +39,7 @@ def test_without_the_key_there_are_no_tables_and_no_threads(path):
     """Everything is in memory, and the answer is there at once."""
     with Catalogue.open(path) as catalogue:
         publish(catalogue, DOCUMENT)
-        assert not catalogue.is_beyond_memory
+        assert not catalogue.index.is_beyond_memory
         future = catalogue.match_later(NAMESPACE, DOCUMENT)
         assert future.done()
         assert future.result() == catalogue.match(NAMESPACE, DOCUMENT)
@@ -150,11 +150,11 @@ def test_a_document_beyond_memory_can_be_pinned(path):
     """Whether it is, is asked in every step: memory knows."""
     with Catalogue.open(path, chunks_in_memory=0) as catalogue:
         name = publish(catalogue, DOCUMENT).document_id
-        assert not catalogue.is_pinned(name)
+        assert not catalogue.index.is_pinned(name)
         catalogue.set_pinned(name, pinned=True)
-        assert catalogue.is_pinned(name)
+        assert catalogue.index.is_pinned(name)
         catalogue.delist(name)
-        assert not catalogue.is_pinned(name)
+        assert not catalogue.index.is_pinned(name)
 
 
 def test_a_healed_document_that_has_grown_out_of_memory_is_beyond(path):
@@ -164,9 +164,9 @@ def test_a_healed_document_that_has_grown_out_of_memory_is_beyond(path):
         whole = catalogue.match(NAMESPACE, DOCUMENT).listing
         catalogue.report_damage(whole.chunk_keys[1])
         publish(catalogue, short := tokens(500, 1))
-        assert catalogue.chunk_count == 3
+        assert catalogue.index.tree.chunk_count == 3
         catalogue.heal(whole.chunk_keys[1])
-        assert catalogue.chunk_count <= 4
+        assert catalogue.index.tree.chunk_count <= 4
         for document in (DOCUMENT, short):
             assert catalogue.match_anywhere(NAMESPACE, document).token_count == len(document)
 
@@ -179,6 +179,6 @@ def test_the_market_quotes_what_is_beyond_memory(tmp_path):
         assert market.catalogue.match(NAMESPACE, DOCUMENT) is None
         assert market.match(NAMESPACE, DOCUMENT).token_count == 700
         assert market.match(NAMESPACE, DOCUMENT[:63]) is None
-        assert market.catalogue.chunk_count == 0
+        assert market.catalogue.index.tree.chunk_count == 0
         with market.catalogue._db.reading() as db:
             assert queries.rows(db, "SELECT count(*) FROM offered") == [(4,)]

@@ -119,8 +119,8 @@ def test_the_database_answers_as_the_tree_does(before, after, requests):
         for action in after:
             shop.do(*action)
         shop.check(requests)
-        assert shop.views[1].chunk_count == 0
-        assert shop.views[2].chunk_count <= 4
+        assert shop.views[1].index.tree.chunk_count == 0
+        assert shop.views[2].index.tree.chunk_count <= 4
         shop.close()
 
 
@@ -198,8 +198,8 @@ def test_what_does_not_fit_is_not_read(path, monkeypatch):
     )
     with Catalogue.open(path, CHUNK, 10) as catalogue:
         assert read == [listed[number].document_id for number in (2, 4, 0)]
-        assert catalogue.is_beyond_memory
-        assert (catalogue.chunk_count, catalogue.document_count) == (9, 3)
+        assert catalogue.index.is_beyond_memory
+        assert (catalogue.index.tree.chunk_count, len(catalogue.index.tree.entries)) == (9, 3)
         assert catalogue.match(NAMESPACE, documents[1]) is None
         assert catalogue.match_anywhere(NAMESPACE, documents[1]).listing == listed[1]
         # What is removed makes room for later ones.
@@ -210,4 +210,4 @@ def test_what_does_not_fit_is_not_read(path, monkeypatch):
         publish(catalogue, last := tokens(3 * CHUNK, 10), CHUNK)
         assert catalogue.match(NAMESPACE, last).token_count == 3 * CHUNK
         assert catalogue.match_anywhere(NAMESPACE, later).token_count == 3 * CHUNK
-        assert catalogue.chunk_count == 9
+        assert catalogue.index.tree.chunk_count == 9

@@ -25,7 +25,7 @@ from tests.support.catalogue_documents import (
     tokens,
 )
 from vllm_kvmarket.catalogue import Catalogue
-from vllm_kvmarket.catalogue.expiry import Expiries
+from vllm_kvmarket.catalogue.index import Expiries
 from vllm_kvmarket.core.errors import CatalogueError, NotFoundError
 
 DOCUMENT = tokens(700)
@@ -199,15 +199,15 @@ def test_ends_are_told_once_and_in_order(notes):
 def test_a_pin_is_there_until_it_is_taken_off_or_the_listing_goes(catalogue):
     """Known from memory; who is not on offer has none."""
     name = publish(catalogue, DOCUMENT).document_id
-    assert not catalogue.is_pinned(name)
+    assert not catalogue.index.is_pinned(name)
     assert catalogue.set_pinned(name, pinned=True).pinned
-    assert catalogue.is_pinned(name)
+    assert catalogue.index.is_pinned(name)
     assert catalogue.match(NAMESPACE, DOCUMENT).listing.pinned
     assert not catalogue.set_pinned(name, pinned=False).pinned
-    assert not catalogue.is_pinned(name)
+    assert not catalogue.index.is_pinned(name)
     catalogue.set_pinned(name, pinned=True)
     catalogue.delist(name)
-    assert not catalogue.is_pinned(name)
+    assert not catalogue.index.is_pinned(name)
     assert not catalogue.get(name).pinned
     assert not catalogue.set_pinned(name, pinned=False).pinned
     with pytest.raises(CatalogueError, match="is delisted; publish it again first"):

@@ -68,9 +68,11 @@ class Server:
         assert response.status_code == 200, response.text
         return response.json()
 
-    def publish(self, tokens: Sequence[int], title: str = "", as_: str = "text") -> str:
+    def publish(
+        self, tokens: Sequence[int], title: str = "", as_: str = "text", **terms: Any
+    ) -> str:
         """Put a document on offer, as the operator does; its id, when the server sells it."""
-        wish = {"publish": {"terms": {"title": title, "rendered_as": as_}}}
+        wish = {"publish": {"terms": {"title": title, "rendered_as": as_, **terms}}}
         wish["token"] = self.market.credentials.token(OPERATOR)  # type: ignore[assignment]
         params = {"kv_transfer_params": {"kvmarket": wish}}
         answer = self.complete(list(tokens), max_tokens=1, **params)["kv_transfer_params"]

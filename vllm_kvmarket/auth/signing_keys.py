@@ -142,6 +142,7 @@ class SigningKey:
 class SigningKeys:
     """The key pairs of one market home; thread-safe, and safe for several processes.
 
+    A home that was restored without its private keys has the public ones, and signs with a new key.
     Every call sees what another process added meanwhile, for the price of one stat().
     """
 
@@ -149,6 +150,7 @@ class SigningKeys:
         self._folder = home / KEYS_FOLDER
         self._lock = threading.Lock()
         self._keys: tuple[SigningKey, ...] = ()
+        self._public: tuple[tuple[int, PublicKey], ...] = ()
         self._as_of_ns: int | None = None
 
     def current(self) -> SigningKey:
@@ -162,37 +164,57 @@ class SigningKeys:
         with locked(self._folder):
             # Another process may have been faster: then its key is the home's.
             keys = self._all()
-            return keys[0] if keys else self._make(1)
+            return keys[0] if keys else self._make(self._next_serial())
 
     def rotate(self) -> SigningKey:
         """Make a new key, which signs from now on; older ones still verify. Raises ConfigError."""
         with locked(self._folder):
-            keys = self._all()
-            return self._make(keys[0].serial + 1 if keys else 1)
+            return self._make(self._next_serial())
 
     def public_keys(self) -> list[PublicKey]:
         """Every key of this home, the one that signs first; none where none was used yet."""
-        return [key.public for key in self._all()]
+        self._all()
+        return [key for _, key in self._public]
 
     def find(self, kid: str) -> PublicKey | None:
         """One of this home's keys, to verify what it signed before or after a rotation."""
-        return next((key.public for key in self._all() if key.kid == kid), None)
+        return next((key for key in self.public_keys() if key.kid == kid), None)
 
     def jwks(self) -> dict[str, list[dict[str, str]]]:
         """Give all public keys as a JWK set."""
         return {"keys": [key.jwk() for key in self.public_keys()]}
 
+    def public_files(self) -> dict[str, bytes]:
+        """The public keys as files of the folder, by name, to restore a home without secrets."""
+        self._all()
+        return {
+            f"{key.kid}{JWK_SUFFIX}": json.dumps({**key.jwk(), "serial": serial}).encode()
+            for serial, key in self._public
+        }
+
+    def _next_serial(self) -> int:
+        self._all()
+        return max((serial for serial, _ in self._public), default=0) + 1
+
     def _all(self) -> tuple[SigningKey, ...]:
-        """Every key, newest first, from memory while the folder is as it was."""
+        """Every key pair, newest first, from memory while the folder is as it was."""
         with self._lock:
             try:
                 changed_ns = self._folder.stat().st_mtime_ns
             except FileNotFoundError:
+                self._keys, self._public = (), ()
                 return ()
             if changed_ns != self._as_of_ns:
                 files = sorted(self._folder.glob(f"*{KEY_SUFFIX}"))
                 read = [_read_key(file) for file in files if not file.name.startswith(".")]
                 self._keys = tuple(sorted(read, key=lambda key: (-key.serial, key.kid)))
+                found = {key.kid: (key.serial, key.public) for key in self._keys}
+                for file in self._folder.glob(f"[!.]*{JWK_SUFFIX}"):
+                    (public,) = read_jwks(file)
+                    found.setdefault(public.kid, (_serial_in(file), public))
+                self._public = tuple(
+                    sorted(found.values(), key=lambda each: (-each[0], each[1].kid))
+                )
                 settled = abs(time.time_ns() - changed_ns) > _SETTLED_NS
                 self._as_of_ns = changed_ns if settled else None
             return self._keys
@@ -205,6 +227,11 @@ class SigningKeys:
             key = SigningKey(Ed25519PrivateKey.generate(), serial)
         write_durably(self._folder / f"{key.kid}{KEY_SUFFIX}", key.pem())
         return key
+
+
+def _serial_in(file: Path) -> int:
+    serial = json.loads(file.read_bytes()).get("serial")
+    return serial if isinstance(serial, int) else 0
 
 
 def _read_key(file: Path) -> SigningKey:

@@ -14,7 +14,7 @@ from vllm_kvmarket import bundles, proofs
 from vllm_kvmarket.cli.command import Command, add_document_id, home_of, open_market
 from vllm_kvmarket.cli.document_commands import describe, show_listings
 from vllm_kvmarket.cli.ledger_commands import show_check
-from vllm_kvmarket.cli.output import clean, emit, progress, size
+from vllm_kvmarket.cli.output import clean, emit, progress, read_text, size
 from vllm_kvmarket.core import config
 
 if TYPE_CHECKING:
@@ -85,11 +85,25 @@ def _run_import(args: argparse.Namespace) -> int:
     return 0
 
 
+def _add_passphrase(parser: argparse.ArgumentParser, text: str) -> None:
+    parser.add_argument(
+        "--passphrase-file",
+        metavar="FILE",
+        type=Path,
+        help=f"{text}; - for stdin (default: without them)",
+    )
+
+
+def _passphrase(args: argparse.Namespace) -> str | None:
+    return read_text(args.passphrase_file).strip() if args.passphrase_file else None
+
+
 def _configure_create(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("folder", metavar="FOLDER", type=Path, help="a new or empty folder")
     parser.add_argument(
         "--chunks", action="store_true", help="also the chunks of every document on offer"
     )
+    _add_passphrase(parser, "also the secret keys, encrypted with the passphrase in this file")
 
 
 def _run_create(args: argparse.Namespace) -> int:
@@ -99,6 +113,7 @@ def _run_create(args: argparse.Namespace) -> int:
             market,
             args.folder,
             with_chunks=args.chunks,
+            passphrase=_passphrase(args),
             on_progress=lambda name: bar.update(task, note=name),
         )
     return _emit_backup(args, report, f"backed up {report.home} to {report.folder}")
@@ -106,6 +121,7 @@ def _run_create(args: argparse.Namespace) -> int:
 
 def _configure_restore(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("folder", metavar="FOLDER", type=Path, help="the backup's folder")
+    _add_passphrase(parser, "also its secret keys, with the passphrase in this file")
 
 
 def _run_restore(args: argparse.Namespace) -> int:
@@ -116,6 +132,7 @@ def _run_restore(args: argparse.Namespace) -> int:
             home_of(args),
             lambda name: bar.update(task, note=name),
             ledger_url=config.load(args.config).ledger_url,
+            passphrase=_passphrase(args),
         )
     return _emit_backup(args, report, f"restored {report.folder} to {report.home}")
 
@@ -125,7 +142,10 @@ def _emit_backup(args: argparse.Namespace, report: proofs.BackupReport, text: st
         for chunk in report.chunks_missing:
             where.print(clean(f"not in the backup: chunk {chunk}"))
         show_check(where, report.check)
-        where.print(clean(f"{text}: {report.files} files, {size(report.bytes)}"))
+        keys = "with" if report.with_keys else "without"
+        where.print(
+            clean(f"{text}: {report.files} files, {size(report.bytes)}, {keys} its secret keys")
+        )
 
     emit(args, msgspec.to_builtins(report), show)
     return 0 if report.check.ok and not report.chunks_missing else 1
@@ -148,7 +168,7 @@ COMMANDS = (
     ),
     Command(
         "backup create",
-        "copy a running market: database, keys and, with --chunks, its chunks",
+        "copy a running market: its database and log; on request its chunks and keys",
         _run_create,
         _configure_create,
         changes=True,

@@ -1,8 +1,9 @@
 """Backup of a live market, and its restoration into an empty home.
 
-A backup is a folder: `database`, `operator.key`, `signing/`, `trusted/`, `log/checkpoints.jsonl`,
+A backup is a folder: `database`, `signing/` with public keys, `trusted/`, `log/checkpoints.jsonl`,
 with chunks `chunks/`, and at last `backup.json` with every file's digest: a folder without it is no
-backup. The database is copied by SQLite in one read transaction, beside engines that go on charging
+backup. The home's secret keys are left out, or are in `keys.sealed`, which a passphrase opens. The
+database is copied by SQLite in one read transaction, beside engines that go on charging
 (https://www.sqlite.org/backup.html). Checkpoints are copied before it and keys after it, so that
 the copy has every transfer that a copied checkpoint counts, and every key that signed one. A ledger
 in PostgreSQL is replayed into the copy's database, so that a backup is a whole market either way.
@@ -27,7 +28,8 @@ import msgspec
 from blake3 import blake3
 
 from vllm_kvmarket.auth.operator_tokens import SECRET_FILE
-from vllm_kvmarket.auth.signing_keys import KEYS_FOLDER, TRUSTED_FOLDER
+from vllm_kvmarket.auth.sealed_keys import seal, unseal
+from vllm_kvmarket.auth.signing_keys import KEY_SUFFIX, KEYS_FOLDER, TRUSTED_FOLDER, SigningKeys
 from vllm_kvmarket.catalogue import Catalogue
 from vllm_kvmarket.core import sqlite
 from vllm_kvmarket.core.durable_files import sync_path, write_durably
@@ -44,7 +46,8 @@ MANIFEST = "backup.json"
 DATABASE = "database"
 PIECE_BYTES = 1 << 20
 ON_OFFER = ("live", "damaged")
-_FIRST_PARTS = {DATABASE, SECRET_FILE, KEYS_FOLDER, TRUSTED_FOLDER, LOG_FOLDER, CHUNKS_FOLDER}
+SEALED_KEYS = "keys.sealed"
+_FIRST_PARTS = {DATABASE, SEALED_KEYS, KEYS_FOLDER, TRUSTED_FOLDER, LOG_FOLDER, CHUNKS_FOLDER}
 
 # Called with the name of each file that was copied.
 Progress = Callable[[str], object]
@@ -62,6 +65,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     """What backup.json says."""
 
     format: int
+    with_keys: bool
     made_at_s: float
     with_chunks: bool
     files: list[BackedUpFile]
@@ -77,6 +81,8 @@ class BackupReport(msgspec.Struct, frozen=True, kw_only=True):
     bytes: int
     chunks: int
     chunks_missing: list[str]
+    # Whether the market's secret keys are in it, or were restored; else new ones are made.
+    with_keys: bool
     check: LedgerCheck
 
 
@@ -85,12 +91,14 @@ def backup(
     folder: Path,
     *,
     with_chunks: bool = False,
+    passphrase: str | None = None,
     on_progress: Progress | None = None,
 ) -> BackupReport:
     """Copy a live market into a folder that is new or empty, and check the copy.
 
-    Raises ProofError when the folder is in use; LedgerError, OSError. What is unfinished then is no
-    backup.
+    With a passphrase, the secret keys are in it, encrypted; else they are left out. Raises
+    ConfigError for a short passphrase; ProofError when the folder is in use; LedgerError, OSError.
+    What is unfinished then is no backup.
     """
     _claim(folder)
     copier = _Copier(folder, on_progress)
@@ -104,14 +112,21 @@ def backup(
         replay(market.ledger, folder / DATABASE)
         _into_one_file(folder / DATABASE)
     copier.note(DATABASE)
-    for pattern in (SECRET_FILE, f"{KEYS_FOLDER}/[!.]*", f"{TRUSTED_FOLDER}/[!.]*"):
-        for path in sorted(market.home.glob(pattern)):
-            copier.add(path.relative_to(market.home).as_posix(), path)
+    for path in sorted(market.home.glob(f"{TRUSTED_FOLDER}/[!.]*")):
+        copier.add(path.relative_to(market.home).as_posix(), path)
+    for name, content in SigningKeys(market.home).public_files().items():
+        copier.write(f"{KEYS_FOLDER}/{name}", content)
+    if passphrase is not None:
+        patterns = (SECRET_FILE, f"{KEYS_FOLDER}/[!.]*{KEY_SUFFIX}")
+        secret = [path for pattern in patterns for path in market.home.glob(pattern)]
+        named = {path.relative_to(market.home).as_posix(): path.read_bytes() for path in secret}
+        copier.write(SEALED_KEYS, seal(named, passphrase))
     missing = _copy_chunks(market, folder, copier) if with_chunks else []
     manifest = Manifest(
         format=FORMAT,
         made_at_s=time.time(),
         with_chunks=with_chunks,
+        with_keys=passphrase is not None,
         files=copier.files,
         chunks_missing=missing,
     )
@@ -119,7 +134,7 @@ def backup(
     write_durably(folder / MANIFEST, encoded)
     sync_path(folder.absolute().parent)
     report = check_backup(folder, must_have=[each.id for each in newest])
-    return _report(folder, market.home, manifest, report)
+    return _report(folder, market.home, manifest, report, with_keys=manifest.with_keys)
 
 
 def restore(
@@ -128,10 +143,13 @@ def restore(
     on_progress: Progress | None = None,
     *,
     ledger_url: str | None = None,
+    passphrase: str | None = None,
 ) -> BackupReport:
     """Put a backup into a home that is empty or not there, and check it.
 
-    With `ledger_url`, the ledger is put into that database as well, which has none yet. Raises
+    Without the passphrase of its sealed keys, the market makes new ones: receipts from before can
+    be verified still, people sign in again, and others have to trust the new key. With
+    `ledger_url`, the ledger is put into that database as well, which has none yet. Raises
     ProofError for what is no whole backup, and for a home or ledger in use; OSError, LedgerError.
     The home is there whole, or as it was.
     """
@@ -143,6 +161,9 @@ def restore(
     draft = home.parent / f".{home.name}.restoring-{secrets.token_hex(8)}"
     try:
         _unpack(manifest, folder, draft, on_progress, with_chunks=True)
+        if passphrase is not None:
+            _unseal(manifest, draft, passphrase)
+        (draft / SEALED_KEYS).unlink(missing_ok=True)
         report = _check_home(draft)
         if ledger_url is not None:
             with Ledger.open(draft / DATABASE_FILE) as ledger:
@@ -155,7 +176,7 @@ def restore(
     finally:
         _remove(draft)
     sync_path(home.parent)
-    return _report(folder, home, manifest, report)
+    return _report(folder, home, manifest, report, with_keys=passphrase is not None)
 
 
 def check_backup(
@@ -195,6 +216,18 @@ def _claim(folder: Path) -> None:
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ProofError(f"{folder} is not empty; give a new folder for each backup")
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+
+
+def _unseal(manifest: Manifest, home: Path, passphrase: str) -> None:
+    if not manifest.with_keys:
+        raise ProofError("the backup has no secret keys; restore it without a passphrase")
+    for name, content in unseal((home / SEALED_KEYS).read_bytes(), passphrase).items():
+        # Nobody but an owner of the passphrase wrote these names; no other file is written anyway.
+        parts = PurePosixPath(name).parts
+        if name != SECRET_FILE and (len(parts) != 2 or parts[0] != KEYS_FOLDER or ".." in parts):
+            raise ProofError(f"{SEALED_KEYS} names {name!r}, which is no key")
+        (home / name).parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        write_durably(home / name, content)
 
 
 def _copy_database(source: Path, target: Path) -> None:
@@ -261,6 +294,12 @@ class _Copier:
         size, digest = _copy(source, path, _mode(name))
         self._note(name, size, digest)
 
+    def write(self, name: str, content: bytes) -> None:
+        path = self._folder / name
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        write_durably(path, content)
+        self.note(name)
+
     def note(self, name: str) -> None:
         """A file that is in the backup already."""
         size, digest = 0, blake3()
@@ -323,7 +362,9 @@ def _read_manifest(folder: Path) -> Manifest:
     return manifest
 
 
-def _report(folder: Path, home: Path, manifest: Manifest, report: LedgerCheck) -> BackupReport:
+def _report(
+    folder: Path, home: Path, manifest: Manifest, report: LedgerCheck, *, with_keys: bool
+) -> BackupReport:
     return BackupReport(
         folder=str(folder),
         home=str(home),
@@ -331,6 +372,7 @@ def _report(folder: Path, home: Path, manifest: Manifest, report: LedgerCheck) -
         bytes=sum(file.bytes for file in manifest.files),
         chunks=sum(file.name.startswith(f"{CHUNKS_FOLDER}/") for file in manifest.files),
         chunks_missing=manifest.chunks_missing,
+        with_keys=with_keys,
         check=report,
     )
 

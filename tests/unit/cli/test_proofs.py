@@ -210,6 +210,25 @@ def test_a_market_is_backed_up_and_restored(run, run_json, sold, tmp_path):
     assert "no backup" in run("backup", "restore", tmp_path, "--home", tmp_path / "x", code=1).err
 
 
+def test_a_backups_keys_need_a_passphrase(run, run_json, sold, tmp_path):
+    """From a file; restored without it, the market signs with a new key."""
+    before = run_json("key", "show")["kid"]
+    secret = tmp_path / "passphrase"
+    secret.write_text("correct horse battery staple\n")
+    made = run("backup", "create", tmp_path / "backup", "--passphrase-file", secret)
+    assert "with its secret keys" in made.out
+    home = ("--home", tmp_path / "other")
+    run("backup", "restore", tmp_path / "backup", "--passphrase-file", secret, *home)
+    assert run_json("key", "show", *home)["kid"] == before
+    home = ("--home", tmp_path / "third")
+    shown = run("backup", "restore", tmp_path / "backup", *home).out
+    assert "without its secret keys" in shown
+    assert run_json("key", "show", *home)["kid"] != before
+    secret.write_text("wrong horse battery staple")
+    words = ("backup", "restore", tmp_path / "backup", "--passphrase-file", secret)
+    assert "passphrase is wrong" in run(*words, "--home", tmp_path / "x", code=2).err
+
+
 def test_proofs_go_through_pipes(sold, home, program, jwks):
     """`kvmarket receipt show ID --jws | kvmarket receipt verify -`, as users type it."""
     shown = subprocess.run(

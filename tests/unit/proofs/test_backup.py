@@ -13,6 +13,7 @@ from tests.support.catalogue_documents import NAMESPACE
 from tests.support.proof_market import DOCUMENT, open_shop, sell
 from vllm_kvmarket.auth.operator_tokens import OPERATOR
 from vllm_kvmarket.auth.signing_keys import SigningKeys, TrustedKeys
+from vllm_kvmarket.core.errors import ConfigError
 from vllm_kvmarket.ledger import Ledger, pending, renew, void
 from vllm_kvmarket.market import check_and_repair
 from vllm_kvmarket.market.market import Market
@@ -28,6 +29,8 @@ from vllm_kvmarket.proofs import (
     verify_checkpoint,
 )
 from vllm_kvmarket.proofs.replay import replay
+
+PASSPHRASE = "correct horse battery staple"
 
 
 @pytest.fixture
@@ -54,10 +57,10 @@ def test_a_restored_market_is_the_same_market(market, folder, tmp_path):
     SigningKeys(market.home).rotate()
     TrustedKeys(market.home).add(SigningKeys(tmp_path / "friend").current().public)
     token = market.credentials.token(OPERATOR)
-    made = backup(market, folder, with_chunks=True)
+    made = backup(market, folder, with_chunks=True, passphrase=PASSPHRASE)
     assert (made.check.ok, made.chunks, made.chunks_missing) == (True, 3, [])
     accounts, transfers = market.ledger.accounts(), market.ledger.transfers()
-    restored = restore(folder, tmp_path / "new")
+    restored = restore(folder, tmp_path / "new", passphrase=PASSPHRASE)
     assert (restored.check.ok, restored.files) == (True, made.files)
     with Market.open(tmp_path / "new") as other:
         assert (other.ledger.accounts(), other.ledger.transfers()) == (accounts, transfers)
@@ -80,11 +83,60 @@ def test_without_chunks_the_books_alone_are_kept(market, folder, tmp_path):
     """Small; documents are published again, or repaired, where chunks were lost."""
     made = backup(market, folder)
     assert (made.chunks, made.check.ok) == (0, True)
-    assert names(folder) == ["backup.json", "database", "operator.key", *names_of_keys(folder)]
+    assert names(folder) == ["backup.json", "database", *names_of_keys(folder)]
     restore(folder, tmp_path / "new")
     assert not (tmp_path / "new" / "chunks").exists()
     with Market.open(tmp_path / "new") as other:
         assert other.ledger.accounts() == market.ledger.accounts()
+
+
+def secrets_of(home):
+    """The lines of the home's key files that nobody else may have."""
+    pems = [line for path in home.glob("signing/*.pem") for line in path.read_bytes().splitlines()]
+    return [json.loads((home / "operator.key").read_text())["secret"].encode(), pems[2]]
+
+
+def test_a_backup_without_a_passphrase_has_no_secret_key(market, folder, tmp_path):
+    """Restored, it verifies old receipts and has the same log; it signs with a new key."""
+    receipt = sell(market, "p1")
+    jws = signed_receipt(market, receipt.id).jws
+    log = TransparencyLog(market.ledger, market.home)
+    checkpoint = log.checkpoint()
+    made = backup(market, folder)
+    assert (made.check.ok, made.with_keys) == (True, False)
+    content = b"".join((folder / name).read_bytes() for name in names(folder))
+    assert [secret for secret in secrets_of(market.home) if secret in content] == []
+    assert restore(folder, tmp_path / "new").check.ok
+    with Market.open(tmp_path / "new") as other:
+        keys = SigningKeys(other.home)
+        assert keys.current().kid not in [key.kid for key in SigningKeys(market.home).public_keys()]
+        verify(jws, keys.public_keys())
+        restored = TransparencyLog(other.ledger, other.home)
+        assert restored.origin == checkpoint.origin
+        sell(other, "p2")
+        later = restored.checkpoint()
+        assert verify_checkpoint(later.note, [keys.current().public]) == later
+        assert check_ledger(other.ledger, other.home, [checkpoint.note]).ok
+    with pytest.raises(ProofError, match="no secret keys"):
+        restore(folder, tmp_path / "other", passphrase=PASSPHRASE)
+
+
+def test_a_backups_keys_are_sealed_with_a_passphrase(market, folder, tmp_path):
+    """In no file in the clear; a wrong passphrase opens nothing and makes no home."""
+    sell(market, "p1")
+    TransparencyLog(market.ledger, market.home).checkpoint()
+    made = backup(market, folder, passphrase=PASSPHRASE)
+    assert (made.check.ok, made.with_keys) == (True, True)
+    content = b"".join((folder / name).read_bytes() for name in names(folder))
+    assert [secret for secret in secrets_of(market.home) if secret in content] == []
+    with pytest.raises(ConfigError, match="passphrase is wrong"):
+        restore(folder, tmp_path / "new", passphrase=PASSPHRASE + "!")
+    assert not (tmp_path / "new").exists()
+    assert not restore(folder, tmp_path / "new").with_keys
+    assert restore(folder, tmp_path / "other", passphrase=PASSPHRASE).with_keys
+    assert secrets_of(tmp_path / "other") == secrets_of(market.home)
+    with pytest.raises(ConfigError, match="too short"):
+        backup(market, tmp_path / "short", passphrase="secret")
 
 
 def names_of_keys(folder):
@@ -180,12 +232,12 @@ def test_a_folder_in_use_is_not_touched(market, folder, tmp_path):
     assert not list(tmp_path.glob(".*restoring*"))
 
 
-@pytest.mark.parametrize("file", ["database", "operator.key", "log/checkpoints.jsonl", "chunk"])
+@pytest.mark.parametrize("file", ["database", "keys.sealed", "log/checkpoints.jsonl", "chunk"])
 @pytest.mark.parametrize("harm", ["change", "remove", "longer"])
 def test_a_damaged_backup_is_not_restored(market, folder, tmp_path, file, harm):
     """Every byte is checked before there is a home."""
     TransparencyLog(market.ledger, market.home).checkpoint()
-    backup(market, folder, with_chunks=True)
+    backup(market, folder, with_chunks=True, passphrase=PASSPHRASE)
     path = next((folder / "chunks").rglob("*.kv")) if file == "chunk" else folder / file
     content = path.read_bytes()
     if harm == "remove":

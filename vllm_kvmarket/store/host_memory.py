@@ -12,7 +12,6 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
-from types import TracebackType
 from typing import Self
 
 from vllm_kvmarket.store.chunk_format import Bytes, ChunkLayout
@@ -63,12 +62,7 @@ class PinnedPages:
     def __enter__(self) -> Bytes:
         return self._entry.buffer
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self._tier._release(self._entry)
 
 
@@ -110,12 +104,7 @@ class Filling:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         if not self._committed:
             self._tier._abandon(self._key, self._entry)
         elif self._entry is not None:

@@ -193,9 +193,10 @@ def _check_sums(
     provider = market.ledger.account(PROVIDER)
     if provider.balance_nano != charges + written - royalties:
         story.fail(f"income {provider.balance_nano} is not {charges} + {written} - {royalties}")
-    debits, credits = market.ledger.totals()
-    if debits != credits:
-        story.fail(f"debits {debits} differ from credits {credits}")
+    totals = market.ledger.totals()
+    for currency, (debits, credits) in totals.items():
+        if debits != credits:
+            story.fail(f"debits {debits} differ from credits {credits} in {currency}")
     stored: dict[str, int] = defaultdict(int)
     for post in writes:
         stored[pending[post.pending_id].user_data] += 1
@@ -210,8 +211,8 @@ def _check_sums(
         "royalties_nano": royalties,
         "publishing_nano": written,
         "income_nano": provider.balance_nano,
-        "debits_nano": debits,
-        "credits_nano": credits,
+        "debits_nano": sum(debits for debits, _ in totals.values()),
+        "credits_nano": sum(credits for _, credits in totals.values()),
         "publishings_charged": len(writes),
         "holds": len(pending),
         "holds_expired": expired,

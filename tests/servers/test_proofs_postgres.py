@@ -1,8 +1,9 @@
 """Log, check, statement and payout over a ledger in PostgreSQL: the same as over SQLite."""
 
+import msgspec
 import pytest
 
-from tests.support.ledger_books import NANO, fresh_number, funded_ledger, hold
+from tests.support.ledger_books import NANO, fresh_number, funded_ledger, hold, receipt
 from vllm_kvmarket.ledger import post
 from vllm_kvmarket.ledger.statements import payout, statement
 from vllm_kvmarket.market.market import Market
@@ -37,7 +38,9 @@ def url(server):
 def fill(ledger, count):
     for number in range(count):
         held = f"h{number}"
-        ledger.transact(hold(held, 3), post(id=f"{held}:post", pending_id=held, amount_nano=2))
+        sold = msgspec.structs.replace(hold(held, 3), code="reuse")
+        charge = post(id=f"{held}:post", pending_id=held, amount_nano=2)
+        ledger.submit([sold, charge], receipt=receipt(f"kvr_{number}", 2, charge.id)).result()
 
 
 def test_the_log_is_the_same_on_every_database(url, tmp_path):

@@ -35,8 +35,8 @@ class MemoryBooks:
         return self.dues.get(pending_id)
 
     def resolution(self, pending_id):
-        named = (each for each in self.transfers.values() if each.pending_id == pending_id)
-        return next((each for each in named if each.kind in ENDS), None)
+        named = [each for each in self.transfers.values() if each.pending_id == pending_id]
+        return next((each for each in named[::-1] if each.kind in ENDS), None)
 
     def put_account(self, account):
         assert account.id in self.accounts
@@ -57,9 +57,9 @@ class MemoryBooks:
     def open_holds(self):
         return {id: due_at_s for id, due_at_s in self.dues.items() if due_at_s is not None}
 
-    def problems(self):
+    def problems(self, receipts=()):
         accounts, transfers = list(self.accounts.values()), list(self.transfers.values())
-        return problems(Everything(accounts, transfers, [], self.open_holds()))
+        return problems(Everything(accounts, transfers, list(receipts), self.open_holds()))
 
     def close(self):
         pass
@@ -85,8 +85,8 @@ class StoredBooks:
         return {transfer.id: transfer for transfer in self.storage.everything().transfers}
 
     def resolution(self, pending_id):
-        named = (each for each in self.transfers.values() if each.pending_id == pending_id)
-        return next((each for each in named if each.kind in ENDS), None)
+        named = [each for each in self.transfers.values() if each.pending_id == pending_id]
+        return next((each for each in named[::-1] if each.kind in ENDS), None)
 
     def open_holds(self):
         return self.storage.everything().dues
@@ -119,7 +119,7 @@ def hold(id, amount, timeout_s=900):
         credit="provider",
         amount_nano=amount,
         timeout_s=timeout_s,
-        code="reuse",
+        code="hold",
     )
 
 
@@ -142,7 +142,7 @@ ZEROS = dict.fromkeys(
 )
 
 
-def receipt(id, charge, transfer):
+def receipt(id, charge, *transfers, royalty=0):
     return Receipt(
         id=id,
         request_id="r",
@@ -152,11 +152,11 @@ def receipt(id, charge, transfer):
         publisher="pat",
         charge_nano=charge,
         reservation_id="h",
-        transfer_ids=(transfer,),
+        transfer_ids=transfers,
         created_at_s=1.0,
         model="m",
         namespace="00",
-        **ZEROS,
+        **{**ZEROS, "royalty_nano": royalty},
     )
 
 

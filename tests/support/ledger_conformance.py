@@ -7,6 +7,8 @@ in which another process holds the write lock, so that batches gather.
 
 from __future__ import annotations
 
+import math
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import msgspec
@@ -14,8 +16,8 @@ import pytest
 
 from tests.support.ledger_books import NANO, funded_ledger, hold, receipt
 from vllm_kvmarket import LedgerError, NotFoundError
-from vllm_kvmarket.core.errors import LedgerUnavailableError
-from vllm_kvmarket.ledger import Ledger, Outcome, plain, post, void
+from vllm_kvmarket.core.errors import KeyConflictError, KeyUsedUpError, LedgerUnavailableError
+from vllm_kvmarket.ledger import GRACE_S, Ledger, Outcome, ReceiptLine, plain, post, void
 
 
 @pytest.fixture
@@ -33,7 +35,8 @@ def test_a_reservation_is_posted_in_part_with_its_receipt(ledger):
         plain(id="r", debit="provider", credit="pat", amount_nano=150, code="royalty"),
     ]
     for _ in range(2):
-        results = ledger.submit(batch, receipt=receipt("kvr_1", 300, "p")).result()
+        sold = receipt("kvr_1", 300, "p", "r", royalty=150)
+        results = ledger.submit(batch, receipt=sold).result()
         assert all(result.outcome.good for result in results)
     assert ledger.account("alice").available_nano == NANO - 300
     assert ledger.account("pat").balance_nano == 150
@@ -106,7 +109,7 @@ def test_a_free_reuse_is_a_post_of_nothing(ledger):
 def test_totals_are_equal(ledger):
     """What one account is debited, another is credited."""
     ledger.submit([hold("h", 5), post(id="p", pending_id="h", amount_nano=3)]).result()
-    assert ledger.totals() == (NANO + 3, NANO + 3)
+    assert ledger.totals() == {"USD": (NANO + 3, NANO + 3)}
 
 
 def test_a_closed_ledger_says_so(place):
@@ -128,12 +131,12 @@ def test_holds_expire_by_the_clock(place):
         ledger.deposit("alice", 100, "d")
         ledger.submit([hold("h", 60, timeout_s=10)]).result()
         assert ledger.expire_pending() == 0
-        now[0] += 10
+        now[0] += 9 + GRACE_S
+        assert ledger.expire_pending() == 0
+        now[0] += 1
         assert ledger.expire_pending() == 1
         assert ledger.expire_pending() == 0
         assert ledger.account("alice").available_nano == 100
-        late = ledger.submit([post(id="p", pending_id="h", amount_nano=60)]).result()
-        assert late[0].outcome is Outcome.EXPIRED
         assert ledger.check_integrity() == []
 
 
@@ -224,9 +227,12 @@ def test_the_audit_reads_receipts(ledger):
     stolen = msgspec.structs.replace(receipt("kvr_stolen", 5, "h5"), account="pat")
     ledger.submit([hold("h6", 5)], receipt=stolen).result()
     assert sorted(ledger.check_integrity()) == [
+        "receipt kvr_again: is not the one that transfer h1 was booked with",
         "receipt kvr_lost: transfer none is missing",
+        "receipt kvr_stolen: is not the one that transfer h5 was booked with",
         "receipt kvr_stolen: is pat's, paid by alice",
         "receipt kvr_twice: is for transfer h1, as kvr_again is",
+        "receipt kvr_twice: is not the one that transfer h1 was booked with",
         "receipt kvr_wrong: says 6, charged otherwise",
     ]
 
@@ -242,7 +248,7 @@ def test_a_living_engine_renews_its_holds(place):
         (renewed, missing) = ledger.renew(["h", "none"], 10).result()
         assert (renewed.outcome, missing.outcome) == (Outcome.OK, Outcome.PENDING_NOT_FOUND)
         assert ledger.due_at_s("h") == 1015
-        now[0] += 5
+        now[0] += 5 + GRACE_S
         assert ledger.expire_pending() == 1
         assert ledger.due_at_s("g") is None
         assert ledger.renew(["g"], 10).result()[0].outcome is Outcome.EXPIRED
@@ -260,7 +266,7 @@ def test_many_holds_expire_at_once(place):
         holds = [hold(f"h{number}", 1, timeout_s=10) for number in range(1100)]
         ledger.submit([*holds, hold("later", 1, timeout_s=11)]).result()
         ledger.submit([void(id="v", pending_id="h7")]).result()
-        now[0] += 10
+        now[0] += 10 + GRACE_S
         with Ledger.open(place, clock=lambda: now[0]) as other, ThreadPoolExecutor(2) as pool:
             counts = [pool.submit(each.expire_pending) for each in (ledger, other)]
             assert sum(each.result() for each in counts) == 1099
@@ -268,18 +274,122 @@ def test_many_holds_expire_at_once(place):
         assert ledger.check_integrity() == []
 
 
-def test_a_batch_counts_at_the_time_of_its_submission(place, held_up):
-    """A settlement in time is not too late because the database was slow."""
+def test_what_was_sold_is_booked_after_an_outage_longer_than_the_hold(place, held_up):
+    """Another engine releases the hold first; the settlement is booked, and the debt is shown."""
     now = [1000.0]
     with funded_ledger(place, clock=lambda: now[0]) as ledger:
-        ledger.submit([hold("h", 60, timeout_s=10)]).result()
-        with held_up():
-            now[0] += 9
-            posted = ledger.submit([post(id="p", pending_id="h", amount_nano=60)])
-            now[0] += 9
-        assert posted.result()[0].outcome is Outcome.OK
-        assert ledger.transfer("p").created_at_s == 1009
+        ledger.submit([hold("h", NANO, timeout_s=10)]).result()
+        now[0] += 10 + GRACE_S
+        with Ledger.open(place, clock=lambda: now[0]) as other:
+            assert other.expire_pending() == 1
+        ledger.transact(plain(id="t", debit="alice", credit="pat", amount_nano=NANO - 5, code="x"))
+        sold = [
+            post(id="p", pending_id="h", amount_nano=60),
+            plain(id="r", debit="provider", credit="pat", amount_nano=30, code="royalty"),
+        ]
+        kept = receipt("kvr_1", 60, "p", "r", royalty=30)
+        for expected in (Outcome.OK, Outcome.EXISTS):
+            results = ledger.submit(sold, receipt=kept, patience_s=math.inf).result()
+            assert [each.outcome for each in results] == [expected] * 2
+        alice = ledger.account("alice")
+        assert (alice.available_nano, alice.debt_nano) == (-55, 55)
+        assert ledger.account("provider").balance_nano == 30
+        assert ledger.transfer("p").kind == "late"
+        ledger.deposit("alice", 100, "d2")
+        assert ledger.account("alice").debt_nano == 0
         assert ledger.check_integrity() == []
+
+
+def test_times_are_the_databases(ledger):
+    """They never go back, in the order of effect; a receipt has the time of its booking."""
+    for number in range(5):
+        ledger.submit([hold(f"h{number}", 1)], receipt=receipt(f"kvr_{number}", 1, f"h{number}"))
+    ledger.submit([hold("last", 1)]).result()
+    times = [each.created_at_s for each in ledger.transfers_after(0, 99)]
+    assert times == sorted(times)
+    assert abs(times[-1] - time.time()) < 5
+    assert ledger.receipt("kvr_4").created_at_s == ledger.transfer("h4").created_at_s
+
+
+def test_a_reservation_waits_a_second_and_leaves_no_hold(place, held_up):
+    """Behind a database that does not answer, too: its caller hears in time, and when the
+    reservation took effect after all, it is released.
+    """
+    with funded_ledger(place, reservation_patience_s=0.3) as ledger:
+        with held_up():
+            began_s = time.monotonic()
+            reserved = ledger.submit([hold("h", 60)])
+            with pytest.raises(LedgerUnavailableError, match="did not answer"):
+                reserved.result(timeout=30)
+            assert time.monotonic() - began_s < 2
+        ledger.transact(plain(id="t", debit="alice", credit="pat", amount_nano=NANO, code="x"))
+        assert ledger.account("alice").debits_pending == 0
+        assert ledger.check_integrity() == []
+
+
+def test_a_royalty_waits_in_suspense_until_its_publisher_has_an_account(ledger):
+    """The sale is booked, the royalty is shown in suspense, and paid once."""
+    ledger.submit([hold("h", 100)]).result()
+    sold = [
+        post(id="p", pending_id="h", amount_nano=100),
+        plain(
+            id="r",
+            debit="provider",
+            credit="newcomer",
+            amount_nano=50,
+            code="royalty",
+            user_data="kvd_x",
+        ),
+    ]
+    kept = msgspec.structs.replace(
+        receipt("kvr_1", 100, "p", "r", royalty=50), publisher="newcomer"
+    )
+    assert all(each.outcome.good for each in ledger.submit(sold, receipt=kept).result())
+    assert ledger.account("suspense").balance_nano == 50
+    assert ledger.pay_suspended("pat") == 0
+    assert ledger.create_account("newcomer", "publisher").balance_nano == 50
+    assert ledger.pay_suspended("newcomer") == 0
+    assert ledger.account("newcomer").balance_nano == 50
+    assert ledger.account("suspense").balance_nano == 0
+    assert ledger.check_integrity() == []
+
+
+def test_a_receipt_is_found_by_each_of_its_documents(ledger):
+    """A sale over several listings has a line for each; they are its digest's, too."""
+    line = ReceiptLine(
+        document_id="kvd_first",
+        title="",
+        publisher="pat",
+        start=0,
+        end=16,
+        cache_read_nano_per_mtok=0,
+        royalty_ppm=0,
+        charge_nano=1,
+        royalty_nano=0,
+    )
+    second = msgspec.structs.replace(line, document_id="kvd_x", start=16, end=32, charge_nano=2)
+    kept = msgspec.structs.replace(receipt("kvr_1", 3, "p"), lines=(line, second))
+    ledger.submit([hold("h", 3)]).result()
+    ledger.submit([post(id="p", pending_id="h", amount_nano=3)], receipt=kept).result()
+    for document_id in ("kvd_first", "kvd_x"):
+        (found,) = ledger.receipts(document_id=document_id)
+        assert [each.document_id for each in found.lines] == ["kvd_first", "kvd_x"]
+    assert ledger.check_integrity() == []
+
+
+def test_an_idempotency_key_covers_one_purchase(place, monkeypatch):
+    """The same key and body give the same purchase key, four times, on any engine of the ledger."""
+    with funded_ledger(place) as ledger, Ledger.open(place) as other:
+        first = ledger.use_key("alice", "k", b"body")
+        assert other.use_key("alice", "k", b"body") == first
+        assert ledger.use_key("bob", "k", b"body") != first
+        with pytest.raises(KeyConflictError):
+            other.use_key("alice", "k", b"another")
+        assert [ledger.use_key("alice", "k", b"body") for _ in range(2)] == [first] * 2
+        with pytest.raises(KeyUsedUpError):
+            other.use_key("alice", "k", b"body")
+        monkeypatch.setattr("vllm_kvmarket.ledger.ledger.KEY_LIFE_S", 0.0)
+        assert ledger.use_key("alice", "k", b"another") != first
 
 
 def test_money_stays_in_its_currency(place):

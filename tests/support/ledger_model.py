@@ -19,6 +19,7 @@ from hypothesis.stateful import (
 )
 
 from vllm_kvmarket.ledger.model import (
+    GRACE_S,
     INT64_MAX,
     Account,
     Operation,
@@ -45,7 +46,11 @@ KINDS = {
 }
 CURRENCIES = {"erik": "EUR"}
 UNBOUNDED = {"world", "mint-1", "mint-2"}
-RESOLVED = {"post": Outcome.ALREADY_POSTED, "void": Outcome.ALREADY_VOIDED}
+RESOLVED = {
+    "post": Outcome.ALREADY_POSTED,
+    "late": Outcome.ALREADY_POSTED,
+    "void": Outcome.ALREADY_VOIDED,
+}
 
 
 @dataclass
@@ -62,6 +67,7 @@ class Model:
     accepted: dict[str, Operation] = field(default_factory=dict)
     moved: list[tuple[str, str, int]] = field(default_factory=list)
     holds: dict[str, Hold] = field(default_factory=dict)
+    late: list[tuple[str, int]] = field(default_factory=list)
 
     def held(self):
         holds = [hold.operation for hold in self.holds.values() if not hold.resolved]
@@ -91,6 +97,7 @@ class Model:
                     for index in range(len(operations))
                 ]
         self.accepted, self.moved, self.holds = trial.accepted, trial.moved, trial.holds
+        self.late = trial.late
         return outcomes
 
     def one(self, operation, now_s):
@@ -133,18 +140,18 @@ class Model:
         hold = self.holds.get(operation.pending_id)
         if hold is None:
             return Outcome.PENDING_NOT_FOUND
-        if hold.resolved:
+        late = hold.resolved == "expire" and operation.kind == "post"
+        if hold.resolved and not late:
             return RESOLVED.get(hold.resolved, Outcome.EXPIRED)
-        if operation.kind in ("post", "renew") and now_s >= hold.due_s:
-            return Outcome.EXPIRED
-        if operation.kind == "expire" and now_s < hold.due_s:
+        if operation.kind == "expire" and now_s < hold.due_s + GRACE_S:
             return Outcome.NOT_DUE
         if operation.amount_nano > hold.operation.amount_nano:
             return Outcome.EXCEEDS_PENDING_AMOUNT
         if operation.kind == "renew":
             hold.due_s = max(hold.due_s, now_s + operation.timeout_s)
             return Outcome.OK
-        hold.resolved = operation.kind
+        hold.resolved = "late" if late else operation.kind
+        self.late += [(hold.operation.debit, operation.amount_nano)] if late else []
         self.moved.append((hold.operation.debit, hold.operation.credit, operation.amount_nano))
         return Outcome.OK
 
@@ -170,7 +177,7 @@ operations = st.one_of(
         credit=st.sampled_from(["provider", "pat"]),
         amount_nano=amounts,
         timeout_s=st.sampled_from([0, 1, 10, 60]),
-        code=st.just("reuse"),
+        code=st.just("hold"),
     ),
     st.builds(
         post, id=st.integers(0, 11).map("p{}".format), pending_id=hold_ids, amount_nano=amounts
@@ -220,7 +227,7 @@ class LedgerMachine(RuleBasedStateMachine):
     @rule(amount=st.integers(20, 60), timeout_s=timeouts)
     def reserve(self, amount, timeout_s):
         """What a request does on arrival; often more than is left."""
-        facts = {"debit": "alice", "credit": "provider", "amount_nano": amount, "code": "reuse"}
+        facts = {"debit": "alice", "credit": "provider", "amount_nano": amount, "code": "hold"}
         self.submit([pending(id=self.fresh("hold"), timeout_s=timeout_s, **facts)])
 
     @precondition(lambda self: self.model.holds)
@@ -251,7 +258,7 @@ class LedgerMachine(RuleBasedStateMachine):
             debit="provider",
             credit="pat",
             amount_nano=amount // 2,
-            code="royalty",
+            code="share",
         )
         self.submit([moved, royalty])
 
@@ -273,7 +280,7 @@ class LedgerMachine(RuleBasedStateMachine):
         id = self.fresh("flood")
         self.submit([pending(id=id, timeout_s=60, **facts) if held else plain(id=id, **facts)])
 
-    @rule(seconds=st.sampled_from([0.5, 1, 9, 60]))
+    @rule(seconds=st.sampled_from([0.5, 1, 9, 60, 200]))
     def wait(self, seconds):
         self.now_s += seconds
 
@@ -292,7 +299,9 @@ class LedgerMachine(RuleBasedStateMachine):
         assert sum(account.balance_nano for account in accounts) == 0
         assert sum(each.debits_pending - each.credits_pending for each in accounts) == 0
         for account in accounts:
-            assert account.may_go_negative or account.available_nano >= 0
+            late_nano = sum(amount for debit, amount in self.model.late if debit == account.id)
+            assert account.late_nano == (0 if account.may_go_negative else late_nano)
+            assert account.may_go_negative or account.available_nano >= -late_nano
             assert account.debits_pending + account.debits_posted <= INT64_MAX
             assert account.credits_pending + account.credits_posted <= INT64_MAX
 

@@ -31,7 +31,7 @@ def write(place, name, debit, numbers, acknowledge):
         held = pending(id=f"{name}-{number}", amount_nano=3, timeout_s=900, **names)
         moved = post(id=f"{name}-{number}-p", pending_id=held.id, amount_nano=1)
         royalty = plain(
-            id=f"{name}-{number}-r", debit="provider", credit="pat", amount_nano=1, code="royalty"
+            id=f"{name}-{number}-r", debit="provider", credit="pat", amount_nano=1, code="share"
         )
         flying.append((number, ledger.submit([held, moved, royalty])))
         if len(flying) == 8:

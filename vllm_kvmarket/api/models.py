@@ -246,7 +246,10 @@ class NewAccount(Body):
 
 
 class AccountModel(BaseModel):
-    """An account; available = balance - what reservations hold."""
+    """An account; available = balance - what reservations hold.
+
+    `debt_nano` is owed for sales that were booked after the funds were spent.
+    """
 
     id: str
     object: Literal["kvmarket.account"] = "kvmarket.account"
@@ -255,6 +258,7 @@ class AccountModel(BaseModel):
     balance_nano: int
     reserved_nano: int
     available_nano: int
+    debt_nano: int
 
 
 class Me(AccountModel):

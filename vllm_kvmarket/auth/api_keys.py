@@ -30,7 +30,7 @@ SCOPES: tuple[Scope, ...] = get_args(Scope)
 PREFIX = "kvm_"
 ROOM = "keys"
 # The ledger's own accounts; `world` may go below zero, so that a key for it would be free money.
-RESERVED_ACCOUNTS = frozenset({"world", "provider"})
+RESERVED_ACCOUNTS = frozenset({"world", "provider", "suspense"})
 # Every process sees a revocation within a second.
 REFRESH_S = 0.5
 # The times of last use are written by a thread, this often.

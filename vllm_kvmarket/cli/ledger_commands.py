@@ -30,6 +30,7 @@ def describe(account: Account) -> dict[str, Any]:
         **msgspec.to_builtins(account),
         "balance_nano": account.balance_nano,
         "available_nano": account.available_nano,
+        "debt_nano": account.debt_nano,
     }
 
 
@@ -37,7 +38,7 @@ def show_accounts(where: Console, described: Iterable[dict[str, Any]]) -> None:
     """Print accounts as a table."""
     table(
         where,
-        ["account", "kind", ">balance", ">reserved", ">available", "currency"],
+        ["account", "kind", ">balance", ">reserved", ">available", ">debt", "currency"],
         [
             (
                 account["id"],
@@ -45,6 +46,7 @@ def show_accounts(where: Console, described: Iterable[dict[str, Any]]) -> None:
                 format_nano(account["balance_nano"]),
                 format_nano(account["debits_pending"]),
                 format_nano(account["available_nano"]),
+                format_nano(account["debt_nano"]),
                 account["currency"],
             )
             for account in described
@@ -226,8 +228,10 @@ def show_check(where: Console, report: proofs.LedgerCheck) -> None:
         f"transfers, {report.receipts} receipts, {report.checkpoints} checkpoints, "
         f"{len(report.problems)} problems"
     )
-    debits, credits_ = format_nano(report.debits_nano), format_nano(report.credits_nano)
-    where.print(f"debits {debits}, credits {credits_}, root {report.root}")
+    for currency, debits in report.debits_nano.items():
+        credits_ = report.credits_nano[currency]
+        where.print(f"{currency}: debits {format_nano(debits)}, credits {format_nano(credits_)}")
+    where.print(f"root {report.root}")
 
 
 def _configure_statement(parser: argparse.ArgumentParser) -> None:
@@ -307,21 +311,11 @@ def _show_statement(where: Console, made: statements.Statement) -> None:
 
 
 COMMANDS = (
-    Command("account create", "open an account", _run_create, _configure_create, changes=True),
+    Command("account create", "open an account", _run_create, _configure_create),
     Command("account list", "list all accounts with their balances", _run_list),
+    Command("account deposit", "bring money into an account", _run_deposit, _configure_deposit),
     Command(
-        "account deposit",
-        "bring money into an account",
-        _run_deposit,
-        _configure_deposit,
-        changes=True,
-    ),
-    Command(
-        "account payout",
-        "pay out a balance, once for a reference",
-        _run_payout,
-        _configure_payout,
-        changes=True,
+        "account payout", "pay out a balance, once for a reference", _run_payout, _configure_payout
     ),
     Command(
         "ledger show",

@@ -117,6 +117,14 @@ class MarketConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
         int,
         msgspec.Meta(ge=1, le=86_400, description="a reservation older than this expires"),
     ] = 900
+    reservation_patience_s: Annotated[
+        float,
+        msgspec.Meta(
+            ge=0.05,
+            le=60,
+            description="a request waits so long for its reservation, then it is not sold",
+        ),
+    ] = 1.0
     io_threads: Annotated[
         int, msgspec.Meta(ge=1, le=64, description="threads a worker loads and saves with")
     ] = 2

@@ -17,8 +17,11 @@
     │   └── CatalogueUnavailableError  (is an UnavailableError too)
     ├── LedgerError              the ledger's invariants do not hold
     │   ├── LedgerRefusedError         (is a RefusedError too)
+    │   │   ├── KeyConflictError       an Idempotency-Key came with another body
+    │   │   └── KeyUsedUpError         an Idempotency-Key covers no more answers
     │   └── LedgerUnavailableError     (is an UnavailableError too)
-    │       └── LedgerBusyError        too many batches wait already
+    │       ├── LedgerBusyError        too many batches wait already
+    │       └── LedgerPostponedError   it is in the outbox, and booked later
     └── StoreError               the store is away or cannot do this
         ├── ChunkMissingError    no file for this chunk
         ├── ChunkDamagedError    a file that is not bit-exactly what was stored
@@ -100,11 +103,23 @@ class LedgerRefusedError(LedgerError, RefusedError):
     """A rule of the ledger said no, for example for an account without enough funds."""
 
 
+class KeyConflictError(LedgerRefusedError):
+    """A client's Idempotency-Key was used before, with another body."""
+
+
+class KeyUsedUpError(LedgerRefusedError):
+    """A client's Idempotency-Key has covered as many answers as one key can."""
+
+
 class LedgerUnavailableError(LedgerError, UnavailableError):
     """The ledger's database cannot be used. Whether a write took effect may be unknown.
 
     The same batch may be submitted again: its ids show what took effect before.
     """
+
+
+class LedgerPostponedError(LedgerUnavailableError):
+    """The ledger is closed or away; the batch is in the home's outbox, and will be booked."""
 
 
 class LedgerBusyError(LedgerUnavailableError):

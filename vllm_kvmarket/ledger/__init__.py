@@ -1,8 +1,12 @@
 """Accounts and transfers: what is charged, to whom, exactly once."""
 
-from vllm_kvmarket.ledger.ledger import PROVIDER, WORLD, Ledger
+from vllm_kvmarket.ledger.ledger import Ledger
 from vllm_kvmarket.ledger.model import (
     ACCOUNT_ID,
+    GRACE_S,
+    PROVIDER,
+    SUSPENSE,
+    WORLD,
     Account,
     Operation,
     Outcome,
@@ -20,7 +24,9 @@ from vllm_kvmarket.ledger.model import (
 
 __all__ = [
     "ACCOUNT_ID",
+    "GRACE_S",
     "PROVIDER",
+    "SUSPENSE",
     "WORLD",
     "Account",
     "Ledger",

@@ -2,25 +2,41 @@
 
 A caller only enqueues. The thread takes every batch that waits, has the storage apply and commit
 them in one transaction, and then answers all of them: one fsync pays for many batches. While the
-database is away, it keeps what it took and tries again, each batch as long as its caller has
-patience: the ids make sure that what did take effect does not do so twice.
+database is away, it tries the same batches again: their ids make sure that nothing takes effect
+twice. A second thread looks after the batches that wait: it answers a caller whose patience is
+over, even while the first thread waits for the database, and syncs the outbox.
 """
 
 from __future__ import annotations
 
+import logging
 import queue
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import Future
 
-from vllm_kvmarket.core.errors import LedgerBusyError, LedgerError, LedgerUnavailableError
-from vllm_kvmarket.ledger.model import Result
+from vllm_kvmarket.core.errors import (
+    LedgerBusyError,
+    LedgerError,
+    LedgerPostponedError,
+    LedgerUnavailableError,
+)
+from vllm_kvmarket.ledger.model import Outcome, Result
+from vllm_kvmarket.ledger.outbox import Outbox
 from vllm_kvmarket.ledger.storage import Batch, MalformedBatchError, Storage
+
+logger = logging.getLogger(__name__)
 
 MAX_GROUP = 1024  # batches a commit: bounds how long the first of them waits
 MAX_QUEUED = 100_000  # batches, of some kilobytes each, while the database is away
 CLOSE_PATIENCE_S = 10.0
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.02, 1.0
+WATCH_S = 0.05  # how often waiting batches are looked at
+OUTBOX_SYNC_S = 0.25  # a batch that waits longer is synced to the outbox
+
+# Another request with the same key has paid: this one is not lost.
+PAID = (Outcome.EXISTS_WITH_DIFFERENT_FIELDS, Outcome.ALREADY_POSTED)
 
 Answer = list[Result] | LedgerError
 
@@ -32,15 +48,23 @@ class Writer:
         self,
         storage: Storage,
         *,
+        outbox: Outbox | None = None,
         monotonic: Callable[[], float] = time.monotonic,
         start: bool = True,
     ) -> None:
-        # Told how long each commit took, in seconds, on the writer's thread; must be quick.
+        # Called with the seconds of each commit, on the writer's thread; must be quick.
         self.on_commit: Callable[[float], object] | None = None
         self._storage = storage
+        self._outbox = outbox
         self._monotonic = monotonic
         self._queue: queue.SimpleQueue[Batch | None] = queue.SimpleQueue()
         self._kept: list[Batch] = []  # taken from the queue, but the database was away
+        # Batches without an answer, and since when they wait. Who takes one out answers it.
+        self._waiting: dict[Batch, float] = {}
+        self._impatient: dict[Batch, None] = {}
+        self._in_outbox: set[Batch] = set()
+        self._is_behind = False  # the oldest batch waits for long: the ledger is away, or slow
+        self._some_wait = threading.Event()
         self._pause_s = FIRST_PAUSE_S
         self._closing = threading.Event()
         self._close_by_s = float("inf")
@@ -48,25 +72,46 @@ class Writer:
         # Held for an enqueuing only: behind the end of the queue nothing may follow.
         self._queue_lock = threading.Lock()
         self._thread = threading.Thread(target=self._run, name="kvmarket-ledger", daemon=True)
+        self._watcher = threading.Thread(
+            target=self._watch, name="kvmarket-ledger-watch", daemon=True
+        )
         if start:
             self._thread.start()
+            self._watcher.start()
 
-    def enqueue(self, batch: Batch) -> LedgerError | None:
-        """Take a batch to write; else return why nothing was taken."""
+    def enqueue(self, batch: Batch, *, sync: bool = True) -> LedgerError | None:
+        """Take a batch to write; else return why nothing was taken.
+
+        A batch that must be booked is in the outbox on return. While the ledger is away it is
+        durable there: then this waits for the disk, unless the caller syncs many at once.
+        """
+        now_s = self._monotonic()
         with self._queue_lock:
             if self._closing.is_set():
+                if batch.must_be_booked and self._outbox is not None and self._outbox.add(batch):
+                    self._sync_outbox()
+                    return postponed()
                 return LedgerUnavailableError("the ledger is closed")
-            if self._queue.qsize() >= MAX_QUEUED:
+            if self._queue.qsize() >= MAX_QUEUED and not batch.must_be_booked:
                 return LedgerBusyError(
                     f"the ledger is {MAX_QUEUED} batches behind; see whether its database works"
                 )
+            if self._outbox is not None and batch.must_be_booked and self._outbox.add(batch):
+                self._in_outbox.add(batch)
+            if not batch.must_be_booked:
+                self._impatient[batch] = None
+            self._waiting[batch] = now_s
             self._queue.put(batch)
+        if sync and self._is_behind and batch.must_be_booked:
+            self._sync_outbox()
+        if not self._some_wait.is_set():
+            self._some_wait.set()
         return None
 
     @property
     def queue_depth(self) -> int:
         """How many batches wait, also those that are tried again; never waits."""
-        return self._queue.qsize() + len(self._kept)
+        return len(self._waiting)
 
     def close(self) -> None:
         """Write what is queued and answer for it; while the database is away, for 10 s at most."""
@@ -75,14 +120,18 @@ class Writer:
                 self._close_by_s = self._monotonic() + CLOSE_PATIENCE_S
                 self._closing.set()
                 self._queue.put(None)
+        self._some_wait.set()
         if self._thread.ident is not None:
             self._thread.join()
+            self._watcher.join()
+        if self._outbox is not None:
+            self._outbox.close()
 
     def _run(self) -> None:
         while self._kept or not self._ended:
             pause_s = self.step()
             if pause_s:
-                # Whoever closes does not wait for the whole pause.
+                # A close does not wait for the whole pause.
                 self._closing.wait(pause_s)
                 if self._closing.is_set():
                     time.sleep(FIRST_PAUSE_S)
@@ -100,27 +149,87 @@ class Writer:
         for batch, answer in zip(group, answers, strict=True):
             if isinstance(answer, LedgerUnavailableError) and self._patient(batch):
                 self._kept.append(batch)
-            elif isinstance(answer, LedgerError):
-                batch.future.set_exception(answer)
             else:
-                batch.future.set_result(answer)
+                self._answer(batch, answer)
         if not self._kept:
             self._pause_s = FIRST_PAUSE_S
             return 0.0
         pause_s, self._pause_s = self._pause_s, min(2 * self._pause_s, LONGEST_PAUSE_S)
         return pause_s
 
+    def _answer(self, batch: Batch, answer: Answer) -> None:
+        """Answer a batch once; undo it where its caller cannot know whether it took effect."""
+        waited = self._waiting.pop(batch, None) is not None
+        self._impatient.pop(batch, None)
+        away = isinstance(answer, LedgerUnavailableError)
+        if batch in self._in_outbox and not away:
+            self._in_outbox.discard(batch)
+            assert self._outbox is not None
+            if not isinstance(answer, list):
+                self._outbox.refused(batch, str(answer))
+            elif answer[0].outcome not in PAID and not all(each.outcome.good for each in answer):
+                self._outbox.refused(batch, ", ".join(each.outcome.name for each in answer))
+            self._outbox.booked()
+        if not waited:
+            return  # its caller gave up, and the batch was undone
+        if away and batch in self._in_outbox:
+            batch.future.set_exception(postponed())
+            return
+        if isinstance(answer, list):
+            batch.future.set_result(answer)
+            return
+        if away and batch.undo:
+            self._undo(batch)
+        batch.future.set_exception(answer)
+
+    def _undo(self, batch: Batch) -> None:
+        future: Future[list[Result]] = Future()
+        undone = Batch(batch.undo, False, None, future, batch.at_s, float("inf"))
+        self.enqueue(undone)  # once closed: the next process of this home does it
+
+    def _watch(self) -> None:
+        while self._thread.is_alive():
+            if not self._closing.is_set():
+                self._some_wait.clear()
+                if not self._waiting:
+                    self._some_wait.wait()
+            self.watch()
+            self._thread.join(WATCH_S)
+
+    def watch(self) -> None:
+        """Answer the callers whose patience is over; sync the outbox while the ledger is away."""
+        now_s = self._monotonic()
+        for batch in list(self._impatient):
+            if now_s >= batch.give_up_at_s:
+                self._answer(batch, unavailable(TimeoutError("the database did not answer")))
+        try:
+            oldest_s = next(iter(self._waiting.values()), now_s)
+        except RuntimeError:  # it changed meanwhile, so the writer makes progress
+            oldest_s = now_s
+        self._is_behind = now_s - oldest_s >= OUTBOX_SYNC_S
+        if self._is_behind:
+            self._sync_outbox()
+
+    def _sync_outbox(self) -> None:
+        if self._outbox is not None:
+            try:
+                self._outbox.sync()
+            except OSError as error:
+                logger.error("kvmarket: the outbox cannot be synced: %s", error)
+
     def _patient(self, batch: Batch) -> bool:
-        return self._monotonic() < min(batch.give_up_at_s, self._close_by_s)
+        return batch in self._waiting and self._monotonic() < min(
+            batch.give_up_at_s, self._close_by_s
+        )
 
     def _take(self) -> list[Batch]:
         """What was kept, and what waits, in the order of submission."""
-        group = self._kept
+        group = [batch for batch in self._kept if batch in self._waiting]
         while not self._ended and len(group) < MAX_GROUP and not (group and self._queue.empty()):
             batch = self._queue.get()
             if batch is None:
                 self._ended = True
-            else:
+            elif batch in self._waiting:
                 group.append(batch)
         return group
 
@@ -147,7 +256,7 @@ class Writer:
 
 
 def unavailable(error: Exception) -> LedgerUnavailableError:
-    """What a caller is told whose batch could not be written."""
+    """The error of a batch that could not be written."""
     failure = LedgerUnavailableError(
         f"the ledger could not be written ({error}); submit the same again: what took effect does "
         "not do so twice"
@@ -156,8 +265,13 @@ def unavailable(error: Exception) -> LedgerUnavailableError:
     return failure
 
 
+def postponed() -> LedgerPostponedError:
+    """The error of a batch that this process cannot book, and that the next one will."""
+    return LedgerPostponedError("the ledger is closed; this is in the outbox, and booked later")
+
+
 def malformed(error: Exception) -> MalformedBatchError:
-    """What a caller is told whose batch the database refuses."""
+    """The error of a batch that the database refuses."""
     failure = MalformedBatchError(
         f"the ledger could not be written, nothing of this batch took effect: {error}"
     )

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
+import secrets
 import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
@@ -10,6 +12,8 @@ from pathlib import Path
 from typing import Self, cast, get_args
 
 from vllm_kvmarket.core.errors import (
+    KeyConflictError,
+    KeyUsedUpError,
     LedgerError,
     LedgerRefusedError,
     LedgerUnavailableError,
@@ -21,6 +25,10 @@ from vllm_kvmarket.ledger.model import (
     ACCOUNT_ID,
     CURRENCY,
     DEFAULT_CURRENCY,
+    PROVIDER,
+    ROYALTY,
+    SUSPENSE,
+    WORLD,
     Account,
     AccountKind,
     Operation,
@@ -31,14 +39,17 @@ from vllm_kvmarket.ledger.model import (
     expire,
     plain,
     renew,
+    void,
 )
+from vllm_kvmarket.ledger.outbox import Outbox, batch_of
 from vllm_kvmarket.ledger.storage import Batch, Storage
 
-PROVIDER = "provider"
-WORLD = "world"
 POSTGRES = ("postgresql://", "postgres://")
 PATIENCE_S = 5.0
+RESERVATION_PATIENCE_S = 1.0
 EXPIRE_AT_ONCE = 500
+KEY_LIFE_S = 24 * 3600.0
+MOST_USES_OF_A_KEY = 4  # the answer, and three retries
 
 
 class Ledger:
@@ -51,34 +62,52 @@ class Ledger:
     def __init__(
         self,
         storage: Storage,
-        clock: Callable[[], float] = time.time,
+        *,
+        clock: Callable[[], float] | None = None,
         currency: str = DEFAULT_CURRENCY,
+        outbox: Path | None = None,
+        reservation_patience_s: float = RESERVATION_PATIENCE_S,
     ) -> None:
         self._storage = storage
         self._clock = clock
         self._currency = currency
+        self._reservation_patience_s = reservation_patience_s
         self._process = os.getpid()
         self._closed = False
         self.create_account(PROVIDER, "provider")
         self.create_account(WORLD, "world", may_go_negative=True)
-        self._writer = Writer(storage)
+        self.create_account(SUSPENSE, "suspense")
+        self._outbox = None if outbox is None else Outbox(outbox)
+        self._writer = Writer(storage, outbox=self._outbox)
+        self.book_outbox()
 
     @classmethod
     def open(
         cls,
         place: Path | str,
-        clock: Callable[[], float] = time.time,
+        *,
+        clock: Callable[[], float] | None = None,
         currency: str = DEFAULT_CURRENCY,
+        outbox: Path | None = None,
+        reservation_patience_s: float = RESERVATION_PATIENCE_S,
     ) -> Self:
-        """Open the ledger, with the accounts `provider` and `world`, making it where there is none.
+        """Open the ledger with its own accounts, and make it where there is none.
 
         `place` is a file of SQLite or a URL of PostgreSQL, postgresql://user:password@host/name.
-        `currency` is the settlement currency, that of every account that names no other. Raises
-        LedgerError when the database cannot be used, or has its accounts in another currency.
+        `currency` is the settlement currency, that of every account that names no other. `outbox`
+        is the home's folder for batches that must outlive this process. Times are the database's,
+        unless `clock` gives them. Raises LedgerError when the database cannot be used, or has its
+        accounts in another currency.
         """
         storage = storage_of(place)
         try:
-            return cls(storage, clock, currency)
+            return cls(
+                storage,
+                clock=clock,
+                currency=currency,
+                outbox=outbox,
+                reservation_patience_s=reservation_patience_s,
+            )
         except BaseException:
             storage.close()
             raise
@@ -104,43 +133,66 @@ class Ledger:
         *,
         linked: bool = True,
         receipt: Receipt | None = None,
-        patience_s: float = PATIENCE_S,
+        patience_s: float | None = None,
     ) -> Future[list[Result]]:
         """Enqueue a batch; durable once its future answers, with a result for each operation.
 
-        Costs microseconds and never waits. Linked, all of the batch takes effect or none; batches
-        apply in the order of submission, at the time of submission. The receipt is kept in the same
+        Costs microseconds and does not wait for the database. Linked, all of the batch takes effect
+        or none; batches apply in the order of submission. The receipt is stored in the same
         transaction, if every operation is good and any of them is new: a retry leaves no second
         receipt.
 
-        While the database is away, the batch is tried again for `patience_s`, `math.inf` for as
-        long as the ledger is open. Then the future raises LedgerError; the same batch may be
-        submitted again, what took effect before is EXISTS. A batch that no database could keep
-        raises LedgerError at once, and has no effect.
+        While the database is away, the batch is tried again for `patience_s`. Then the future
+        raises LedgerUnavailableError; the same batch may be submitted again: what took effect
+        before is EXISTS. A lone reservation has less patience, and when its outcome is unknown, the
+        ledger releases it. With `math.inf` the batch must be booked: it is in the home's outbox
+        when this returns, and another process of the home books it when this one dies. A batch that
+        no database could store raises LedgerError at once, and has no effect.
         """
         future: Future[list[Result]] = Future()
-        # What is enqueued will be written: a running future cannot be cancelled.
+        # A batch in the queue will be written: a running future cannot be cancelled.
         future.set_running_or_notify_cancel()
+        batch_operations, undo = tuple(operations), tuple[Operation, ...]()
+        if [type(each) is Operation and each.kind for each in batch_operations] == ["pending"]:
+            held = batch_operations[0].id
+            undo = (void(id=f"{held}:unknown", pending_id=held),)
+            patience_s = self._reservation_patience_s if patience_s is None else patience_s
         batch = Batch(
-            tuple(operations),
+            batch_operations,
             linked,
             receipt,
             future,
-            self._clock(),
-            time.monotonic() + patience_s,
+            None if self._clock is None else self._clock(),
+            time.monotonic() + (PATIENCE_S if patience_s is None else patience_s),
+            undo,
         )
         if refusal := self._foreign() or self._writer.enqueue(batch):
             future.set_exception(refusal)
         return future
+
+    def book_outbox(self) -> int:
+        """Submit what processes of this home sold and could not book before they ended.
+
+        Returns how many batches that were. Does not wait for the database.
+        """
+        if self._outbox is None:
+            return 0
+        found = 0
+        for entries in self._outbox.abandoned():
+            for entry in entries:
+                if self._writer.enqueue(batch_of(entry), sync=False):
+                    return found  # closed: the next process does it
+                found += 1
+        return found
 
     @property
     def queue_depth(self) -> int:
         """How many batches wait to be written; never waits."""
         return self._writer.queue_depth
 
-    def on_commit(self, told: Callable[[float], object]) -> None:
-        """Have `told` called with the seconds that each commit took, on the writer's thread."""
-        self._writer.on_commit = told
+    def on_commit(self, observe: Callable[[float], object]) -> None:
+        """Have `observe` called with the seconds of each commit, on the writer's thread."""
+        self._writer.on_commit = observe
 
     def transact(self, *operations: Operation) -> None:
         """Submit a linked batch and wait for it. Raises LedgerError when it is refused."""
@@ -154,8 +206,8 @@ class Ledger:
     def renew(self, pending_ids: Iterable[str], timeout_s: int) -> Future[list[Result]]:
         """Keep holds for `timeout_s` from now, each for itself; never waits, see submit.
 
-        An engine calls it for what it still serves, well before the holds are due. The result says
-        of each whether it stands: OK, or why not (ALREADY_POSTED, EXPIRED, ...).
+        An engine calls it for its running requests, well before the holds are due. The result of
+        each hold that does not stand says why (ALREADY_POSTED, EXPIRED, ...).
         """
         # One renewal a hold and nanosecond; another with the same id would do the same.
         now_ns = time.time_ns()
@@ -168,14 +220,17 @@ class Ledger:
         )
 
     def expire_pending(self) -> int:
-        """Release every reservation whose time is over; how many there were.
+        """Release every reservation that is due and whose grace is over; return their number.
 
-        Cheap when there are none: one look into an index. Waits for the database, so call it from
-        a thread of its own. Raises LedgerError.
+        Books the outboxes of processes that ended, too. Cheap when there is nothing to do: one look
+        into an index, and into a folder. Waits for the database, so call it from a thread that
+        serves nobody. Raises LedgerError.
         """
+        self.book_outbox()
         expired = 0
         while True:
-            overdue = self._reader().overdue(self._clock(), EXPIRE_AT_ONCE)
+            now_s = None if self._clock is None else self._clock()
+            overdue = self._reader().overdue(now_s, EXPIRE_AT_ONCE)
             if not overdue:
                 return expired
             batch = [expire(id=f"{held}:expire", pending_id=held) for held in overdue]
@@ -185,6 +240,27 @@ class Ledger:
             # Where another process releases the same ones, it is left to go on.
             if len(overdue) < EXPIRE_AT_ONCE or not released:
                 return expired
+
+    def use_key(self, account: str, key: str, body: bytes) -> str:
+        """Count a use of a client's Idempotency-Key; return the key of its one purchase.
+
+        The purchase key is the same for every request with this account and key during 24 hours, on
+        all engines. Waits for the database. Raises KeyConflictError for another `body` under the
+        same key, KeyUsedUpError when the key has covered 4 answers, LedgerUnavailableError.
+        """
+        digest = hashlib.sha256(body).hexdigest()
+        named = f"{len(account)}:{account}:{key}:{secrets.token_hex(16)}"
+        new = hashlib.sha256(named.encode()).hexdigest()
+        found = self._reader().use_key(account, key, digest, new, KEY_LIFE_S)
+        if found.body_digest != digest:
+            raise KeyConflictError(
+                "this Idempotency-Key was used with another body; use a new key for a new request"
+            )
+        if found.uses > MOST_USES_OF_A_KEY:
+            raise KeyUsedUpError(
+                f"this Idempotency-Key has covered {MOST_USES_OF_A_KEY} answers; use a new key"
+            )
+        return found.purchase_key
 
     # Accounts
 
@@ -198,7 +274,7 @@ class Ledger:
     ) -> Account:
         """Open an account; one of the same kind that is there already is returned.
 
-        `currency` is the ledger's unless told. Raises LedgerError for a malformed id or currency,
+        `currency` is the ledger's by default. Raises LedgerError for a malformed id or currency,
         an unknown kind, another kind, limit or currency than it has.
         """
         currency = self._currency if currency is None else currency
@@ -224,7 +300,38 @@ class Ledger:
             raise LedgerRefusedError(f"account {account_id!r} exists and {may} go negative")
         if account.currency != currency:
             raise LedgerRefusedError(f"account {account_id!r} exists in {account.currency}")
+        if kind == "publisher" and self.account(SUSPENSE).balance_nano:
+            self.pay_suspended(account_id)
+            return self.account(account_id)
         return account
+
+    def pay_suspended(self, account_id: str) -> int:
+        """Pay a publisher the royalties that waited in suspense for its account; their sum.
+
+        A repetition pays nothing twice. Raises NotFoundError and LedgerError.
+        """
+        account, paid_nano = self.account(account_id), 0
+        payees: dict[str, dict[str, str]] = {}
+        for waiting in self.transfers(SUSPENSE):
+            if waiting.credit != SUSPENSE:
+                continue
+            document_id = waiting.user_data
+            if document_id not in payees:
+                sold = self.receipts(document_id=document_id)
+                payees[document_id] = {k: v for each in sold for k, v in each.payees().items()}
+            if payees[document_id].get(waiting.id) != account.id:
+                continue
+            operation = plain(
+                id=f"{waiting.id}:paid",
+                debit=SUSPENSE,
+                credit=account.id,
+                amount_nano=waiting.amount_nano,
+                code=ROYALTY,
+                user_data=document_id,
+            )
+            (result,) = self.submit([operation]).result()
+            paid_nano += waiting.amount_nano if result.outcome is Outcome.OK else 0
+        return paid_nano
 
     def deposit(self, account_id: str, amount_nano: int, transfer_id: str) -> Transfer:
         """Bring money in from the outside world, once for a transfer id.
@@ -279,14 +386,14 @@ class Ledger:
         return self._reader().transfers_after(sequence, limit)
 
     def sequence_of(self, transfer_id: str) -> int:
-        """As the how many-th a transfer took effect, from 1. Raises NotFoundError."""
+        """A transfer's position in the order of effect, from 1. Raises NotFoundError."""
         found = self._reader().sequence_of(transfer_id)
         if found is None:
             raise NotFoundError(f"there is no transfer {transfer_id!r}")
         return found
 
     def due_at_s(self, pending_id: str) -> float | None:
-        """Until when a reservation stands, in seconds of the epoch; None when it does not."""
+        """When a reservation is due, in seconds of the epoch; None when it has ended."""
         return self._reader().due_at_s(pending_id)
 
     def receipts(
@@ -308,17 +415,20 @@ class Ledger:
             raise NotFoundError(f"there is no receipt {receipt_id!r}")
         return found[0]
 
-    def totals(self) -> tuple[int, int]:
-        """What all accounts together were debited and credited, posted; equal in sound books."""
-        accounts = self.accounts()
-        return (
-            sum(account.debits_posted for account in accounts),
-            sum(account.credits_posted for account in accounts),
-        )
+    def totals(self) -> dict[str, tuple[int, int]]:
+        """The posted debits and credits of all accounts, by currency; equal in sound books."""
+        totals: dict[str, tuple[int, int]] = {}
+        for account in self.accounts():
+            debits, credits = totals.get(account.currency, (0, 0))
+            totals[account.currency] = (
+                debits + account.debits_posted,
+                credits + account.credits_posted,
+            )
+        return totals
 
     def check_integrity(self) -> list[str]:
-        """What is wrong with the books; empty when debits equal credits, every balance and hold
-        follows from the transfers, and every receipt says what was charged.
+        """Every problem of the books, in words; none when debits equal credits, every balance and
+        hold follows from the transfers, and receipts, charges and royalties agree.
         """
         return integrity.problems(self._reader().everything())
 

@@ -1,8 +1,9 @@
-"""What the ledger's rules are about: accounts, operations, transfers, and what became of them."""
+"""The ledger's values: accounts, operations, transfers, their outcomes, and receipts."""
 
 from __future__ import annotations
 
 import enum
+import hashlib
 import re
 from typing import Literal
 
@@ -18,14 +19,22 @@ ACCOUNT_ID = re.compile(ACCOUNT_PATTERN)
 CURRENCY = re.compile(r"[A-Z][A-Z0-9]{2,11}")
 DEFAULT_CURRENCY = "USD"
 
-AccountKind = Literal["buyer", "publisher", "provider", "world"]
-TransferKind = Literal["plain", "pending", "renew", "post", "void", "expire"]
+PROVIDER = "provider"
+WORLD = "world"
+# Royalties wait here while their publisher has no account.
+SUSPENSE = "suspense"
+ROYALTY = "royalty"
+# A hold is released so long after it is due: an engine that renews or settles late still can.
+GRACE_S = 60.0
+
+AccountKind = Literal["buyer", "publisher", "provider", "world", "suspense"]
+TransferKind = Literal["plain", "pending", "renew", "post", "void", "expire", "late"]
 
 
 class Outcome(enum.IntEnum):
-    """What became of an operation; everything from INVALID_AMOUNT on had no effect.
+    """The result of an operation; everything from INVALID_AMOUNT on had no effect.
 
-    In the order in which the rules look: of several reasons to refuse, the lowest is told.
+    In the order of the rules' checks: of several reasons to refuse, the lowest is reported.
     """
 
     OK = 0
@@ -53,14 +62,18 @@ class Outcome(enum.IntEnum):
 
 
 class Result(msgspec.Struct, frozen=True, gc=False):
-    """An outcome, and for people: which field, account or transfer it is about."""
+    """An outcome, and for people the field, account or transfer that it is about."""
 
     outcome: Outcome
     detail: str = ""
 
 
 class Account(msgspec.Struct, frozen=True, gc=False):
-    """An account and its four balances, in nano-units of its currency."""
+    """An account and its balances, in nano-units of its currency.
+
+    `late_nano` is the part of `debits_posted` that was booked after its hold had expired: only
+    these debits may exceed the account's funds.
+    """
 
     id: str
     kind: AccountKind
@@ -70,20 +83,29 @@ class Account(msgspec.Struct, frozen=True, gc=False):
     credits_pending: int = 0
     debits_posted: int = 0
     credits_posted: int = 0
+    late_nano: int = 0
 
     @property
     def balance_nano(self) -> int:
-        """What the account has, reservations not counted."""
+        """The account's funds, reservations not counted."""
         return self.credits_posted - self.debits_posted
 
     @property
     def available_nano(self) -> int:
-        """What the account can still spend."""
+        """The funds that the account can still spend."""
         return self.balance_nano - self.debits_pending
+
+    @property
+    def debt_nano(self) -> int:
+        """What the account owes for late settlements; the next deposits pay it."""
+        return 0 if self.may_go_negative else max(0, -self.balance_nano)
 
 
 class Operation(msgspec.Struct, frozen=True, gc=False):
-    """What a caller asks for; build it with the function named as its kind."""
+    """A caller's request; build it with the function named as its kind.
+
+    `receipt_digest` is set by the ledger, on a charge that has a receipt.
+    """
 
     kind: TransferKind
     id: str
@@ -94,10 +116,11 @@ class Operation(msgspec.Struct, frozen=True, gc=False):
     timeout_s: int = 0
     code: str = ""
     user_data: str = ""
+    receipt_digest: str = ""
 
 
 class Transfer(Operation, frozen=True, gc=False):
-    """An operation that took effect, for good."""
+    """An operation that took effect, for good. A post that came after its hold's end is `late`."""
 
     created_at_s: float = 0.0
 
@@ -120,9 +143,11 @@ class Receipt(msgspec.Struct, frozen=True, kw_only=True):
     """What one request reused, at which prices, and the transfers that paid for it.
 
     `tokens_reused` = `tokens_loaded` (from the store) + `tokens_from_paged_cache` is charged;
-    `tokens_failed` could not be loaded and are among `tokens_computed`. `recompute_nano` is what
-    prefilling the reused tokens would have cost. Prices are nano-units per million tokens.
-    `transfer_ids` begins with the charge; the royalty, where there is one, comes next.
+    `tokens_failed` could not be loaded and are among `tokens_computed`. `recompute_nano` is the
+    price of prefilling the reused tokens. Prices are nano-units per million tokens.
+    `transfer_ids` begins with the charge; the royalties follow, in the order of their lines.
+    Document, title, publisher and prices are those of the last line. `created_at_s` is the time of
+    booking. A receipt without `lines` has one line, which its other fields describe.
     """
 
     id: str
@@ -151,6 +176,41 @@ class Receipt(msgspec.Struct, frozen=True, kw_only=True):
     namespace: str
     lines: tuple[ReceiptLine, ...] = ()
 
+    def payees(self) -> dict[str, str]:
+        """Each royalty's transfer, and the publisher whom it pays."""
+        paid = [line.publisher for line in self.all_lines() if line.royalty_nano]
+        return dict(zip(self.transfer_ids[1:], paid, strict=False))
+
+    def all_lines(self) -> tuple[ReceiptLine, ...]:
+        """The lines; the one that the receipt describes itself where it lists none."""
+        if self.lines:
+            return self.lines
+        line = ReceiptLine(
+            document_id=self.document_id,
+            title=self.title,
+            publisher=self.publisher,
+            start=0,
+            end=self.tokens_reused,
+            cache_read_nano_per_mtok=self.cache_read_nano_per_mtok,
+            royalty_ppm=self.royalty_ppm,
+            charge_nano=self.charge_nano,
+            royalty_nano=self.royalty_nano,
+        )
+        return (line,)
+
+
+_ENCODER = msgspec.json.Encoder()
+
+
+def encode_receipt(receipt: Receipt) -> bytes:
+    """The one spelling of a receipt, which is stored and which its digest covers."""
+    return _ENCODER.encode(receipt)
+
+
+def digest_of(receipt: Receipt) -> str:
+    """SHA-256 of a receipt, in hexadecimal: its charge in the log commits to it."""
+    return hashlib.sha256(encode_receipt(receipt)).hexdigest()
+
 
 def plain(
     *, id: str, debit: str, credit: str, amount_nano: int, code: str, user_data: str = ""
@@ -171,7 +231,8 @@ def pending(
 ) -> Operation:
     """Reserve an amount until it is posted or voided, at most for `timeout_s` (1 or more).
 
-    Every hold ends: who dies while it holds a buyer's funds does not lock them for good.
+    Every hold ends: an engine that dies does not lock its buyers' funds for good. It is released
+    GRACE_S after it is due.
     """
     return Operation("pending", id, debit, credit, amount_nano, "", timeout_s, code, user_data)
 
@@ -179,9 +240,8 @@ def pending(
 def renew(*, id: str, pending_id: str, timeout_s: int) -> Operation:
     """Keep a reserved amount for at least `timeout_s` (1 or more) from now.
 
-    For whoever is alive and not done: it renews before the hold is due. A hold that is due cannot
-    be renewed, and none gets shorter. The renewal is kept as a transfer that moves nothing, so that
-    the books show why a post came later than the hold's first timeout.
+    An engine renews the holds of its running requests before they are due. No hold gets shorter.
+    The renewal is a transfer that moves nothing, so that the books show why a hold lasted longer.
     """
     return Operation("renew", id, pending_id=pending_id, timeout_s=timeout_s)
 
@@ -189,8 +249,9 @@ def renew(*, id: str, pending_id: str, timeout_s: int) -> Operation:
 def post(*, id: str, pending_id: str, amount_nano: int) -> Operation:
     """Move a reserved amount, whole or in part; the rest is released.
 
-    Posting 0 is a settlement that costs nothing, not a void: it is kept as a post, so that a free
-    reuse has a transfer for its receipt, and a later post or void is told ALREADY_POSTED.
+    Posting 0 is a settlement that costs nothing, not a void: a free reuse has a transfer for its
+    receipt. A post whose hold has expired is booked as a `late` transfer, once: it takes the
+    account's funds, and makes a debt of the rest.
     """
     return Operation("post", id, amount_nano=amount_nano, pending_id=pending_id)
 
@@ -201,5 +262,5 @@ def void(*, id: str, pending_id: str) -> Operation:
 
 
 def expire(*, id: str, pending_id: str) -> Operation:
-    """Release a reserved amount whose time is over."""
+    """Release a reserved amount that is due, and whose grace is over."""
     return Operation("expire", id, pending_id=pending_id)

@@ -16,8 +16,8 @@ from vllm_kvmarket.core import sqlite
 from vllm_kvmarket.core.errors import LedgerError, LedgerUnavailableError
 from vllm_kvmarket.ledger import postgres_schema
 from vllm_kvmarket.ledger.group_commit import malformed, unavailable
-from vllm_kvmarket.ledger.model import Account, Receipt, Result, Transfer
-from vllm_kvmarket.ledger.storage import Batch, Everything, apply_group, wanted
+from vllm_kvmarket.ledger.model import GRACE_S, Account, Receipt, Result, Transfer, encode_receipt
+from vllm_kvmarket.ledger.storage import Batch, Everything, KeyedRequest, apply_group, wanted
 from vllm_kvmarket.ledger.working_set import Found, GroupBooks
 
 try:
@@ -60,12 +60,14 @@ TRANSFER_COLUMNS = ", ".join(
 
 
 class Changes(msgspec.Struct, frozen=True):
-    """What a group changed, as kvmarket.keep takes it."""
+    """What a group changed, as the function kvmarket.keep expects it."""
 
     transfers: list[Transfer]
     accounts: list[Account]
     dues: dict[str, float | None]
     receipts: list[dict[str, Any]]
+    documents: list[dict[str, str]]
+    now_s: float
 
 
 class PostgresStorage:
@@ -92,12 +94,10 @@ class PostgresStorage:
             )
 
     def close(self) -> None:
-        """See Storage."""
         self._drop_writer()
         self._pool.close()
 
     def write(self, group: Sequence[Batch]) -> list[list[Result]]:
-        """See Storage."""
         try:
             return self._write(self._writer(), group)
         except Exception as error:
@@ -113,13 +113,20 @@ class PostgresStorage:
         with db.pipeline(), db.transaction():
             row = db.execute("SELECT kvmarket.find(%s)::text", (looked_for,)).fetchone()
             assert row is not None
-            books = GroupBooks(msgspec.json.decode(row[0], type=Found))
-            answers, receipts = apply_group(books, group)
+            found = msgspec.json.decode(row[0], type=Found)
+            books = GroupBooks(found)
+            answers, receipts = apply_group(books, group, found.now_s)
             changes = Changes(
                 books.new_transfers,
                 list(books.changed_accounts.values()),
                 books.changed_dues,
                 [_receipt_row(receipt) for receipt in receipts],
+                [
+                    {"document_id": line.document_id, "receipt_id": receipt.id}
+                    for receipt in receipts
+                    for line in receipt.lines
+                ],
+                found.now_s,
             )
             if changes.transfers:
                 text = msgspec.json.encode(changes).decode()
@@ -138,7 +145,6 @@ class PostgresStorage:
             self._writing = None
 
     def open_account(self, account: Account) -> None:
-        """See Storage."""
         with self._reading() as db:
             db.execute(
                 "INSERT INTO kvmarket.account (id, kind, may_go_negative, currency) "
@@ -147,22 +153,18 @@ class PostgresStorage:
             )
 
     def account(self, account_id: str) -> Account | None:
-        """See Storage."""
         with self._reading() as db:
             return _accounts(db, sql.SQL("WHERE id = %s"), (account_id,)).fetchone()
 
     def accounts(self) -> list[Account]:
-        """See Storage."""
         with self._reading() as db:
             return _accounts(db).fetchall()
 
     def transfer(self, transfer_id: str) -> Transfer | None:
-        """See Storage."""
         with self._reading() as db:
             return _transfers(db, sql.SQL("WHERE id = %s"), (transfer_id,)).fetchone()
 
     def transfers(self, account: str | None, limit: int | None) -> list[Transfer]:
-        """See Storage."""
         newest = sql.SQL("ORDER BY sequence DESC LIMIT %s")
         with self._reading() as db:
             if account is None:
@@ -178,41 +180,56 @@ class PostgresStorage:
             return _transfers(db, where, (account, limit, account, limit, limit)).fetchall()
 
     def transfers_after(self, sequence: int, limit: int) -> list[Transfer]:
-        """See Storage."""
         behind = sql.SQL("WHERE sequence > %s ORDER BY sequence LIMIT %s")
         with self._reading() as db:
             return _transfers(db, behind, (sequence, limit)).fetchall()
 
     def sequence_of(self, transfer_id: str) -> int | None:
-        """See Storage."""
         with self._reading() as db, db.cursor(row_factory=scalar_row) as cursor:
             query = "SELECT sequence FROM kvmarket.transfer WHERE id = %s"
             sequence: int | None = cursor.execute(query, (transfer_id,)).fetchone()
             return sequence
 
     def receipts(self, where: Mapping[str, str], limit: int | None) -> list[Receipt]:
-        """See Storage."""
         with self._reading() as db:
             return _receipts(db, where, limit)
 
     def due_at_s(self, pending_id: str) -> float | None:
-        """See Storage."""
         with self._reading() as db, db.cursor(row_factory=scalar_row) as cursor:
             query = "SELECT due_at_s FROM kvmarket.hold WHERE pending_id = %s"
             due_at_s: float | None = cursor.execute(query, (pending_id,)).fetchone()
             return due_at_s
 
-    def overdue(self, now_s: float, limit: int) -> list[str]:
-        """See Storage."""
+    def overdue(self, now_s: float | None, limit: int) -> list[str]:
         with self._reading() as db, db.cursor(row_factory=scalar_row) as cursor:
             query = (
-                "SELECT pending_id FROM kvmarket.hold WHERE due_at_s <= %s "
+                "SELECT pending_id FROM kvmarket.hold "
+                "WHERE due_at_s <= coalesce(%s, (SELECT kvmarket.now_s())) - %s "
                 "ORDER BY due_at_s LIMIT %s"
             )
-            return cursor.execute(query, (now_s, limit)).fetchall()
+            return cursor.execute(query, (now_s, GRACE_S, limit)).fetchall()
+
+    def use_key(
+        self, account: str, key: str, body_digest: str, purchase_key: str, keep_s: float
+    ) -> KeyedRequest:
+        with self._reading() as db, db.transaction():
+            db.execute(
+                "DELETE FROM kvmarket.keyed_request WHERE first_used_at_s <= "
+                "(SELECT kvmarket.now_s()) - %s",
+                (keep_s,),
+            )
+            row = db.execute(
+                "INSERT INTO kvmarket.keyed_request AS known "
+                "VALUES (%s, %s, %s, %s, kvmarket.now_s(), 1) ON CONFLICT (account, key) "
+                "DO UPDATE SET uses = known.uses "
+                "+ CASE WHEN known.body_digest = excluded.body_digest THEN 1 ELSE 0 END "
+                "RETURNING purchase_key, body_digest, uses",
+                (account, key, body_digest, purchase_key),
+            ).fetchone()
+            assert row is not None
+            return KeyedRequest(*row)
 
     def everything(self) -> Everything:
-        """See Storage."""
         with self._reading() as db, db.transaction():
             # One snapshot for all that follows.
             db.execute("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ READ ONLY")
@@ -290,11 +307,20 @@ def _transfers(
 def _receipts(
     db: psycopg.Connection[Any], where: Mapping[str, str], limit: int | None
 ) -> list[Receipt]:
-    conditions = [sql.SQL("{} = %s").format(sql.Identifier(column)) for column in where]
+    conditions, values = list[sql.Composable](), list[object]()
+    for column, value in where.items():
+        some = sql.SQL("{} = %s").format(sql.Identifier(column))
+        values.append(value)
+        if column == "document_id":  # also of another line than the last
+            some = sql.SQL(
+                "({} OR id IN (SELECT receipt_id FROM kvmarket.receipt_line WHERE {}))"
+            ).format(some, some)
+            values.append(value)
+        conditions.append(some)
     query = sql.SQL(
         "SELECT body FROM kvmarket.receipt WHERE {} ORDER BY sequence DESC LIMIT %s"
     ).format(sql.SQL(" AND ").join([sql.SQL("TRUE"), *conditions]))
-    rows = db.execute(query, (*where.values(), limit))
+    rows = db.execute(query, (*values, limit))
     return [msgspec.json.decode(body, type=Receipt) for (body,) in rows]
 
 
@@ -305,7 +331,7 @@ def _receipt_row(receipt: Receipt) -> dict[str, Any]:
         "account": receipt.account,
         "document_id": receipt.document_id,
         "charge_nano": receipt.charge_nano,
-        "body": msgspec.json.encode(receipt).decode(),
+        "body": encode_receipt(receipt).decode(),
     }
 
 

@@ -17,20 +17,22 @@ CREATE TABLE IF NOT EXISTS kvmarket.schema_version (
 TABLES = """
 CREATE TABLE kvmarket.account (
     id text COLLATE "C" PRIMARY KEY CHECK (length(id) BETWEEN 1 AND 128),
-    kind text NOT NULL CHECK (kind IN ('buyer', 'publisher', 'provider', 'world')),
+    kind text NOT NULL CHECK (kind IN ('buyer', 'publisher', 'provider', 'world', 'suspense')),
     may_go_negative boolean NOT NULL,
     currency text NOT NULL CHECK (length(currency) BETWEEN 3 AND 12),
     debits_pending bigint NOT NULL DEFAULT 0 CHECK (debits_pending >= 0),
     credits_pending bigint NOT NULL DEFAULT 0 CHECK (credits_pending >= 0),
     debits_posted bigint NOT NULL DEFAULT 0 CHECK (debits_posted >= 0),
     credits_posted bigint NOT NULL DEFAULT 0 CHECK (credits_posted >= 0),
+    late_nano bigint NOT NULL DEFAULT 0 CHECK (late_nano >= 0),
     CHECK (may_go_negative
-        OR debits_posted::numeric + debits_pending <= credits_posted)
+        OR debits_posted::numeric - late_nano + debits_pending <= credits_posted)
 ) WITH (fillfactor = 50);
 CREATE TABLE kvmarket.transfer (
     sequence bigint PRIMARY KEY,
     id text COLLATE "C" NOT NULL UNIQUE CHECK (length(id) BETWEEN 1 AND 512),
-    kind text NOT NULL CHECK (kind IN ('plain', 'pending', 'renew', 'post', 'void', 'expire')),
+    kind text NOT NULL
+        CHECK (kind IN ('plain', 'pending', 'renew', 'post', 'void', 'expire', 'late')),
     debit text COLLATE "C" NOT NULL REFERENCES kvmarket.account (id),
     credit text COLLATE "C" NOT NULL REFERENCES kvmarket.account (id),
     amount_nano bigint NOT NULL CHECK (amount_nano >= 0),
@@ -38,6 +40,7 @@ CREATE TABLE kvmarket.transfer (
     timeout_s bigint NOT NULL CHECK (timeout_s >= 0),
     code text NOT NULL,
     user_data text NOT NULL,
+    receipt_digest text NOT NULL,
     created_at_s double precision NOT NULL,
     CHECK (debit <> credit),
     CHECK ((pending_id IS NULL) = (kind IN ('plain', 'pending'))),
@@ -45,6 +48,7 @@ CREATE TABLE kvmarket.transfer (
 );
 CREATE UNIQUE INDEX transfer_resolution ON kvmarket.transfer (pending_id)
     WHERE kind IN ('post', 'void', 'expire');
+CREATE UNIQUE INDEX transfer_late ON kvmarket.transfer (pending_id) WHERE kind = 'late';
 CREATE INDEX transfer_debit ON kvmarket.transfer (debit, sequence);
 CREATE INDEX transfer_credit ON kvmarket.transfer (credit, sequence);
 CREATE TABLE kvmarket.hold (
@@ -61,15 +65,37 @@ CREATE TABLE kvmarket.receipt (
     charge_nano bigint NOT NULL CHECK (charge_nano >= 0),
     body text NOT NULL
 );
+CREATE TABLE kvmarket.receipt_line (
+    document_id text COLLATE "C" NOT NULL,
+    receipt_id text COLLATE "C" NOT NULL REFERENCES kvmarket.receipt (id),
+    PRIMARY KEY (document_id, receipt_id)
+);
+CREATE TABLE kvmarket.keyed_request (
+    account text COLLATE "C" NOT NULL,
+    key text COLLATE "C" NOT NULL,
+    body_digest text NOT NULL,
+    purchase_key text NOT NULL,
+    first_used_at_s double precision NOT NULL,
+    uses integer NOT NULL,
+    PRIMARY KEY (account, key)
+);
+CREATE INDEX keyed_request_age ON kvmarket.keyed_request (first_used_at_s);
 CREATE INDEX receipt_account ON kvmarket.receipt (account, sequence);
 CREATE INDEX receipt_request ON kvmarket.receipt (request_id);
 CREATE INDEX receipt_document ON kvmarket.receipt (document_id, sequence);
--- Who writes a group holds this row: groups are applied one after another, by whichever machine.
+-- The writer of a group locks this row: groups are applied one after another, on any machine.
+-- at_s is the time of the last group: the ledger's time never goes back.
 CREATE TABLE kvmarket.turn (
     only_one boolean PRIMARY KEY DEFAULT true CHECK (only_one),
-    transfers bigint NOT NULL
+    transfers bigint NOT NULL,
+    at_s double precision NOT NULL
 );
-INSERT INTO kvmarket.turn (transfers) VALUES (0);
+INSERT INTO kvmarket.turn (transfers, at_s) VALUES (0, 0);
+-- One clock for all machines: the server's.
+CREATE FUNCTION kvmarket.now_s() RETURNS double precision LANGUAGE sql AS $$
+    SELECT greatest(at_s, extract(epoch FROM clock_timestamp())::double precision)
+    FROM kvmarket.turn
+$$;
 """
 
 GUARDS = """
@@ -104,7 +130,8 @@ BEGIN
             ) AS held
             WHERE held.kind = 'pending'
             AND held.debit = added.debit AND held.credit = added.credit
-            AND added.amount_nano <= CASE added.kind WHEN 'post' THEN held.amount_nano ELSE 0 END)
+            AND added.amount_nano
+                <= CASE WHEN added.kind IN ('post', 'late') THEN held.amount_nano ELSE 0 END)
     ) THEN
         RAISE integrity_constraint_violation
             USING MESSAGE = 'what names a pending transfer fits it';
@@ -116,6 +143,13 @@ BEGIN
             OFFSET 0)
     ) THEN
         RAISE integrity_constraint_violation USING MESSAGE = 'what is over cannot be renewed';
+    END IF;
+    IF EXISTS (
+        SELECT FROM added WHERE kind = 'late' AND NOT EXISTS (
+            SELECT FROM kvmarket.transfer AS ended WHERE ended.pending_id = added.pending_id
+            AND ended.kind = 'expire' OFFSET 0)
+    ) THEN
+        RAISE integrity_constraint_violation USING MESSAGE = 'only an expired hold is paid late';
     END IF;
     IF EXISTS (
         SELECT FROM added
@@ -143,11 +177,11 @@ DECLARE
     account_ids text[] := ARRAY(SELECT json_array_elements_text(wanted->'account_ids'));
 BEGIN
     PERFORM FROM kvmarket.turn WHERE only_one FOR UPDATE;
-    -- A statement of its own sees what was committed before the turn was ours.
+    -- A new statement sees everything that was committed before this turn.
     RETURN (
         WITH named AS (
             SELECT kind, id, debit, credit, amount_nano, coalesce(pending_id, '') AS pending_id,
-                timeout_s, code, user_data, created_at_s
+                timeout_s, code, user_data, receipt_digest, created_at_s
             FROM kvmarket.transfer WHERE id = ANY (transfer_ids)
         ), held AS (
             SELECT * FROM named WHERE kind = 'pending' AND id = ANY (pending_ids)
@@ -160,7 +194,9 @@ BEGIN
             'dues', (SELECT coalesce(json_object_agg(pending_id, due_at_s), '{}')
                 FROM kvmarket.hold WHERE pending_id = ANY (pending_ids)),
             'resolutions', (SELECT coalesce(json_agg(ended), '[]') FROM kvmarket.transfer AS ended
-                WHERE pending_id = ANY (pending_ids) AND kind IN ('post', 'void', 'expire'))
+                WHERE pending_id = ANY (pending_ids)
+                AND kind IN ('post', 'void', 'expire', 'late')),
+            'now_s', kvmarket.now_s()
         )
     );
 END $$;
@@ -170,24 +206,27 @@ DECLARE
     before bigint;
     changed record;
 BEGIN
-    UPDATE kvmarket.turn SET transfers = transfers + json_array_length(changes->'transfers')
+    UPDATE kvmarket.turn SET transfers = transfers + json_array_length(changes->'transfers'),
+        at_s = (changes->>'now_s')::double precision
         WHERE only_one
         RETURNING transfers - json_array_length(changes->'transfers') INTO before;
     INSERT INTO kvmarket.transfer
         SELECT before + number, id, kind, debit, credit, amount_nano, nullif(pending_id, ''),
-            timeout_s, code, user_data, created_at_s
+            timeout_s, code, user_data, receipt_digest, created_at_s
         FROM ROWS FROM (json_to_recordset(changes->'transfers') AS (
             id text, kind text, debit text, credit text, amount_nano bigint, pending_id text,
-            timeout_s bigint, code text, user_data text, created_at_s double precision
+            timeout_s bigint, code text, user_data text, receipt_digest text,
+            created_at_s double precision
         )) WITH ORDINALITY AS given (id, kind, debit, credit, amount_nano, pending_id, timeout_s,
-            code, user_data, created_at_s, number)
+            code, user_data, receipt_digest, created_at_s, number)
         ORDER BY number;
     FOR changed IN SELECT * FROM json_to_recordset(changes->'accounts') AS given (id text,
-        debits_pending bigint, credits_pending bigint, debits_posted bigint, credits_posted bigint)
+        debits_pending bigint, credits_pending bigint, debits_posted bigint, credits_posted bigint,
+        late_nano bigint)
     LOOP
         UPDATE kvmarket.account SET debits_pending = changed.debits_pending,
             credits_pending = changed.credits_pending, debits_posted = changed.debits_posted,
-            credits_posted = changed.credits_posted
+            credits_posted = changed.credits_posted, late_nano = changed.late_nano
             WHERE id = changed.id;
     END LOOP;
     INSERT INTO kvmarket.hold
@@ -204,6 +243,10 @@ BEGIN
             number)
         ORDER BY number
         ON CONFLICT (id) DO NOTHING;
+    INSERT INTO kvmarket.receipt_line (document_id, receipt_id)
+        SELECT document_id, receipt_id FROM json_to_recordset(changes->'documents') AS (
+            document_id text, receipt_id text)
+        ON CONFLICT DO NOTHING;
 END $$;
 """
 

@@ -2,8 +2,8 @@
 
 Double entry in TigerBeetle's discipline: every transfer moves an integer amount from one account to
 another, in one step (plain) or in two (pending, then post or void, or expire when its time is
-over); transfers never change; an id says what it did, so that a retry does nothing. Storage only
-looks up and keeps what these functions ask for.
+over); transfers never change; a second operation with the same id does nothing. Storage only looks
+up and writes what these functions ask for.
 Source: https://docs.tigerbeetle.com/coding/two-phase-transfers
 """
 
@@ -13,14 +13,18 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from vllm_kvmarket.ledger.model import (
+    GRACE_S,
     INT64_MAX,
     MAX_ID_LENGTH,
     MAX_PENDING_ID_LENGTH,
+    ROYALTY,
+    SUSPENSE,
     Account,
     Operation,
     Outcome,
     Result,
     Transfer,
+    TransferKind,
 )
 
 OK = Result(Outcome.OK)
@@ -29,12 +33,13 @@ ENDS = {
     "post": Outcome.ALREADY_POSTED,
     "void": Outcome.ALREADY_VOIDED,
     "expire": Outcome.EXPIRED,
+    "late": Outcome.ALREADY_POSTED,
 }
 TIMED = ("pending", "renew")
 
 
 class Books(Protocol):
-    """What the rules need to look up and to keep."""
+    """Everything that the rules look up and write."""
 
     def account(self, account_id: str) -> Account | None:
         """The account as it stands."""
@@ -43,23 +48,23 @@ class Books(Protocol):
         """The transfer with this id."""
 
     def due_at_s(self, pending_id: str) -> float | None:
-        """Until when a pending transfer holds its amount; None once it is resolved."""
+        """When a pending transfer is due; None once it is resolved."""
 
     def resolution(self, pending_id: str) -> Transfer | None:
-        """The post, void or expire of a pending transfer."""
+        """The last post, void, expire or late transfer of a pending one."""
 
     def put_account(self, account: Account) -> None:
-        """Keep an account's new balances."""
+        """Write an account's new balances."""
 
     def put_transfer(self, transfer: Transfer) -> None:
-        """Keep a new transfer."""
+        """Write a new transfer."""
 
     def put_due_at_s(self, pending_id: str, due_at_s: float | None) -> None:
-        """Keep until when a pending transfer holds its amount; None: it is resolved."""
+        """Write when a pending transfer is due; None when it is resolved."""
 
 
 class Draft:
-    """Books on top of other books: changes stay here until they are `keep`t."""
+    """Books on top of other books: changes stay here until `commit`."""
 
     def __init__(self, below: Books) -> None:
         self._below = below
@@ -69,39 +74,32 @@ class Draft:
         self._dues: dict[str, float | None] = {}
 
     def account(self, account_id: str) -> Account | None:
-        """See Books."""
         return self._accounts.get(account_id) or self._below.account(account_id)
 
     def transfer(self, transfer_id: str) -> Transfer | None:
-        """See Books."""
         return self._transfers.get(transfer_id) or self._below.transfer(transfer_id)
 
     def due_at_s(self, pending_id: str) -> float | None:
-        """See Books."""
         if pending_id in self._dues:
             return self._dues[pending_id]
         return self._below.due_at_s(pending_id)
 
     def resolution(self, pending_id: str) -> Transfer | None:
-        """See Books."""
         return self._resolutions.get(pending_id) or self._below.resolution(pending_id)
 
     def put_account(self, account: Account) -> None:
-        """See Books."""
         self._accounts[account.id] = account
 
     def put_transfer(self, transfer: Transfer) -> None:
-        """See Books."""
         self._transfers[transfer.id] = transfer
         if transfer.kind in ENDS:
             self._resolutions[transfer.pending_id] = transfer
 
     def put_due_at_s(self, pending_id: str, due_at_s: float | None) -> None:
-        """See Books."""
         self._dues[pending_id] = due_at_s
 
-    def keep(self) -> None:
-        """Hand every change down; mutates the books below."""
+    def commit(self) -> None:
+        """Write every change; mutates the books below."""
         for account in self._accounts.values():
             self._below.put_account(account)
         for transfer in self._transfers.values():
@@ -134,7 +132,7 @@ def _apply_linked(books: Books, operations: Sequence[Operation], now_s: float) -
             behind = len(operations) - len(results) - 1
             return [others] * len(results) + [result] + [others] * behind
         results.append(result)
-    draft.keep()
+    draft.commit()
     return results
 
 
@@ -153,7 +151,7 @@ def _apply_one(books: Books, operation: Operation, now_s: float) -> Result:
 
 
 def _fits(number: int) -> bool:
-    # A caller without a type checker may bring a float; money is whole nano-units.
+    # A caller without a type checker may give a float; money is whole nano-units.
     return type(number) is int and 0 <= number <= INT64_MAX
 
 
@@ -183,9 +181,13 @@ def _nameable(id: str, longest: int) -> bool:
 
 
 def _compare(existing: Transfer, operation: Operation) -> Result:
+    late = existing.kind == "late" and operation.kind == "post"
+    waits = existing.credit == SUSPENSE and operation.code == ROYALTY
     for field in Operation.__struct_fields__:
         if field in ("debit", "credit", "code", "user_data") and operation.pending_id:
             continue  # these come from the pending transfer
+        if field == "receipt_digest" or (field == "kind" and late) or (field == "credit" and waits):
+            continue  # the ledger's own
         if getattr(existing, field) != getattr(operation, field):
             return Result(Outcome.EXISTS_WITH_DIFFERENT_FIELDS, field)
     return EXISTS
@@ -196,6 +198,8 @@ def _move(books: Books, operation: Operation, now_s: float) -> Result:
     if operation.debit == operation.credit:
         return Result(Outcome.SAME_ACCOUNT, operation.debit)
     debit, credit = books.account(operation.debit), books.account(operation.credit)
+    if credit is None and operation.code == ROYALTY:
+        credit = books.account(SUSPENSE)
     if debit is None or credit is None:
         return Result(
             Outcome.UNKNOWN_ACCOUNT, operation.debit if debit is None else operation.credit
@@ -208,42 +212,48 @@ def _move(books: Books, operation: Operation, now_s: float) -> Result:
     held, moved = (amount, 0) if operation.kind == "pending" else (0, amount)
     result = _balance(books, debit, credit, held, moved)
     if result is OK:
-        books.put_transfer(_transfer(operation, operation, now_s))
+        books.put_transfer(_transfer(operation, operation, now_s, operation.kind, credit.id))
         if operation.kind == "pending":
             books.put_due_at_s(operation.id, now_s + operation.timeout_s)
     return result
 
 
 def _resolve(books: Books, operation: Operation, now_s: float) -> Result:
-    """Whatever names a pending transfer: a post, void, expire or renewal of it."""
+    """Any operation that names a pending transfer: a post, void, expire or renewal of it."""
     reserved = books.transfer(operation.pending_id)
     if reserved is None or reserved.kind != "pending":
         return Result(Outcome.PENDING_NOT_FOUND, operation.pending_id)
     due_at_s = books.due_at_s(reserved.id)
+    kind, held = operation.kind, -reserved.amount_nano
     if due_at_s is None:
         resolved = books.resolution(reserved.id)
         assert resolved is not None, reserved.id
-        return Result(ENDS[resolved.kind], resolved.id)
-    if operation.kind in ("post", "renew") and now_s >= due_at_s:
-        return Result(Outcome.EXPIRED, reserved.id)
-    if operation.kind == "expire" and now_s < due_at_s:
+        if kind != "post" or resolved.kind != "expire":
+            return Result(ENDS[resolved.kind], resolved.id)
+        # What was sold is paid, however late: the hold is gone, so that this may make a debt.
+        kind, held = "late", 0
+    elif kind == "expire" and now_s < due_at_s + GRACE_S:
         return Result(Outcome.NOT_DUE, reserved.id)
     if operation.amount_nano > reserved.amount_nano:
         return Result(Outcome.EXCEEDS_PENDING_AMOUNT, str(reserved.amount_nano))
-    if operation.kind == "renew":
-        books.put_transfer(_transfer(operation, reserved, now_s))
+    if kind == "renew":
+        assert due_at_s is not None
+        books.put_transfer(_transfer(operation, reserved, now_s, kind, reserved.credit))
         books.put_due_at_s(reserved.id, max(due_at_s, now_s + operation.timeout_s))
         return OK
     debit, credit = books.account(reserved.debit), books.account(reserved.credit)
     assert debit is not None and credit is not None
-    result = _balance(books, debit, credit, -reserved.amount_nano, operation.amount_nano)
+    late = operation.amount_nano if kind == "late" and not debit.may_go_negative else 0
+    result = _balance(books, debit, credit, held, operation.amount_nano, late=late)
     if result is OK:
-        books.put_transfer(_transfer(operation, reserved, now_s))
+        books.put_transfer(_transfer(operation, reserved, now_s, kind, reserved.credit))
         books.put_due_at_s(reserved.id, None)
     return result
 
 
-def _balance(books: Books, debit: Account, credit: Account, held: int, moved: int) -> Result:
+def _balance(
+    books: Books, debit: Account, credit: Account, held: int, moved: int, *, late: int = 0
+) -> Result:
     """Change both accounts by the same amounts."""
     debits_pending, debits_posted = debit.debits_pending + held, debit.debits_posted + moved
     if debits_pending + debits_posted > INT64_MAX:
@@ -262,6 +272,7 @@ def _balance(books: Books, debit: Account, credit: Account, held: int, moved: in
             debit.credits_pending,
             debits_posted,
             debit.credits_posted,
+            debit.late_nano + late,
         )
     )
     books.put_account(
@@ -274,22 +285,26 @@ def _balance(books: Books, debit: Account, credit: Account, held: int, moved: in
             credits_pending,
             credit.debits_posted,
             credits_posted,
+            credit.late_nano,
         )
     )
     return OK
 
 
-def _transfer(operation: Operation, accounts: Operation, now_s: float) -> Transfer:
-    """The transfer that an operation becomes, between the accounts and for the cause of another."""
+def _transfer(
+    operation: Operation, named: Operation, now_s: float, kind: TransferKind, credit: str
+) -> Transfer:
+    """The transfer that an operation becomes; its debit and its cause are those of `named`."""
     return Transfer(
-        operation.kind,
+        kind,
         operation.id,
-        accounts.debit,
-        accounts.credit,
+        named.debit,
+        credit,
         operation.amount_nano,
         operation.pending_id,
         operation.timeout_s,
-        accounts.code,
-        accounts.user_data,
+        named.code,
+        named.user_data,
+        operation.receipt_digest,
         now_s,
     )

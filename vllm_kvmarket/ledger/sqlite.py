@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -14,9 +14,17 @@ import msgspec
 
 from vllm_kvmarket.core import sqlite
 from vllm_kvmarket.core.errors import LedgerUnavailableError
+from vllm_kvmarket.ledger.clock import Mark, Reading, advance, machine_clock
 from vllm_kvmarket.ledger.group_commit import malformed, unavailable
-from vllm_kvmarket.ledger.model import Account, Receipt, Result, Transfer
-from vllm_kvmarket.ledger.storage import Batch, Everything, apply_group, wanted
+from vllm_kvmarket.ledger.model import (
+    GRACE_S,
+    Account,
+    Receipt,
+    Result,
+    Transfer,
+    encode_receipt,
+)
+from vllm_kvmarket.ledger.storage import Batch, Everything, KeyedRequest, apply_group, wanted
 from vllm_kvmarket.ledger.working_set import Found, GroupBooks, Memory, Wanted
 
 WRITER_CACHE_KIB = 65_536  # a group touches pages all over the indexes of random ids
@@ -25,19 +33,22 @@ ROOM = "ledger"
 SCHEMA = """
 CREATE TABLE account (
     id TEXT PRIMARY KEY CHECK (length(id) BETWEEN 1 AND 128),
-    kind TEXT NOT NULL CHECK (kind IN ('buyer', 'publisher', 'provider', 'world')),
+    kind TEXT NOT NULL CHECK (kind IN ('buyer', 'publisher', 'provider', 'world', 'suspense')),
     may_go_negative INTEGER NOT NULL CHECK (may_go_negative IN (0, 1)),
     currency TEXT NOT NULL CHECK (length(currency) BETWEEN 3 AND 12),
     debits_pending INTEGER NOT NULL DEFAULT 0 CHECK (debits_pending >= 0),
     credits_pending INTEGER NOT NULL DEFAULT 0 CHECK (credits_pending >= 0),
     debits_posted INTEGER NOT NULL DEFAULT 0 CHECK (debits_posted >= 0),
     credits_posted INTEGER NOT NULL DEFAULT 0 CHECK (credits_posted >= 0),
-    CHECK (may_go_negative OR debits_posted + debits_pending <= credits_posted)
+    late_nano INTEGER NOT NULL DEFAULT 0 CHECK (late_nano >= 0),
+    CHECK (may_go_negative
+        OR debits_posted - late_nano + debits_pending <= credits_posted)
 ) STRICT;
 CREATE TABLE transfer (
     sequence INTEGER PRIMARY KEY,
     id TEXT NOT NULL UNIQUE CHECK (length(id) BETWEEN 1 AND 512),
-    kind TEXT NOT NULL CHECK (kind IN ('plain', 'pending', 'renew', 'post', 'void', 'expire')),
+    kind TEXT NOT NULL
+        CHECK (kind IN ('plain', 'pending', 'renew', 'post', 'void', 'expire', 'late')),
     debit TEXT NOT NULL REFERENCES account (id),
     credit TEXT NOT NULL REFERENCES account (id),
     amount_nano INTEGER NOT NULL CHECK (amount_nano >= 0),
@@ -45,6 +56,7 @@ CREATE TABLE transfer (
     timeout_s INTEGER NOT NULL CHECK (timeout_s >= 0),
     code TEXT NOT NULL,
     user_data TEXT NOT NULL,
+    receipt_digest TEXT NOT NULL,
     created_at_s REAL NOT NULL,
     CHECK (debit <> credit),
     CHECK ((pending_id IS NULL) = (kind IN ('plain', 'pending'))),
@@ -52,6 +64,7 @@ CREATE TABLE transfer (
 ) STRICT;
 CREATE UNIQUE INDEX transfer_resolution ON transfer (pending_id)
     WHERE kind IN ('post', 'void', 'expire');
+CREATE UNIQUE INDEX transfer_late ON transfer (pending_id) WHERE kind = 'late';
 CREATE INDEX transfer_debit ON transfer (debit);
 CREATE INDEX transfer_credit ON transfer (credit);
 CREATE TABLE hold (
@@ -68,6 +81,27 @@ CREATE TABLE receipt (
     charge_nano INTEGER NOT NULL CHECK (charge_nano >= 0),
     body TEXT NOT NULL
 ) STRICT;
+CREATE TABLE receipt_line (
+    document_id TEXT NOT NULL,
+    receipt_id TEXT NOT NULL REFERENCES receipt (id),
+    PRIMARY KEY (document_id, receipt_id)
+) STRICT, WITHOUT ROWID;
+CREATE TABLE clock (
+    only_one INTEGER PRIMARY KEY CHECK (only_one = 1),
+    at_s REAL NOT NULL,
+    uptime_s REAL NOT NULL,
+    boot_id TEXT NOT NULL
+) STRICT;
+CREATE TABLE keyed_request (
+    account TEXT NOT NULL,
+    key TEXT NOT NULL,
+    body_digest TEXT NOT NULL,
+    purchase_key TEXT NOT NULL,
+    first_used_at_s REAL NOT NULL,
+    uses INTEGER NOT NULL,
+    PRIMARY KEY (account, key)
+) STRICT, WITHOUT ROWID;
+CREATE INDEX keyed_request_age ON keyed_request (first_used_at_s);
 CREATE INDEX receipt_account ON receipt (account);
 CREATE INDEX receipt_request ON receipt (request_id);
 CREATE INDEX receipt_document ON receipt (document_id);
@@ -82,12 +116,13 @@ CREATE TRIGGER transfer_stays BEFORE DELETE ON transfer
     BEGIN SELECT RAISE (ABORT, 'transfers are never deleted'); END;
 CREATE TRIGGER transfer_names_an_open_hold BEFORE INSERT ON transfer
     WHEN NEW.pending_id IS NOT NULL AND (
-        EXISTS (SELECT 1 FROM transfer WHERE pending_id = NEW.pending_id
-            AND kind IN ('post', 'void', 'expire'))
+        coalesce((SELECT kind FROM transfer WHERE pending_id = NEW.pending_id
+            AND kind IN ('post', 'void', 'expire')), 'open')
+            <> iif(NEW.kind = 'late', 'expire', 'open')
         OR NOT EXISTS (
             SELECT 1 FROM transfer WHERE id = NEW.pending_id AND kind = 'pending'
             AND debit = NEW.debit AND credit = NEW.credit
-            AND NEW.amount_nano <= iif(NEW.kind = 'post', amount_nano, 0)))
+            AND NEW.amount_nano <= iif(NEW.kind IN ('post', 'late'), amount_nano, 0)))
     BEGIN SELECT RAISE (ABORT, 'what names a pending transfer fits it, while it is open'); END;
 CREATE TRIGGER transfer_has_one_currency BEFORE INSERT ON transfer
     WHEN (SELECT currency FROM account WHERE id = NEW.debit)
@@ -122,11 +157,17 @@ INSERT_HOLD = (
     "(?, ?)",
     " ON CONFLICT (pending_id) DO UPDATE SET due_at_s = excluded.due_at_s",
 )
+INSERT_RECEIPT_LINE = (
+    "INSERT INTO receipt_line (document_id, receipt_id) VALUES ",
+    "(?, ?)",
+    " ON CONFLICT DO NOTHING",
+)
 INSERT_RECEIPT = (
     "INSERT INTO receipt (id, request_id, account, document_id, charge_nano, body) VALUES ",
     "(?, ?, ?, ?, ?, ?)",
     "",
 )
+IS_AN_END = "kind IN ('post', 'void', 'expire', 'late')"
 # Few sizes, so that the connection's cache of statements holds them all.
 ROWS_AT_ONCE = (128, 16, 4, 1)
 Row = tuple[Any, ...]
@@ -135,12 +176,14 @@ Row = tuple[Any, ...]
 class SqliteStorage:
     """See storage.Storage. Several processes may share the file."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, clock: Callable[[], Reading] = machine_clock) -> None:
         self._path = path
         self._local = threading.local()
         # A thread that ends takes its connection with it; close() takes those of the others.
         self._connections: weakref.WeakSet[apsw.Connection] = weakref.WeakSet()
         self._connections_lock = threading.Lock()
+        self._clock = clock
+        self._mark: Mark | None = None  # the clock's row, while no other connection wrote
         self._memory = Memory()
         self._data_version: object = None
         with self._reported():
@@ -150,14 +193,12 @@ class SqliteStorage:
             sqlite.migrate(self._writing, ROOM, (SCHEMA,))
 
     def close(self) -> None:
-        """See Storage."""
         self._writing.close()
         with self._connections_lock:
             for connection in self._connections:
                 connection.close()
 
     def write(self, group: Sequence[Batch]) -> list[list[Result]]:
-        """See Storage."""
         try:
             return self._write(self._writing, group)
         except (apsw.ConstraintError, apsw.MismatchError, apsw.TooBigError) as error:
@@ -174,14 +215,18 @@ class SqliteStorage:
         db.execute("BEGIN IMMEDIATE")
         try:
             books = GroupBooks(self._find(db, looked_for))
-            answers, receipts = apply_group(books, group)
-            _keep(db, books, receipts)
+            mark = advance(self._mark, self._clock())
+            answers, receipts = apply_group(books, group, mark.at_s)
+            if books.new_transfers:
+                _write(db, books, receipts, mark)
             db.execute("COMMIT")
             self._memory.learn(books)
+            self._mark = mark
         except BaseException:
             if db.in_transaction:  # SQLite may have rolled back already, as on a full disk
                 db.execute("ROLLBACK")
             self._memory.forget()
+            self._mark = None
             raise
         return answers
 
@@ -192,6 +237,9 @@ class SqliteStorage:
         if version != self._data_version:
             self._data_version = version
             self._memory.forget()
+            self._mark = None
+        if self._mark is None:
+            self._mark = _mark(db)
         known, left = self._memory.divide(looked_for)
         found = _find(db, left)
         return Found(
@@ -202,7 +250,6 @@ class SqliteStorage:
         )
 
     def open_account(self, account: Account) -> None:
-        """See Storage."""
         with self._reading() as db:
             db.execute(
                 "INSERT INTO account (id, kind, may_go_negative, currency) VALUES (?, ?, ?, ?) "
@@ -211,22 +258,18 @@ class SqliteStorage:
             )
 
     def account(self, account_id: str) -> Account | None:
-        """See Storage."""
         with self._reading() as db:
             return next(iter(_accounts(db, [account_id])), None)
 
     def accounts(self) -> list[Account]:
-        """See Storage."""
         with self._reading() as db:
             return _accounts(db)
 
     def transfer(self, transfer_id: str) -> Transfer | None:
-        """See Storage."""
         with self._reading() as db:
             return next(iter(_transfers(db, [transfer_id])), None)
 
     def transfers(self, account: str | None, limit: int | None) -> list[Transfer]:
-        """See Storage."""
         with self._reading() as db:
             # OR over the two indexes; a condition that also fits "all" would read the whole table.
             where = "" if account is None else "WHERE debit = ?1 OR credit = ?1 "
@@ -237,7 +280,6 @@ class SqliteStorage:
             return [Transfer(*row) for row in rows]
 
     def transfers_after(self, sequence: int, limit: int) -> list[Transfer]:
-        """See Storage."""
         with self._reading() as db:
             rows = db.execute(
                 f"SELECT {READ_TRANSFER} FROM transfer WHERE sequence > ? "  # noqa: S608  # names are ours
@@ -247,33 +289,53 @@ class SqliteStorage:
             return [Transfer(*row) for row in rows]
 
     def sequence_of(self, transfer_id: str) -> int | None:
-        """See Storage."""
         with self._reading() as db:
             query = "SELECT sequence FROM transfer WHERE id = ?"
             row = db.execute(query, (transfer_id,)).fetchone()
             return row[0] if row else None
 
     def receipts(self, where: Mapping[str, str], limit: int | None) -> list[Receipt]:
-        """See Storage."""
         with self._reading() as db:
             return _receipts(db, where, limit)
 
     def due_at_s(self, pending_id: str) -> float | None:
-        """See Storage."""
         with self._reading() as db:
             return _dues(db, [pending_id]).get(pending_id)
 
-    def overdue(self, now_s: float, limit: int) -> list[str]:
-        """See Storage."""
+    def overdue(self, now_s: float | None, limit: int) -> list[str]:
         with self._reading() as db:
+            if now_s is None:
+                now_s = advance(_mark(db), self._clock()).at_s
             rows = db.execute(
                 "SELECT pending_id FROM hold WHERE due_at_s <= ? ORDER BY due_at_s LIMIT ?",
-                (now_s, limit),
+                (now_s - GRACE_S, limit),
             )
             return [held for (held,) in rows]
 
+    def use_key(
+        self, account: str, key: str, body_digest: str, purchase_key: str, keep_s: float
+    ) -> KeyedRequest:
+        with self._reading() as db:
+            db.execute("BEGIN IMMEDIATE")
+            try:
+                now_s = advance(_mark(db), self._clock()).at_s
+                old = "DELETE FROM keyed_request WHERE first_used_at_s <= ?"
+                db.execute(old, (now_s - keep_s,))
+                found: Row = db.execute(
+                    "INSERT INTO keyed_request VALUES (?, ?, ?, ?, ?, 1) "
+                    "ON CONFLICT (account, key) DO UPDATE "
+                    "SET uses = uses + (body_digest = excluded.body_digest) "
+                    "RETURNING purchase_key, body_digest, uses",
+                    (account, key, body_digest, purchase_key, now_s),
+                ).fetchall()[0]
+                db.execute("COMMIT")
+            except BaseException:
+                if db.in_transaction:
+                    db.execute("ROLLBACK")
+                raise
+            return KeyedRequest(*found)
+
     def everything(self) -> Everything:
-        """See Storage."""
         with self._reading() as db:
             db.execute("BEGIN")  # a read transaction: all of it of the same moment
             try:
@@ -349,7 +411,7 @@ def _find(db: apsw.Connection, wanted: Wanted) -> Found:
         accounts.update(each.credit for each in held)
         closed = [each.id for each in held if each.id not in dues]
         if closed:
-            resolutions = _transfers(db, closed, "pending_id", "kind IN ('post', 'void', 'expire')")
+            resolutions = _transfers(db, closed, "pending_id", IS_AN_END)
     return Found(_accounts(db, accounts), transfers, dues, resolutions)
 
 
@@ -363,12 +425,17 @@ def _dues(db: apsw.Connection, pending_ids: Iterable[str] | None = None) -> dict
     return dict(list(rows))
 
 
-def _keep(db: apsw.Connection, books: GroupBooks, receipts: Sequence[Receipt]) -> None:
-    """Write what a group changed."""
+def _mark(db: apsw.Connection) -> Mark | None:
+    row = db.execute("SELECT at_s, uptime_s, boot_id FROM clock").fetchone()
+    return Mark(*row) if row else None
+
+
+def _write(db: apsw.Connection, books: GroupBooks, receipts: Sequence[Receipt], mark: Mark) -> None:
+    """Write what a group changed, and the time of the group."""
     _insert(db, INSERT_TRANSFER, map(msgspec.structs.astuple, books.new_transfers))
     db.executemany(
         "UPDATE account SET debits_pending = ?5, credits_pending = ?6, debits_posted = ?7, "
-        "credits_posted = ?8 WHERE id = ?1",
+        "credits_posted = ?8, late_nano = ?9 WHERE id = ?1",
         [msgspec.structs.astuple(account) for account in books.changed_accounts.values()],
     )
     changed = books.changed_dues.items()
@@ -377,22 +444,33 @@ def _keep(db: apsw.Connection, books: GroupBooks, receipts: Sequence[Receipt]) -
         "DELETE FROM hold WHERE pending_id IN (SELECT value FROM json_each(?))",
         (_json(id for id, due_at_s in changed if due_at_s is None),),
     )
-    _insert(db, INSERT_RECEIPT, map(_receipt_row, _new(db, receipts)))
+    new = _new(db, receipts)
+    _insert(db, INSERT_RECEIPT, map(_receipt_row, new))
+    _insert(
+        db,
+        INSERT_RECEIPT_LINE,
+        [(line.document_id, receipt.id) for receipt in new for line in receipt.lines],
+    )
+    db.execute(
+        "INSERT INTO clock VALUES (1, ?, ?, ?) ON CONFLICT (only_one) DO UPDATE SET "
+        "at_s = excluded.at_s, uptime_s = excluded.uptime_s, boot_id = excluded.boot_id",
+        msgspec.structs.astuple(mark),
+    )
 
 
-def _new(db: apsw.Connection, receipts: Sequence[Receipt]) -> Iterable[Receipt]:
-    """Receipts under new ids; one with the id of another stays away, so that the first stands."""
+def _new(db: apsw.Connection, receipts: Sequence[Receipt]) -> list[Receipt]:
+    """Receipts under new ids: the first receipt with an id stays."""
     by_id = {receipt.id: receipt for receipt in reversed(receipts)}
-    kept = db.execute(
+    known = db.execute(
         "SELECT id FROM receipt WHERE id IN (SELECT value FROM json_each(?))", (_json(by_id),)
     )
-    for (id,) in kept:
+    for (id,) in known:
         del by_id[id]
-    return reversed(by_id.values())
+    return list(reversed(by_id.values()))
 
 
 def _receipt_row(receipt: Receipt) -> Row:
-    body = msgspec.json.encode(receipt).decode()
+    body = encode_receipt(receipt).decode()
     return (
         receipt.id,
         receipt.request_id,
@@ -423,11 +501,19 @@ def _insert(db: apsw.Connection, statement: tuple[str, str, str], rows: Iterable
 def _receipts(
     db: apsw.Connection, where: Mapping[str, str], limit: int | None = None
 ) -> list[Receipt]:
-    """Receipts whose columns have these values, newest first."""
-    condition = " AND ".join(f"{column} = ?" for column in where) or "TRUE"
+    """Receipts whose columns have these values, newest first; a document's: of any line."""
+    conditions, values = ["TRUE"], list[object]()
+    for column, value in where.items():
+        some = f"{column} = ?"
+        values.append(value)
+        if column == "document_id":
+            some = f"({some} OR id IN (SELECT receipt_id FROM receipt_line WHERE {some}))"  # noqa: S608  # names are ours
+            values.append(value)
+        conditions.append(some)
     rows = db.execute(
-        f"SELECT body FROM receipt WHERE {condition} ORDER BY sequence DESC LIMIT ?",  # noqa: S608  # names are ours
-        (*where.values(), -1 if limit is None else limit),
+        f"SELECT body FROM receipt WHERE {' AND '.join(conditions)} "  # noqa: S608  # names are ours
+        "ORDER BY sequence DESC LIMIT ?",
+        (*values, -1 if limit is None else limit),
     )
     return [msgspec.json.decode(body, type=Receipt) for (body,) in rows]
 

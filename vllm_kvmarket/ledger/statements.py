@@ -18,16 +18,19 @@ import msgspec
 
 from vllm_kvmarket.core.errors import LedgerRefusedError, NotFoundError
 from vllm_kvmarket.core.pricing import format_nano
-from vllm_kvmarket.ledger import PROVIDER, WORLD, Account, Ledger, Outcome, Receipt, Transfer, plain
+from vllm_kvmarket.ledger import PROVIDER, WORLD, Ledger, Outcome, Receipt, Transfer, plain
+from vllm_kvmarket.ledger.model import ROYALTY
 
-MOVES = ("plain", "post")
+MOVES = ("plain", "post", "late")
 PAYOUT = "payout"
+# A royalty that waited in suspense is paid under the id of the first transfer and this.
+PAID_SUFFIX = ":paid"
 # Neutralised in CSV: a spreadsheet would take a title that begins so for a formula.
 FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r")
 
 LineKind = Literal["purchase", "sale", "royalty", "deposit", "payout", "storage", "other"]
 _KINDS: dict[str, LineKind] = {
-    "royalty": "royalty",
+    ROYALTY: "royalty",
     "deposit": "deposit",
     "payout": "payout",
     "publish": "storage",
@@ -61,7 +64,8 @@ class Statement(msgspec.Struct, frozen=True, kw_only=True):
     """An account from `from_s` up to, and without, `to_s`; None is the beginning, or now.
 
     `sales` counts receipts of the account's own documents, or, for the provider, of all;
-    `totals_nano` sums the lines by kind.
+    `totals_nano` sums the lines by kind. `debt_nano` is what the account owed at the end, for
+    settlements that came after its funds were spent.
     """
 
     account: str
@@ -76,6 +80,20 @@ class Statement(msgspec.Struct, frozen=True, kw_only=True):
     sold_nano: int
     totals_nano: dict[str, int]
     lines: list[Line]
+    debt_nano: int = 0
+
+
+class _Sale(msgspec.Struct, frozen=True):
+    """A line of a receipt, or for a charge the receipt as a whole."""
+
+    receipt_id: str
+    at_s: float
+    transfer_id: str
+    seller: str
+    document_id: str
+    title: str
+    tokens: int
+    charge_nano: int
 
 
 def statement(
@@ -89,12 +107,14 @@ def statement(
 ) -> Statement:
     """Draw up a statement. Raises NotFoundError and LedgerError.
 
-    `documents` are documents of the account, so that sales without a royalty are on it as well;
-    `indexes_of` finds transfers' places in the log.
+    Everything is cut by the time of booking, which never goes back: a period that is over keeps its
+    lines and balances. `documents` are documents of the account, so that sales without a royalty
+    are on it as well; `indexes_of` finds transfers' places in the log.
     """
     account = ledger.account(account_id)
     moves = [each for each in ledger.transfers(account_id)[::-1] if each.kind in MOVES]
-    receipts = _receipts(ledger, account_id, moves, documents)
+    sales = _sales(ledger, account_id, moves, documents)
+    by_transfer = {sale.transfer_id: sale for sale in sales if sale.transfer_id}
     brought_forward = sum(_signed(each, account_id) for each in moves if _before(each, from_s))
     balance = brought_forward
     period = [
@@ -104,9 +124,17 @@ def statement(
     lines = []
     for each in period:
         balance += _signed(each, account_id)
-        lines.append(_line(each, account_id, balance, receipts.get(each.id), places.get(each.id)))
-    sold = _sold(receipts, account, {line.receipt_id for line in lines}, from_s, to_s)
-    lines += _free_sales(sold, {line.receipt_id for line in lines}, balance)
+        sale = by_transfer.get(each.id.removesuffix(PAID_SUFFIX))
+        lines.append(_line(each, account_id, balance, sale, places.get(each.id)))
+    sold = [
+        sale
+        for sale in sales
+        if sale.seller == account_id
+        and (from_s is None or sale.at_s >= from_s)
+        and (to_s is None or sale.at_s < to_s)
+    ]
+    listed = {line.transfer_id for line in lines}
+    lines += [_free_sale(sale, balance) for sale in sold if sale.transfer_id not in listed]
     totals: dict[str, int] = {}
     for line in lines:
         totals[line.kind] = totals.get(line.kind, 0) + line.amount_nano
@@ -118,11 +146,12 @@ def statement(
         to_s=to_s,
         brought_forward_nano=brought_forward,
         closing_nano=balance,
-        sales=len(sold),
-        tokens_sold=sum(each.tokens_reused for each in sold),
-        sold_nano=sum(each.charge_nano for each in sold),
+        sales=len({sale.receipt_id for sale in sold}),
+        tokens_sold=sum(sale.tokens for sale in sold),
+        sold_nano=sum(sale.charge_nano for sale in sold),
         totals_nano=totals,
         lines=lines,
+        debt_nano=0 if account.may_go_negative else max(0, -balance),
     )
 
 
@@ -135,47 +164,51 @@ def _before(transfer: Transfer, at_s: float | None, *, whole: bool = False) -> b
     return whole if at_s is None else transfer.created_at_s < at_s
 
 
-def _receipts(
+def _sales(
     ledger: Ledger, account_id: str, moves: list[Transfer], documents: Iterable[str]
-) -> dict[str, Receipt]:
-    """The receipts that explain an account's movements, by the ids of their transfers."""
+) -> list[_Sale]:
+    """The sales that explain an account's movements, in the order of their booking."""
     if account_id == PROVIDER:
         found = ledger.receipts()
     else:
-        sold = {each.user_data for each in moves if each.code == "royalty"} | set(documents)
+        named = {each.user_data for each in moves if each.code == ROYALTY} | set(documents)
         found = ledger.receipts(account=account_id)
-        for document_id in sorted(sold):
+        for document_id in sorted(named):
             found += ledger.receipts(document_id=document_id)
-    return {
-        key: receipt for receipt in found for key in receipt.transfer_ids or (f"-{receipt.id}",)
-    }
+    receipts = {each.id: each for each in found}.values()
+    sales = [sale for receipt in receipts for sale in _sales_of(receipt)]
+    return sorted(sales, key=lambda sale: sale.at_s)
 
 
-def _sold(
-    receipts: dict[str, Receipt],
-    account: Account,
-    told: set[str],
-    from_s: float | None,
-    to_s: float | None,
-) -> list[Receipt]:
-    """The sales of a period: by the time of the account's movement, else by the receipt's."""
-    distinct = {each.id: each for each in receipts.values()}.values()
-    own = [each for each in distinct if account.id in (PROVIDER, each.publisher)]
-    return [
-        each
-        for each in own
-        if each.id in told
-        or (
-            each.royalty_nano == 0
-            and account.id != PROVIDER
-            and (from_s is None or each.created_at_s >= from_s)
-            and (to_s is None or each.created_at_s < to_s)
+def _sales_of(receipt: Receipt) -> Iterator[_Sale]:
+    yield _Sale(
+        receipt.id,
+        receipt.created_at_s,
+        receipt.transfer_ids[0] if receipt.transfer_ids else "",
+        PROVIDER,
+        receipt.document_id,
+        receipt.title,
+        receipt.tokens_reused,
+        receipt.charge_nano,
+    )
+    royalties = iter(receipt.transfer_ids[1:])
+    for line in receipt.all_lines():
+        if line.publisher == PROVIDER:
+            continue  # the provider sells the receipt as a whole
+        yield _Sale(
+            receipt.id,
+            receipt.created_at_s,
+            next(royalties, "") if line.royalty_nano else "",
+            line.publisher,
+            line.document_id,
+            line.title,
+            line.end - line.start,
+            line.charge_nano,
         )
-    ]
 
 
 def _line(
-    transfer: Transfer, account_id: str, balance: int, receipt: Receipt | None, index: int | None
+    transfer: Transfer, account_id: str, balance: int, sale: _Sale | None, index: int | None
 ) -> Line:
     kind = _KINDS.get(transfer.code, "other")
     if transfer.code == "reuse":
@@ -188,37 +221,35 @@ def _line(
         amount_nano=_signed(transfer, account_id),
         balance_nano=balance,
         reference=transfer.user_data if transfer.code == PAYOUT else "",
-        document_id=transfer.user_data if transfer.code in ("reuse", "royalty", "publish") else "",
+        document_id=transfer.user_data if transfer.code in ("reuse", ROYALTY, "publish") else "",
         log_index=index,
     )
-    if receipt is None:
+    if sale is None:
         return line
     return msgspec.structs.replace(
         line,
-        title=receipt.title,
-        receipt_id=receipt.id,
-        tokens_reused=receipt.tokens_reused,
-        sale_nano=receipt.charge_nano,
+        title=sale.title,
+        receipt_id=sale.receipt_id,
+        tokens_reused=sale.tokens,
+        sale_nano=sale.charge_nano,
     )
 
 
-def _free_sales(sold: list[Receipt], told: set[str], balance: int) -> Iterator[Line]:
-    """Sales that moved nothing to or from the account."""
-    for receipt in sorted(sold, key=lambda each: each.created_at_s):
-        if receipt.id not in told:
-            yield Line(
-                at_s=receipt.created_at_s,
-                kind="sale",
-                transfer_id=receipt.transfer_ids[0] if receipt.transfer_ids else "",
-                counterparty="",
-                amount_nano=0,
-                balance_nano=balance,
-                document_id=receipt.document_id,
-                title=receipt.title,
-                receipt_id=receipt.id,
-                tokens_reused=receipt.tokens_reused,
-                sale_nano=receipt.charge_nano,
-            )
+def _free_sale(sale: _Sale, balance: int) -> Line:
+    """A sale that moved nothing to or from the account."""
+    return Line(
+        at_s=sale.at_s,
+        kind="sale",
+        transfer_id=sale.transfer_id,
+        counterparty="",
+        amount_nano=0,
+        balance_nano=balance,
+        document_id=sale.document_id,
+        title=sale.title,
+        receipt_id=sale.receipt_id,
+        tokens_reused=sale.tokens,
+        sale_nano=sale.charge_nano,
+    )
 
 
 def as_csv(made: Statement) -> str:
@@ -267,7 +298,8 @@ def payout(
         raise LedgerRefusedError(f"{WORLD} is the world outside; name the account that is paid out")
     if not reference.strip():
         raise LedgerRefusedError("a payout needs a reference; give the payment's, such as a bank's")
-    transfer_id = f"payout:{account_id}:{reference}"
+    # Accounts and references may contain colons: the length tells them apart.
+    transfer_id = f"payout:{len(account_id)}:{account_id}:{reference}"
     before = _find(ledger, transfer_id)
     if before is None:
         amount = account.available_nano if amount_nano is None else amount_nano

@@ -1,7 +1,8 @@
-"""What the ledger asks of a database: keep what the rules decided, and find it again."""
+"""The interface between the ledger and its database, and how a group of batches is applied."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from typing import Protocol
@@ -9,27 +10,53 @@ from typing import Protocol
 import msgspec
 
 from vllm_kvmarket.core.errors import LedgerRefusedError
-from vllm_kvmarket.ledger.model import Account, Operation, Outcome, Receipt, Result, Transfer
+from vllm_kvmarket.ledger.model import (
+    ROYALTY,
+    SUSPENSE,
+    Account,
+    Operation,
+    Outcome,
+    Receipt,
+    Result,
+    Transfer,
+    digest_of,
+)
 from vllm_kvmarket.ledger.rules import Books, apply
 from vllm_kvmarket.ledger.working_set import Wanted
 
 
 class MalformedBatchError(LedgerRefusedError):
-    """What a batch contains cannot be kept, now or ever; nothing of its group took effect."""
+    """A database can never store this batch; nothing of its group took effect."""
 
 
-class Batch(msgspec.Struct, frozen=True):
-    """What takes effect together, at which time, and the future that is told.
+class Batch(msgspec.Struct, frozen=True, eq=False):
+    """Operations that take effect together, and the future that answers them.
 
-    `give_up_at_s` is a moment of time.monotonic().
+    `at_s` is None for the database's time at the moment of writing. `give_up_at_s` is a moment of
+    time.monotonic(); a batch that never gives up is kept in the outbox until it is booked. `undo`
+    is written when the caller gave up and the batch may have taken effect.
     """
 
     operations: tuple[Operation, ...]
     linked: bool
     receipt: Receipt | None
     future: Future[list[Result]]
-    at_s: float
+    at_s: float | None
     give_up_at_s: float
+    undo: tuple[Operation, ...] = ()
+
+    @property
+    def must_be_booked(self) -> bool:
+        """Whether the batch outlives this process."""
+        return self.give_up_at_s == math.inf
+
+
+class KeyedRequest(msgspec.Struct, frozen=True):
+    """A client's Idempotency-Key: `purchase_key` is the same for all requests that share it."""
+
+    purchase_key: str
+    body_digest: str
+    uses: int
 
 
 class Everything(msgspec.Struct, frozen=True):
@@ -72,16 +99,24 @@ class Storage(Protocol):
         """Transfers that took effect behind the first `sequence`, in that order."""
 
     def sequence_of(self, transfer_id: str) -> int | None:
-        """As the how many-th a transfer took effect, from 1."""
+        """A transfer's position in the order of effect, from 1."""
 
     def receipts(self, where: Mapping[str, str], limit: int | None) -> list[Receipt]:
         """Receipts whose columns have these values, newest first."""
 
     def due_at_s(self, pending_id: str) -> float | None:
-        """Until when an open hold stands."""
+        """When an open hold is due."""
 
-    def overdue(self, now_s: float, limit: int) -> list[str]:
-        """Open holds that are due, those that have been so for longest first; by an index."""
+    def overdue(self, now_s: float | None, limit: int) -> list[str]:
+        """Open holds whose grace is over, the oldest first; None for the database's time."""
+
+    def use_key(
+        self, account: str, key: str, body_digest: str, purchase_key: str, keep_s: float
+    ) -> KeyedRequest:
+        """Count a use of an idempotency key, which is forgotten `keep_s` after its first use.
+
+        A new key gets this digest and purchase key; an older one keeps its own. Durable on return.
+        """
 
     def everything(self) -> Everything:
         """The whole books, of one moment."""
@@ -91,33 +126,52 @@ class Storage(Protocol):
 
 
 def wanted(group: Sequence[Batch]) -> Wanted:
-    """What the rules may look up for a group."""
+    """Everything that the rules may look up for a group."""
     operations = [operation for batch in group for operation in batch.operations]
     pending_ids = {operation.pending_id for operation in operations if operation.pending_id}
     moves = [operation for operation in operations if not operation.pending_id]
+    account_ids = {each.debit for each in moves} | {each.credit for each in moves}
+    if any(each.code == ROYALTY for each in moves):
+        account_ids.add(SUSPENSE)
     return Wanted(
         transfer_ids=_storable({operation.id for operation in operations} | pending_ids),
         pending_ids=_storable(pending_ids),
-        account_ids=_storable({each.debit for each in moves} | {each.credit for each in moves}),
+        account_ids=_storable(account_ids),
     )
 
 
 def _storable(ids: set[str]) -> list[str]:
-    """Without those that are nowhere, because no text of PostgreSQL has a NUL in it."""
+    """The ids that a database can have: no text of PostgreSQL contains a NUL."""
     return [id for id in ids if "\0" not in id]
 
 
-def apply_group(books: Books, group: Sequence[Batch]) -> tuple[list[list[Result]], list[Receipt]]:
-    """Apply every batch by the rules; the answers, and the receipts that are to be kept.
+def apply_group(
+    books: Books, group: Sequence[Batch], now_s: float
+) -> tuple[list[list[Result]], list[Receipt]]:
+    """Apply every batch by the rules; return the answers, and the receipts to store.
 
-    A receipt is kept when all of its batch is good and any of it is new.
+    A receipt is stored when all of its batch is good and any of it is new. The charge, which is
+    the receipt's first transfer, commits to it by its digest.
     """
     answers, receipts = [], []
     for batch in group:
-        results = apply(books, batch.operations, batch.at_s, linked=batch.linked)
+        at_s = now_s if batch.at_s is None else batch.at_s
+        receipt, operations = batch.receipt, batch.operations
+        if receipt is not None:
+            receipt = msgspec.structs.replace(receipt, created_at_s=at_s)
+            operations = _with_digest(operations, receipt) if batch.linked else operations
+        results = apply(books, operations, at_s, linked=batch.linked)
         answers.append(results)
-        if batch.receipt is not None:
+        if receipt is not None:
             outcomes = [result.outcome for result in results]
             if Outcome.OK in outcomes and max(outcomes).good:
-                receipts.append(batch.receipt)
+                receipts.append(receipt)
     return answers, receipts
+
+
+def _with_digest(operations: tuple[Operation, ...], receipt: Receipt) -> tuple[Operation, ...]:
+    digest, charge = digest_of(receipt), receipt.transfer_ids[:1]
+    return tuple(
+        msgspec.structs.replace(each, receipt_digest=digest) if each.id in charge else each
+        for each in operations
+    )

@@ -23,12 +23,16 @@ class Wanted(msgspec.Struct, frozen=True):
 
 
 class Found(msgspec.Struct, frozen=True):
-    """What there was of it. A pending transfer has its due time while it is open, else its end."""
+    """What the database has of it, and its time.
+
+    A pending transfer has its due time while it is open, and its resolutions afterwards.
+    """
 
     accounts: list[Account]
     transfers: list[Transfer]
     dues: dict[str, float]
     resolutions: list[Transfer]
+    now_s: float = 0.0
 
 
 class GroupBooks:
@@ -38,47 +42,42 @@ class GroupBooks:
         self._accounts = {account.id: account for account in found.accounts}
         self._transfers = {transfer.id: transfer for transfer in found.transfers}
         self._dues: dict[str, float | None] = {**found.dues}
-        self._resolutions = {each.pending_id: each for each in found.resolutions}
+        # An expired hold may have a late settlement as well, which is what counts then.
+        ends = sorted(found.resolutions, key=lambda each: each.kind == "late")
+        self._resolutions = {each.pending_id: each for each in ends}
         self.changed_accounts: dict[str, Account] = {}
         self.changed_dues: dict[str, float | None] = {}
         self.new_transfers: list[Transfer] = []
 
     def account(self, account_id: str) -> Account | None:
-        """See rules.Books."""
         return self._accounts.get(account_id)
 
     def transfer(self, transfer_id: str) -> Transfer | None:
-        """See rules.Books."""
         return self._transfers.get(transfer_id)
 
     def due_at_s(self, pending_id: str) -> float | None:
-        """See rules.Books."""
         return self._dues.get(pending_id)
 
     def resolution(self, pending_id: str) -> Transfer | None:
-        """See rules.Books."""
         return self._resolutions.get(pending_id)
 
     def put_account(self, account: Account) -> None:
-        """See rules.Books."""
         self._accounts[account.id] = self.changed_accounts[account.id] = account
 
     def put_transfer(self, transfer: Transfer) -> None:
-        """See rules.Books."""
         self._transfers[transfer.id] = transfer
         self.new_transfers.append(transfer)
         if transfer.kind in ENDS:
             self._resolutions[transfer.pending_id] = transfer
 
     def put_due_at_s(self, pending_id: str, due_at_s: float | None) -> None:
-        """See rules.Books."""
         self._dues[pending_id] = self.changed_dues[pending_id] = due_at_s
 
 
 class Memory:
     """What the last group left: accounts, and open holds with their transfers.
 
-    True for as long as nobody else writes, which whoever uses it must know: `forget` otherwise.
+    It is true as long as no other connection writes; the caller calls `forget` when one did.
     """
 
     def __init__(self) -> None:
@@ -87,13 +86,13 @@ class Memory:
         self._dues: dict[str, float] = {}
 
     def forget(self) -> None:
-        """Know nothing; mutates."""
+        """Forget everything; mutates."""
         self._accounts.clear()
         self._held.clear()
         self._dues.clear()
 
     def divide(self, wanted: Wanted) -> tuple[Found, Wanted]:
-        """What is known of it, and what is left to look up."""
+        """Return what is known of it, and what must be looked up."""
         accounts = self._accounts
         held = [self._held[id] for id in wanted.pending_ids if id in self._held]
         known_ids = {transfer.id for transfer in held}
@@ -113,7 +112,7 @@ class Memory:
         return found, left
 
     def learn(self, books: GroupBooks) -> None:
-        """Take over what a group changed, now that it is committed; mutates."""
+        """Remember what a committed group changed; mutates."""
         if len(self._held) > MOST_REMEMBERED or len(self._accounts) > MOST_REMEMBERED:
             self.forget()
         self._accounts.update(books.changed_accounts)

@@ -35,6 +35,7 @@ from vllm_kvmarket.market.quote import Quote, quote_of, sold_part
 from vllm_kvmarket.store.tiers import store_of
 
 DATABASE_FILE = "market.sqlite"
+OUTBOX_FOLDER = "outbox"
 
 
 class Market:
@@ -47,7 +48,11 @@ class Market:
         self.config = config
         self.home = Path(config.home).expanduser()
         self.credentials = Credentials.of_home(self.home)
-        self.ledger = Ledger.open(config.ledger_url or self.home / DATABASE_FILE)
+        self.ledger = Ledger.open(
+            config.ledger_url or self.home / DATABASE_FILE,
+            outbox=self.home / OUTBOX_FOLDER,
+            reservation_patience_s=config.reservation_patience_s,
+        )
         self.catalogue = Catalogue.open(
             self.home / DATABASE_FILE,
             chunk_tokens=config.chunk_tokens,

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from vllm_kvmarket.catalogue import Match
-from vllm_kvmarket.core.errors import LedgerBusyError, LedgerUnavailableError
+from vllm_kvmarket.core.errors import LedgerBusyError, LedgerPostponedError, LedgerUnavailableError
 from vllm_kvmarket.core.pricing import Tariff
 from vllm_kvmarket.ledger import (
     PROVIDER,
@@ -317,6 +317,9 @@ class Purchase:
         if is_booked(settled) is not False:
             return
         error = settled.exception()
+        if isinstance(error, LedgerPostponedError):
+            logger.warning("kvmarket: %s: %s", name, error)
+            return
         reason: object = error
         if error is None:
             # In a linked batch one operation has the reason, and the others fail because of it.

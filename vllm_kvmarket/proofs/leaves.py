@@ -8,8 +8,9 @@ members in alphabetical order, every value a string. Its members are
     created_at_s   seconds of the epoch: the shortest decimal that gives the same IEEE double
     credit, debit  account ids
     id             the transfer's id
-    kind           plain, pending, renew, post, void or expire
+    kind           plain, pending, renew, post, void, expire or late
     pending_id     the reservation that it is about, "" for none
+    receipt_digest SHA-256 of the charge's receipt in hexadecimal, "" for none
     timeout_s      how long a reservation stands, in decimal
     type           kvmarket/transfer/v1
     user_data      the document's id for a reuse and a royalty, the reference of a payout
@@ -42,6 +43,7 @@ class Leaf(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     id: str
     kind: str
     pending_id: str
+    receipt_digest: str
     timeout_s: str
     type: str
     user_data: str
@@ -62,6 +64,7 @@ def entry_of(transfer: Transfer) -> bytes:
             transfer.id,
             transfer.kind,
             transfer.pending_id,
+            transfer.receipt_digest,
             str(transfer.timeout_s),
             TYPE,
             transfer.user_data,

@@ -40,8 +40,8 @@ class LedgerCheck(msgspec.Struct, frozen=True, kw_only=True):
     receipts: int
     root: str
     checkpoints: int
-    debits_nano: int
-    credits_nano: int
+    debits_nano: dict[str, int]
+    credits_nano: dict[str, int]
     rebuilt: bool
 
 
@@ -83,7 +83,7 @@ def check_ledger(
     if not same:
         log.rebuild()
         problems.append(f"log: {log.folder / HASHES_FILE} differed from the transfers; made anew")
-    debits, credits = ledger.totals()
+    totals = ledger.totals()
     return LedgerCheck(
         ok=not problems,
         problems=problems,
@@ -92,8 +92,8 @@ def check_ledger(
         receipts=len(ledger.receipts()),
         root=encode_base64(root),
         checkpoints=len(checkpoints),
-        debits_nano=debits,
-        credits_nano=credits,
+        debits_nano={currency: debits for currency, (debits, _) in totals.items()},
+        credits_nano={currency: credits for currency, (_, credits) in totals.items()},
         rebuilt=not same,
     )
 

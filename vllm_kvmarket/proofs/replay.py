@@ -74,10 +74,10 @@ def _windows(ledger: Ledger, size: int) -> Iterator[list[Transfer]]:
 
 
 def _submit(copy: Ledger, transfer: Transfer, receipt: Receipt | None) -> Future[list[Result]]:
-    # What names a reservation takes accounts and cause from it.
+    # An operation that names a reservation takes accounts and cause from it.
     first = not transfer.pending_id
     operation = Operation(
-        transfer.kind,
+        "post" if transfer.kind == "late" else transfer.kind,
         transfer.id,
         transfer.debit if first else "",
         transfer.credit if first else "",
@@ -86,5 +86,6 @@ def _submit(copy: Ledger, transfer: Transfer, receipt: Receipt | None) -> Future
         transfer.timeout_s,
         transfer.code if first else "",
         transfer.user_data if first else "",
+        transfer.receipt_digest,
     )
     return copy.submit([operation], receipt=receipt, patience_s=PATIENCE_S)

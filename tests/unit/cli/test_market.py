@@ -61,7 +61,7 @@ def test_accounts_are_created_funded_and_listed(run, run_json):
     assert done["transfer"]["amount_nano"] == 12_000_000_001
     assert done["account"]["available_nano"] == 12_000_000_001
     accounts = {account["id"]: account for account in run_json("account", "list")["accounts"]}
-    assert set(accounts) == {"alice", "press", "provider", "world"}
+    assert set(accounts) == {"alice", "press", "provider", "suspense", "world"}
     assert accounts["world"]["balance_nano"] == -12_000_000_001
     assert "12.000000001" in run("account", "list").out
 
@@ -113,6 +113,7 @@ def test_the_ledger_shows_transfers_and_its_balance(run, run_json, sold):
         "alice": NANO - 300_000,
         "provider": 150_000,
         "publisher": 150_000,
+        "suspense": 0,
         "world": -NANO,
     }
     assert len(run_json("ledger", "show", "--limit", "2")["transfers"]) == 2

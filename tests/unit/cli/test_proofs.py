@@ -132,7 +132,7 @@ def test_checkpoints_are_kept_and_compared(run, run_json, offline, tmp_path):
 def test_an_audit_says_good_or_bad(run, run_json, sold, home):
     """Exit code 0 and 1; balances and signed roots are recomputed."""
     run("log", "checkpoint")
-    assert "good: 4 accounts, 4 transfers, 1 receipts, 1 checkpoints" in run("ledger", "check").out
+    assert "good: 5 accounts, 4 transfers, 1 receipts, 1 checkpoints" in run("ledger", "check").out
     report = run_json("ledger", "check")
     assert (report["ok"], report["debits_nano"]) == (True, report["credits_nano"])
     db = apsw.Connection(str(home / "market.sqlite"))

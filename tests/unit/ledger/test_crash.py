@@ -33,7 +33,7 @@ def group(number):
         moved = post(id=f"{key}:settle", pending_id=held.id, amount_nano=3)
         names = {"debit": "provider", "credit": "pat", "code": "royalty"}
         royalty = plain(id=f"{key}:royalty", amount_nano=1, **names)
-        kept = receipt(f"kvr_{key}", 3, moved.id)
+        kept = receipt(f"kvr_{key}", 3, moved.id, royalty.id, royalty=1)
         batches.append(batch([held, moved, royalty], 10.0, receipt=kept))
     return batches
 

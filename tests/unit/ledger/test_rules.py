@@ -38,7 +38,7 @@ def books():
 
 def hold(id, amount, debit="alice", timeout_s=60):
     return pending(
-        id=id, debit=debit, credit="provider", amount_nano=amount, timeout_s=timeout_s, code="reuse"
+        id=id, debit=debit, credit="provider", amount_nano=amount, timeout_s=timeout_s, code="hold"
     )
 
 
@@ -67,23 +67,27 @@ TABLE = [
     (0, post(id="p4", pending_id="none", amount_nano=1), Outcome.PENDING_NOT_FOUND, "none"),
     (0, post(id="p4", pending_id="t1", amount_nano=1), Outcome.PENDING_NOT_FOUND, "t1"),
     (0, hold("h4", 30), Outcome.OK, ""),
-    (59, expire(id="e1", pending_id="h4"), Outcome.NOT_DUE, "h4"),
-    (60, post(id="p5", pending_id="h4", amount_nano=1), Outcome.EXPIRED, "h4"),
-    (60, expire(id="e1", pending_id="h4"), Outcome.OK, ""),
-    (60, post(id="p5", pending_id="h4", amount_nano=1), Outcome.EXPIRED, "e1"),
-    (60, hold("h5", 0), Outcome.OK, ""),
-    (60, post(id="p6", pending_id="h5", amount_nano=0), Outcome.OK, ""),
-    (60, void(id="v6", pending_id="h5"), Outcome.ALREADY_POSTED, "p6"),
-    (60, pay("", 1), Outcome.INVALID_FIELD, "id"),
-    (60, hold("h6", 1, timeout_s=0), Outcome.INVALID_FIELD, "timeout_s"),
-    (60, pay("t3", -1), Outcome.INVALID_AMOUNT, "-1"),
-    (60, pay("t3", INT64_MAX + 1), Outcome.INVALID_AMOUNT, str(INT64_MAX + 1)),
-    (60, pay("t3", 1, credit="alice"), Outcome.SAME_ACCOUNT, "alice"),
-    (60, pay("t3", 1, credit="nobody"), Outcome.UNKNOWN_ACCOUNT, "nobody"),
-    (60, pay("t3", 1, debit="nobody"), Outcome.UNKNOWN_ACCOUNT, "nobody"),
-    (60, pay("t3", 1, credit="erik"), Outcome.DIFFERENT_CURRENCIES, "USD, EUR"),
-    (60, pay("t3", INT64_MAX, debit="rich", credit="provider"), Outcome.OVERFLOW, "provider"),
-    (60, pay("t4", 5000, debit="world", credit="pat"), Outcome.OK, ""),
+    (119, expire(id="e1", pending_id="h4"), Outcome.NOT_DUE, "h4"),
+    (120, expire(id="e1", pending_id="h4"), Outcome.OK, ""),
+    (120, void(id="v5", pending_id="h4"), Outcome.EXPIRED, "e1"),
+    (120, renew(id="n5", pending_id="h4", timeout_s=60), Outcome.EXPIRED, "e1"),
+    (120, post(id="p5", pending_id="h4", amount_nano=31), Outcome.EXCEEDS_PENDING_AMOUNT, "30"),
+    (120, post(id="p5", pending_id="h4", amount_nano=0), Outcome.OK, ""),
+    (120, post(id="p5", pending_id="h4", amount_nano=0), Outcome.EXISTS, ""),
+    (120, post(id="p5b", pending_id="h4", amount_nano=0), Outcome.ALREADY_POSTED, "p5"),
+    (120, hold("h5", 0), Outcome.OK, ""),
+    (120, post(id="p6", pending_id="h5", amount_nano=0), Outcome.OK, ""),
+    (120, void(id="v6", pending_id="h5"), Outcome.ALREADY_POSTED, "p6"),
+    (120, pay("", 1), Outcome.INVALID_FIELD, "id"),
+    (120, hold("h6", 1, timeout_s=0), Outcome.INVALID_FIELD, "timeout_s"),
+    (120, pay("t3", -1), Outcome.INVALID_AMOUNT, "-1"),
+    (120, pay("t3", INT64_MAX + 1), Outcome.INVALID_AMOUNT, str(INT64_MAX + 1)),
+    (120, pay("t3", 1, credit="alice"), Outcome.SAME_ACCOUNT, "alice"),
+    (120, pay("t3", 1, credit="nobody"), Outcome.UNKNOWN_ACCOUNT, "nobody"),
+    (120, pay("t3", 1, debit="nobody"), Outcome.UNKNOWN_ACCOUNT, "nobody"),
+    (120, pay("t3", 1, credit="erik"), Outcome.DIFFERENT_CURRENCIES, "USD, EUR"),
+    (120, pay("t3", INT64_MAX, debit="rich", credit="provider"), Outcome.OVERFLOW, "provider"),
+    (120, pay("t4", 5000, debit="world", credit="pat"), Outcome.OK, ""),
 ]
 
 
@@ -224,7 +228,8 @@ RESOLUTIONS = [
     (59, post(id="p", pending_id="h", amount_nano=0), (0, 0, 100)),
     (59, void(id="v", pending_id="h"), (0, 0, 100)),
     (61, void(id="v", pending_id="h"), (0, 0, 100)),  # who releases may be late
-    (60, expire(id="e", pending_id="h"), (0, 0, 100)),
+    (120, expire(id="e", pending_id="h"), (0, 0, 100)),
+    (119, post(id="p", pending_id="h", amount_nano=7), (7, 0, 93)),  # in its grace
 ]
 
 
@@ -239,7 +244,7 @@ def test_what_is_not_posted_of_a_hold_is_released(books, now_s, operation, expec
     assert (alice.debits_posted, alice.debits_pending, alice.available_nano) == expected
     assert (provider.credits_posted, provider.credits_pending) == (expected[0], 0)
     kept = books.transfers[operation.id]
-    assert (kept.debit, kept.credit, kept.code) == ("alice", "provider", "reuse")
+    assert (kept.debit, kept.credit, kept.code) == ("alice", "provider", "hold")
     assert (kept.amount_nano, kept.created_at_s) == (operation.amount_nano, now_s)
 
 
@@ -324,14 +329,13 @@ RENEWALS = [
     (0, hold("h", 40, timeout_s=60), Outcome.OK, "", 60),
     (50, renew(id="n1", pending_id="h", timeout_s=60), Outcome.OK, "", 110),
     (50, renew(id="n1", pending_id="h", timeout_s=60), Outcome.EXISTS, "", 110),
-    (60, expire(id="e", pending_id="h"), Outcome.NOT_DUE, "h", 110),
+    (169, expire(id="e", pending_id="h"), Outcome.NOT_DUE, "h", 110),
     (70, renew(id="n2", pending_id="h", timeout_s=5), Outcome.OK, "", 110),  # none gets shorter
     (70, renew(id="n3", pending_id="none", timeout_s=5), Outcome.PENDING_NOT_FOUND, "none", 110),
     (70, renew(id="n3", pending_id="n1", timeout_s=5), Outcome.PENDING_NOT_FOUND, "n1", 110),
-    (110, renew(id="n4", pending_id="h", timeout_s=60), Outcome.EXPIRED, "h", 110),
-    (110, post(id="p", pending_id="h", amount_nano=1), Outcome.EXPIRED, "h", 110),
-    (110, expire(id="e", pending_id="h"), Outcome.OK, "", None),
-    (110, renew(id="n5", pending_id="h", timeout_s=60), Outcome.EXPIRED, "e", None),
+    (169, renew(id="n4", pending_id="h", timeout_s=5), Outcome.OK, "", 174),  # in its grace
+    (234, expire(id="e", pending_id="h"), Outcome.OK, "", None),
+    (234, renew(id="n5", pending_id="h", timeout_s=60), Outcome.EXPIRED, "e", None),
     (200, hold("g", 40, timeout_s=60), Outcome.OK, "", 260),
     (259, renew(id="n6", pending_id="g", timeout_s=60), Outcome.OK, "", 319),
     (300, post(id="q", pending_id="g", amount_nano=7), Outcome.OK, "", None),
@@ -372,4 +376,39 @@ def test_the_longest_hold_can_be_renewed_and_expired(books):
     ]
     assert [each.outcome for each in apply(books, batch, 0)] == [Outcome.OK] * 2
     batch = [expire(id=f"{longest}:expire", pending_id=longest)]
-    assert apply(books, batch, 60) == [Result(Outcome.OK)]
+    assert apply(books, batch, 120) == [Result(Outcome.OK)]
+
+
+def test_a_late_settlement_takes_the_funds_or_makes_a_debt(books):
+    """What was sold is paid although its hold has expired: once, and as a debt without funds."""
+    apply(books, [hold("h", 60), hold("g", 40)], 0)
+    apply(books, [expire(id=f"{id}:e", pending_id=id) for id in "hg"], 120)
+    apply(books, [pay("elsewhere", 50, credit="pat")], 121)
+    (result,) = apply(books, [post(id="p", pending_id="h", amount_nano=30)], 130)
+    alice = books.accounts["alice"]
+    assert (result.outcome, books.transfers["p"].kind) == (Outcome.OK, "late")
+    assert (alice.balance_nano, alice.debt_nano, alice.late_nano) == (20, 0, 30)
+    royalty = plain(
+        id="r", debit="provider", credit="pat", amount_nano=20, code="royalty", user_data="kvd"
+    )
+    settled = [post(id="q", pending_id="g", amount_nano=40), royalty]
+    assert [each.outcome for each in apply(books, settled, 131)] == [Outcome.OK, Outcome.OK]
+    assert [each.outcome for each in apply(books, settled, 132)] == [Outcome.EXISTS] * 2
+    alice = books.accounts["alice"]
+    assert (alice.available_nano, alice.debt_nano, alice.late_nano) == (-20, 20, 70)
+    assert books.accounts["provider"].balance_nano == 50
+    assert apply(books, [hold("no", 1)], 133)[0].outcome is Outcome.EXCEEDS_CREDITS
+    apply(books, [pay("d", 25, debit="world", credit="alice")], 134)
+    assert (books.accounts["alice"].available_nano, books.accounts["alice"].debt_nano) == (5, 0)
+
+
+def test_a_royalty_without_a_payee_waits_in_suspense(books):
+    """The sale is booked all the same, and a retry finds it; other transfers are refused."""
+    books.accounts["suspense"] = Account("suspense", "suspense")
+    owed = plain(id="r", debit="alice", credit="nobody", amount_nano=5, code="royalty")
+    assert apply(books, [owed], 0) == [Result(Outcome.OK)]
+    assert apply(books, [owed], 1) == [Result(Outcome.EXISTS)]
+    assert books.transfers["r"].credit == "suspense"
+    assert books.accounts["suspense"].balance_nano == 5
+    other = pay("t", 5, credit="nobody")
+    assert apply(books, [other], 2) == [Result(Outcome.UNKNOWN_ACCOUNT, "nobody")]

@@ -2,14 +2,19 @@
 
 import csv
 import io
+import math
 import threading
+import time
 
+import apsw
+import msgspec
 import pytest
 
+from tests.support.ledger_books import funded_ledger, hold, receipt
 from tests.support.proof_market import open_shop, sell
 from vllm_kvmarket.core.errors import LedgerError, NotFoundError
 from vllm_kvmarket.core.pricing import NANO, format_nano
-from vllm_kvmarket.ledger import PROVIDER, Ledger, plain
+from vllm_kvmarket.ledger import PROVIDER, Ledger, ReceiptLine, plain, post
 from vllm_kvmarket.ledger.statements import as_csv, payout, statement
 
 
@@ -191,3 +196,88 @@ def test_two_payouts_at_once_are_one(ledger):
     assert [is_new for _, is_new in answers].count(True) == 1
     assert len(answers) == 8
     assert ledger.account("pat").balance_nano == 0
+
+
+def test_payouts_of_two_accounts_are_never_one(ledger):
+    """Account ids and references may contain colons."""
+    for account in ("a", "a:b"):
+        ledger.create_account(account, "publisher")
+        ledger.deposit(account, 10, f"deposit:{account}")
+    first, made = payout(ledger, "a", "b:7", 10)
+    assert made
+    second, made = payout(ledger, "a:b", "7", 10)
+    assert made
+    assert first.id != second.id
+    assert ledger.account("a:b").balance_nano == 0
+
+
+def test_a_period_that_is_over_never_changes(tmp_path):
+    """A settlement that waited for the database counts when it is booked, not when it was sent."""
+    place = tmp_path / "market.sqlite"
+    with funded_ledger(place) as ledger:
+        ledger.submit([hold("h", 100)]).result()
+        blocker = apsw.Connection(str(place))
+        blocker.execute("BEGIN IMMEDIATE")
+        settled = ledger.submit(
+            [post(id="p", pending_id="h", amount_nano=60)],
+            receipt=receipt("kvr_1", 60, "p"),
+            patience_s=math.inf,
+        )
+        end_s = time.time()
+        closed = statement(ledger, "alice", None, end_s)
+        time.sleep(0.05)
+        blocker.execute("ROLLBACK")
+        blocker.close()
+        settled.result()
+        assert statement(ledger, "alice", None, end_s) == closed
+        after = statement(ledger, "alice", end_s)
+        assert [line.amount_nano for line in after.lines] == [-60]
+        assert after.brought_forward_nano == closed.closing_nano
+
+
+def test_a_sale_over_two_listings_is_on_both_publishers_statements(tmp_path):
+    """Each with its own line: its tokens, its charge and its royalty."""
+    with funded_ledger(tmp_path / "market.sqlite") as ledger:
+        ledger.create_account("quinn", "publisher")
+        first = ReceiptLine(
+            document_id="kvd_x",
+            title="First",
+            publisher="pat",
+            start=0,
+            end=64,
+            cache_read_nano_per_mtok=0,
+            royalty_ppm=500_000,
+            charge_nano=60,
+            royalty_nano=30,
+        )
+        second = msgspec.structs.replace(
+            first,
+            document_id="kvd_y",
+            title="Second",
+            publisher="quinn",
+            start=64,
+            end=80,
+            charge_nano=40,
+            royalty_nano=20,
+        )
+        kept = receipt("kvr_1", 100, "p", "r1", "r2", royalty=50)
+        kept = msgspec.structs.replace(kept, tokens_reused=80, lines=(first, second))
+        names = {"debit": PROVIDER, "code": "royalty"}
+        ledger.transact(hold("h", 100))
+        batch = [
+            post(id="p", pending_id="h", amount_nano=100),
+            plain(id="r1", credit="pat", amount_nano=30, user_data="kvd_x", **names),
+            plain(id="r2", credit="quinn", amount_nano=20, user_data="kvd_y", **names),
+        ]
+        assert all(each.outcome.good for each in ledger.submit(batch, receipt=kept).result())
+        for publisher, line, royalty in (("pat", first, 30), ("quinn", second, 20)):
+            made = statement(ledger, publisher)
+            (shown,) = made.lines
+            assert (shown.title, shown.amount_nano) == (line.title, royalty)
+            assert (shown.tokens_reused, shown.sale_nano) == (
+                line.end - line.start,
+                line.charge_nano,
+            )
+            assert (made.sales, made.sold_nano) == (1, line.charge_nano)
+        assert statement(ledger, PROVIDER).sold_nano == 100
+        assert ledger.check_integrity() == []

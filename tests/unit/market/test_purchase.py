@@ -6,12 +6,13 @@ import logging
 import math
 import time
 
+import msgspec
 import pytest
 
 from vllm_kvmarket.catalogue import Listing, Match, Segment
 from vllm_kvmarket.core.listing_terms import ListingTerms
 from vllm_kvmarket.core.pricing import Tariff
-from vllm_kvmarket.ledger import PROVIDER, Ledger, plain
+from vllm_kvmarket.ledger import GRACE_S, PROVIDER, Ledger, plain, void
 from vllm_kvmarket.market.purchase import (
     Purchase,
     PurchaseState,
@@ -95,25 +96,37 @@ def test_a_settlement_is_booked_once_with_its_receipt(ledger, caplog):
     purchase.void()
     assert balance(ledger, "alice") == NANO - 300_000
     assert balance(ledger, "pat") == NANO + 150_000
-    assert ledger.receipt(purchase.receipt_id) == receipt
+    stored = ledger.receipt(purchase.receipt_id)
+    assert stored == msgspec.structs.replace(receipt, created_at_s=stored.created_at_s)
     assert caplog.records == []
 
 
-def test_what_the_ledger_does_not_settle_is_logged_and_not_charged(ledger, clock, caplog):
-    """The hold was due before the engine was done: no receipt, no royalty, a line for the
-    operator with the reason itself.
+def test_a_settlement_after_the_holds_end_is_booked(ledger, clock, caplog):
+    """The ledger was away for longer than the hold: what was sold is paid all the same."""
+    purchase = buy(ledger)
+    assert purchase.state() is PurchaseState.RESERVED
+    clock.now_s += TIMEOUT_S + GRACE_S
+    assert ledger.expire_pending() == 1
+    purchase.settle(USAGE)
+    assert balance(ledger, "alice") == NANO - 300_000
+    assert ledger.receipt(purchase.receipt_id).charge_nano == 300_000
+    assert caplog.records == []
+
+
+def test_what_the_ledger_does_not_settle_is_logged_and_not_charged(ledger, caplog):
+    """The hold was released by somebody else: no receipt, no royalty, a line for the operator
+    with the reason itself.
     """
     purchase = buy(ledger)
     assert purchase.state() is PurchaseState.RESERVED
-    clock.now_s += TIMEOUT_S
-    assert ledger.expire_pending() == 1
+    ledger.transact(void(id="v", pending_id=purchase.reservation_id))
     with caplog.at_level(logging.ERROR):
         purchase.settle(USAGE)
         assert balance(ledger, "alice") == balance(ledger, "pat") == NANO
     assert ledger.receipts() == []
     (record,) = caplog.records
     assert purchase.receipt_id in record.message
-    assert "alice is not charged: expired" in record.message
+    assert "alice is not charged: already voided" in record.message
 
 
 def test_a_settlement_that_cannot_be_written_is_logged(ledger, caplog):
@@ -199,16 +212,15 @@ def test_storing_is_paid_once(ledger, caplog):
     assert caplog.records == []
 
 
-def test_storing_that_the_ledger_does_not_settle_is_logged(ledger, clock, caplog):
+def test_storing_that_the_ledger_does_not_settle_is_logged(ledger, caplog):
     """The document is listed all the same; the operator knows that it was not paid for."""
     charge = store(ledger)
     assert charge.state() is PurchaseState.RESERVED
-    clock.now_s += TIMEOUT_S
-    ledger.expire_pending()
+    ledger.transact(void(id="v", pending_id=charge.reservation_id))
     charge.settle()
     assert balance(ledger, "pat") == NANO
     (record,) = caplog.records
-    assert "storing kvd_x was not booked, pat is not charged: expired" in record.message
+    assert "storing kvd_x was not booked, pat is not charged: already voided" in record.message
 
 
 @pytest.mark.parametrize(
@@ -284,7 +296,8 @@ def test_a_key_whose_hold_is_gone_is_reserved_and_paid_anew(ledger, clock, end):
     assert held(ledger) == 300_000
     receipt = again.settle(USAGE)
     assert balance(ledger, "alice") == NANO - 300_000
-    assert ledger.receipt(receipt.id) == receipt
+    stored = ledger.receipt(receipt.id)
+    assert stored == msgspec.structs.replace(receipt, created_at_s=stored.created_at_s)
 
 
 def test_each_listing_is_paid_for_its_own_tokens(ledger):

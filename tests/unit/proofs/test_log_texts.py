@@ -33,11 +33,13 @@ def test_an_entry_is_canonical_json(transfer):
 
 def test_the_spelling_of_an_entry_never_changes():
     """Logs that exist hold these bytes."""
-    transfer = Transfer("pending", "p1", "alice", "provider", 7, "", 900, "reuse", "kvd_x", 1.25e9)
+    transfer = Transfer(
+        "pending", "p1", "alice", "provider", 7, "", 900, "reuse", "kvd_x", "", 1.25e9
+    )
     entry = (
         b'{"amount_nano":"7","code":"reuse","created_at_s":"1250000000.0","credit":"provider",'
-        b'"debit":"alice","id":"p1","kind":"pending","pending_id":"","timeout_s":"900",'
-        b'"type":"kvmarket/transfer/v1","user_data":"kvd_x"}'
+        b'"debit":"alice","id":"p1","kind":"pending","pending_id":"","receipt_digest":"",'
+        b'"timeout_s":"900","type":"kvmarket/transfer/v1","user_data":"kvd_x"}'
     )
     assert leaves.entry_of(transfer) == entry
     for other in (entry.replace(b":", b": "), entry[:-1] + b',"x":""}', b"[]", b"\xff"):

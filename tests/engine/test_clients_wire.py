@@ -148,7 +148,8 @@ def test_headers_that_two_servers_could_read_differently_are_refused(shop, ann, 
     """Lengths in two ways, folded and doubled headers, two keys: no answer is generated."""
     body = json.dumps({"model": MODEL, "prompt": "a", "max_tokens": 1}).encode()
     told = send(shop, head_of("/v1/completions", ann, len(body), line) + body, ends=True)
-    assert told.split(" ")[1] in ("400", "401", "415"), told
+    # The server may hang up before its refusal is sent, since this client has.
+    assert not told or told.split(" ")[1] in ("400", "401", "415"), told
 
 
 @pytest.mark.parametrize(

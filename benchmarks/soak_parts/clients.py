@@ -180,6 +180,8 @@ class Client:
         """Send a request and note what came of it; never raises for what a server can answer."""
         self._story.asked.append(asked)
         headers = {"x-request-id": asked.id}
+        if asked.shape == "sent twice":  # a retry, which is the same purchase
+            headers["idempotency-key"] = asked.id
         if asked.account is not None:
             headers["authorization"] = f"Bearer {self._server.keys[asked.account]}"
         url = f"{self._server.base}/v1/{asked.route}"
@@ -252,12 +254,11 @@ def _body(asked: Asked) -> dict[str, Any]:
         body["prompt"] = asked.prompt
     if asked.streamed:
         body |= {"stream": True, "stream_options": {"include_usage": True}}
-    wish: dict[str, Any] = {}
-    if asked.reuse != "prefer":
-        wish["reuse"] = asked.reuse
+    # Also where it is the default: a key alone buys up to the tariff's price only.
+    wish: dict[str, Any] = {"reuse": asked.reuse}
     if asked.max_price_nano is not None:
         wish["max_price_nano"] = asked.max_price_nano
-    return body | ({"kvmarket": wish} if wish else {})
+    return body | {"kvmarket": wish}
 
 
 def _take(asked: Asked, status: int, content: bytes) -> None:

@@ -63,7 +63,7 @@ def audit(server: Soaked, story: Story) -> dict[str, Any]:
 
 
 def check_receipt(receipt: Receipt, asked: Asked | None, story: Story) -> None:
-    """A receipt is of a request that was sent, at a price that the document had."""
+    """A receipt is of a request that was sent; its lines are the sale, at prices on offer."""
     what = f"receipt {receipt.id} of {receipt.request_id}"
     if asked is None:
         story.fail(f"{what}: nobody asked that")
@@ -72,17 +72,33 @@ def check_receipt(receipt: Receipt, asked: Asked | None, story: Story) -> None:
         story.fail(f"{what}: {receipt.account} pays for {asked.account}")
     if asked.account in (None, "dave") or asked.reuse == "never":
         story.fail(f"{what}: {asked.account}, reuse {asked.reuse}, must not be charged")
-    price = receipt.cache_read_nano_per_mtok
-    if price not in story.prices.get(receipt.document_id, set()):
-        story.fail(f"{what}: {receipt.document_id} was never offered at {price}")
-    if receipt.charge_nano != receipt.tokens_reused * price // MTOK:
-        story.fail(f"{what}: {receipt.charge_nano} is not {receipt.tokens_reused} x {price}")
-    if receipt.royalty_nano != receipt.charge_nano * receipt.royalty_ppm // PPM:
-        story.fail(f"{what}: the royalty {receipt.royalty_nano} is not its share")
+    _check_lines(receipt, what, story)
     if asked.max_price_nano is not None and receipt.charge_nano > asked.max_price_nano:
         story.fail(f"{what}: charged {receipt.charge_nano}, at most {asked.max_price_nano} allowed")
     if asked.prompt and receipt.tokens_reused + receipt.tokens_computed != len(asked.prompt):
         story.fail(f"{what}: reused and computed tokens are not the prompt's {len(asked.prompt)}")
+
+
+def _check_lines(receipt: Receipt, what: str, story: Story) -> None:
+    """The lines follow each other and add up to the receipt; each was on offer at its price."""
+    covered = 0
+    for line in receipt.lines:
+        price, tokens = line.cache_read_nano_per_mtok, line.end - line.start
+        if price not in story.prices.get(line.document_id, set()):
+            story.fail(f"{what}: {line.document_id} was never offered at {price}")
+        if line.charge_nano != tokens * price // MTOK:
+            story.fail(f"{what}: {line.charge_nano} is not {tokens} x {price}")
+        if line.royalty_nano != line.charge_nano * line.royalty_ppm // PPM:
+            story.fail(f"{what}: the royalty {line.royalty_nano} is not its share")
+        if line.start != covered:
+            story.fail(f"{what}: a line begins at {line.start}, the one before ends at {covered}")
+        covered = line.end
+    if covered != receipt.tokens_reused:
+        story.fail(f"{what}: its lines end at {covered}, reused are {receipt.tokens_reused}")
+    for name in ("charge_nano", "royalty_nano"):
+        total = sum(getattr(line, name) for line in receipt.lines)
+        if getattr(receipt, name) != total:
+            story.fail(f"{what}: {name} {getattr(receipt, name)}, its lines say {total}")
 
 
 def check_request(asked: Asked, found: list[Receipt], story: Story) -> None:
@@ -184,7 +200,8 @@ def _check_sums(
         spent += sum(post.amount_nano for post in writes if post.debit == account.id)
         if account.kind in ("buyer", "publisher") and account.debits_posted != spent:
             story.fail(f"{account.id} paid {account.debits_posted}, its receipts say {spent}")
-        earned = sum(r.royalty_nano for r in receipts if r.publisher == account.id)
+        lines = [line for receipt in receipts for line in receipt.lines]
+        earned = sum(line.royalty_nano for line in lines if line.publisher == account.id)
         deposits = sum(
             t.amount_nano for t in transfers if t.credit == account.id and t.code == "deposit"
         )

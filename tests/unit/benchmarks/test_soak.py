@@ -7,7 +7,7 @@ import pytest
 from benchmarks.soak_parts import growth, money, oracle
 from benchmarks.soak_parts.plan import Asked, Story
 from vllm_kvmarket.core.pricing import NANO
-from vllm_kvmarket.ledger import Receipt
+from vllm_kvmarket.ledger import Receipt, ReceiptLine
 
 
 def a_request(**changed):
@@ -24,7 +24,17 @@ def a_receipt(**changed):
     facts |= {"tokens_computed": 50, "tokens_output": 8, "royalty_ppm": 500_000}
     facts |= {"input_nano_per_mtok": 5 * NANO, "cache_read_nano_per_mtok": NANO // 2}
     facts |= {"charge_nano": 125_000, "royalty_nano": 62_500, "recompute_nano": 1_250_000}
-    facts |= {"reservation_id": "r", "transfer_ids": ("t",), "created_at_s": 0.0, "model": "m"}
+    line = {name: facts[name] for name in ReceiptLine.__struct_fields__ if name in facts}
+    changed_line = {name: changed[name] for name in line if name in changed}
+    reused = changed.get("tokens_reused", 250)
+    lines = (ReceiptLine(**{**line, **changed_line}, start=0, end=reused),)
+    facts |= {
+        "lines": lines,
+        "reservation_id": "r",
+        "transfer_ids": ("t",),
+        "created_at_s": 0.0,
+        "model": "m",
+    }
     return Receipt(**{**facts, "namespace": "", **changed})
 
 

@@ -106,6 +106,7 @@ async def open_account(wish: NewAccount, service: ServiceOf, caller: CallerOf) -
     caller.need(ADMIN)
     if wish.id == ME:
         raise invalid(f"id: {ME!r} stands for the caller's own account", "id")
+    await service.record(caller, "account create", wish.model_dump())
     opened = await run_in_threadpool(service.market.create_account, wish.id, wish.kind)
     return AccountModel(**facts_of(opened))
 
@@ -144,6 +145,8 @@ async def deposit(
     caller.need(ADMIN)
     # With a prefix, so that a caller's id is never the id of another kind of transfer.
     transfer_id = f"deposit:{wish.transfer_id}"
+    details = {"account": account_id, **wish.model_dump()}
+    await service.record(caller, "account deposit", details)
     booked = await run_in_threadpool(
         service.market.deposit, account_id, wish.amount_nano, transfer_id
     )
@@ -158,6 +161,8 @@ async def create_key(
     caller.need(ADMIN)
     await run_in_threadpool(service.market.ledger.account, account_id)
     scopes = sorted(set(wish.scopes))
+    details = {"account": account_id, **wish.model_dump()}
+    await service.record(caller, "apikey create", details)
     try:
         limits = KeyLimits(**wish.limits.model_dump() | {"networks": tuple(wish.limits.networks)})
         secret, key_id = await run_in_threadpool(
@@ -207,6 +212,7 @@ async def revoke_key(
             raise not_found(f"account {account_id} has no key {key_id}")
         service.keys.revoke(key_id)
 
+    await service.record(caller, "apikey revoke", {"account": account_id, "key_id": key_id})
     await run_in_threadpool(revoke)
     return Response(status_code=204)
 

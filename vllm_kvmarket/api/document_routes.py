@@ -160,6 +160,8 @@ async def change(
         shared_bucket.offer(market.store, market.catalogue, document_id)
         return describe(market, market.catalogue.get(document_id))
 
+    details = {"document_id": document_id, **wish.model_dump(exclude_unset=True)}
+    await service.record(caller, "document change", details)
     return await run_in_threadpool(apply)
 
 
@@ -176,6 +178,7 @@ async def withdraw(document_id: DocumentPath, service: ServiceOf, caller: Caller
         service.market.delist(document_id)
         return Deleted(id=document_id)
 
+    await service.record(caller, "document delist", {"document_id": document_id})
     return await run_in_threadpool(delist)
 
 

@@ -114,21 +114,32 @@ class Offer:
     available_nano: int
 
 
-async def offer_of(service: Service, prompts: Sequence[Sequence[int]], account: str) -> Offer:
-    """Quote a request's prompts, without holding up the event loop."""
+async def offer_of(
+    service: Service,
+    prompts: Sequence[Sequence[int]],
+    account: str,
+    document_tokens: int | None = None,
+) -> Offer:
+    """Quote a request's prompts, or the document in front of them, beside the event loop."""
     assert service.frontend is not None
     return await asyncio.to_thread(
-        _offer, service.market, service.frontend.namespace, prompts, account
+        _offer, service.market, service.frontend.namespace, prompts, account, document_tokens
     )
 
 
 def _offer(
-    market: Market, namespace: bytes, prompts: Sequence[Sequence[int]], account: str
+    market: Market,
+    namespace: bytes,
+    prompts: Sequence[Sequence[int]],
+    account: str,
+    document_tokens: int | None,
 ) -> Offer:
     matched = charge = without = 0
     document_id = None
     for tokens in prompts:
-        priced = market.quote(namespace, tokens, most=len(tokens) - 1)
+        # A prompt's last token is always computed.
+        bought = tokens if document_tokens is None else tokens[:document_tokens]
+        priced = market.quote(namespace, bought, most=min(len(bought), len(tokens) - 1))
         if priced.match is None:
             continue
         matched += priced.tokens

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol, TypeVar
 
 from fastapi import Depends, Request
+from fastapi.concurrency import run_in_threadpool
 from fastapi.security import APIKeyHeader, HTTPBearer
 
 from vllm_kvmarket.api.auth import Caller, KeyChecker, key_in, wrong_key
@@ -16,8 +17,9 @@ from vllm_kvmarket.api.bodies import MOST_ITEMS, Scope
 from vllm_kvmarket.api.errors import ApiError
 from vllm_kvmarket.api.rate_limits import READS, WRITES, Limiter, Queue, counted_as, sender_address
 from vllm_kvmarket.api.sessions import Sessions
+from vllm_kvmarket.auth.admin_log import AdminLog
 from vllm_kvmarket.auth.api_keys import Keys
-from vllm_kvmarket.market.market import Market
+from vllm_kvmarket.market.market import DATABASE_FILE, Market
 
 if TYPE_CHECKING:
     from vllm_kvmarket.api.publication_queue import Publications
@@ -68,10 +70,12 @@ class Service:
     tokenizing_queue: Queue = field(default_factory=lambda: Queue(MOST_WAITING, "the tokenizer"))
     reads: Limiter = field(default_factory=lambda: Limiter(READS))
     writes: Limiter = field(default_factory=lambda: Limiter(WRITES))
+    admin_log: AdminLog = field(init=False)
     key_checker: KeyChecker = field(init=False)
     sessions: Sessions = field(init=False)
 
     def __post_init__(self) -> None:
+        self.admin_log = AdminLog(self.market.home / DATABASE_FILE)
         self.key_checker = KeyChecker(self.keys)
         self.sessions = Sessions(self.market.credentials, self.keys, self.market.home)
 
@@ -110,6 +114,11 @@ class Service:
         loop = asyncio.get_running_loop()
         with self.tokenizing_queue.place():
             return await loop.run_in_executor(self.tokenizing, step, *args)
+
+    async def record(self, caller: Caller, action: str, details: Mapping[str, Any]) -> None:
+        """Write what an administrator is about to change; nothing for another caller."""
+        if caller.is_admin:
+            await run_in_threadpool(self.admin_log.record, str(caller.key_id), action, details)
 
 
 def market_settings(transfer: Any) -> Mapping[str, Any] | None:

@@ -153,19 +153,25 @@ def _emit_backup(args: argparse.Namespace, report: proofs.BackupReport, text: st
 
 COMMANDS = (
     Command(
-        "bundle export", "write a document into one signed file", _run_export, _configure_export
+        "bundle export",
+        "write a document into one signed file",
+        _run_export,
+        _configure_export,
+        changes=True,
     ),
     Command(
         "bundle import",
         "read a signed file and put its document on offer",
         _run_import,
         _configure_import,
+        changes=True,
     ),
     Command(
         "backup create",
         "copy a running market: its database and log; on request its chunks and keys",
         _run_create,
         _configure_create,
+        changes=True,
     ),
     Command(
         "backup restore",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import getpass
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -34,6 +35,8 @@ class Command:
     help: str
     run: Callable[[argparse.Namespace], int]
     configure: Callable[[argparse.ArgumentParser], None] | None = None
+    # A change is recorded in the market's admin log before it is made.
+    changes: bool = False
 
 
 def home_of(args: argparse.Namespace) -> Path:
@@ -64,11 +67,26 @@ def open_market(args: argparse.Namespace, *, create: bool = False) -> Iterator[M
         )
     try:
         with Market.open(home, config.load(args.config)) as market:
+            if args.command.changes:
+                _record(args, database)
             yield market
     except apsw.Error as error:
         raise KVMarketError(
             f"the market's database {database}: {error}; look at it with `kvmarket store check`"
         ) from error
+
+
+def _record(args: argparse.Namespace, database: Path) -> None:
+    from vllm_kvmarket.auth.admin_log import AdminLog
+
+    # The configuration may hold the secrets of an object store.
+    left_out = {"command", "config", "home", "json"}
+    given = {
+        name: value if isinstance(value, int | float) else str(value)
+        for name, value in vars(args).items()
+        if name not in left_out and value not in (None, False, [], "")
+    }
+    AdminLog(database).record(f"cli:{getpass.getuser()}", args.command.name, given)
 
 
 def add_document_id(parser: argparse.ArgumentParser) -> None:

@@ -402,23 +402,37 @@ COMMANDS = (
         "prefill documents once, store their KV, and put them on offer",
         _run_publish,
         _configure_publish,
+        changes=True,
     ),
     Command("document list", "list the documents of the market", _run_list, _configure_list),
     Command("document show", "show one document: prices, size, sales", _run_show, add_document_id),
     Command(
-        "document delist", "take a document off the market at once", _run_delist, add_document_id
+        "document delist",
+        "take a document off the market at once",
+        _run_delist,
+        add_document_id,
+        changes=True,
     ),
     Command(
         "document expire",
         "set the time until which a document is on offer",
         _run_expire,
         _configure_expire,
+        changes=True,
     ),
     Command(
-        "document pin", "keep a document in the engines' paged caches", _run_pin, add_document_id
+        "document pin",
+        "keep a document in the engines' paged caches",
+        _run_pin,
+        add_document_id,
+        changes=True,
     ),
     Command(
-        "document unpin", "let engines drop a pinned document again", _run_unpin, add_document_id
+        "document unpin",
+        "let engines drop a pinned document again",
+        _run_unpin,
+        add_document_id,
+        changes=True,
     ),
     Command(
         "document audit",

@@ -235,19 +235,38 @@ def _run_trust_remove(args: argparse.Namespace) -> int:
 
 
 COMMANDS = (
-    Command("apikey create", "make an account's key; shown once", _run_create, _configure_create),
+    Command(
+        "apikey create",
+        "make an account's key; shown once",
+        _run_create,
+        _configure_create,
+        changes=True,
+    ),
     Command("apikey list", "list the keys, without their secrets", _run_list, _configure_list),
-    Command("apikey revoke", "end a key, for good", _run_revoke, _configure_revoke),
+    Command("apikey revoke", "end a key, for good", _run_revoke, _configure_revoke, changes=True),
     Command(
         "key show", "print the public key to give to others", _run_key_show, _configure_key_show
     ),
-    Command("key rotate", "make a new key, which signs from now on", _run_key_rotate),
+    Command("key rotate", "make a new key, which signs from now on", _run_key_rotate, changes=True),
     Command(
         "key rotate-operator",
         "make a new secret for tokens, salts and sessions; running processes follow",
         _run_rotate_operator,
+        changes=True,
     ),
-    Command("trust add", "trust an exporter's public key", _run_trust_add, _configure_trust_add),
+    Command(
+        "trust add",
+        "trust an exporter's public key",
+        _run_trust_add,
+        _configure_trust_add,
+        changes=True,
+    ),
     Command("trust list", "list the trusted keys", _run_trust_list),
-    Command("trust remove", "stop trusting a key", _run_trust_remove, _configure_trust_remove),
+    Command(
+        "trust remove",
+        "stop trusting a key",
+        _run_trust_remove,
+        _configure_trust_remove,
+        changes=True,
+    ),
 )

@@ -311,11 +311,21 @@ def _show_statement(where: Console, made: statements.Statement) -> None:
 
 
 COMMANDS = (
-    Command("account create", "open an account", _run_create, _configure_create),
+    Command("account create", "open an account", _run_create, _configure_create, changes=True),
     Command("account list", "list all accounts with their balances", _run_list),
-    Command("account deposit", "bring money into an account", _run_deposit, _configure_deposit),
     Command(
-        "account payout", "pay out a balance, once for a reference", _run_payout, _configure_payout
+        "account deposit",
+        "bring money into an account",
+        _run_deposit,
+        _configure_deposit,
+        changes=True,
+    ),
+    Command(
+        "account payout",
+        "pay out a balance, once for a reference",
+        _run_payout,
+        _configure_payout,
+        changes=True,
     ),
     Command(
         "ledger show",

@@ -12,11 +12,13 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from vllm_kvmarket import proofs
+from vllm_kvmarket.auth.admin_log import AdminLog
 from vllm_kvmarket.auth.signing_keys import PublicKey, SigningKeys, TrustedKeys, read_jwks
 from vllm_kvmarket.cli.command import Command, UsageError, home_of, open_market
 from vllm_kvmarket.cli.ledger_commands import add_limit
 from vllm_kvmarket.cli.output import clean, emit, moment, pairs, read_text, table
 from vllm_kvmarket.core.pricing import format_nano
+from vllm_kvmarket.market.market import DATABASE_FILE
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -302,6 +304,39 @@ def _check(text: str, keys: list[PublicKey]) -> dict[str, Any]:
     return {"valid": True, "kind": "checkpoint", "says": says, "size": checkpoint.size}
 
 
+# what administrators changed
+
+
+def _configure_admin(parser: argparse.ArgumentParser) -> None:
+    add_limit(parser, "entries")
+
+
+def _run_admin(args: argparse.Namespace) -> int:
+    with open_market(args) as market:
+        entries = AdminLog(market.home / DATABASE_FILE).entries(args.limit)
+    described = msgspec.to_builtins(entries)
+    emit(args, {"entries": described}, lambda where: _show_admin(where, described))
+    return 0
+
+
+def _show_admin(where: Console, described: list[dict[str, Any]]) -> None:
+    table(
+        where,
+        [">number", "time", "actor", "action", "~details"],
+        [
+            (
+                entry["number"],
+                moment(entry["at_s"]),
+                entry["actor"],
+                entry["action"],
+                ", ".join(f"{name}={value}" for name, value in entry["details"].items()),
+            )
+            for entry in described
+        ],
+        empty="no changes yet",
+    )
+
+
 COMMANDS = (
     Command(
         "receipt list",
@@ -322,6 +357,12 @@ COMMANDS = (
     Command("log prove", "prove that a transfer is in the log", _run_prove, _configure_prove),
     Command(
         "log consistency", "prove that the log only grew", _run_consistency, _configure_consistency
+    ),
+    Command(
+        "log admin",
+        "list what administrators changed, over HTTP and with this command",
+        _run_admin,
+        _configure_admin,
     ),
     Command(
         "log verify",

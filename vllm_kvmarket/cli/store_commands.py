@@ -404,12 +404,15 @@ COMMANDS = (
         _run_check,
         _configure_check,
     ),
-    Command("store gc", "delete chunks that no listing needs", _run_gc, _configure_gc),
+    Command(
+        "store gc", "delete chunks that no listing needs", _run_gc, _configure_gc, changes=True
+    ),
     Command(
         "store repair",
         "verify documents, and publish damaged ones again",
         _run_repair,
         _configure_repair,
+        changes=True,
     ),
     Command(
         "store codecs",

@@ -109,6 +109,27 @@ def test_money_and_keys_are_an_admin_s(server):
     get(server, "/accounts/me", "new", 401)
 
 
+def test_what_an_admin_changes_is_recorded(server):
+    """Before it is done, with the key's id; others' own changes and looks are not."""
+    post(server, "/accounts", "admin", id="logged", kind="buyer")
+    post(server, "/accounts/logged/deposits", "admin", amount_nano=7, transfer_id="bank-9")
+    made = post(server, "/accounts/logged/keys", "admin", scopes=["buyer"], label="laptop")
+    url = f"{BASE}/accounts/logged/keys/{made['id']}"
+    assert server.client.delete(url, headers=as_(server, "admin")).status_code == 204
+    get(server, "/accounts", "admin")
+    post(server, "/accounts", "bea", 403, id="other")
+    entries = server.service.admin_log.entries(4)
+    assert [(entry.action, entry.details.get("account", "logged")) for entry in entries] == [
+        ("apikey revoke", "logged"),
+        ("apikey create", "logged"),
+        ("account deposit", "logged"),
+        ("account create", "logged"),
+    ]
+    assert entries[2].details["amount_nano"] == 7
+    (key,) = {entry.actor for entry in entries}
+    assert server.service.keys.principal(key).scopes == {"admin"}
+
+
 def test_a_key_has_limits_over_http(server):
     """They are listed with its spending; outside them the key is no key."""
     limits = {"day_budget_nano": 5, "consents": False, "networks": ["192.0.2.0/24"]}

@@ -1,9 +1,11 @@
-"""`kvmarket apikey ...`: keys with limits, shown without their secrets."""
+"""`kvmarket apikey ...`: keys with limits; `kvmarket log admin`: what was changed."""
 
+import getpass
 import time
 
 import pytest
 
+from vllm_kvmarket import cli
 from vllm_kvmarket.auth.api_keys import Keys
 from vllm_kvmarket.market.market import DATABASE_FILE
 
@@ -68,3 +70,38 @@ def test_keys_are_listed_without_their_secrets(run, run_json, home):
 def test_a_key_that_cannot_be_is_a_usage_error(run, options, message):
     """One line, and no key."""
     assert message in run("apikey", "create", *options, code=2).err
+
+
+def test_changes_are_in_the_admin_log(run, run_json, sold):
+    """Each command that changes something, with its arguments; what only looks is not there."""
+    run("account", "deposit", "alice", "2.5", "--id", "bank-1")
+    made = run_json("apikey", "create", "alice", "--label", "laptop")
+    run("account", "list")
+    run("document", "delist", sold.document_id)
+    run("document", "delist", sold.document_id, code=1)
+    entries = run_json("log", "admin")["entries"]
+    assert [entry["action"] for entry in entries] == [
+        "document delist",
+        "document delist",
+        "apikey create",
+        "account deposit",
+    ]
+    assert {entry["actor"] for entry in entries} == {f"cli:{getpass.getuser()}"}
+    assert entries[-1]["details"] == {"account": "alice", "amount": 2_500_000_000, "id": "bank-1"}
+    assert entries[-2]["details"] == {"account": "alice", "label": "laptop"}
+    shown = run("log", "admin", "--limit", "2").out
+    assert sold.document_id in shown and "deposit" not in shown
+    assert made["key"] not in run("log", "admin").out
+
+
+def test_every_command_that_writes_is_recorded():
+    """A new command is a change or is named here as one that only looks."""
+    looking = {
+        *("document list", "document show", "document audit", "account list", "apikey list"),
+        *("ledger show", "ledger statement", "ledger check", "receipt list", "receipt show"),
+        *("receipt verify", "log checkpoint", "log prove", "log consistency", "log verify"),
+        *("log admin", "key show", "trust list", "store check", "store codecs", "economics"),
+        # They need no market, or make one of their own.
+        *("env", "demo", "backup restore"),
+    }
+    assert {command.name for command in cli.commands() if not command.changes} == looking

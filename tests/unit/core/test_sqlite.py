@@ -2,6 +2,8 @@
 
 import contextlib
 import os
+import subprocess
+import sys
 
 from vllm_kvmarket.core import sqlite
 from vllm_kvmarket.core.durable_files import make_private
@@ -48,6 +50,22 @@ def test_a_market_is_its_owners_alone(tmp_path):
         assert home.stat().st_mode & 0o777 == 0o700
         assert {path.name for path in files} >= {"market.sqlite", "market.sqlite-wal"}
         assert [path.name for path in files if path.stat().st_mode & 0o077] == []
+
+
+def test_opening_twice_keeps_this_processs_locks(tmp_path):
+    """Another process must not take itself for the database's only user."""
+    path = tmp_path / "m.sqlite"
+    # SQLite's readers share these bytes; it takes them alone before it removes the log.
+    code = (
+        "import fcntl, sys; file = open(sys.argv[1], 'r+b'); "
+        "fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB, 510, 0x40000002)"
+    )
+    with contextlib.closing(sqlite.connect(path)) as first:
+        first.execute("CREATE TABLE t (x)")
+        with contextlib.closing(sqlite.connect(path)):
+            command = [sys.executable, "-c", code, str(path)]
+            done = subprocess.run(command, check=False, capture_output=True, text=True)
+    assert "BlockingIOError" in done.stderr
 
 
 def test_a_missing_file_is_no_error(tmp_path):

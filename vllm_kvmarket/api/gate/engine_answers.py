@@ -15,12 +15,13 @@ from typing import Any
 
 import msgspec
 
-from vllm_kvmarket.api.bodies import Message, Receive, Scope, Send
+from vllm_kvmarket.api.bodies import App, Message, Receive, Scope, Send
 from vllm_kvmarket.api.errors import ApiError
+from vllm_kvmarket.api.gate.request_fields import GatedRequest
+from vllm_kvmarket.api.service import Service
 from vllm_kvmarket.connector.request_params import FIELD
 from vllm_kvmarket.core.errors import KVMarketError
 from vllm_kvmarket.ledger import Receipt
-from vllm_kvmarket.market.market import Market
 
 # The engine answers a moment before the ledger's commit.
 PATIENCE_S = 0.2
@@ -57,19 +58,36 @@ class MarketResponse:
     part, as a refusal is known by then.
     """
 
-    def __init__(self, scope: Scope, receive: Receive, send: Send, market: Market) -> None:
+    def __init__(
+        self, scope: Scope, receive: Receive, send: Send, service: Service, request: GatedRequest
+    ) -> None:
         self._scope = scope
         self._receive = receive
         self._send = send
-        self._market = market
+        self._service = service
+        self._request = request
         self._answers: list[dict[str, Any]] = []
         self._start: Message | None = None
         self._is_stream = False
         self._is_refused = False
 
-    def begin(self) -> None:
-        """Collect the engine's answers of this task, and of those that it starts."""
+    async def follow(self, app: App, scope: Scope, receive: Receive) -> None:
+        """Serve the request, and give its key's budget back what was not charged."""
         _answers.set(self._answers)
+        try:
+            await app(scope, receive, self)
+        finally:
+            charges = {each["receipt_id"]: each.get("charge_nano", 0) for each in self._sold()}
+            left_nano = self._request.spent_nano - sum(charges.values())
+            key_id = self._request.caller.key_id
+            if left_nano > 0 and key_id is not None:
+                # Also if the client has left: then this task is cancelled.
+                await asyncio.shield(
+                    asyncio.to_thread(self._service.keys.refund, key_id, left_nano)
+                )
+
+    def _sold(self) -> list[dict[str, Any]]:
+        return [each for each in self._answers if each.get("receipt_id")]
 
     async def __call__(self, message: Message) -> None:
         """ASGI's send."""
@@ -105,15 +123,13 @@ class MarketResponse:
 
     async def _event(self) -> bytes:
         """The stream's last event: receipts of this request only; empty if nothing was charged."""
-        ids = list(
-            dict.fromkeys(each["receipt_id"] for each in self._answers if each.get("receipt_id"))
-        )
+        ids = list(dict.fromkeys(each["receipt_id"] for each in self._sold()))
         receipts = [found for each in ids if (found := await self._receipt(each)) is not None]
         data = {"type": FIELD, "receipt_ids": ids, "receipts": receipts}
         return b"event: kvmarket\ndata: " + msgspec.json.encode(data) + b"\n\n"
 
     async def _receipt(self, receipt_id: str) -> Receipt | None:
         try:
-            return await asyncio.to_thread(self._market.receipt, receipt_id, PATIENCE_S)
+            return await asyncio.to_thread(self._service.market.receipt, receipt_id, PATIENCE_S)
         except KVMarketError:
             return None  # /v1/kvmarket/receipts/{receipt id} has it later

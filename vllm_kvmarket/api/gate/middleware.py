@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import re
 import secrets
+from dataclasses import asdict
 from functools import partial
 from typing import Any
 
 from fastapi import FastAPI, Request
+from fastapi.concurrency import run_in_threadpool
 
 from vllm_kvmarket.api import quotes
 from vllm_kvmarket.api.auth import ADMIN, BUYER, Caller
@@ -29,7 +31,6 @@ from vllm_kvmarket.api.gate.engine_answers import MarketResponse
 from vllm_kvmarket.api.gate.placement import Documents, prompts_of
 from vllm_kvmarket.api.gate.request_fields import (
     GatedRequest,
-    MarketField,
     cache_salt,
     engine_params,
     remove_admin_fields,
@@ -81,7 +82,11 @@ class Gate:
             await _refuse(error, scope, receive, send)
             return
         # A second gate, if an app has two, must not take our fields for the client's.
-        await self._app({**scope, _PASSED: True}, receive, send)
+        passed = {**scope, _PASSED: True}
+        if isinstance(send, MarketResponse):
+            await send.follow(self._app, passed, receive)
+        else:
+            await self._app(passed, receive, send)
 
     async def _admit(
         self, scope: Scope, receive: Receive, send: Send
@@ -119,26 +124,31 @@ class Gate:
         if not (caller.is_admin or caller.operation is not None):
             remove_admin_fields(body)
             scope = without_admin_headers(scope)
-        request = GatedRequest(scope["app"], _shape(kind, body), caller, body, len(content))
-        reuse = await self._prepare(service, request)
+        request = GatedRequest(
+            scope["app"], _shape(kind, body), caller, body, len(content), request_id
+        )
+        await self._prepare(service, request)
         if kind is Kind.RESPONSES:
             body["request_id"] = f"resp_{request_id}"
         scope, receive = await with_body(
             scope, receive, body, len(content), {"x-request-id": request_id}
         )
-        if reuse and caller.account is not None:
-            response = MarketResponse(scope, receive, send, service.market)
-            response.begin()
-            send = response
+        if (
+            caller.account is not None
+            and request.declined is None
+            and request.kind is not Kind.SALTED
+        ):
+            send = MarketResponse(scope, receive, send, service, request)
         return scope, receive, send
 
-    async def _prepare(self, service: Service, request: GatedRequest) -> bool:
-        """Replace what a client wrote of the server's fields by what the server says; mutates.
+    async def _prepare(self, service: Service, request: GatedRequest) -> None:
+        """Replace what a client wrote of the server's fields by what the server says.
 
-        Returns whether the request may reuse what is on offer. Raises ApiError.
+        Mutates the request. Raises ApiError, and KVMarketError if the ledger must be asked.
         """
         market, kind, caller, body = service.market, request.kind, request.caller, request.body
-        field = take_market_field(body)
+        field = request.field = take_market_field(body)
+        request.max_price_nano = field.max_price_nano
         salt = cache_salt(caller, market.credentials, remove_server_fields(body))
         await beside_loop(request.size, partial(scope_media, body), salt)
         if field.is_binding and caller.account is None:
@@ -152,42 +162,17 @@ class Gate:
             raise quotes.no_quote_for(adapter)
         if field.document is not None:
             await self._documents_of(service, request.app).place(request, field.document)
-        reuse = field.reuse != "never" and kind is not Kind.SALTED
-        if reuse and adapter is None and caller.account is not None:
-            reuse = await self._may_reuse(service, request, field)
-        params = engine_params(
-            caller,
-            market.credentials,
-            reuse=reuse,
-            declined=None if reuse or kind is Kind.SALTED else field.declines,
-            max_price_nano=field.max_price_nano,
-        )
+        if kind is not Kind.SALTED and caller.operation is None:
+            if not field.wants_reuse(caller.limits):
+                request.declined = "never"
+            elif caller.account is not None and not await _is_affordable(
+                service, request, is_adapter=adapter is not None
+            ):
+                request.declined = "max_price"
+        params = engine_params(request, market.credentials, market.config.tariff)
         if params is not None:
             body["kv_transfer_params"] = {**body.get("kv_transfer_params", {}), **params}
         body["cache_salt"] = salt
-        return reuse
-
-    async def _may_reuse(self, service: Service, request: GatedRequest, field: MarketField) -> bool:
-        """Whether a request may reuse at the present price. Raises ApiError."""
-        account, refuse_unfunded = (
-            request.caller.account,
-            service.market.config.unfunded == "refuse",
-        )
-        if account is None or not (field.needs_quote or refuse_unfunded):
-            return True
-        prompts = await prompts_of(request)
-        try:
-            offer = await quotes.offer_of(service, prompts, account)
-        except UnavailableError:
-            if field.is_binding:
-                raise
-            return True  # the engine keeps the limit, and computes what it cannot reserve
-        return quotes.may_reuse(
-            offer,
-            required=field.reuse == "require",
-            max_price_nano=field.max_price_nano,
-            refuse_unfunded=refuse_unfunded,
-        )
 
     def _documents_of(self, service: Service, app: FastAPI) -> Documents:
         if self._documents is None:
@@ -195,6 +180,59 @@ class Gate:
             tokenizer = app.state.online_renderer.renderer.get_tokenizer()
             self._documents = Documents(service.market, service.frontend.namespace, tokenizer)
         return self._documents
+
+
+async def _is_affordable(service: Service, request: GatedRequest, *, is_adapter: bool) -> bool:
+    """Whether a request may reuse at the present price; charges the budget of its key.
+
+    Mutates the request. Raises ApiError if it must not be computed instead.
+    """
+    caller, field = request.caller, request.field
+    has_budget = caller.limits.has_budget
+    refuse_unfunded = service.market.config.unfunded == "refuse"
+    is_limited = field.reuse == "require" or field.max_price_nano is not None
+    if is_adapter:
+        return not has_budget  # only the engine can quote it, and keeps the other limits
+    if not (is_limited or has_budget or refuse_unfunded):
+        return True
+    assert caller.account is not None
+    prompts = await prompts_of(request)
+    try:
+        offer = await quotes.offer_of(service, prompts, caller.account, request.document_tokens)
+    except UnavailableError:
+        if field.is_binding:
+            raise
+        # The engine keeps the limit, and computes what it cannot reserve.
+        return not has_budget
+    may_reuse = quotes.may_reuse(
+        offer,
+        required=field.is_binding,
+        max_price_nano=field.max_price_nano,
+        refuse_unfunded=refuse_unfunded,
+    )
+    if not may_reuse or not has_budget:
+        return may_reuse
+    return await _spend(service, request, offer)
+
+
+async def _spend(service: Service, request: GatedRequest, offer: quotes.Offer) -> bool:
+    """Charge the budget of the request's key with an offer, which is then the request's limit.
+
+    Mutates the request. Raises ApiError if it is too little and the request must reuse.
+    """
+    key_id = request.caller.key_id
+    assert key_id is not None
+    if not await run_in_threadpool(service.keys.spend, key_id, offer.charge_nano):
+        if request.field.is_binding:
+            raise ApiError(
+                402,
+                "budget_exhausted",
+                f"reuse costs {offer.charge_nano} nano-units, more than this key may still spend",
+                quote=asdict(offer),
+            )
+        return False
+    request.max_price_nano = request.spent_nano = offer.charge_nano
+    return True
 
 
 async def _refuse(error: Exception, scope: Scope, receive: Receive, send: Send) -> None:

@@ -65,6 +65,7 @@ class Documents:
         kind, body = request.kind, request.body
         check_beside_document(kind, body)
         listing, tokens = await asyncio.to_thread(self._find, document_id)
+        request.document_tokens = len(tokens)
         if kind is Kind.TOKENS:
             body["token_ids"] = [*tokens, *_list(body, "token_ids")]
         elif kind is Kind.COMPLETIONS:

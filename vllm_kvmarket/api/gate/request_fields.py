@@ -18,9 +18,11 @@ from vllm_kvmarket.api.auth import Caller
 from vllm_kvmarket.api.bodies import Scope
 from vllm_kvmarket.api.errors import ApiError, invalid
 from vllm_kvmarket.api.gate.route_kinds import Kind
-from vllm_kvmarket.auth.operator_tokens import Credentials, account_subject
+from vllm_kvmarket.auth.api_keys import KeyLimits
+from vllm_kvmarket.auth.operator_tokens import Credentials
 from vllm_kvmarket.connector import request_params
 from vllm_kvmarket.connector.request_params import FIELD, Reason, RequestParams
+from vllm_kvmarket.core.pricing import Tariff
 
 # Everything by which a request could speak to a connector.
 _CONNECTOR_FIELDS = ("kv_transfer_params", "ec_transfer_params")
@@ -53,6 +55,40 @@ _BESIDE_DOCUMENT: dict[Kind, frozenset[str]] = {
 }
 
 
+class MarketField(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The request field `kvmarket`.
+
+    `document` goes in front of the prompt and is bought. `reuse`: "prefer" computes what cannot be
+    reused, "require" refuses it, "never" computes always; without it, the key has agreed to buy or
+    not. `max_price_nano` is the most that this request's reuse may cost.
+    """
+
+    document: Annotated[str, msgspec.Meta(min_length=1, max_length=128)] | None = None
+    reuse: Literal["prefer", "require", "never"] | None = None
+    max_price_nano: Annotated[int, msgspec.Meta(ge=0)] | None = None
+
+    @property
+    def is_binding(self) -> bool:
+        """Whether the request shall fail if it cannot reuse."""
+        return self.document is not None or self.reuse == "require"
+
+    def wants_reuse(self, limits: KeyLimits) -> bool:
+        """Whether the request buys: it asks to, or its key has agreed in advance."""
+        if self.reuse is None and self.document is None:
+            return limits.consents
+        return self.reuse != "never"
+
+    def dearest_nano_per_mtok(self, limits: KeyLimits, tariff: Tariff) -> int | None:
+        """The dearest listing that the request buys from; None if it names its own limit."""
+        if self.document is not None or self.max_price_nano is not None:
+            return None
+        agreed = limits.max_cache_read_nano_per_mtok
+        return tariff.terms().cache_read_nano_per_mtok if agreed is None else agreed
+
+
+NO_FIELD = MarketField()
+
+
 @dataclass(slots=True)
 class GatedRequest:
     """A generating request inside the gate: its JSON body, which had `size` bytes, may change."""
@@ -62,43 +98,24 @@ class GatedRequest:
     caller: Caller
     body: dict[str, Any]
     size: int
-
-
-class MarketField(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """The request field `kvmarket`.
-
-    `document` goes in front of the prompt. `reuse`: "prefer" computes what cannot be reused,
-    "require" refuses it, "never" computes always. `max_price_nano` is the most that this request's
-    reuse may cost.
-    """
-
-    document: Annotated[str, msgspec.Meta(min_length=1, max_length=128)] | None = None
-    reuse: Literal["prefer", "require", "never"] = "prefer"
-    max_price_nano: Annotated[int, msgspec.Meta(ge=0)] | None = None
-
-    @property
-    def is_binding(self) -> bool:
-        """Whether the request shall fail if it cannot reuse."""
-        return self.document is not None or self.reuse == "require"
-
-    @property
-    def declines(self) -> Reason:
-        """The reason, if this field is why nothing is reused."""
-        return "never" if self.reuse == "never" else "max_price"
-
-    @property
-    def needs_quote(self) -> bool:
-        """Whether the prompt must be matched before it goes on."""
-        return self.reuse == "require" or (
-            self.reuse == "prefer" and self.max_price_nano is not None
-        )
+    request_id: str = ""
+    field: MarketField = NO_FIELD
+    # The length of the document in front of each prompt.
+    document_tokens: int | None = None
+    # Why nothing is reused, if the sender wants it so.
+    declined: Reason | None = None
+    max_price_nano: int | None = None
+    # What the key's budget was charged for this request, before the engine's answer.
+    spent_nano: int = 0
+    # One for all retries of a request.
+    purchase_key: str | None = None
 
 
 def take_market_field(body: dict[str, Any]) -> MarketField:
     """Take the field out of a body; mutates it. Raises ApiError."""
     value = body.pop(FIELD, None)
     if value is None:
-        return MarketField()
+        return NO_FIELD
     try:
         field = msgspec.convert(value, MarketField)
     except msgspec.ValidationError as error:
@@ -195,14 +212,15 @@ def _scope_ids(value: Any, prefix: str) -> None:
 def sender_of(caller: Caller, credentials: Credentials, body: dict[str, Any]) -> Caller:
     """The caller, or, without a key, the holder of the operator's token in a body's parameters.
 
-    Parameters without a valid token are ignored, and all are beside a key.
+    Parameters without a valid token are ignored, and all are beside a key. Tokens that this gate
+    has made for one request are ignored too: somebody may have read them in a log.
     """
     given = body.get("kv_transfer_params")
     raw = given.get(FIELD) if isinstance(given, dict) else None
     if caller.account is not None or not isinstance(raw, dict) or not raw.get("token"):
         return caller
     params = request_params.read_params({FIELD: raw}, credentials, trusted=False)
-    if not isinstance(params, RequestParams):
+    if not isinstance(params, RequestParams) or params.request_id is not None:
         return caller
     if params.is_operators:
         return Caller(operation=raw)
@@ -210,28 +228,30 @@ def sender_of(caller: Caller, credentials: Credentials, body: dict[str, Any]) ->
 
 
 def engine_params(
-    caller: Caller,
-    credentials: Credentials,
-    *,
-    reuse: bool,
-    declined: Reason | None = None,
-    max_price_nano: int | None = None,
+    request: GatedRequest, credentials: Credentials, tariff: Tariff
 ) -> dict[str, Any] | None:
     """The parameters for the connector; None, so that everything is computed.
 
-    `declined` says why nothing is reused if the sender does not want it.
+    They are signed for this request and sixty seconds.
     """
+    caller, field = request.caller, request.field
     if caller.operation is not None:
         return {FIELD: caller.operation}
-    if declined is not None:
-        return {FIELD: {"declined": declined}}
-    if caller.account is None or not reuse:
+    if request.declined is not None:
+        return {FIELD: {"declined": request.declined}}
+    if caller.account is None or request.kind is Kind.SALTED:
         return None
-    token = credentials.token(account_subject(caller.account))
-    params: dict[str, Any] = {"account": caller.account, "token": token}
-    if max_price_nano is not None:
-        params["max_price_nano"] = max_price_nano
-    return {FIELD: params}
+    params = {
+        "account": caller.account,
+        "document": field.document,
+        "must_reserve": field.is_binding or None,
+        "purchase_key": request.purchase_key,
+        "max_price_nano": request.max_price_nano,
+        "max_cache_read_nano_per_mtok": field.dearest_nano_per_mtok(caller.limits, tariff),
+        "request_id": request.request_id,
+    }
+    given = {name: value for name, value in params.items() if value is not None}
+    return {FIELD: credentials.sign_params(given)}
 
 
 def cache_salt(caller: Caller, credentials: Credentials, client_salt: str = "") -> str:

@@ -16,12 +16,14 @@ from tests.support.page_visitor import sell
 from vllm_kvmarket import Market
 from vllm_kvmarket.api.gate import engine_answers
 from vllm_kvmarket.api.gate.route_kinds import ROUTES, Kind
-from vllm_kvmarket.auth.api_keys import Keys
+from vllm_kvmarket.auth.api_keys import KeyLimits, Keys
 from vllm_kvmarket.auth.operator_tokens import OPERATOR, account_subject
 from vllm_kvmarket.core.errors import LedgerUnavailableError
+from vllm_kvmarket.core.pricing import Tariff
 from vllm_kvmarket.market.market import DATABASE_FILE
 
 GENERATING = sorted(path for (path, _), kind in ROUTES.items() if kind.generates)
+TARIFF = Tariff().terms().cache_read_nano_per_mtok
 SALTED = {path for (path, _), kind in ROUTES.items() if kind is Kind.SALTED}
 
 
@@ -61,6 +63,14 @@ def reached(response):
     return response.json()["body"]
 
 
+def signed(market, got):
+    """The parameters that the engine believes, without what signs them and the request's id."""
+    params = got["kv_transfer_params"]["kvmarket"]
+    assert market.credentials.allows_params(params)
+    hidden = ("token", "expires_at_s", "request_id")
+    return {name: value for name, value in params.items() if name not in hidden}
+
+
 @pytest.mark.parametrize("path", GENERATING)
 def test_every_generating_route_is_told_the_account_by_the_server_alone(
     client, market, alice, path
@@ -71,9 +81,10 @@ def test_every_generating_route_is_told_the_account_by_the_server_alone(
     body |= {"prompt": "a", "vllm_xargs": {"kv_transfer_params": "x", "mine": 1}}
     body |= {"sampling_params": {"extra_args": {"kv_transfer_params": {"kvmarket": {}}}}}
     got = reached(client.post(path, json=body, headers=alice))
-    token = market.credentials.token(account_subject("alice"))
-    told = {"kvmarket": {"account": "alice", "token": token}}
-    assert got.get("kv_transfer_params") == (None if path in SALTED else told)
+    if path in SALTED:
+        assert "kv_transfer_params" not in got
+    else:
+        assert signed(market, got) == {"account": "alice", "max_cache_read_nano_per_mtok": TARIFF}
     assert got["cache_salt"] == market.credentials.sign("salt", "account:alice\0x")
     assert "ec_transfer_params" not in got
     assert got["vllm_xargs"] == {"mine": 1}
@@ -99,7 +110,11 @@ def test_parameters_signed_by_the_operator_are_heard(client, market, alice):
     token = market.credentials.token(account_subject("bob"))
     account = {"kvmarket": {"account": "bob", "token": token}}
     got = reached(client.post("/v1/completions", json={"kv_transfer_params": account}))
-    assert got["kv_transfer_params"] == account
+    assert signed(market, got)["account"] == "bob"
+    # What this gate signed for one request may stand in a log: it is worthless there.
+    leaked = got["kv_transfer_params"]
+    got = reached(client.post("/v1/completions", json={"kv_transfer_params": leaked}))
+    assert "kv_transfer_params" not in got
     operator = {"kvmarket": {"preload": True, "token": market.credentials.token(OPERATOR)}}
     got = reached(client.post("/v1/completions", json={"kv_transfer_params": operator}))
     assert got["kv_transfer_params"] == operator
@@ -389,6 +404,78 @@ def test_a_market_is_found_wherever_it_is_configured(app, client, transfer, has_
     assert status == (503 if has_market else 200)
 
 
+def test_a_document_is_reserved_or_refused(client, alice, market):
+    """The engine knows its id and the duty; a limit below its price is refused here already."""
+    name = store_and_list(market, tokens(300)).document_id
+    got = signed(market, reached(ask(client, alice, [1, 2], document=name)))
+    assert got == {"account": "alice", "document": name, "must_reserve": True}
+    for most, status in ((300 * 500, 200), (300 * 500 - 1, 402), (0, 402)):
+        told = ask(client, alice, [1, 2], document=name, max_price_nano=most)
+        assert told.status_code == status, told.text
+    assert told.json()["quote"]["document_id"] == name
+    got = signed(market, reached(ask(client, alice, [*tokens(300), 1], reuse="require")))
+    assert got["must_reserve"] is True and "document" not in got
+
+
+def test_a_document_is_quoted_without_what_lies_behind_it(client, alice, market):
+    """A longer listing of somebody else takes no part in the sale."""
+    document = tokens(300)
+    name = store_and_list(market, document).document_id
+    store_and_list(market, [*document, *tokens(200, 1)])
+    prompt = [*tokens(200, 1), 1]
+    told = ask(client, alice, prompt, document=name, max_price_nano=300 * 500)
+    assert told.status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("limits", "wish", "expected"),
+    [
+        ({}, {}, TARIFF),
+        ({"max_cache_read_nano_per_mtok": 7}, {}, 7),
+        ({}, {"reuse": "prefer"}, TARIFF),
+        ({}, {"max_price_nano": 10**9}, None),
+        ({"consents": False}, {}, "never"),
+        ({"consents": False}, {"max_price_nano": 10**9}, "never"),
+        ({"consents": False}, {"reuse": "prefer"}, TARIFF),
+        ({"consents": False}, {"reuse": "prefer", "max_price_nano": 10**9}, None),
+    ],
+)
+def test_reuse_is_bought_where_it_was_agreed_to(*, client, keys, market, limits, wish, expected):
+    """By the request, or by its key in advance; up to the tariff, without a limit of one's own."""
+    key = keys.create("alice", limits=KeyLimits(**limits))[0]
+    got = reached(ask(client, {"x-api-key": key}, [*tokens(300), 1], **wish))
+    if expected == "never":
+        assert got["kv_transfer_params"] == {"kvmarket": {"declined": "never"}}
+    else:
+        assert signed(market, got).get("max_cache_read_nano_per_mtok") == expected
+
+
+def test_a_keys_budget_is_charged_with_what_was_sold(app, client, keys, market):
+    """Before the request, with the quote; afterwards it gets back what was not charged."""
+    prompt = [*tokens(300), 1]
+    price = 300 * 500
+    store_and_list(market, prompt[:-1])
+    secret, key_id = keys.create("alice", limits=KeyLimits(total_budget_nano=2 * price))
+    key = {"x-api-key": secret}
+
+    def left():
+        return keys.budget_left_nano(key_id)
+
+    app.state.engine_client.answers = [{"receipt_id": "r", "charge_nano": price - 10}] * 2
+    got = signed(market, reached(ask(client, key, prompt)))
+    assert got["max_price_nano"] == price and left() == price + 10
+    app.state.engine_client.answers = [{"receipt_id": None, "charge_nano": 0}]
+    reached(ask(client, key, prompt))
+    assert left() == price + 10
+    app.state.engine_client.answers = [{"receipt_id": "s", "charge_nano": price}]
+    reached(ask(client, key, prompt))
+    got = reached(ask(client, key, prompt))
+    assert got["kv_transfer_params"] == {"kvmarket": {"declined": "max_price"}}
+    told = ask(client, key, prompt, reuse="require")
+    assert (told.status_code, told.json()["error"]["code"]) == (402, "budget_exhausted")
+    assert left() == 10
+
+
 def test_a_request_has_one_id_that_its_receipts_have_too(client, alice):
     """The client's, or the server's; a bad one or two are refused."""
     given = client.post("/v1/completions", json={}, headers=alice | {"x-request-id": "mine"})
@@ -470,7 +557,7 @@ def test_an_engines_outputs_are_closed_with_their_reader(app):
     async def leave():
         engine = Endless()
         engine_answers.watch(engine)
-        engine_answers.MarketResponse({}, None, None, None).begin()
+        engine_answers._answers.set([])
         outputs = engine.generate()
         await anext(outputs)
         await outputs.aclose()

@@ -22,7 +22,6 @@ import pytest
 
 from tests.support.engines import NANO, words
 from tests.support.serving import DOCUMENT, MODEL, PRICE_NANO, Server, cached, sold
-from vllm_kvmarket.auth.operator_tokens import account_subject
 from vllm_kvmarket.core.errors import KVMarketError
 
 pytest_plugins = ("tests.support.gate_server",)
@@ -308,7 +307,7 @@ def a_replayed_token(on: Attacked) -> None:
     credentials = on.server.market.credentials
     bound = credentials.sign_params({"account": name, "request_id": "cmpl-another-0"})
     old = {**bound, "expires_at_s": time.time() + 3600}
-    plain = {"account": name, "token": credentials.token(account_subject(name))}
+    plain = {"account": name, "token": credentials.sign("request", f"account:{name}")}
     for params in (bound, old, plain):
         given = {"kv_transfer_params": {"kvmarket": params}}
         answer = on.server.complete(DOCUMENT + words(8080, 20), None, **given)

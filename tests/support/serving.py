@@ -22,7 +22,6 @@ from tests.support import ROOT
 from tests.support.engines import NANO, words
 from vllm_kvmarket import Market
 from vllm_kvmarket.auth.api_keys import Keys
-from vllm_kvmarket.auth.operator_tokens import OPERATOR
 from vllm_kvmarket.market.market import DATABASE_FILE
 
 VLLM = ROOT / ".venv" / "bin" / "vllm"
@@ -73,8 +72,7 @@ class Server:
     ) -> str:
         """Put a document on offer, as the operator does; its id, when the server sells it."""
         wish = {"publish": {"terms": {"title": title, "rendered_as": as_, **terms}}}
-        wish["token"] = self.market.credentials.token(OPERATOR)  # type: ignore[assignment]
-        params = {"kv_transfer_params": {"kvmarket": wish}}
+        params = {"kv_transfer_params": {"kvmarket": self.market.credentials.sign_params(wish)}}
         answer = self.complete(list(tokens), max_tokens=1, **params)["kv_transfer_params"]
         listing = self.market.wait_for_listing(answer["kvmarket"]["document_id"])
         time.sleep(0.6)  # two of the server's intervals between looking for new listings

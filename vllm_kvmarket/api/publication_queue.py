@@ -13,7 +13,6 @@ import msgspec
 
 from vllm_kvmarket.api.errors import ApiError
 from vllm_kvmarket.api.service import Frontend
-from vllm_kvmarket.auth.operator_tokens import OPERATOR
 from vllm_kvmarket.catalogue import Listing
 from vllm_kvmarket.core.document_chunks import DocumentChunks
 from vllm_kvmarket.core.errors import KVMarketError
@@ -140,10 +139,9 @@ class Publications:
                 return ""  # withdrawn meanwhile
             answer = await self._frontend.operate(
                 publication.tokens,
-                {
-                    "publish": {"terms": msgspec.to_builtins(publication.terms)},
-                    "token": self._market.credentials.token(OPERATOR),
-                },
+                self._market.credentials.sign_params(
+                    {"publish": {"terms": msgspec.to_builtins(publication.terms)}}
+                ),
             )
         except Exception as error:  # noqa: BLE001  # the next document must not suffer
             logger.error("kvmarket: %s could not be published: %r", name, error)

@@ -28,7 +28,6 @@ from vllm_kvmarket.core.errors import ConfigError
 
 SECRET_FILE = "operator.key"  # noqa: S105  # its name, not the secret
 SECRET_BYTES = 32
-OPERATOR = "operator"
 # An account's name, whole; wherever one is read.
 ACCOUNT_PATTERN = r"[A-Za-z0-9._:@-]{1,128}"
 REQUEST_LIFETIME_S = 60.0
@@ -38,7 +37,7 @@ REFRESH_S = 0.5
 # The clocks of two machines that share a home may differ by this.
 CLOCK_SKEW_S = 5.0
 
-Purpose = Literal["request", "salt", "session", "form", "token"]
+Purpose = Literal["request", "salt", "session", "form"]
 
 
 class _Secrets(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -47,11 +46,6 @@ class _Secrets(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     secret: str
     previous: str | None = None
     rotated_at_s: float = 0.0
-
-
-def account_subject(account: str) -> str:
-    """The text that a token for buying on an account is made of."""
-    return f"account:{account}"
 
 
 class Credentials:
@@ -122,14 +116,6 @@ class Credentials:
         made = _Secrets(_new_secret(), known.secret, self._clock())
         write_durably(self._path, _encode(made))
         self._fresh_until_s = 0.0
-
-    def token(self, subject: str) -> str:
-        """The token for `subject` (OPERATOR, or account_subject(id))."""
-        return self.sign("token", subject)
-
-    def allows(self, subject: str, token: str) -> bool:
-        """Whether `token` was made for `subject`, in constant time."""
-        return self.verifies("token", subject, token)
 
     def _current(self) -> _Secrets:
         # Two threads may both read here; they find the same.

@@ -13,9 +13,7 @@ import msgspec
 
 from vllm_kvmarket.auth.operator_tokens import (
     ACCOUNT_PATTERN,
-    OPERATOR,
     Credentials,
-    account_subject,
 )
 from vllm_kvmarket.core.listing_terms import ListingTerms
 
@@ -135,8 +133,7 @@ def read_params(
         return Declined(DECLINED_BY_CALLER[params.declined], params.declined, must_reserve)
     if trusted or (params.account is None and not params.is_operators):
         return params
-    subject = OPERATOR if params.is_operators else account_subject(params.account or "")
-    if not credentials.allows_params(raw) and not credentials.allows(subject, params.token):
+    if not credentials.allows_params(raw):
         needs = (
             "publishing, preloading and auditing need the operator's token"
             if params.is_operators

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import msgspec
 
-from vllm_kvmarket.auth.operator_tokens import OPERATOR
 from vllm_kvmarket.catalogue import Audit, Listing
 from vllm_kvmarket.core.errors import (
     AuditFailedError,
@@ -184,8 +183,8 @@ def _operate(market: Market, llm: Any, tokens: list[int], **wish: Any) -> dict[s
     sampling = llm.get_default_sampling_params()
     sampling.max_tokens = 1
     sampling.temperature = 0.0
-    wish["token"] = market.credentials.token(OPERATOR)
-    sampling.extra_args = {"kv_transfer_params": {CONNECTOR: wish}}
+    signed = market.credentials.sign_params(wish)
+    sampling.extra_args = {"kv_transfer_params": {CONNECTOR: signed}}
     (output,) = llm.generate([{"prompt_token_ids": tokens}], sampling, use_tqdm=False)
     answer = (output.kv_transfer_params or {}).get(CONNECTOR)
     if answer is None:

@@ -16,7 +16,7 @@ from typing import Any, Self
 
 import msgspec
 
-from vllm_kvmarket.auth.operator_tokens import Credentials, account_subject
+from vllm_kvmarket.auth.operator_tokens import Credentials
 from vllm_kvmarket.catalogue import Audit, Catalogue, Listing, Match, Use
 from vllm_kvmarket.core.config import MarketConfig, load, to_mapping
 from vllm_kvmarket.core.document_chunks import DocumentChunks
@@ -128,12 +128,13 @@ class Market:
     def params(self, account: str | None = None) -> dict[str, Any]:
         """What a request that buys on `account` carries: SamplingParams(extra_args=...).
 
-        Over HTTP, the same object's `kv_transfer_params` goes into the body. The token in it lets
-        whoever holds it buy on the account.
+        An engine that trusts its requests takes them at any time. Over HTTP the same object's
+        `kv_transfer_params` goes into the body: its token lets anyone buy on the account for a
+        minute.
         """
         wish: dict[str, Any] = {}
         if account is not None:
-            wish = {"account": account, "token": self.credentials.token(account_subject(account))}
+            wish = self.credentials.sign_params({"account": account})
         return {"kv_transfer_params": {CONNECTOR: wish}}
 
     # Taking off the market

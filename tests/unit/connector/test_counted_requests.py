@@ -164,7 +164,7 @@ def test_a_plain_request_has_nothing_to_tell(half, market):
 def test_the_operators_work_is_not_among_requests(half, market):
     """A preload matches, and nobody asked."""
     figures = Figures(half)
-    token = market.credentials.token("operator")
-    answer = serve(half, [*DOCUMENT, 7], wish(preload=True, token=token))["kvmarket"]
+    signed = market.credentials.sign_params({"preload": True})
+    answer = serve(half, [*DOCUMENT, 7], wish(**signed))["kvmarket"]
     assert answer["reused_tokens"] == CACHED
     assert "matched_tokens" not in figures.now()

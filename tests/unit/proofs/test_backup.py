@@ -11,7 +11,6 @@ import pytest
 from tests.support import ROOT
 from tests.support.catalogue_documents import NAMESPACE
 from tests.support.proof_market import DOCUMENT, open_shop, sell
-from vllm_kvmarket.auth.operator_tokens import OPERATOR
 from vllm_kvmarket.auth.signing_keys import SigningKeys, TrustedKeys
 from vllm_kvmarket.core.errors import ConfigError
 from vllm_kvmarket.ledger import Ledger, pending, renew, void
@@ -56,7 +55,7 @@ def test_a_restored_market_is_the_same_market(market, folder, tmp_path):
     checkpoint = TransparencyLog(market.ledger, market.home).checkpoint()
     SigningKeys(market.home).rotate()
     TrustedKeys(market.home).add(SigningKeys(tmp_path / "friend").current().public)
-    token = market.credentials.token(OPERATOR)
+    token = market.credentials.sign("salt", "account:alice")
     made = backup(market, folder, with_chunks=True, passphrase=PASSPHRASE)
     assert (made.check.ok, made.chunks, made.chunks_missing) == (True, 3, [])
     accounts, transfers = market.ledger.accounts(), market.ledger.transfers()
@@ -65,7 +64,7 @@ def test_a_restored_market_is_the_same_market(market, folder, tmp_path):
     with Market.open(tmp_path / "new") as other:
         assert (other.ledger.accounts(), other.ledger.transfers()) == (accounts, transfers)
         assert other.receipt(receipt.id) == receipt
-        assert other.credentials.token(OPERATOR) == token
+        assert other.credentials.sign("salt", "account:alice") == token
         assert TrustedKeys(other.home).all().keys() == TrustedKeys(market.home).all().keys()
         assert check_and_repair.check(other).chunks_verified == 3
         keys = SigningKeys(other.home).public_keys()

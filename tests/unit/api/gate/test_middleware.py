@@ -17,7 +17,6 @@ from vllm_kvmarket import Market
 from vllm_kvmarket.api.gate import engine_answers
 from vllm_kvmarket.api.gate.route_kinds import ROUTES, Kind
 from vllm_kvmarket.auth.api_keys import KeyLimits, Keys
-from vllm_kvmarket.auth.operator_tokens import OPERATOR, account_subject
 from vllm_kvmarket.core.errors import LedgerUnavailableError
 from vllm_kvmarket.core.pricing import Tariff
 from vllm_kvmarket.market.market import DATABASE_FILE
@@ -107,22 +106,21 @@ def test_without_a_key_no_route_is_told_an_account(client, path):
 
 def test_parameters_signed_by_the_operator_are_heard(client, market, alice):
     """An account's token buys; the operator's publishes; neither beside a key, nor a false one."""
-    token = market.credentials.token(account_subject("bob"))
-    account = {"kvmarket": {"account": "bob", "token": token}}
+    account = {"kvmarket": market.credentials.sign_params({"account": "bob"})}
     got = reached(client.post("/v1/completions", json={"kv_transfer_params": account}))
     assert signed(market, got)["account"] == "bob"
     # What this gate signed for one request may stand in a log: it is worthless there.
     leaked = got["kv_transfer_params"]
     got = reached(client.post("/v1/completions", json={"kv_transfer_params": leaked}))
     assert "kv_transfer_params" not in got
-    operator = {"kvmarket": {"preload": True, "token": market.credentials.token(OPERATOR)}}
+    operator = {"kvmarket": market.credentials.sign_params({"preload": True})}
     got = reached(client.post("/v1/completions", json={"kv_transfer_params": operator}))
     assert got["kv_transfer_params"] == operator
     got = reached(
         client.post("/v1/completions", json={"kv_transfer_params": account}, headers=alice)
     )
     assert got["kv_transfer_params"]["kvmarket"]["account"] == "alice"
-    false = {"kvmarket": {"account": "alice", "token": token}}
+    false = {"kvmarket": {**account["kvmarket"], "account": "alice"}}
     got = reached(client.post("/v1/completions", json={"kv_transfer_params": false}))
     assert "kv_transfer_params" not in got
 

@@ -217,6 +217,18 @@ class QuoteWish(Body):
         return self
 
 
+class QuoteLine(BaseModel):
+    """The price of tokens `start` to `end`, which this document was the first to offer."""
+
+    document: str
+    title: str
+    publisher: str
+    start: int
+    end: int
+    cache_read_nano_per_mtok: int
+    charge_nano: int
+
+
 class Quote(BaseModel):
     """What a prompt would cost, of the tokens that go in.
 
@@ -231,6 +243,7 @@ class Quote(BaseModel):
     title: str | None
     publisher: str | None
     prices: Prices
+    lines: list[QuoteLine]
     charge_nano: int
     with_reuse_nano: int
     without_reuse_nano: int
@@ -379,6 +392,20 @@ class StatementModel(BaseModel):
     lines: list[StatementLine]
 
 
+class ReceiptLineModel(BaseModel):
+    """One listing's part of a sale: the tokens from `start` up to, and without, `end`."""
+
+    document_id: str
+    title: str
+    publisher: str
+    start: int
+    end: int
+    cache_read_nano_per_mtok: int
+    royalty_ppm: int
+    charge_nano: int
+    royalty_nano: int
+
+
 class ReceiptModel(BaseModel):
     """What one request reused, and what it was charged for it."""
 
@@ -407,6 +434,7 @@ class ReceiptModel(BaseModel):
     created_at_s: float
     model: str
     namespace: str
+    lines: list[ReceiptLineModel] = []
 
 
 class SignedReceiptModel(ReceiptModel):

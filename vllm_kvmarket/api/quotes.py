@@ -13,7 +13,7 @@ from fastapi.concurrency import run_in_threadpool
 from vllm_kvmarket.api.bodies import MarketRoute
 from vllm_kvmarket.api.document_routes import CHARACTERS_A_TOKEN, find, is_on_offer, prices_of
 from vllm_kvmarket.api.errors import ApiError, invalid, not_found
-from vllm_kvmarket.api.models import Quote, QuoteWish
+from vllm_kvmarket.api.models import Quote, QuoteLine, QuoteWish
 from vllm_kvmarket.api.service import CallerOf, Frontend, Service, ServiceOf
 from vllm_kvmarket.core.errors import CatalogueError, NotFoundError
 from vllm_kvmarket.core.pricing import amount_nano
@@ -84,6 +84,18 @@ def _quote(
         title=None if listing is None else listing.terms.title,
         publisher=None if listing is None else listing.terms.publisher,
         prices=prices,
+        lines=[
+            QuoteLine(
+                document=line.listing.document_id,
+                title=line.listing.terms.title,
+                publisher=line.listing.terms.publisher,
+                start=line.start,
+                end=line.end,
+                cache_read_nano_per_mtok=line.terms.cache_read_nano_per_mtok,
+                charge_nano=line.charge_nano,
+            )
+            for line in priced.lines
+        ],
         charge_nano=charge,
         with_reuse_nano=with_reuse,
         without_reuse_nano=without,

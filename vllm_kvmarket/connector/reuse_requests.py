@@ -82,23 +82,25 @@ class ReuseRequest:
                 self.decline("the request names no account", "no_account")
         elif params.document is not None and not _is_whole(match, params.document):
             self.decline(f"the prompt does not begin with {params.document}", "other_tokens")
-        elif self._is_too_dear(params, match):
+        elif (wanted := self._affordable(params, match)) is None:
             self.decline(DECLINED_BY_CALLER["max_price"], "max_price")
         else:
             # Samples of one request share a purchase, and so its match: the catalogue may have
             # changed between them.
             self.purchase, shared = self._engine.purchases.join(
-                self._request, params.account, match, params.purchase_key
+                self._request, params.account, wanted, params.purchase_key
             )
             self.reuse = Reuse(self._request, shared)
 
-    def _is_too_dear(self, params: RequestParams, match: Match) -> bool:
-        quote = self._engine.market.quote_match(match, self._request.num_prompt_tokens - 1)
-        limit, cap = params.max_price_nano, params.max_cache_read_nano_per_mtok
-        return (limit is not None and quote.charge_nano > limit) or (
-            cap is not None
-            and any(line.terms.cache_read_nano_per_mtok > cap for line in quote.lines)
-        )
+    def _affordable(self, params: RequestParams, match: Match) -> Match | None:
+        """The part of the match that the request buys; None: it is too dear."""
+        market = self._engine.market
+        wanted = market.affordable_part(match, params.max_cache_read_nano_per_mtok)
+        if wanted is None or (params.document is not None and wanted is not match):
+            return None
+        quote = market.quote_match(wanted, self._request.num_prompt_tokens - 1)
+        limit = params.max_price_nano
+        return None if limit is not None and quote.charge_nano > limit else wanted
 
     def decline(self, message: str, reason: str) -> None:
         """Compute the request in full, or end it where it must be reserved; mutates.

@@ -31,7 +31,7 @@ from vllm_kvmarket.market.engine_operations import CONNECTOR, POLL_S
 from vllm_kvmarket.market.eviction import make_room
 from vllm_kvmarket.market.publishers import ensure_account, limits_of
 from vllm_kvmarket.market.purchase import Item, Purchase
-from vllm_kvmarket.market.quote import Quote, quote_of, sold_part
+from vllm_kvmarket.market.quote import Quote, affordable_part, quote_of, sold_part
 from vllm_kvmarket.store.tiers import store_of
 
 DATABASE_FILE = "market.sqlite"
@@ -204,6 +204,12 @@ class Market:
     def sold_part(self, match: Match) -> Match | None:
         """The part of a match that is sold, with the listings that are paid; None for nothing."""
         return sold_part(match, self.config.tariff, self.config.min_reuse_tokens)
+
+    def affordable_part(
+        self, match: Match, max_cache_read_nano_per_mtok: int | None
+    ) -> Match | None:
+        """The part of a match that a buyer with a price cap buys; see quote.affordable_part."""
+        return affordable_part(match, self.config.tariff, max_cache_read_nano_per_mtok)
 
     def is_worth_loading(self, match: Match) -> bool:
         """Whether loading a match saves more than it costs."""

@@ -60,6 +60,22 @@ def sold_part(match: Match, tariff: Tariff, min_tokens: int) -> Match | None:
     return msgspec.structs.replace(match.until(covered), segments=tuple(sold))
 
 
+def affordable_part(
+    match: Match, tariff: Tariff, max_cache_read_nano_per_mtok: int | None
+) -> Match | None:
+    """Return the part of a match before its first segment that is dearer than a buyer agreed to.
+
+    None when already the first one is. What lies behind cannot be reused without it.
+    """
+    end = 0
+    for segment in match.segments:
+        price = tariff.terms(segment.listing.terms).cache_read_nano_per_mtok
+        if max_cache_read_nano_per_mtok is not None and price > max_cache_read_nano_per_mtok:
+            break
+        end = segment.end
+    return match.until(end) if end else None
+
+
 def quote_of(match: Match | None, tariff: Tariff, most: int | None = None) -> Quote:
     """Price the reuse of at most `most` tokens of a match that is sold; all of them without it.
 

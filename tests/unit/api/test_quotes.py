@@ -47,8 +47,8 @@ def test_what_is_beyond_memory_is_quoted_too(client, alice, market):  # noqa: F8
     with Market.open(config=settings) as beyond:
         market.catalogue, whole = beyond.catalogue, market.catalogue
         threads = []
-        match = beyond.catalogue.match_later
-        beyond.catalogue.match_later = lambda *asked: (
+        match = beyond.catalogue.index.match_later
+        beyond.catalogue.index.match_later = lambda *asked: (
             threads.append(threading.current_thread()) or match(*asked)
         )
         try:

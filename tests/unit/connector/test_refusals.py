@@ -11,7 +11,7 @@ from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.engine import FinishReason
 from vllm.v1.request import RequestStatus
 
-from tests.support.catalogue_documents import NAMESPACE, tokens
+from tests.support.catalogue_documents import NAMESPACE, store_and_list, tokens
 from tests.support.scheduler_half import CACHED, DOCUMENT, half_of, opened_market, request_of
 from vllm_kvmarket.connector import refusals
 from vllm_kvmarket.core.errors import CatalogueError, LedgerUnavailableError
@@ -98,6 +98,25 @@ def test_what_can_be_reserved_is_sold(market, half):
     request = request_of(PROMPT, params(**fields))
     half.arrived(request)
     assert decided(half, request) == (600 - CACHED, None)
+
+
+@pytest.mark.parametrize(("has_cap", "reused"), [(True, 600), (False, 900)])
+def test_a_dear_addition_does_not_keep_a_buyer_with_a_price_cap_from_the_rest(
+    market, half, has_cap, reused
+):
+    """What was there before is sold as before, also to a request that must reuse."""
+    tariff = market.config.tariff.terms()
+    store_and_list(
+        market,
+        [*DOCUMENT, *range(100, 400)],
+        publisher="mallory",
+        cache_read_nano_per_mtok=tariff.input_nano_per_mtok,
+    )
+    prompt = [*DOCUMENT, *range(100, 400), 7]
+    cap = {"max_cache_read_nano_per_mtok": tariff.cache_read_nano_per_mtok}
+    request = request_of(prompt, params(account="alice", **(cap if has_cap else {})))
+    half.arrived(request)
+    assert decided(half, request) == (reused - CACHED, None)
 
 
 def test_a_request_that_would_read_no_cache_is_ended_too(market, half):

@@ -13,7 +13,7 @@ from vllm_kvmarket.core.model_identity import TOKEN_BYTES, pack_tokens
 from vllm_kvmarket.core.pricing import Tariff
 from vllm_kvmarket.ledger import PROVIDER
 from vllm_kvmarket.market.market import Market
-from vllm_kvmarket.market.quote import Quote, quote_of, sold_part
+from vllm_kvmarket.market.quote import Quote, affordable_part, quote_of, sold_part
 
 CHUNK = 4
 MIN_TOKENS = 3
@@ -146,3 +146,20 @@ def test_the_market_quotes_what_it_sells(tmp_path, chunks_in_memory):
         assert market.quote(NAMESPACE, tokens(300, 1)).match is None
         assert market.quote(NAMESPACE, document[:63]).match is None
         assert market.quote(NAMESPACE, document[:64]).tokens == 64
+
+
+def test_a_price_cap_buys_what_lies_before_the_first_dearer_segment():
+    """A dear addition, published later, takes no sale away from what was there before."""
+    shop = Shop()
+    shop.offer(range(1, 101), "acme", 7 * INPUT)
+    before = shop.quote(range(1, 301))
+    shop.offer(range(1, 201), "mallory", 20 * INPUT)
+    shop.offer(range(1, 251), "edith", 5 * INPUT)
+    match = shop.tree.match(NAMESPACE, range(1, 301))
+    sold = sold_part(match, TARIFF, MIN_TOKENS)
+    assert [segment.end for segment in sold.segments] == [100, 200, 250]
+    bought = affordable_part(sold, TARIFF, 10 * INPUT)
+    assert quote_of(bought, TARIFF).lines == before.lines
+    assert affordable_part(sold, TARIFF, 6 * INPUT) is None
+    assert affordable_part(sold, TARIFF, 20 * INPUT) is sold
+    assert affordable_part(sold, TARIFF, None) is sold

@@ -71,11 +71,12 @@ def test_a_request_that_was_charged_as_it_says_is_right():
         (a_request(), [a_receipt(tokens_reused=240)]),
         (a_request(cached=240), [a_receipt()]),
         (a_request(account=None, told={}, cached=256), []),
+        (a_request(), [a_receipt(lines=())]),
     ],
     ids=[
         *("doubled", "lost", "had for nothing", "not told", "refused and charged"),
         *("left and charged", "without funds", "somebody else's", "never", "above its limit"),
-        *("price never offered", "amount", "usage", "nobody's"),
+        *("price never offered", "amount", "usage", "nobody's", "no lines"),
     ],
 )
 def test_a_wrong_charge_is_found(asked, receipts):

@@ -208,7 +208,7 @@ def copied(workload: Workload, tariff: Tariff) -> list[dict[str, Any]]:
 
 
 def scale(workload: Workload, fleet: list[dict[str, Any]], results: Path) -> dict[str, Any]:
-    """What breaks first, for each way of routing."""
+    """The part that breaks first, for each way of routing."""
     parts = measured_parts(results)
     tokens = sum(len(read.path) for read in workload.reads) * workload.chunk_tokens
     found: dict[str, Any] = {}

@@ -83,7 +83,7 @@ class DatabaseMatch:
 
 
 class AsynchronousMatch:
-    """Asks in threads of its own, each with a connection that `connect` makes."""
+    """Asks in its own threads, each with a connection that `connect` makes."""
 
     def __init__(self, connect: Connect, threads: int) -> None:
         self._connect = connect

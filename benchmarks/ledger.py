@@ -39,7 +39,7 @@ FUNDS = 10**15
 
 
 def reservation(key: str) -> list[Operation]:
-    """What a request's arrival submits."""
+    """Operations that a request's arrival submits."""
     return [
         pending(
             id=f"{key}:reserve",
@@ -54,7 +54,7 @@ def reservation(key: str) -> list[Operation]:
 
 
 def settlement(key: str, *, bare: bool = False) -> tuple[list[Operation], Receipt | None]:
-    """What a request's end submits."""
+    """Operations that a request's end submits."""
     moved = post(id=f"{key}:settle", pending_id=f"{key}:reserve", amount_nano=2000)
     if bare:
         return [moved], None

@@ -1,4 +1,4 @@
-"""What machine this is, and how fast it copies memory."""
+"""Describes this machine, and measures how fast it copies memory."""
 
 from __future__ import annotations
 

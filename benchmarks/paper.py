@@ -41,7 +41,7 @@ Result = dict[str, Any]
 
 
 def with_market(run: Callable[[Market], Result]) -> Result:
-    """Run a section's engines on a market of its own, which is gone afterwards."""
+    """Run a section's engines on a new market, which is removed afterwards."""
     with tempfile.TemporaryDirectory(prefix="kvmarket-paper-") as home, Market.open(home) as market:
         market.create_account("buyer")
         market.deposit("buyer", 10**15)
@@ -71,7 +71,7 @@ SECTIONS: dict[int, tuple[str, str, Callable[[Result], None]]] = {
 
 
 def facts(args: argparse.Namespace) -> Result:
-    """What every figure needs beside it."""
+    """The facts that every figure needs beside it."""
     versions = {}
     for name in PACKAGES:
         try:
@@ -104,7 +104,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 
 
 def read_sections(path: Path) -> dict[str, Result]:
-    """What earlier runs have found, by the sections' names."""
+    """Results of earlier runs, by the sections' names."""
     found: dict[str, Result] = json.loads(path.read_text())["sections"] if path.exists() else {}
     return found
 

@@ -3,7 +3,7 @@
     python -m benchmarks.peers [--systems none,example,...] [--tokens 512,1024,2048,4000]
         [--repeats 3] [--skip-faults] [--skip-timing] [--cold] [--seed 1]
 
-Each system's engine is a process of its own that may hang or die: that is a result then. Engines
+Each system's engine is a separate process. If it hangs or dies, that is the result. Engines
 run one at a time, and each rests 1.3 s before it is asked. Peers are installed into .cache/peers.
 
 For each system: a request that matches nothing, a hit in vLLM's own prefix cache (APC), reuse with

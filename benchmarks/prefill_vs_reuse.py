@@ -188,7 +188,7 @@ def show(result: dict[str, Any]) -> None:
 
 
 def measure_load(market: Market) -> dict[str, Any]:
-    """Load bandwidth of the longest document's chunks beside memcpy, in a process of its own."""
+    """Load bandwidth of the longest document's chunks beside memcpy, in a separate process."""
     done = subprocess.run(
         [sys.executable, "-m", "benchmarks.load_bandwidth", "--home", str(market.home), "--json"],
         check=True,

@@ -168,7 +168,7 @@ def soak(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
 
 
 def _model(args: argparse.Namespace, folder: Path) -> Path:
-    """The model's folder; random weights unless told otherwise."""
+    """The model's folder; random weights by default."""
     if args.model == "SmolLM2":
         return SMOLLM
     if args.model != "tiny":

@@ -75,7 +75,7 @@ def real_kv(model: Path, count: int) -> tuple[list[int], dict[str, list[Pages]]]
 
 
 class PlainCache:
-    """What Chunks needs of a PagedCache on a CPU, with memory of our own; blocks in order."""
+    """As much of a PagedCache on a CPU as Chunks needs, in plain memory; blocks in order."""
 
     on_host = True
 
@@ -166,7 +166,7 @@ class Bench:
         return [self.store.disk.path(chunk.key) for chunk in self.saves]
 
     def raw_read(self) -> float:
-        """The files, each in one go into memory of its own, nothing checked."""
+        """The files, each read at once into new memory; nothing is checked."""
         files = self.files()
         if self._raw is None:
             self._raw = [aligned_empty(file.stat().st_size) for file in files]

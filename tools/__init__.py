@@ -1,1 +1,1 @@
-"""What builds the environment, the models and the generated documents."""
+"""Programs that build the environment, the models and the generated documents."""

@@ -47,7 +47,7 @@ def peers(found: Result) -> str:
     """The systems side by side."""
     text = """## Beside the peers
 
-`make bench-peers`: the same machine, vLLM, model, documents and questions; each system in processes of its own.
+`make bench-peers`: the same machine, vLLM, model, documents and questions; each system in its own processes.
 `/ APC` is over vLLM's own prefix-cache hit in the same process.
 """
     text += picture("peers.png", "reuse by system, and what each does with damaged data")

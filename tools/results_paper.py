@@ -23,7 +23,7 @@ def picture(name: str, meaning: str) -> str:
 
 def exactness(at: Result) -> str:
     """Claim 1 of the paper."""
-    told = at.get("summary", at)
+    summary = at.get("summary", at)
     kinds = sorted({each["kind"] for each in at["documents"]})
     lengths = [each["tokens"] for each in at["documents"]]
     text = f"""## Reuse is exact
@@ -31,33 +31,35 @@ def exactness(at: Result) -> str:
 `python -m benchmarks.paper --only 1`: {len(lengths)} documents ({", ".join(kinds)}) of {
         min(lengths):,} to
 {max(lengths):,} tokens, three questions each, {
-        told["new_tokens"]
+        summary["new_tokens"]
     } greedy tokens an answer, in float32.
 
 {
         table(
-            ("of " + str(told["questions"]) + " answers", "count"),
+            ("of " + str(summary["questions"]) + " answers", "count"),
             [
-                ("all tokens as full prefill's", str(told["all_tokens_as_full_prefill"])),
-                ("all tokens as vLLM's own prefix-cache hit's", str(told["all_tokens_as_hit"])),
+                ("all tokens as full prefill's", str(summary["all_tokens_as_full_prefill"])),
+                ("all tokens as vLLM's own prefix-cache hit's", str(summary["all_tokens_as_hit"])),
                 (
                     "vLLM's hit: all tokens as full prefill's",
-                    str(told["all_tokens_hit_as_full_prefill"]),
+                    str(summary["all_tokens_hit_as_full_prefill"]),
                 ),
                 (
                     "log-probabilities bit for bit as the hit's, both computing the same tokens",
-                    str(told["bit_for_bit_as_hit"]),
+                    str(summary["bit_for_bit_as_hit"]),
                 ),
             ],
         )
     }
 
 Largest difference of a log-probability: reuse to full prefill {
-        told["largest_difference_to_full_prefill"]:.1e}, vLLM's
+        summary["largest_difference_to_full_prefill"]:.1e}, vLLM's
 hit to full prefill {
-        told["largest_difference_hit_to_full_prefill"]:.1e}: float noise of another order of sums.
+        summary[
+            "largest_difference_hit_to_full_prefill"
+        ]:.1e}: float noise of another order of sums.
 """
-    for each in told["mismatches"]:
+    for each in summary["mismatches"]:
         why = "explained by that noise" if each["explained"] else "NOT explained"
         text += (
             f"\nMismatch: {each['document']}, {each['question']!r} ({each['between']}): {why}.\n"

@@ -30,7 +30,7 @@ REPEATS = 3
 
 @dataclass(frozen=True, slots=True)
 class Cost:
-    """What one step took."""
+    """The times of one step."""
 
     wall_s: float
     cpu_s: float

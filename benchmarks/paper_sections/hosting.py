@@ -45,7 +45,7 @@ def reading(tokens: int, prices: Prices, ratio: float = 1.0) -> Economics:
 
 
 def shipping_over_saved(economics: Economics, egress_nano_per_gb: int) -> float:
-    """What sending the KV costs, in what it saves; below 1 shipping pays. Infinite if nothing."""
+    """Sending the KV costs this many times what it saves; infinite if it saves nothing."""
     read = replace(economics, egress_nano_per_gb=egress_nano_per_gb).per_read
     saved = read.prefill_nano - read.reuse_nano
     return read.shipping_nano / saved if saved > 0 else math.inf
@@ -131,7 +131,7 @@ def links() -> list[dict[str, Any]]:
 
 
 def hosting(prices: Prices, known: dict[str, Any]) -> list[dict[str, Any]]:
-    """What a document of the paper's length costs a month, and after how many reads that pays."""
+    """The monthly cost of a document of the paper's length, and how many reads pay for it."""
     read = reading(PAPER_TOKENS, prices).per_read
     saved = read.prefill_nano - read.reuse_nano
     models = {PAPER_MODEL: (float(PAPER_KV_BYTES_PER_TOKEN), 1.0, saved)}

@@ -164,7 +164,7 @@ def sources(kind: str, seed: int) -> list[Source]:
 def documents(
     tokenizer: Any, seed: int, lengths: dict[str, Sequence[int]] | None = None
 ) -> list[Document]:
-    """Documents of every kind and length, each from a source of its own while there are enough.
+    """Documents of every kind and length, each from another source while there are enough.
 
     A document begins at a random token of its text; a text that is too short is followed by the
     next of its kind. Raises LookupError when all texts of a kind together are too short.

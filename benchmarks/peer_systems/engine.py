@@ -1,7 +1,7 @@
-"""One engine in a process of its own, doing the steps of a plan: `python engine.py PLAN RESULTS`.
+"""One engine doing the steps of a plan: python -m benchmarks.peer_systems.engine PLAN RESULTS.
 
-PLAN is JSON; RESULTS gets a line of JSON for each step as soon as it is done, so that whoever
-started this process knows how far it came when it dies.
+PLAN is JSON; RESULTS gets a line of JSON for each step as soon as it is done, so that the
+process that started this one knows how far it came if it dies.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What damage does: flipped bytes, a truncated file, and -9 while saving. Measured, not assumed."""
+"""Measures what damage does: flipped bytes, a truncated file, and kill -9 while saving."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def documents() -> dict[str, list[int]]:
 
 
 def reference(bench: Bench) -> dict[str, Any]:
-    """What plain vLLM answers, by document."""
+    """Plain vLLM's answers, by document."""
     steps = [*WARM_UP, *(question(d, name) for name, d in documents().items())]
     run = bench.run(steps, timeout_s=300)
     return {name: run.named(name) for name in documents()}
@@ -67,7 +67,7 @@ def invert(path: Path, place: int, count: int) -> None:
 
 
 def verdict(run: Run, name: str, expected: dict[str, Any]) -> dict[str, Any]:
-    """What a buyer of the damaged document got, against plain vLLM's answer."""
+    """The answer to a buyer of the damaged document, compared with plain vLLM's."""
     got = run.named(name)
     if got is None:
         said = {"died": "the engine dies", "hung": "hangs"}.get(run.ended, run.ended)
@@ -109,7 +109,7 @@ def save_each(names: tuple[str, ...]) -> list[Step]:
 
 
 def damaged(bench: Bench, expected: dict[str, Any]) -> dict[str, Any]:
-    """Flipped and truncated files, each in a document of its own, asked for in a new process."""
+    """Flipped and truncated files, each in another document, asked for in a new process."""
     first = bench.run(save_each(DAMAGES), timeout_s=300)
     if first.ended != "finished":
         return {"error": first.error()}

@@ -1,4 +1,4 @@
-"""Installs a peer into a folder of its own, never into the environment that kvmarket runs in."""
+"""Installs a peer into its own folder, never into the environment that kvmarket runs in."""
 
 from __future__ import annotations
 

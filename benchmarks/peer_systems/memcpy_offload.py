@@ -53,7 +53,7 @@ class MemcpyWorker(OffloadingWorker):
         return self._copy(job_id, self._stored, self._paged, src_spec, dst_spec)
 
     def get_finished(self) -> list[TransferResult]:
-        """What was copied since the last call."""
+        """Copies that were done since the last call."""
         done, self._finished = self._finished, []
         return done
 

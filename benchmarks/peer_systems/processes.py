@@ -61,7 +61,7 @@ def error_text(log: str) -> str:
 
 
 class Bench:
-    """A system in a folder of its own: its servers, and one engine after another."""
+    """A system in its own folder: its servers, and one engine after another."""
 
     def __init__(self, system: System, packages: Path | None, settings: dict[str, Any]) -> None:
         self.system, self.packages, self.settings = system, packages, settings
@@ -185,7 +185,7 @@ class Bench:
         return "died" if process.returncode else "finished"
 
     def stored_bytes(self) -> int:
-        """What lies in the system's folder."""
+        """Bytes of the files in the system's folder."""
         total = 0
         for path in (self.folder / "stored").rglob("*"):
             with contextlib.suppress(FileNotFoundError):
@@ -211,7 +211,7 @@ class Bench:
 
 
 def shared_memory() -> set[str]:
-    """What peers keep in this machine's shared memory, and nobody else does."""
+    """Files that only peers have in this machine's shared memory."""
     return {name for name in os.listdir(SHARED) if name.startswith(PEERS_NAMES)}  # noqa: PTH208
 
 

@@ -109,7 +109,7 @@ def show(result: Result) -> None:
 
 
 def plain_line(result: Result, length: str) -> str:
-    """What vLLM does by itself."""
+    """The row of plain vLLM."""
     seconds = result["systems"].get("none", {}).get("seconds", {})
     if f"miss/{length}" not in seconds:
         return "plain vLLM not measured"
@@ -118,7 +118,7 @@ def plain_line(result: Result, length: str) -> str:
 
 
 def fault_cell(fault: Result) -> str:
-    """What happened, in a line."""
+    """A fault's outcome, in a line."""
     text = str(fault["outcome"])
     if fault.get("bad") and "equal_tokens" in fault:
         text += f" ({fault['equal_tokens']} of 24 right)"

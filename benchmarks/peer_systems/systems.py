@@ -1,4 +1,4 @@
-"""What is compared: each system's connector, packages, servers and where it stores.
+"""The systems that are compared: each one's connector, packages, servers and where it stores.
 
 Every configuration is the system's default wherever it has one; what differs is said in `note`.
 """
@@ -98,7 +98,7 @@ MOONCAKE_MASTER = "127.0.0.1:50051"
 
 
 def mooncake(*, standalone: bool) -> Callable[[Path, Path], tuple[Server, ...]]:
-    """Mooncake's master, and its store in a process of its own when told so."""
+    """Mooncake's master, and its store as a separate process if it is asked for."""
 
     def servers(folder: Path, packages: Path) -> tuple[Server, ...]:
         config = {
@@ -181,7 +181,7 @@ SYSTEMS = (
         "mooncake-store",
         "MooncakeStoreConnector, standalone",
         lambda _: transfer("MooncakeStoreConnector"),
-        "the store is a process of its own, over TCP on loopback; its memory survives the engine",
+        "the store is a separate process, over TCP on loopback; its memory survives the engine",
         environment=MOONCAKE_ENVIRONMENT,
         packages=MOONCAKE,
         debian=DEBIAN,

@@ -24,7 +24,7 @@ CANDIDATES = 8
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Engine:
-    """What one engine is assumed to do; not measured here, where there is no GPU."""
+    """Assumptions about one engine; not measured here, where there is no GPU."""
 
     prefill_tokens_per_s: float = 10_000.0
     load_bytes_per_s: float = 6.8e9

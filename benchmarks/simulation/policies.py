@@ -65,7 +65,7 @@ class S3Fifo:
 
 
 class WTinyLfu:
-    """What leaves the window takes a place in the main part only if it is read more often."""
+    """An entry that leaves the window enters the main part only if it is read more often."""
 
     def __init__(self, budget: int) -> None:
         self._window_size = max(1, budget // 100)

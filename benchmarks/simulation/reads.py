@@ -1,7 +1,7 @@
 """Who reads what, when: public traces, and populations of agents that are made from a seed.
 
 A read's `path` is what it begins with, as numbers: equal numbers stand for equal chunks behind
-equal chunks, like chunk keys. A path is published when it is not there, as a document of its own.
+equal chunks, like chunk keys. A path is published when it is not there, as a separate document.
 """
 
 from __future__ import annotations

@@ -29,7 +29,7 @@ MONTH_S = 30 * 24 * 3600.0
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What a store had of each read, in chunks; `budget` is in chunks too.
+    """How much of each read a store had, in chunks; `budget` is in chunks too.
 
     Shares and sums are those of the reads from number `counted_from` on.
     """
@@ -49,7 +49,7 @@ class Outcome:
 
     @property
     def saved_tokens(self) -> float:
-        """What was not computed, in tokens of a short prompt: see eviction.recompute_tokens."""
+        """The work that was saved, in tokens of a short prompt: see eviction.recompute_tokens."""
         return self._work(self.matched)
 
     @property
@@ -91,7 +91,7 @@ def replay(workload: Workload, policy: str, budget: int, tariff: Tariff | None =
 
 
 def money(workload: Workload, outcome: Outcome, tariff: Tariff) -> dict[str, Any]:
-    """What a million such reads cost and bring, in units of the settlement currency.
+    """The cost and income of a million such reads, in units of the settlement currency.
 
     Storage is paid for the workload's own time; charges are those of each read's listing.
     """

@@ -1,4 +1,4 @@
-"""What breaks first as engines are added: each part's demand beside its measured capacity.
+"""Finds what breaks first as engines are added: each part's demand beside its measured capacity.
 
 Capacities are this project's own measurements where docs/results has them, on the machine that they
 name; those that are assumed say so.
@@ -29,7 +29,7 @@ class Part:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Demand:
-    """What one engine asks for, and the market as a whole."""
+    """The demand of one engine, and of the market as a whole."""
 
     reads_per_s: float
     store_bytes_a_read: float
@@ -123,7 +123,7 @@ def _json(path: Path) -> dict[str, Any]:
 
 
 def needs(part: Part, engines: int, demand: Demand) -> float:
-    """What a part must do for so many engines."""
+    """A part's load with so many engines."""
     count = engines if part.shared else 1
     each = {
         "matches/s": demand.reads_per_s,

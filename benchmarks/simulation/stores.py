@@ -29,7 +29,7 @@ ORDER_SERVES = 0.05
 
 
 class Store(Protocol):
-    """What is replayed."""
+    """A store that reads are replayed on."""
 
     def read(self, number: int, read: Read) -> int:
         """Serve the read of that number; returns how many of its leading chunks were there."""

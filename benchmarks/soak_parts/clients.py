@@ -21,7 +21,7 @@ ACCOUNTS = ("alice", "alice", "bob", "bob", "carol", "dave", None)
 
 
 class Client:
-    """One client; asks one thing after another until it is told to stop."""
+    """One client; asks one thing after another until it is stopped."""
 
     def __init__(
         self, server: Soaked, library: Library, story: Story, http: httpx.AsyncClient, name: str
@@ -92,7 +92,7 @@ class Client:
         asked = self._new("by id", document=document, prompt=[*document.tokens, *question])
         if asked.account is None:
             asked.account = "alice"
-        # Its prompt's tokens are not told to who has only its id.
+        # A buyer by id does not learn the document's tokens.
         seen = {"return_token_ids": False, "return_tokens_as_token_ids": True, "logprobs": 1}
         await self._send(asked, prompt=question, kvmarket={"document": document.id}, **seen)
 
@@ -272,7 +272,7 @@ def _take(asked: Asked, status: int, content: bytes) -> None:
     answer = json.loads(content)
     asked.outcome = "answered"
     asked.tokens = _tokens_of(answer["choices"][0])
-    asked.told = (answer.get("kv_transfer_params") or {}).get("kvmarket") or {}
+    asked.sold = (answer.get("kv_transfer_params") or {}).get("kvmarket") or {}
     _take_usage(asked, answer["usage"])
     _take_prompt(asked, answer)
 

@@ -1,4 +1,4 @@
-"""What is published and asked: pseudo-random documents, some of which begin as others do."""
+"""Pseudo-random documents to publish and ask for; some begin as others do."""
 
 from __future__ import annotations
 

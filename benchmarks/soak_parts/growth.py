@@ -89,7 +89,7 @@ def _rise(at_s: Sequence[float], values: Sequence[float]) -> float:
 
 
 class Sampler:
-    """Looks every second, in a thread of its own, at processes, the store's folder and evictions.
+    """Looks every second, in its own thread, at processes, the store's folder and evictions.
 
     The folder is walked under the store's lock: then no file changes its name meanwhile, and the
     sum of sizes is the truth, against which the store's own count and its quota are held.
@@ -122,7 +122,7 @@ class Sampler:
         while not self._closing.wait(INTERVAL_S):
             try:
                 self._sample(time.monotonic() - self._started_s)
-            except Exception as error:  # noqa: BLE001  # a sample that fails must be told, not end all
+            except Exception as error:  # noqa: BLE001  # a sample that fails is reported, and the others go on
                 self._story.fail(f"sampling failed: {error!r}")
 
     def _sample(self, at_s: float) -> None:
@@ -163,7 +163,7 @@ class Sampler:
             self._story.fail(f"after {at_s:.0f} s the store takes {used} bytes, counts {counted}")
 
     def tolerance(self) -> dict[str, float]:
-        """What a figure's second half may rise by in any case."""
+        """By how much a figure's second half may rise in any case."""
         short = self._server.plan.seconds < SHORT_S
         return {**TOLERANCE, "rss_mib": SHORT_RSS_MIB} if short else TOLERANCE
 

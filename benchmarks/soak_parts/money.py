@@ -102,7 +102,7 @@ def _check_lines(receipt: Receipt, what: str, story: Story) -> None:
 
 
 def check_request(asked: Asked, found: list[Receipt], story: Story) -> None:
-    """A request has the receipt that its answer tells of, and one at most."""
+    """A request has the receipt that its answer names, and one at most."""
     what = f"request {asked.id} ({asked.shape}, {asked.outcome})"
     # What was on offer may have changed between a request and its retry: then that is another sale.
     sales = {(receipt.document_id, receipt.tokens_matched) for receipt in found}
@@ -115,25 +115,25 @@ def check_request(asked: Asked, found: list[Receipt], story: Story) -> None:
         _check_left(asked, found, story)
     if asked.outcome != "answered":
         return
-    told_of = _check_stream if asked.streamed else _check_answer
-    charged = told_of(asked, found, what, story)
+    charged_by = _check_stream if asked.streamed else _check_answer
+    charged = charged_by(asked, found, what, story)
     _check_usage(asked, charged, sum(receipt.tokens_failed for receipt in found), story)
 
 
 def _check_stream(asked: Asked, found: list[Receipt], what: str, story: Story) -> int:
-    """The stream's last event tells of its receipts; how many tokens were charged."""
-    told = {each["id"] for each in asked.receipts}
+    """Compare the stream's last event with its receipts; returns how many tokens were charged."""
+    named = {each["id"] for each in asked.receipts}
     booked = {receipt.id for receipt in found}
-    if told and told != booked:
-        story.fail(f"{what}: the stream tells of {told}, the ledger of {booked}")
+    if named and named != booked:
+        story.fail(f"{what}: the stream names {named}, the ledger of {booked}")
     # The event waits for the ledger's commit for a moment only.
-    story.counts["streams without their receipt"] += bool(booked and not told)
+    story.counts["streams without their receipt"] += bool(booked and not named)
     return sum(receipt.tokens_reused for receipt in found)
 
 
 def _check_answer(asked: Asked, found: list[Receipt], what: str, story: Story) -> int:
-    """An answer tells of its charge and its receipt; how many tokens were charged."""
-    charge, receipt_id = asked.told.get("charge_nano", 0), asked.told.get("receipt_id")
+    """Compare an answer's charge with its receipt; returns how many tokens were charged."""
+    charge, receipt_id = asked.sold.get("charge_nano", 0), asked.sold.get("receipt_id")
     receipt = next((each for each in found if each.id == receipt_id), None)
     if receipt_id is None and charge:
         story.fail(f"{what}: says {charge}, and names no receipt")
@@ -147,7 +147,7 @@ def _check_answer(asked: Asked, found: list[Receipt], what: str, story: Story) -
 
 
 def _check_left(asked: Asked, found: list[Receipt], story: Story) -> None:
-    """Whoever leaves before a whole answer pays nothing, unless it was written already."""
+    """A client that leaves before a whole answer pays nothing, unless the answer was complete."""
     for receipt in found:
         if not asked.streamed and receipt.tokens_output < asked.max_tokens:
             story.fail(
@@ -164,14 +164,14 @@ def _check_usage(asked: Asked, charged: int, failed: int, story: Story) -> None:
     if asked.shape in ("several choices", "sent twice") or asked.cached is None:
         return
     what = f"request {asked.id} ({asked.shape})"
-    declined = asked.told.get("declined", "")
+    declined = asked.sold.get("declined", "")
     if charged == asked.cached:
         story.counts["usage: as charged" if charged else "usage: nothing reused"] += 1
     elif asked.cached < charged:
         story.fail(f"{what}: {charged} tokens charged, its usage says {asked.cached}")
     elif failed:
         story.fail(f"{what}: {charged} charged, {failed} failed, its usage says {asked.cached}")
-    elif asked.account is None or (declined and asked.told.get("matched_tokens")):
+    elif asked.account is None or (declined and asked.sold.get("matched_tokens")):
         story.fail(f"{what}: {asked.cached} tokens had for nothing {declined}")
     elif asked.cached % BLOCK_TOKENS:
         story.fail(f"{what}: {asked.cached} tokens reused, {charged} charged")

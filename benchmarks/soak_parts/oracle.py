@@ -65,7 +65,7 @@ class ServerOracle:
 
 
 class EngineOracle:
-    """An engine of its own, without kvmarket and without a prefix cache."""
+    """A separate engine, without kvmarket and without a prefix cache."""
 
     def __init__(self, plan: Plan) -> None:
         import os
@@ -149,7 +149,7 @@ def compare(oracle: Oracle, story: Story, seed: int, most: int) -> dict[str, Any
 
 
 def _reused(asked: Asked) -> bool:
-    return bool(asked.told.get("reused_tokens") or asked.receipts)
+    return bool(asked.sold.get("reused_tokens") or asked.receipts)
 
 
 def _sample(candidates: list[Asked], seed: int, most: int) -> list[Asked]:

@@ -1,4 +1,4 @@
-"""What a soak is to do, and where it writes down what happened."""
+"""A soak's plan, and the record of what happened."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ class Asked:
     """A request to a generating route, and what came of it.
 
     `outcome` is answered, refused (with `status`), left (the client went away) or broken. `tokens`
-    are those that were received, of the first choice. `told` is the answer's kvmarket object,
+    are those that were received, of the first choice. `sold` is the answer's kvmarket object,
     `receipts` are a stream's. `cached` is the usage's count of tokens that were not computed.
     """
 
@@ -84,7 +84,7 @@ class Asked:
     outcome: str = ""
     status: int = 0
     tokens: list[int] = field(default_factory=list)
-    told: dict[str, Any] = field(default_factory=dict)
+    sold: dict[str, Any] = field(default_factory=dict)
     receipts: list[dict[str, Any]] = field(default_factory=list)
     cached: int | None = None
     error: str = ""
@@ -97,7 +97,7 @@ class Asked:
 
 @dataclass(slots=True)
 class Story:
-    """What happened, in counts; requests one by one; and what must not have happened, in words."""
+    """The record: counts, requests one by one, and problems in words."""
 
     counts: Counter[str] = field(default_factory=Counter)
     asked: list[Asked] = field(default_factory=list)

@@ -26,22 +26,22 @@ def evidence(server: Soaked, story: Story) -> dict[str, Any]:
     metrics = server.metrics()
     listings = server.market.catalogue.listings()
     kinds = ("load_failures", "chunks_loaded", "chunks_quarantined", "save_failures", "prefetches")
-    told = {
+    metrics = {
         name: value
         for name, value in sorted(metrics.items())
         if name.startswith(tuple(KVMARKET + kind for kind in kinds)) and "_created" not in name
     }
-    failures = [n for n in told if n.startswith(f"{KVMARKET}load_failures") and "{" not in n]
+    failures = [n for n in metrics if n.startswith(f"{KVMARKET}load_failures") and "{" not in n]
     sold = {"published", *(each.document_id for each in listings if each.stored_bytes)}
     return {
         "preemptions": int(metrics.get("vllm:num_preemptions_total", 0)),
-        "load_failures": int(sum(told[name] for name in failures)),
+        "load_failures": int(sum(metrics[name] for name in failures)),
         "faults_injected": sum(n for c, n in story.counts.items() if c.startswith("fault: ")),
         "faults_found_by_commands": story.counts["found by fsck"] + story.counts["found by repair"],
         "documents_published": len(sold) - 1,
         "evictions": story.counts["evicted"],
         "left": story.counts["left"],
-        "metrics": told,
+        "metrics": metrics,
     }
 
 
@@ -111,7 +111,7 @@ def scan_log(server: Soaked, story: Story) -> None:
 
 
 def missing(report: dict[str, Any], plan: Plan) -> list[str]:
-    """What a soak must have had to prove anything."""
+    """Events that a soak needs, to prove anything."""
     found = report["evidence"]
     counts = report["counts"]
     needed = {

@@ -13,8 +13,8 @@ from vllm_kvmarket.ledger import Receipt, ReceiptLine
 def a_request(**changed):
     facts = {"id": "one", "shape": "whole", "account": "alice", "route": "completions"}
     facts |= {"prompt": [1] * 300, "max_tokens": 8, "outcome": "answered", "cached": 250}
-    told = {"charge_nano": 125_000, "receipt_id": "kvr_1", "matched_tokens": 250}
-    return Asked(**{**facts, "told": told, **changed})
+    sold = {"charge_nano": 125_000, "receipt_id": "kvr_1", "matched_tokens": 250}
+    return Asked(**{**facts, "sold": sold, **changed})
 
 
 def a_receipt(**changed):
@@ -50,7 +50,7 @@ def judged(asked, *receipts):
 def test_a_request_that_was_charged_as_it_says_is_right():
     """The story in which nothing went wrong."""
     assert judged(a_request(), a_receipt()) == []
-    own_block = a_request(told={}, cached=128)
+    own_block = a_request(sold={}, cached=128)
     assert judged(own_block) == []
 
 
@@ -59,8 +59,8 @@ def test_a_request_that_was_charged_as_it_says_is_right():
     [
         (a_request(), [a_receipt(), a_receipt(id="kvr_2")]),
         (a_request(), []),
-        (a_request(told={}, cached=250), []),
-        (a_request(told={}), [a_receipt()]),
+        (a_request(sold={}, cached=250), []),
+        (a_request(sold={}), [a_receipt()]),
         (a_request(outcome="refused"), [a_receipt()]),
         (a_request(outcome="left"), [a_receipt(tokens_output=3)]),
         (a_request(account="dave"), [a_receipt(account="dave")]),
@@ -70,7 +70,7 @@ def test_a_request_that_was_charged_as_it_says_is_right():
         (a_request(), [a_receipt(cache_read_nano_per_mtok=NANO)]),
         (a_request(), [a_receipt(tokens_reused=240)]),
         (a_request(cached=240), [a_receipt()]),
-        (a_request(account=None, told={}, cached=256), []),
+        (a_request(account=None, sold={}, cached=256), []),
         (a_request(), [a_receipt(lines=())]),
     ],
     ids=[

@@ -242,3 +242,18 @@ def test_entry_points_name_something_callable():
 def test_the_type_marker_is_packaged():
     """Type checkers of users believe our annotations only where py.typed is."""
     assert (ROOT / "vllm_kvmarket" / "py.typed").is_file()
+
+
+def test_the_threat_model_names_tests_that_exist():
+    """Each defence in SECURITY.md is shown by a test, whose name is right."""
+    model = (ROOT / "SECURITY.md").read_text("utf-8")
+    named = re.findall(r"`(attacks|(?:unit|engine|servers)/\S+?\.py)(?:::(\w+))?`", model)
+    assert len(named) > 30
+    missing = []
+    for where, function in named:
+        path = "engine/test_attacks.py" if where == "attacks" else where
+        file = ROOT / "tests" / path
+        text = file.read_text("utf-8") if file.exists() else ""
+        if not text or (function and f"def {function}(" not in text):
+            missing.append(f"{where}::{function}")
+    assert missing == []

@@ -112,6 +112,7 @@ def test_a_dear_addition_does_not_keep_a_buyer_with_a_price_cap_from_the_rest(
         publisher="mallory",
         cache_read_nano_per_mtok=tariff.input_nano_per_mtok,
     )
+    half._market.catalogue.refresh()
     prompt = [*DOCUMENT, *range(100, 400), 7]
     cap = {"max_cache_read_nano_per_mtok": tariff.cache_read_nano_per_mtok}
     request = request_of(prompt, params(account="alice", **(cap if has_cap else {})))

@@ -1,1 +1,1 @@
-"""Who may do what: operator tokens, API keys, and the keys that sign."""
+"""Operator tokens, API keys, signing keys, and the log of administrators' changes."""

@@ -40,7 +40,7 @@ PAUPER = "dave"
 
 @dataclass(frozen=True, slots=True)
 class Sale:
-    """One question, asked by a buyer and, computed in full, by the one without funds."""
+    """One question, asked by a buyer and by the one without funds, for whom all is computed."""
 
     buyer: str
     question: str
@@ -67,7 +67,7 @@ def run(args: argparse.Namespace) -> int:
 
     document = folder / "document.txt"
     write_document(document, model)
-    say(f"1/3 publishing {TITLE!r} in a process of its own (an engine starts, then stops)")
+    say(f"1/3 publishing {TITLE!r} in another process (an engine starts, then stops)")
     publish(document, model, home, context)
     say("2/3 a new engine on the same market: three buyers, and one without funds")
     from vllm_kvmarket.connector.offline_engine import close_llm
@@ -109,7 +109,7 @@ def write_document(path: Path, model: str) -> None:
 
 
 def publish(document: Path, model: str, home: Path, context: int) -> None:
-    """Publish the file as a user would: with the command. Raises KVMarketError."""
+    """Publish the file with the command, as a user would. Raises KVMarketError."""
     command = [sys.executable, "-m", "vllm_kvmarket.cli", "document", "publish"]
     command += [str(document), "--model", model, "--home", str(home)]
     command += ["--max-model-len", str(context), "--title", TITLE, "--publisher", PUBLISHER]
@@ -119,7 +119,7 @@ def publish(document: Path, model: str, home: Path, context: int) -> None:
 
 
 def sell(llm: Any, market: Market, document_id: str) -> tuple[list[Sale], list[Answer]]:
-    """Ask every question twice, bought and computed in full; also time vLLM's own cache hits."""
+    """Ask every question twice, bought and computed; also time vLLM's own cache hits."""
     tokenizer = llm.get_tokenizer()
     document = market.catalogue.tokens_of(document_id)
     for buyer in BUYERS:
@@ -130,7 +130,7 @@ def sell(llm: Any, market: Market, document_id: str) -> tuple[list[Sale], list[A
         buyer: document + tokenizer(f"\n\nQuestion: {question}\nAnswer:")["input_ids"]
         for buyer, question in BUYERS.items()
     }
-    # The same text without its first token is no published prefix: plain vLLM, for comparison.
+    # Without its first token the text matches no published prefix: plain vLLM, to compare.
     control = document[1:]
     ask(llm, control[:1000], max_tokens=1)  # the first request of a process is slow
     bought = {}

@@ -1,4 +1,4 @@
-"""How a command runs a vLLM engine: quietly, with stdout kept for the command's own result."""
+"""A vLLM engine for a command: quiet, with stdout only for the command's own result."""
 
 from __future__ import annotations
 
@@ -14,27 +14,27 @@ if TYPE_CHECKING:
     from vllm_kvmarket.market.market import Market
 
 STDOUT, STDERR = 1, 2
-# What vLLM reads while it is imported; what the user has set already stays.
+# vLLM reads these while it is imported; a user's own settings stay.
 QUIET = {"VLLM_LOGGING_LEVEL": "WARNING", "VLLM_LOGGING_STREAM": "ext://sys.stderr"}
 
 
 @contextmanager
 def engine_output() -> Iterator[None]:
-    """Send everything that an engine and its processes print to stderr, and only warnings of it.
+    """Send the output of an engine and its processes to stderr, and only warnings of it.
 
     vLLM's processes write to the inherited descriptor, so the descriptor itself is moved.
     """
     added = {name: value for name, value in QUIET.items() if name not in os.environ}
     os.environ.update(added)
     sys.stdout.flush()
-    kept = os.dup(STDOUT)
+    own = os.dup(STDOUT)
     os.dup2(STDERR, STDOUT)
     try:
         yield
     finally:
         sys.stdout.flush()
-        os.dup2(kept, STDOUT)
-        os.close(kept)
+        os.dup2(own, STDOUT)
+        os.close(own)
         for name in added:
             del os.environ[name]
 
@@ -57,7 +57,7 @@ def open_engine(model: str, market: Market, max_model_len: int | None, dtype: st
         ) from None
     except KVMarketError:
         raise
-    except Exception as error:  # vLLM, torch and transformers raise what they like
+    except Exception as error:  # vLLM, torch and transformers may raise anything
         raise PublishFailedError(
             f"the engine for {model} did not start: {type(error).__name__}: {error}; "
             "VLLM_LOGGING_LEVEL=INFO shows more"

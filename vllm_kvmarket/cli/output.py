@@ -1,4 +1,4 @@
-"""What commands read and print: JSON or tables on stdout; errors and progress on stderr."""
+"""Input and output of commands: JSON or tables on stdout, errors and progress on stderr."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.progress import Progress
 
-PIPE_WIDTH = 240  # characters a line in a pipe or a file, where rich would take 80
+PIPE_WIDTH = 240  # characters of a line in a pipe or a file, where rich would use 80
 GAP = 2  # characters between two columns
 MIN_WIDTH = 10  # characters of a column that is cut to fit
 
@@ -30,7 +30,7 @@ def emit(args: argparse.Namespace, document: Any, show: Callable[[Console], None
 
 
 def console(*, stderr: bool = False) -> Console:
-    """Make a console on stdout, or on stderr."""
+    """A console on stdout, or on stderr."""
     from rich.console import Console
 
     made = Console(stderr=stderr, highlight=False, markup=False, emoji=False, soft_wrap=True)
@@ -134,7 +134,7 @@ def moment(time_s: float) -> str:
 
 
 def size(count: int) -> str:
-    """Show bytes in the unit that leaves up to three digits in front of the point."""
+    """Show bytes in the unit that leaves at most three digits before the point."""
     scaled, unit = float(count), "B"
     for larger in ("kB", "MB", "GB", "TB"):
         if scaled < 1000:

@@ -1,4 +1,4 @@
-"""`kvmarket receipt ...` and `kvmarket log ...`: what others can check for themselves."""
+"""`kvmarket receipt ...` and `kvmarket log ...`: receipts, proofs, and the admin log."""
 
 from __future__ import annotations
 
@@ -136,7 +136,7 @@ def _configure_verify(parser: argparse.ArgumentParser) -> None:
         type=Path,
         action="append",
         default=[],
-        help="also that this proof (`kvmarket log prove`) is of a transfer of the receipt; "
+        help="also check that this proof (`kvmarket log prove`) is of one of its transfers; "
         "may be repeated",
     )
 
@@ -163,7 +163,7 @@ def _run_verify(args: argparse.Namespace) -> int:
         _show_receipt(where, receipt)
         for transfer in logged:
             where.print(clean(f"in the log: {transfer}"))
-        where.print("good: signed by the market, and in itself right")
+        where.print("good: signed by the market, and its figures add up")
 
     emit(args, document, show)
     return 0
@@ -260,7 +260,7 @@ def _configure_log_verify(parser: argparse.ArgumentParser) -> None:
         "file",
         metavar="FILE",
         type=Path,
-        help="what `log checkpoint`, `log prove` or `log consistency` printed; - for stdin",
+        help="the output of `log checkpoint`, `log prove` or `log consistency`; - for stdin",
     )
     _add_jwks(parser)
 

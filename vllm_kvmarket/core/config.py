@@ -48,7 +48,7 @@ class MarketConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
         msgspec.Meta(
             ge=MIN_CHUNK_TOKENS,
             le=MAX_CHUNK_TOKENS,
-            description="tokens a chunk; a power of two and a multiple of the engine's block size",
+            description="tokens of a chunk; a power of two, and a multiple of the block size",
         ),
     ] = 256
     tariff: Annotated[Tariff, msgspec.Meta(description="prices")] = Tariff()
@@ -77,8 +77,8 @@ class MarketConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
         int,
         msgspec.Meta(
             ge=1024,
-            description="longest body of an HTTP request that is read; images need more, and "
-            "longer bodies hold up other requests",
+            description="largest body of an HTTP request, in bytes; images need more, and large "
+            "bodies slow other requests down",
         ),
     ] = 4 << 20
     trusted_proxies: Annotated[
@@ -91,7 +91,7 @@ class MarketConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
     metrics_money: Annotated[
         bool,
         msgspec.Meta(
-            description="whether /metrics shows balances, charges and royalties to everybody; "
+            description="whether /metrics shows balances, charges and royalties to everyone; "
             "an admin's key always sees them"
         ),
     ] = False
@@ -108,7 +108,7 @@ class MarketConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
     ledger_url: Annotated[
         str | None,
         msgspec.Meta(
-            description="where accounts and transfers are kept: "
+            description="where accounts and transfers are stored: "
             "`postgresql://user@host/name` for several machines, with the password in the file "
             "that PGPASSFILE names; null: in the home"
         ),
@@ -122,43 +122,43 @@ class MarketConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
         msgspec.Meta(
             ge=0.05,
             le=60,
-            description="a request waits so long for its reservation, then it is not sold",
+            description="longest wait of a request for its reservation, in seconds; then its "
+            "tokens are computed instead of sold",
         ),
     ] = 1.0
     io_threads: Annotated[
-        int, msgspec.Meta(ge=1, le=64, description="threads a worker loads and saves with")
+        int,
+        msgspec.Meta(ge=1, le=64, description="threads of a worker for loading and storing"),
     ] = 2
     codec: Annotated[
         Literal["raw", "zstd-exponent"],
         msgspec.Meta(
             description="how chunks are stored: `raw` loads fastest from memory and fast disks; "
-            "`zstd-exponent`, lossless, takes a third less room in bfloat16, for slow disks"
+            "`zstd-exponent`, lossless, needs a third less space in bfloat16, for slow disks"
         ),
     ] = "raw"
     host_cache_bytes: Annotated[
         int,
         msgspec.Meta(
-            ge=0, description="most bytes of host memory that a worker keeps hot chunks in"
+            ge=0, description="bytes of host memory that each worker uses for its most used chunks"
         ),
     ] = 1 << 30
     disk_quota_bytes: Annotated[
         Annotated[int, msgspec.Meta(ge=0)] | None,
-        msgspec.Meta(
-            description="most bytes that the chunks folder ever takes; null: as much as there is"
-        ),
+        msgspec.Meta(description="largest size of the chunks folder, in bytes; null: no limit"),
     ] = None
     disk_reserve_bytes: Annotated[
         int,
         msgspec.Meta(
             ge=0,
-            description="bytes of the home's device that no chunk and no new document takes: they "
-            "are for the ledger, which must be able to book what was sold",
+            description="bytes of the home's device that stay free of chunks and new documents: "
+            "the ledger must always be able to book a sale",
         ),
     ] = 1 << 28
     publisher_max_documents: Annotated[
         Annotated[int, msgspec.Meta(ge=1)] | None,
         msgspec.Meta(
-            description="most documents that a publisher has on offer or on their way; "
+            description="most documents of a publisher that are on offer or being published; "
             "null: no limit"
         ),
     ] = 10_000
@@ -172,41 +172,41 @@ class MarketConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
     ] = 16
     quarantine_bytes: Annotated[
         int,
-        msgspec.Meta(
-            ge=0, description="most bytes of damaged chunks that are kept to be looked at"
-        ),
+        msgspec.Meta(ge=0, description="most bytes of damaged chunks that are kept for inspection"),
     ] = 1 << 30
     eviction: Annotated[
         Literal["value", "lru"],
         msgspec.Meta(
-            description="which documents go first when the quota is reached: those worth least "
+            description="which documents are evicted first at the quota: those of least value "
             "(recompute cost x recent reuse, per byte), or the least recently used"
         ),
     ] = "value"
     pin_budget: Annotated[
         float,
         msgspec.Meta(
-            ge=0, le=0.9, description="largest share of the paged cache that pinned documents hold"
+            ge=0,
+            le=0.9,
+            description="largest part of the paged cache for pinned documents",
         ),
     ] = 0.5
     object_store_url: Annotated[
         str | None,
         msgspec.Meta(
-            description="where chunks are kept for good, with the disk as a bounded cache: "
-            "`s3://bucket/prefix`, `gs://`, `az://`, `file:///`; null: on the disk"
+            description="an object store for all chunks, with the disk as a bounded cache: "
+            "`s3://bucket/prefix`, `gs://`, `az://`, `file:///`; null: the disk alone"
         ),
     ] = None
     object_store_options: Annotated[
         dict[str, str],
         msgspec.Meta(
             description="options of the object store by obstore's names, for example `endpoint`, "
-            "`region`, `allow_http`; credentials are better given by the environment"
+            "`region`, `allow_http`; give credentials by the environment"
         ),
     ] = msgspec.field(default_factory=dict)
     object_store_timeout_s: Annotated[
         float,
         msgspec.Meta(
-            gt=0, le=300, description="a chunk that takes longer than this is computed instead"
+            gt=0, le=300, description="longest time to load a chunk; then it is computed instead"
         ),
     ] = 10.0
     refresh_interval_s: Annotated[
@@ -252,11 +252,10 @@ def _has_password(url: str) -> bool:
 
 
 def load(source: MarketConfig | Mapping[str, Any] | str | Path | None = None) -> MarketConfig:
-    """Read the configuration in `source`: a mapping, a JSON object, or the path of a .json or
-    .toml file.
+    """Read a configuration: a mapping, a JSON object, or the path of a .json or .toml file.
 
-    Nothing at all gives the defaults. A MarketConfig is checked too: Python does not check what its
-    constructor is given. Raises ConfigError, in one line that names the key.
+    None gives the defaults. A MarketConfig is checked too, as its constructor checks no types.
+    Raises ConfigError, in one line that names the key.
     """
     mapping = to_mapping(source) if isinstance(source, MarketConfig) else _read(source)
     try:
@@ -301,7 +300,7 @@ def _parse_json(text: str, where: str) -> Mapping[str, Any]:
 
 
 def _explain(message: str, mapping: Mapping[str, Any]) -> str:
-    """Rewrite what msgspec says: the key first, then what it takes, then what it was given."""
+    """Rewrite msgspec's message: the key first, then the expected and the given value."""
     place = re.search(r" - at `(?:key in )?\$\.?([^`]*)`$", message)
     # A value inside an object is shown as the whole object.
     inside = re.sub(r"\[[^\]]*\]$", "", place.group(1)) if place else ""

@@ -28,6 +28,7 @@ from vllm_kvmarket.api.models import (
 from vllm_kvmarket.api.paging import After, Limit, decode, encode
 from vllm_kvmarket.api.service import CallerOf, ServiceOf
 from vllm_kvmarket.auth.api_keys import KeyLimits
+from vllm_kvmarket.catalogue import ListingFilter
 from vllm_kvmarket.core.errors import ConfigError
 from vllm_kvmarket.ledger import Account, Transfer
 from vllm_kvmarket.ledger.statements import as_csv, statement
@@ -35,6 +36,8 @@ from vllm_kvmarket.market.market import Market
 from vllm_kvmarket.proofs import TransparencyLog
 
 ME = "me"
+# As a limit: no limit.
+ALL = -1
 CSV = {"text/csv": {"schema": {"type": "string"}}}
 
 AccountPath = Annotated[str, Path(pattern=WHOLE_ACCOUNT)]
@@ -227,11 +230,8 @@ def _statement(
 ) -> Response:
     if from_s is not None and to_s is not None and from_s > to_s:
         raise invalid("from: it is after `to`", "from")
-    own = [
-        listing.document_id
-        for listing in market.catalogue.listings(search=account_id)
-        if listing.terms.publisher == account_id
-    ]
+    wanted = ListingFilter(publisher=account_id, any_state=True, seen_by=account_id)
+    own = [listing.document_id for listing, _ in market.catalogue.page(wanted, ALL)]
     log = TransparencyLog(market.ledger, market.home)
     made = statement(
         market.ledger, account_id, from_s, to_s, documents=own, indexes_of=log.indexes_of

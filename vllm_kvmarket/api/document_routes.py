@@ -24,10 +24,10 @@ from vllm_kvmarket.api.models import (
     Sort,
     State,
 )
-from vllm_kvmarket.api.paging import After, Limit, by_key, encode
+from vllm_kvmarket.api.paging import After, Limit, decode_place, encode
 from vllm_kvmarket.api.publication_queue import Publication
 from vllm_kvmarket.api.service import CallerOf, Frontend, Service, ServiceOf
-from vllm_kvmarket.catalogue import Listing, Usage
+from vllm_kvmarket.catalogue import Listing, ListingFilter, Usage
 from vllm_kvmarket.core.errors import NotFoundError
 from vllm_kvmarket.core.listing_terms import ListingTerms
 from vllm_kvmarket.ledger import PROVIDER
@@ -106,27 +106,26 @@ async def documents(
     """List documents on offer. Owners also see their documents in other states, admins see all."""
     caller.need_reader()
 
+    wanted = ListingFilter(
+        search=search or "",
+        publisher=publisher,
+        state=state,
+        seen_by=caller.account,
+        sees_all=caller.is_admin,
+        order=sort,
+        default_price=service.market.config.tariff.terms().cache_read_nano_per_mtok,
+    )
+    last = None if after is None else decode_place(after, sort)
+
     def read() -> Page[Document]:
         market = service.market
-        found = [
-            listing
-            for listing in market.catalogue.listings(state=state, search=search)
-            if (publisher is None or listing.terms.publisher == publisher)
-            and (state is not None or is_on_offer(listing))
-            and _is_visible(listing, caller)
-        ]
-        numbers = {listing.document_id: _number(market, listing, sort) for listing in found}
-
-        def place(listing: Listing) -> tuple[float, str]:
-            return numbers[listing.document_id], listing.document_id
-
-        left = by_key(found, place, sort, after)
-        page = left[:limit]
-        more = len(left) > limit
+        found = market.catalogue.page(wanted, limit + 1, after=last)
+        more = len(found) > limit
+        listing, number = found[:limit][-1] if found else (None, 0)
         return Page(
-            data=[describe(market, listing) for listing in page],
+            data=[describe(market, each) for each, _ in found[:limit]],
             has_more=more,
-            next_cursor=encode((sort, *place(page[-1]))) if more else None,
+            next_cursor=encode((sort, number, listing.document_id)) if more and listing else None,
         )
 
     return await run_in_threadpool(read)
@@ -273,15 +272,6 @@ def _own(market: Market, document_id: str, caller: Caller) -> Listing:
     if not caller.owns(listing.terms.publisher):
         raise ApiError(403, "not_your_document", f"{document_id} is {listing.terms.publisher}'s")
     return listing
-
-
-def _number(market: Market, listing: Listing, sort: Sort) -> float:
-    """The number by which a listing is sorted, smallest first."""
-    if sort == "price":
-        return prices_of(market, listing).cache_read_nano_per_mtok
-    if sort == "reuse":
-        return -market.catalogue.usage_of(listing.document_id).uses
-    return -listing.created_at_s
 
 
 def prices_of(market: Market, listing: Listing | None) -> Prices:

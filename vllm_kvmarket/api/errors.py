@@ -85,6 +85,8 @@ def missing_key(message: str) -> ApiError:
 _OURS: Sequence[tuple[type[errors.KVMarketError], int, str]] = (
     (errors.NotFoundError, 404, "not_found"),
     (errors.NotPublishableError, 400, "not_publishable"),
+    (errors.KeyConflictError, 409, "idempotency_key_reused"),
+    (errors.KeyUsedUpError, 409, "idempotency_key_used_up"),
     (errors.LedgerRefusedError, 409, "refused_by_ledger"),
     (errors.CatalogueRefusedError, 409, "refused_by_catalogue"),
     (errors.RefusedError, 409, "refused"),

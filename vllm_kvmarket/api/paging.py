@@ -1,4 +1,4 @@
-"""Pages of lists, by opaque cursors that stay right while the list grows."""
+"""Pages of lists, with opaque cursors that stay right while the list grows."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def encode(value: Any) -> str:
 
 
 def decode(cursor: str, kind: type[Item]) -> Item:
-    """What a cursor holds. Raises ApiError."""
+    """The value in a cursor. Raises ApiError."""
     try:
         raw = base64.b64decode(cursor + "=" * (-len(cursor) % 4), altchars=b"-_", validate=True)
         return msgspec.json.decode(raw, type=kind)
@@ -35,20 +35,15 @@ def decode(cursor: str, kind: type[Item]) -> Item:
         ) from None
 
 
-def by_key(
-    items: Sequence[Item], key: Callable[[Item], tuple[Any, str]], order: str, after: str | None
-) -> list[Item]:
-    """Sort items by a number and an id, ascending, and drop those up to the cursor.
+def decode_place(cursor: str, order: str) -> tuple[float, str]:
+    """The number and id that a cursor of an ordered list holds. Raises ApiError.
 
-    Raises ApiError for a cursor of another order.
+    Also for a cursor of another order.
     """
-    ordered = sorted(items, key=key)
-    if after is None:
-        return ordered
-    made_for, number, name = decode(after, tuple[str, float, str])
+    made_for, number, name = decode(cursor, tuple[str, int | float, str])
     if made_for != order:
         raise invalid(f"after: this cursor is of a list by {made_for}, not by {order}", "after")
-    return [item for item in ordered if key(item) > (number, name)]
+    return number, name
 
 
 def newest_first(
@@ -57,10 +52,10 @@ def newest_first(
     limit: int,
     after: str | None,
 ) -> tuple[list[Item], str | None]:
-    """A page of what `read(n)` gives the newest n of, and the next cursor.
+    """A page of a list, and the next cursor; `read(n)` gives the newest n items.
 
-    The cursor has the last item's id, and how many were before it: what is newer meanwhile only
-    moves it further back. Raises ApiError.
+    The cursor has the last item's id and its position. Newer items only move it further back.
+    Raises ApiError.
     """
     seen, last = decode(after, tuple[int, str]) if after is not None else (0, "")
     if not 0 <= seen <= MOST_SKIPPED:
@@ -75,7 +70,7 @@ def newest_first(
     if after is None:
         start = 0
     if start is None:
-        raise invalid("after: what this cursor points at is not in this list", "after")
+        raise invalid("after: this cursor's item is not in this list", "after")
     if len(found) < start + limit + 1 and len(found) == asked:
         found = list(read(start + limit + 1))
     page = found[start : start + limit]

@@ -4,6 +4,7 @@ from vllm_kvmarket.catalogue.catalogue import Catalogue
 from vllm_kvmarket.catalogue.listing import (
     Audit,
     Listing,
+    ListingFilter,
     ListingState,
     Match,
     MatchedChunk,
@@ -17,6 +18,7 @@ __all__ = [
     "Audit",
     "Catalogue",
     "Listing",
+    "ListingFilter",
     "ListingState",
     "Match",
     "MatchedChunk",

@@ -23,6 +23,7 @@ from vllm_kvmarket.catalogue.listing import (
     ON_OFFER,
     Audit,
     Listing,
+    ListingFilter,
     Match,
     PublisherLimits,
     Usage,
@@ -463,25 +464,25 @@ class Catalogue:
 
     def page(
         self,
+        wanted: ListingFilter,
         limit: int,
-        offset: int = 0,
         *,
-        search: str = "",
-        publisher: str | None = None,
-        on_offer: bool = True,
-    ) -> tuple[list[Listing], int]:
-        """Return some of the listings that `search` keeps, newest first, and how many there are.
+        after: tuple[float, str] | None = None,
+        offset: int = 0,
+    ) -> list[tuple[Listing, float]]:
+        """Return some listings, each with the number that it is ordered by.
 
-        Those on offer now, unless told; only what is returned is read whole. See `listings`.
+        `after` is the number and the id of the last one before. Only these are read whole.
         """
-        wanted = search.casefold()
+        now_s = time.time()
         with self._db.snapshot() as db:
-            names = [
-                fields[0]
-                for fields in queries.read_names(db, publisher, time.time() if on_offer else None)
-                if any(wanted in field.casefold() for field in fields)
-            ]
-            return [self._read(db, name) for name in names[offset : offset + limit]], len(names)
+            page = queries.read_page(db, wanted, now_s, after=after, limit=limit, offset=offset)
+            return [(self._read(db, name), number) for name, number in page]
+
+    def count(self, wanted: ListingFilter) -> int:
+        """Return how many listings a filter shows."""
+        with self._db.snapshot() as db:
+            return queries.count(db, wanted, time.time())
 
     def tokens_of(self, document_id: str) -> list[int]:
         """Return a document's token ids. Raises NotFoundError."""

@@ -117,6 +117,25 @@ class Audit:
 
 # A match is made for every request, of hundreds of chunks: these are msgspec's, which take a tenth
 # of a dataclass's time to make, and garbage collection need not look into the chunks.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ListingFilter:
+    """The listings that a list shows: by default those on offer now, the newest first.
+
+    `search` is a part of title, publisher or id, in upper or lower case. In other states only the
+    listings of the account `seen_by` are shown, or all with `sees_all`. By "reuse" the most reused
+    come first, by "price" the cheapest; `default_price` is of listings that name none.
+    """
+
+    search: str = ""
+    publisher: str | None = None
+    state: str | None = None
+    any_state: bool = False
+    seen_by: str | None = None
+    sees_all: bool = False
+    order: Literal["age", "reuse", "price"] = "age"
+    default_price: int = 0
+
+
 class MatchedChunk(msgspec.Struct, frozen=True, gc=False):
     """A chunk that a match reaches into: the first `matched` of its `token_count` tokens.
 

@@ -17,6 +17,7 @@ from vllm_kvmarket.catalogue.listing import (
     ON_OFFER,
     Audit,
     Listing,
+    ListingFilter,
     ListingState,
     PublisherLimits,
     Usage,
@@ -30,6 +31,22 @@ _TERMS = ListingTerms.__struct_fields__
 _FACTS = tuple(field.name for field in fields(Listing) if field.name not in ("terms", "chunk_keys"))
 _COLUMNS = ", ".join((*_FACTS, *_TERMS))
 _FLAGS = ("pinned", "paid_for")
+
+
+# The numbers that listings are ordered by, smallest first.
+_NUMBERS = {
+    "age": "-created_at_s",
+    "reuse": "-coalesce(uses, 0)",
+    "price": "coalesce(cache_read_nano_per_mtok, :default_price)",
+}
+_OFFERED = "(state IN ('live', 'damaged') AND (expires_at_s IS NULL OR expires_at_s > :now_s))"
+_FILTER = (
+    "(:publisher IS NULL OR publisher = :publisher) "
+    "AND (:search = '' OR instr(search_text, :search)) "
+    "AND (:state IS NULL OR state = :state) "
+    f"AND ({_OFFERED} OR ((:any_state OR :state IS NOT NULL) "
+    "AND (:sees_all OR publisher = :seen_by)))"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,18 +140,42 @@ def read_listings(
     return [Listing(**_fields(row), chunk_keys=_chunk_keys(db, row[0])) for row in found]
 
 
-def read_names(
-    db: apsw.Connection, publisher: str | None, offered_at_s: float | None
-) -> list[tuple[str, str, str]]:
-    """Return id, title and publisher of listings, newest first: one publisher's, or those on offer
-    at a time.
+def read_page(
+    db: apsw.Connection,
+    wanted: ListingFilter,
+    now_s: float,
+    *,
+    after: tuple[float, str] | None = None,
+    limit: int = -1,
+    offset: int = 0,
+) -> list[tuple[str, float]]:
+    """Return the ids of some listings, in order, with the numbers that they are ordered by.
+
+    `after` is the last number and id of the page before.
     """
+    number = _NUMBERS[wanted.order]
+    uses = "LEFT JOIN listing_use USING (document_id) " if wanted.order == "reuse" else ""
+    values = _bindings(wanted, now_s)
+    condition = _FILTER
+    if after is not None:
+        condition += f" AND ({number}, document_id) > (:number, :document_id)"
+        values |= {"number": after[0], "document_id": after[1]}
     statement = (
-        "SELECT document_id, title, publisher FROM listing "
-        "WHERE (?1 IS NULL OR publisher = ?1) AND (?2 IS NULL OR (state IN ('live', 'damaged') "
-        "AND (expires_at_s IS NULL OR expires_at_s > ?2))) ORDER BY created_at_s DESC, document_id"
+        f"SELECT document_id, {number} FROM listing {uses}WHERE {condition} "  # noqa: S608  # texts are ours, values are bound
+        f"ORDER BY {number}, document_id LIMIT :limit OFFSET :offset"
     )
-    return rows(db, statement, (publisher, offered_at_s))
+    return rows(db, statement, values | {"limit": limit, "offset": offset})
+
+
+def count(db: apsw.Connection, wanted: ListingFilter, now_s: float) -> int:
+    """Return how many listings a filter shows."""
+    statement = f"SELECT count(*) FROM listing WHERE {_FILTER}"  # noqa: S608  # a text of ours
+    return int(rows(db, statement, _bindings(wanted, now_s))[0][0])
+
+
+def _bindings(wanted: ListingFilter, now_s: float) -> dict[str, apsw.SQLiteValue]:
+    values = {field.name: getattr(wanted, field.name) for field in fields(wanted)}
+    return values | {"search": wanted.search.casefold(), "now_s": now_s}
 
 
 def read_changes(db: apsw.Connection, since: int, now_s: float) -> list[Change]:
@@ -219,18 +260,20 @@ def write_listing(db: apsw.Connection, listing: Listing) -> None:
     changed_terms = ", ".join(
         f"{name} = excluded.{name}" for name in _TERMS if name != "expires_at_s"
     )
-    marks = ", ".join("?" * (len(values) + 1))
+    texts = (listing.terms.title, listing.terms.publisher, listing.document_id)
+    values += ["\n".join(texts).casefold(), _next_revision(db)]
+    marks = ", ".join("?" * len(values))
     db.execute(
-        f"INSERT INTO listing ({_COLUMNS}, revision) VALUES ({marks}) "  # noqa: S608  # column names are ours
+        f"INSERT INTO listing ({_COLUMNS}, search_text, revision) VALUES ({marks}) "  # noqa: S608  # column names are ours
         f"ON CONFLICT (document_id) DO UPDATE SET {changed_terms}, "
-        "state = excluded.state, reason = excluded.reason, "
+        "state = excluded.state, reason = excluded.reason, search_text = excluded.search_text, "
         "created_at_s = excluded.created_at_s, revision = excluded.revision, "
         "stored_bytes = iif(listed, stored_bytes, excluded.stored_bytes), "
         "pinned = excluded.pinned OR (listed AND pinned), "
         "paid_for = excluded.paid_for OR (listed AND paid_for), "
         "expires_at_s = coalesce(excluded.expires_at_s, iif(listed, expires_at_s, NULL)), "
         "offered_seq = iif(listed OR publisher = excluded.publisher, offered_seq, NULL)",
-        [*values, _next_revision(db)],
+        values,
     )
 
 

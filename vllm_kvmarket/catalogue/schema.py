@@ -44,12 +44,14 @@ CREATE TABLE listing (
     listed INTEGER NOT NULL DEFAULT 0 CHECK (listed IN (0, 1)),
     offered_seq INTEGER UNIQUE,
     revision INTEGER NOT NULL,
+    search_text TEXT NOT NULL DEFAULT '',  -- title, publisher and id without upper case
     CHECK (listed OR state NOT IN ('live', 'damaged')),
     CHECK (offered_seq IS NOT NULL OR NOT listed),
     CHECK (NOT pinned OR state IN ('live', 'damaged', 'publishing'))
 ) STRICT;
 CREATE INDEX listing_revision ON listing (revision);
 CREATE INDEX listing_state ON listing (state);
+CREATE INDEX listing_age ON listing (-created_at_s, document_id);
 CREATE INDEX listing_publisher ON listing (publisher);
 CREATE INDEX listing_expiry ON listing (expires_at_s)
     WHERE expires_at_s IS NOT NULL AND state IN ('live', 'damaged');

@@ -49,6 +49,7 @@ from vllm_kvmarket.core.config import MarketConfig
 from vllm_kvmarket.core.errors import KVMarketError, UnavailableError
 
 _REQUEST_ID = re.compile(r"[\x21-\x7e]{1,256}")
+_IDEMPOTENCY_KEY = re.compile(r"[\x21-\x7e]{1,255}")
 _PASSED = "kvmarket.passed_the_gate"
 
 
@@ -127,6 +128,7 @@ class Gate:
         request = GatedRequest(
             scope["app"], _shape(kind, body), caller, body, len(content), request_id
         )
+        request.purchase_key = await _purchase_key(service, scope, caller, content)
         await self._prepare(service, request)
         if kind is Kind.RESPONSES:
             body["request_id"] = f"resp_{request_id}"
@@ -180,6 +182,23 @@ class Gate:
             tokenizer = app.state.online_renderer.renderer.get_tokenizer()
             self._documents = Documents(service.market, service.frontend.namespace, tokenizer)
         return self._documents
+
+
+async def _purchase_key(
+    service: Service, scope: Scope, caller: Caller, content: bytes
+) -> str | None:
+    """One key for a request and its retries, by the header Idempotency-Key; None without one.
+
+    Raises ApiError for a malformed key, KeyConflictError if it came with another body,
+    KeyUsedUpError after too many answers.
+    """
+    key = single_header(scope, "idempotency-key")
+    if not key or caller.account is None:
+        return None
+    if not _IDEMPOTENCY_KEY.fullmatch(key):
+        raise invalid("Idempotency-Key: expected up to 255 visible characters", "idempotency-key")
+    ledger = service.market.ledger
+    return await run_in_threadpool(ledger.use_key, caller.account, key, content)
 
 
 async def _is_affordable(service: Service, request: GatedRequest, *, is_adapter: bool) -> bool:

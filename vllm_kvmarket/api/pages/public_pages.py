@@ -15,6 +15,7 @@ from vllm_kvmarket.api.models import Document
 from vllm_kvmarket.api.pages.charts import break_even, reuse_over_time
 from vllm_kvmarket.api.pages.page import BASE, HEADERS, PageRoute, VisitorOf, asset, own_page
 from vllm_kvmarket.auth.signing_keys import SigningKeys
+from vllm_kvmarket.catalogue import ListingFilter
 from vllm_kvmarket.ledger import Receipt
 from vllm_kvmarket.market.market import Market
 
@@ -35,8 +36,9 @@ async def catalogue(
     market = visitor.service.market
 
     def read() -> tuple[list[Document], int]:
-        found, total = market.catalogue.page(PAGE_ROWS, (page - 1) * PAGE_ROWS, search=search)
-        return [describe(market, each) for each in found], total
+        wanted = ListingFilter(search=search)
+        found = market.catalogue.page(wanted, PAGE_ROWS, offset=(page - 1) * PAGE_ROWS)
+        return [describe(market, each) for each, _ in found], market.catalogue.count(wanted)
 
     rows, total = await run_in_threadpool(read)
     return visitor.page(

@@ -15,6 +15,7 @@ from vllm_kvmarket.api.bodies import FORM_FACTOR
 from vllm_kvmarket.api.errors import ApiError, invalid, not_found, translate
 from vllm_kvmarket.api.models import Document, DocumentChange, NewDocument
 from vllm_kvmarket.api.pages.page import PageRoute, Visitor, VisitorOf
+from vllm_kvmarket.catalogue import ListingFilter
 from vllm_kvmarket.core.pricing import format_nano, parse_nano
 
 MOST_OWN = 200
@@ -136,8 +137,9 @@ def _own(visitor: Visitor, document_id: str) -> Document:
 
 def _listed(visitor: Visitor) -> list[Document]:
     market, account = visitor.service.market, visitor.caller.account
-    own, _ = market.catalogue.page(MOST_OWN, publisher=account, on_offer=False)
-    return [document_routes.describe(market, each) for each in own]
+    wanted = ListingFilter(publisher=account, any_state=True, seen_by=account)
+    own = market.catalogue.page(wanted, MOST_OWN)
+    return [document_routes.describe(market, each) for each, _ in own]
 
 
 def _new_document(given: dict[str, str]) -> NewDocument:

@@ -65,7 +65,7 @@ def place(app, documents, kind, body):
     """The tokens that vLLM computes for a body, once the document is in front of it."""
 
     async def placed():
-        request = GatedRequest(app, kind, Caller(), body, 0)
+        request = GatedRequest(app, kind, Caller(), body, b"")
         await documents.place(request, "kvd_1")
         params = body["kv_transfer_params"]
         (planned,) = await prompts_of(request)
@@ -161,7 +161,7 @@ def test_what_would_come_before_a_document_or_show_it_is_refused(app, tokenizer,
     _, documents = published(tokenizer, TEXT)
     body = {"model": str(app.state.args.model), **BODIES[Kind.CHAT], **change}
     with pytest.raises(ApiError) as refused:
-        asyncio.run(documents.place(GatedRequest(app, Kind.CHAT, Caller(), body, 0), "kvd_1"))
+        asyncio.run(documents.place(GatedRequest(app, Kind.CHAT, Caller(), body, b""), "kvd_1"))
     assert refused.value.status == 400
 
 
@@ -170,4 +170,4 @@ def test_a_text_is_not_put_into_a_chat(app, tokenizer):
     documents = on_offer(list(tokenizer(TEXT)["input_ids"]), tokenizer, rendered_as="text")
     body = {"model": str(app.state.args.model), **BODIES[Kind.CHAT]}
     with pytest.raises(ApiError, match="published as text"):
-        asyncio.run(documents.place(GatedRequest(app, Kind.CHAT, Caller(), body, 0), "kvd_1"))
+        asyncio.run(documents.place(GatedRequest(app, Kind.CHAT, Caller(), body, b""), "kvd_1"))

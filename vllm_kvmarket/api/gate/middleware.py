@@ -126,9 +126,14 @@ class Gate:
             remove_admin_fields(body)
             scope = without_admin_headers(scope)
         request = GatedRequest(
-            scope["app"], _shape(kind, body), caller, body, len(content), request_id
+            app=scope["app"],
+            kind=_shape(kind, body),
+            caller=caller,
+            body=body,
+            content=content,
+            request_id=request_id,
+            idempotency_key=single_header(scope, "idempotency-key"),
         )
-        request.purchase_key = await _purchase_key(service, scope, caller, content)
         await self._prepare(service, request)
         if kind is Kind.RESPONSES:
             body["request_id"] = f"resp_{request_id}"
@@ -164,6 +169,8 @@ class Gate:
             raise quotes.no_quote_for(adapter)
         if field.document is not None:
             await self._documents_of(service, request.app).place(request, field.document)
+        if request.idempotency_key and caller.account is not None:
+            request.purchase_key = await _purchase_key(service, request, caller.account)
         if kind is not Kind.SALTED and caller.operation is None:
             if not field.wants_reuse(caller.limits):
                 request.declined = "never"
@@ -184,21 +191,21 @@ class Gate:
         return self._documents
 
 
-async def _purchase_key(
-    service: Service, scope: Scope, caller: Caller, content: bytes
-) -> str | None:
-    """One key for a request and its retries, by the header Idempotency-Key; None without one.
+async def _purchase_key(service: Service, request: GatedRequest, account: str) -> str | None:
+    """One key for a request and its retries, which are recognised by the Idempotency-Key.
 
-    Raises ApiError for a malformed key, KeyConflictError if it came with another body,
-    KeyUsedUpError after too many answers.
+    None while the ledger is away, unless the request must reuse. Raises ApiError for a malformed
+    key, KeyConflictError if it came with another body, KeyUsedUpError after too many answers.
     """
-    key = single_header(scope, "idempotency-key")
-    if not key or caller.account is None:
-        return None
+    key = request.idempotency_key
     if not _IDEMPOTENCY_KEY.fullmatch(key):
         raise invalid("Idempotency-Key: expected up to 255 visible characters", "idempotency-key")
-    ledger = service.market.ledger
-    return await run_in_threadpool(ledger.use_key, caller.account, key, content)
+    try:
+        return await run_in_threadpool(service.market.ledger.use_key, account, key, request.content)
+    except UnavailableError:
+        if request.field.is_binding:
+            raise
+        return None
 
 
 async def _is_affordable(service: Service, request: GatedRequest, *, is_adapter: bool) -> bool:

@@ -91,14 +91,15 @@ NO_FIELD = MarketField()
 
 @dataclass(slots=True)
 class GatedRequest:
-    """A generating request inside the gate: its JSON body, which had `size` bytes, may change."""
+    """A generating request. `body` is changed by the gate; `content` is as the client sent it."""
 
     app: FastAPI
     kind: Kind
     caller: Caller
     body: dict[str, Any]
-    size: int
+    content: bytes
     request_id: str = ""
+    idempotency_key: str = ""
     field: MarketField = NO_FIELD
     # The length of the document in front of each prompt.
     document_tokens: int | None = None
@@ -107,8 +108,13 @@ class GatedRequest:
     max_price_nano: int | None = None
     # What the key's budget was charged for this request, before the engine's answer.
     spent_nano: int = 0
-    # One for all retries of a request.
+    # The same for all retries of a request.
     purchase_key: str | None = None
+
+    @property
+    def size(self) -> int:
+        """About how many bytes the body has."""
+        return len(self.content)
 
 
 def take_market_field(body: dict[str, Any]) -> MarketField:

@@ -474,6 +474,32 @@ def test_a_keys_budget_is_charged_with_what_was_sold(app, client, keys, market):
     assert left() == 10
 
 
+def test_retries_are_one_purchase(client, alice, keys, market):
+    """By the header, account and body; four answers at most, and no other body."""
+    market.create_account("bob")
+    bob = {"x-api-key": keys.create("bob")[0]}
+
+    def send(headers, key, body):
+        return client.post("/v1/completions", json=body, headers=headers | {"idempotency-key": key})
+
+    def purchase(*asked):
+        return signed(market, reached(send(*asked))).get("purchase_key")
+
+    body = {"prompt": [1, 2]}
+    first = purchase(alice, "k", body)
+    assert first and purchase(alice, "k", body) == first
+    assert len({first, purchase(bob, "k", body), purchase(alice, "other", body)}) == 3
+    told = send(alice, "k", {"prompt": [1, 3]})
+    assert (told.status_code, told.json()["error"]["code"]) == (409, "idempotency_key_reused")
+    codes = {send(alice, "k", body).json().get("error", {}).get("code") for _ in range(4)}
+    assert codes == {None, "idempotency_key_used_up"}
+    for wrong in ("a b", "a" * 256):
+        assert send(alice, wrong, body).status_code == 400
+    got = reached(client.post("/v1/completions", json=body, headers=alice | {"x-request-id": "k"}))
+    assert "purchase_key" not in signed(market, got)
+    assert send({}, "k", body).status_code == 200
+
+
 def test_a_request_has_one_id_that_its_receipts_have_too(client, alice):
     """The client's, or the server's; a bad one or two are refused."""
     given = client.post("/v1/completions", json={}, headers=alice | {"x-request-id": "mine"})

@@ -22,7 +22,7 @@ FOLDERS = ("vllm_kvmarket", "tests", "benchmarks", "examples", "tools")
 SOURCES = sorted(path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py"))
 MAX_FILE_LINES = 600
 MAX_FUNCTION_LINES = 70
-# What the values of the house (see DESIGN: errors, config, identity, tariff) may import.
+# Values that every room uses; they may import these only.
 VALUES = (
     "core/errors",
     "core/config",
@@ -257,3 +257,19 @@ def test_the_threat_model_names_tests_that_exist():
         if not text or (function and f"def {function}(" not in text):
             missing.append(f"{where}::{function}")
     assert missing == []
+
+
+def test_every_thread_is_in_the_architecture():
+    """ARCHITECTURE.md lists each thread and long task, so that a newcomer knows who runs when."""
+    table = (ROOT / "ARCHITECTURE.md").read_text("utf-8")
+    names = {
+        found
+        for path in SOURCES
+        if path.is_relative_to(ROOT / "vllm_kvmarket")
+        for found in re.findall(
+            r"(?:name=|thread_name_prefix=|ThreadPoolExecutor\(\w+, )f?\"(kvmarket-[a-z-]+)",
+            path.read_text("utf-8"),
+        )
+    }
+    assert len(names) > 10
+    assert [name for name in sorted(names) if f"`{name.rstrip('-')}" not in table] == []

@@ -199,6 +199,25 @@ def _run_checkpoint(args: argparse.Namespace) -> int:
     return 0
 
 
+def _configure_epoch(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--reason", required=True, help="what happened, for those who read the log")
+
+
+def _run_epoch(args: argparse.Namespace) -> int:
+    with open_market(args) as market:
+        epoch = proofs.TransparencyLog(market.ledger, market.home).open_epoch(args.reason)
+    lost = "unknown" if epoch.common_size is None else epoch.signed_size - epoch.common_size
+    emit(
+        args,
+        msgspec.to_builtins(epoch),
+        lambda where: where.print(
+            f"epoch {epoch.number}: {epoch.ledger_size} transfers, "
+            f"{epoch.signed_size} were signed for, {lost} of them are lost"
+        ),
+    )
+    return 0
+
+
 def _configure_prove(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("transfer_id", metavar="TRANSFER_ID", help="a transfer's id")
 
@@ -357,6 +376,13 @@ COMMANDS = (
     Command("log prove", "prove that a transfer is in the log", _run_prove, _configure_prove),
     Command(
         "log consistency", "prove that the log only grew", _run_consistency, _configure_consistency
+    ),
+    Command(
+        "log epoch",
+        "begin a new log after the ledger was rolled back, and record what was lost",
+        _run_epoch,
+        _configure_epoch,
+        changes=True,
     ),
     Command(
         "log admin",

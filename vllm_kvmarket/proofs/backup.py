@@ -37,7 +37,7 @@ from vllm_kvmarket.core.errors import NotFoundError, ProofError, StoreError
 from vllm_kvmarket.ledger import Ledger
 from vllm_kvmarket.market.market import DATABASE_FILE, Market
 from vllm_kvmarket.proofs.ledger_check import LedgerCheck, check_ledger
-from vllm_kvmarket.proofs.log import CHECKPOINTS_FILE, LOG_FOLDER
+from vllm_kvmarket.proofs.log import CHECKPOINTS_FILE, EPOCHS_FILE, LOG_FOLDER
 from vllm_kvmarket.proofs.replay import replay
 from vllm_kvmarket.store import CHUNKS_FOLDER
 
@@ -106,6 +106,9 @@ def backup(
     if log.exists():
         # Under half a line there may be a whole one soon: what is there now was signed before.
         copier.add(f"{LOG_FOLDER}/{CHECKPOINTS_FILE}", log)
+    epochs = market.home / LOG_FOLDER / EPOCHS_FILE
+    if epochs.exists():
+        copier.add(f"{LOG_FOLDER}/{EPOCHS_FILE}", epochs)
     newest = market.ledger.transfers(limit=1)
     _copy_database(market.home / DATABASE_FILE, folder / DATABASE)
     if market.config.ledger_url is not None:

@@ -6,8 +6,11 @@ home signs under an origin of its own, kvmarket/<kid of its first key>. Under <h
     hashes             every whole subtree's hash, 64 bytes a transfer; made anew when it is lost
     head.json          up to where it is durable
     checkpoints.jsonl  every checkpoint that was ever signed: these cannot be made anew
+    epochs.jsonl       when the operator began anew after a loss, and what was lost
 
-Nothing is signed that contradicts what was signed before. A log is brought up to date when it is
+Nothing is signed that contradicts what was signed before. When the ledger was rolled back, nothing
+is signed at all until the operator opens a new epoch: a new log, with an origin that ends in its
+number, kvmarket/<kid>/2. A log is brought up to date when it is
 asked something, and hashes new transfers only.
 """
 
@@ -19,7 +22,7 @@ import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Self
+from typing import Self, TypeVar
 
 import msgspec
 
@@ -44,6 +47,9 @@ LOG_FOLDER = "log"
 HASHES_FILE = "hashes"
 HEAD_FILE = "head.json"
 CHECKPOINTS_FILE = "checkpoints.jsonl"
+EPOCHS_FILE = "epochs.jsonl"
+# The hashes of a ledger that is no more, until the epoch that records the loss is opened.
+LOST_HASHES_FILE = "hashes.lost"
 
 
 class Head(msgspec.Struct, frozen=True):
@@ -58,6 +64,26 @@ class Signed(msgspec.Struct, frozen=True):
 
     at_s: float
     note: str
+
+
+_Line = TypeVar("_Line", bound=msgspec.Struct)
+
+
+class Epoch(msgspec.Struct, frozen=True, kw_only=True):
+    """A line of epochs.jsonl: a log that ended, and the ledger with which the next one begins.
+
+    `common_size` of the `signed_size` transfers that were signed for are still there, in their
+    places; the others are lost. It is None where the hashes were lost, too.
+    """
+
+    number: int
+    opened_at_s: float
+    reason: str
+    signed_origin: str
+    signed_size: int
+    signed_root: str
+    ledger_size: int
+    common_size: int | None
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -128,9 +154,11 @@ class TransparencyLog:
 
     @property
     def origin(self) -> str:
-        """The log's name, for as long as the home has its first key."""
+        """The log's name, for as long as the home has its first key, and within one epoch."""
         self._keys.current()
-        return ORIGIN_PREFIX + self._keys.public_keys()[-1].kid
+        number = len(self.epochs()) + 1
+        epoch = f"/{number}" if number > 1 else ""
+        return ORIGIN_PREFIX + self._keys.public_keys()[-1].kid + epoch
 
     def update(self) -> int:
         """Take in the transfers that took effect since; how many there are now."""
@@ -146,8 +174,52 @@ class TransparencyLog:
             return self._checkpoint(tree)
 
     def checkpoints(self) -> list[Signed]:
-        """Every checkpoint that this log signed, oldest first."""
-        return read_signed(self.folder)
+        """Every checkpoint that this log signed in this epoch, oldest first."""
+        origin = self.origin
+        signed = _read_lines(self.folder / CHECKPOINTS_FILE, Signed)
+        return [each for each in signed if each.note.startswith(f"{origin}\n")]
+
+    def epochs(self) -> list[Epoch]:
+        """Every epoch that was opened after a loss, oldest first. Raises ProofError."""
+        return _read_lines(self.folder / EPOCHS_FILE, Epoch)
+
+    def open_epoch(self, reason: str) -> Epoch:
+        """Begin a new log after a loss, and record it; durable on return.
+
+        For an operator, when nothing can be signed because the ledger is an older one, and no
+        newer backup is left. Raises ProofError when nothing contradicts what was signed.
+        """
+        with self._tree() as tree:
+            before = self._last_checkpoint()
+            if before is None or self._is_beginning(tree, before):
+                raise ProofError("the ledger has everything that was signed; no epoch is needed")
+            epoch = Epoch(
+                number=len(self.epochs()) + 2,
+                opened_at_s=time.time(),
+                reason=reason,
+                signed_origin=before.origin,
+                signed_size=before.size,
+                signed_root=encode_base64(before.root),
+                ledger_size=tree.size,
+                common_size=self._common_size(before),
+            )
+            append_line(self.folder / EPOCHS_FILE, msgspec.json.encode(epoch))
+            (self.folder / LOST_HASHES_FILE).unlink(missing_ok=True)
+        return epoch
+
+    def cover(self, transfer_ids: Iterable[str]) -> list[LoggedTransfer]:
+        """Find transfers' places, and sign a checkpoint over them where none has them yet.
+
+        So that nothing that names a leaf is signed before the leaf itself: a ledger that is rolled
+        back afterwards is found out. Raises NotFoundError and ProofError.
+        """
+        found = [self.locate(transfer_id) for transfer_id in transfer_ids]
+        end = max((each.log_index + 1 for each in found), default=0)
+        with self._tree() as tree:
+            before = self._last_checkpoint()
+            if before is None or before.size < end or not self._is_beginning(tree, before):
+                self._checkpoint(tree)
+        return found
 
     def public_keys(self) -> list[PublicKey]:
         """Every key that this log signs or signed with, the newest first."""
@@ -214,14 +286,13 @@ class TransparencyLog:
     def _checkpoint(self, tree: StoredHashes) -> Checkpoint:
         key = self._keys.current()
         root = tree.root()
-        last = read_signed(self.folder, last=True)
-        if last:
-            before = read_checkpoint(last[0].note)
-            if before.size > tree.size or tree.root(before.size) != before.root:
+        before = self._last_checkpoint()
+        if before is not None:
+            if not self._is_beginning(tree, before):
                 raise ProofError(
                     f"the first {before.size} transfers do not give the root that was signed: the "
                     "ledger was changed or is an older one; see `kvmarket ledger check`, and "
-                    "restore a backup"
+                    "restore a backup, or record the loss with `kvmarket log epoch`"
                 )
             if before.size == tree.size and is_signed_by(before.note, key.public):
                 return before
@@ -229,6 +300,36 @@ class TransparencyLog:
         line = msgspec.json.encode(Signed(time.time(), checkpoint.note))
         append_line(self.folder / CHECKPOINTS_FILE, line)
         return checkpoint
+
+    def _last_checkpoint(self) -> Checkpoint | None:
+        """What was signed last in this epoch."""
+        last = _read_lines(self.folder / CHECKPOINTS_FILE, Signed, last=True)
+        if not last or not last[0].note.startswith(f"{self.origin}\n"):
+            return None
+        return read_checkpoint(last[0].note)
+
+    def _is_beginning(self, tree: StoredHashes, before: Checkpoint) -> bool:
+        return before.size <= tree.size and tree.root(before.size) == before.root
+
+    def _common_size(self, before: Checkpoint) -> int | None:
+        """How many of the signed transfers the ledger still has, from the hashes of before."""
+        path = self.folder / LOST_HASHES_FILE
+        if not path.exists():
+            return None
+        try:
+            with StoredHashes(path, before.size) as lost:
+                if lost.root() != before.root:
+                    return None
+                common = 0
+                for page in leaves.pages(self._ledger):
+                    for transfer in page:
+                        hashed = merkle.leaf_hash(entry_of(transfer))
+                        if common == before.size or hashed != lost.read(0, common):
+                            return common
+                        common += 1
+                return common
+        except ProofError:
+            return None
 
     @contextmanager
     def _tree(self) -> Iterator[StoredHashes]:
@@ -269,16 +370,18 @@ class TransparencyLog:
         return last is not None and merkle.leaf_hash(entry_of(last)) == tree.read(0, head.size - 1)
 
     def _forget(self) -> None:
-        for name in (HEAD_FILE, HASHES_FILE):
-            (self.folder / name).unlink(missing_ok=True)
+        (self.folder / HEAD_FILE).unlink(missing_ok=True)
+        hashes = self.folder / HASHES_FILE
+        if hashes.exists() and not (self.folder / LOST_HASHES_FILE).exists():
+            hashes.rename(self.folder / LOST_HASHES_FILE)
+        hashes.unlink(missing_ok=True)
 
 
-def read_signed(folder: Path, *, last: bool = False) -> list[Signed]:
-    """The checkpoints kept in a log's folder, oldest first, or the last one only.
+def _read_lines(path: Path, kind: type[_Line], *, last: bool = False) -> list[_Line]:
+    """The lines of one of the log's files, oldest first, or the last one only.
 
-    Raises ProofError for a line that is none; half a line at the end was never told to anybody.
+    Raises ProofError for a malformed line; half a line at the end was never acknowledged.
     """
-    path = folder / CHECKPOINTS_FILE
     try:
         with path.open("rb") as stream:
             if last:
@@ -287,8 +390,9 @@ def read_signed(folder: Path, *, last: bool = False) -> list[Signed]:
     except FileNotFoundError:
         return []
     try:
-        return [msgspec.json.decode(line, type=Signed) for line in (lines[-1:] if last else lines)]
+        return [msgspec.json.decode(line, type=kind) for line in (lines[-1:] if last else lines)]
     except msgspec.DecodeError as error:
+        name = "checkpoint" if kind is Signed else "epoch"
         raise ProofError(
-            f"{path} has a line that is no checkpoint ({error}); restore it from a backup"
+            f"{path} has a line that is no {name} ({error}); restore it from a backup"
         ) from None

@@ -9,8 +9,10 @@ The payload has the fields of x402's receipt (the extension offer-receipt, versi
                     namespace), title, publisher
       tokens        matched, reused = loaded + from_paged_cache, failed, computed, output
       tariff        currency, prices in nano-units a million tokens, royalty_ppm
-      charge_nano, royalty_nano, recompute_nano
-      reservation_id, transfers (id, log_index and leaf_hash of charge and royalty), log (origin)
+      charge_nano, royalty_nano, recompute_nano, created_at_s
+      lines         for each listing of the sale: document_id, title, publisher, its tokens from
+                    start to end, prices, royalty_ppm, charge_nano, royalty_nano
+      reservation_id, transfers (id, log_index and leaf_hash of charge and royalties), log (origin)
 
 Amounts and prices are decimal strings, as x402's are: not every reader of JSON keeps int64 exact.
 `network` is kvmarket:<the beginning of the origin>, `resourceUrl` a URN: neither is a chain or a
@@ -22,6 +24,7 @@ the ledger stored with the charge: the same bytes each time, until the key is ro
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -37,7 +40,9 @@ from vllm_kvmarket.auth.signing_keys import (
 )
 from vllm_kvmarket.core.errors import NotFoundError, ProofError
 from vllm_kvmarket.core.pricing import Terms
-from vllm_kvmarket.ledger import PROVIDER, Receipt
+from vllm_kvmarket.ledger import PROVIDER, SUSPENSE, Receipt, ReceiptLine
+from vllm_kvmarket.ledger.integrity import CHARGES
+from vllm_kvmarket.ledger.model import digest_of
 from vllm_kvmarket.market.market import Market
 from vllm_kvmarket.proofs import merkle
 from vllm_kvmarket.proofs.log import LoggedTransfer, TransparencyLog
@@ -88,6 +93,20 @@ class ReceiptedTransfer(msgspec.Struct, frozen=True):
     leaf_hash: str
 
 
+class SoldLine(msgspec.Struct, frozen=True):
+    """One listing's part of the sale: the tokens from `start` up to, and without, `end`."""
+
+    document_id: str
+    title: str
+    publisher: str
+    start: int
+    end: int
+    cache_read_nano_per_mtok: str
+    royalty_ppm: int
+    charge_nano: str
+    royalty_nano: str
+
+
 class LogName(msgspec.Struct, frozen=True):
     """Whose log that is."""
 
@@ -107,6 +126,8 @@ class Sale(msgspec.Struct, frozen=True):
     charge_nano: str
     royalty_nano: str
     recompute_nano: str
+    created_at_s: str
+    lines: tuple[SoldLine, ...]
     reservation_id: str
     transfers: tuple[ReceiptedTransfer, ...]
     log: LogName
@@ -138,7 +159,10 @@ class SignedReceipt:
 
 
 def signed_receipt(market: Market, receipt_id: str) -> SignedReceipt:
-    """Sign a receipt of this market. Raises NotFoundError, ProofError, LedgerError, ConfigError."""
+    """Sign a receipt of this market; a checkpoint has its transfers before it is signed.
+
+    Raises NotFoundError, LedgerError, ConfigError; ProofError when the ledger was rolled back.
+    """
     receipt = market.receipt(receipt_id)
     log = TransparencyLog(market.ledger, market.home)
     try:
@@ -149,7 +173,7 @@ def signed_receipt(market: Market, receipt_id: str) -> SignedReceipt:
         receipt,
         digest=digest,
         currency=market.ledger.account(receipt.account).currency,
-        transfers=[log.locate(transfer) for transfer in receipt.transfer_ids],
+        transfers=log.cover(receipt.transfer_ids),
         origin=log.origin,
     )
     key = SigningKeys(market.home).current()
@@ -199,9 +223,72 @@ def payload_of(
             charge_nano=str(receipt.charge_nano),
             royalty_nano=str(receipt.royalty_nano),
             recompute_nano=str(receipt.recompute_nano),
+            created_at_s=repr(float(receipt.created_at_s)),
+            lines=tuple(
+                SoldLine(
+                    line.document_id,
+                    line.title,
+                    line.publisher,
+                    line.start,
+                    line.end,
+                    str(line.cache_read_nano_per_mtok),
+                    line.royalty_ppm,
+                    str(line.charge_nano),
+                    str(line.royalty_nano),
+                )
+                for line in receipt.lines
+            ),
             reservation_id=receipt.reservation_id,
             transfers=logged,
             log=LogName(origin),
+        ),
+    )
+
+
+def receipt_of(payload: Payload) -> Receipt:
+    """The stored receipt that claims were made of: its digest is in the log.
+
+    Raises ValueError for an amount that is no number.
+    """
+    sale = payload.kvmarket
+    return Receipt(
+        id=sale.receipt_id,
+        request_id=sale.request_id,
+        account=payload.payer,
+        document_id=sale.document.id,
+        title=sale.document.title,
+        publisher=sale.document.publisher,
+        tokens_matched=sale.tokens.matched,
+        tokens_reused=sale.tokens.reused,
+        tokens_loaded=sale.tokens.loaded,
+        tokens_from_paged_cache=sale.tokens.from_paged_cache,
+        tokens_failed=sale.tokens.failed,
+        tokens_computed=sale.tokens.computed,
+        tokens_output=sale.tokens.output,
+        input_nano_per_mtok=int(sale.tariff.input_nano_per_mtok),
+        cache_read_nano_per_mtok=int(sale.tariff.cache_read_nano_per_mtok),
+        royalty_ppm=sale.tariff.royalty_ppm,
+        charge_nano=int(sale.charge_nano),
+        royalty_nano=int(sale.royalty_nano),
+        recompute_nano=int(sale.recompute_nano),
+        reservation_id=sale.reservation_id,
+        transfer_ids=tuple(transfer.id for transfer in sale.transfers),
+        created_at_s=float(sale.created_at_s),
+        model=sale.model,
+        namespace=sale.namespace,
+        lines=tuple(
+            ReceiptLine(
+                document_id=line.document_id,
+                title=line.title,
+                publisher=line.publisher,
+                start=line.start,
+                end=line.end,
+                cache_read_nano_per_mtok=int(line.cache_read_nano_per_mtok),
+                royalty_ppm=line.royalty_ppm,
+                charge_nano=int(line.charge_nano),
+                royalty_nano=int(line.royalty_nano),
+            )
+            for line in sale.lines
         ),
     )
 
@@ -293,30 +380,82 @@ def contradictions(payload: Payload) -> Iterable[str]:
 
 
 def _wrong_amounts(sale: Sale) -> Iterable[str]:
-    texts = (
+    texts = [
         sale.charge_nano,
         sale.royalty_nano,
         sale.recompute_nano,
         sale.tariff.input_nano_per_mtok,
         sale.tariff.cache_read_nano_per_mtok,
-    )
+    ]
+    for line in sale.lines:
+        texts += [line.cache_read_nano_per_mtok, line.charge_nano, line.royalty_nano]
     if not all(text.isascii() and text.isdigit() and len(text) < 20 for text in texts):
         yield "an amount is no whole number"
         return
-    charge, royalty, recompute, input_price, price = map(int, texts)
-    terms = Terms(input_price, price, sale.tariff.royalty_ppm)
+    if not re.fullmatch(r"[0-9]{1,12}\.[0-9]{1,9}", sale.created_at_s):
+        yield "created_at_s is no time"
+    lines = _lines_of(sale)
+    last = lines[-1]
+    shown = (sale.document.id, sale.document.title, sale.document.publisher)
+    prices = (sale.tariff.cache_read_nano_per_mtok, sale.tariff.royalty_ppm)
+    if (last.document_id, last.title, last.publisher) != shown or prices != (
+        last.cache_read_nano_per_mtok,
+        last.royalty_ppm,
+    ):
+        yield "document and tariff are not those of its last line"
+    royalties = covered = 0
+    for line in lines:
+        if line.start != covered or line.end < line.start:
+            yield "its lines do not follow each other"
+        covered = line.end
+        yield from _wrong_line(sale, line)
+        royalties += int(line.royalty_nano) > 0
+    if covered != sale.tokens.reused:
+        yield f"its lines have {covered} tokens, not the {sale.tokens.reused} that were reused"
+    if sum(int(line.charge_nano) for line in lines) != int(sale.charge_nano):
+        yield "its lines do not add up to its charge"
+    if sum(int(line.royalty_nano) for line in lines) != int(sale.royalty_nano):
+        yield "its lines do not add up to its royalty"
+    if len(sale.transfers) != 1 + royalties:
+        yield f"{len(sale.transfers)} transfers for a charge and {royalties} royalties"
+    terms = Terms(int(sale.tariff.input_nano_per_mtok), 0, 0)
     try:
-        if charge != terms.charge_nano(sale.tokens.reused):
-            yield f"charge {charge} is not the price of {sale.tokens.reused} tokens"
-        if recompute != terms.recompute_nano(sale.tokens.reused):
+        if int(sale.recompute_nano) != terms.recompute_nano(sale.tokens.reused):
             yield "recompute_nano is not the price of computing them"
     except ValueError as error:
         yield str(error)
-    due = 0 if sale.document.publisher == PROVIDER else terms.royalty_nano(charge)
+
+
+def _wrong_line(sale: Sale, line: SoldLine) -> Iterable[str]:
+    charge, royalty, tokens = int(line.charge_nano), int(line.royalty_nano), line.end - line.start
+    prices = int(sale.tariff.input_nano_per_mtok), int(line.cache_read_nano_per_mtok)
+    terms = Terms(*prices, line.royalty_ppm)
+    try:
+        if charge != terms.charge_nano(tokens):
+            yield f"charge {charge} is not the price of {tokens} tokens"
+    except ValueError as error:
+        yield str(error)
+    due = 0 if line.publisher == PROVIDER else terms.royalty_nano(charge)
     if royalty != due:
         yield f"royalty {royalty} is not the publisher's share of {charge}, {due}"
-    if len(sale.transfers) != 1 + (royalty > 0):
-        yield f"{len(sale.transfers)} transfers for a charge and a royalty of {royalty}"
+
+
+def _lines_of(sale: Sale) -> tuple[SoldLine, ...]:
+    """The sale's lines; the one that it describes itself where it lists none."""
+    if sale.lines:
+        return sale.lines
+    line = SoldLine(
+        sale.document.id,
+        sale.document.title,
+        sale.document.publisher,
+        0,
+        sale.tokens.reused,
+        sale.tariff.cache_read_nano_per_mtok,
+        sale.tariff.royalty_ppm,
+        sale.charge_nano,
+        sale.royalty_nano,
+    )
+    return (line,)
 
 
 def verify_with_proof(
@@ -324,7 +463,8 @@ def verify_with_proof(
 ) -> int:
     """Check that a transfer of a receipt is in the log, as the receipt says it is; which one.
 
-    The first is the charge, the second the royalty. Raises ProofError.
+    The first is the charge, which commits to the whole receipt; royalties follow. Raises
+    ProofError.
     """
     leaf = proof.verify(keys)
     sale = receipt.payload.kvmarket
@@ -341,17 +481,24 @@ def verify_with_proof(
         )
     if merkle.leaf_hash(proof.entry).hex() != said.leaf_hash:
         raise ProofError(f"transfer {leaf.id} is in the log, but not as the receipt has it")
-    expected = (
-        ("post", receipt.payload.payer, PROVIDER, sale.charge_nano),
-        ("plain", PROVIDER, sale.document.publisher, sale.royalty_nano),
-    )[number]
-    if (leaf.kind, leaf.debit, leaf.credit, leaf.amount_nano) != expected:
+    if number == 0:
+        document_id, amount = leaf.user_data, sale.charge_nano
+        kinds: tuple[str, ...] = CHARGES
+        debit, payees = receipt.payload.payer, [PROVIDER]
+    else:
+        line = [line for line in _lines_of(sale) if int(line.royalty_nano)][number - 1]
+        document_id, amount, kinds = line.document_id, line.royalty_nano, ("plain",)
+        debit, payees = PROVIDER, [line.publisher, SUSPENSE]
+    moved = leaf.kind in kinds and leaf.credit in payees
+    if not moved or (leaf.debit, leaf.amount_nano) != (debit, amount):
         raise ProofError(
             f"transfer {leaf.id} moved {leaf.amount_nano} from {leaf.debit} to {leaf.credit}, not "
             "what the receipt says"
         )
-    if leaf.user_data != sale.document.id:
+    if leaf.user_data != document_id:
         raise ProofError(f"transfer {leaf.id} is for {leaf.user_data}, not the receipt's document")
+    if number == 0 and leaf.receipt_digest != digest_of(receipt_of(receipt.payload)):
+        raise ProofError(f"transfer {leaf.id} was booked with another receipt than this one")
     return number
 
 

@@ -165,15 +165,20 @@ def test_a_header_that_no_receipt_has_is_refused(sold, keys, header, reason):
         ("network", "kvmarket:other", "different markets"),
         ("resourceUrl", "urn:kvmarket:document:kvd_0", "resourceUrl and document differ"),
         ("transaction", "other", "not the first transfer"),
-        ("kvmarket.charge_nano", "1", "charge 1 is not the price of 600 tokens"),
+        ("kvmarket.charge_nano", "1", "do not add up to its charge"),
+        ("kvmarket.lines.0.charge_nano", "1", "charge 1 is not the price of 600 tokens"),
+        ("kvmarket.lines.0.royalty_nano", "0", "not the publisher's share"),
+        ("kvmarket.lines.0.end", 599, "599 tokens, not the 600"),
+        ("kvmarket.lines.0.start", 1, "do not follow each other"),
+        ("kvmarket.lines.0.publisher", "bob", "not those of its last line"),
         ("kvmarket.charge_nano", "-1", "no whole number"),
         ("kvmarket.charge_nano", "9" * 30, "no whole number"),
-        ("kvmarket.royalty_nano", "0", "not the publisher's share"),
+        ("kvmarket.royalty_nano", "0", "do not add up to its royalty"),
         ("kvmarket.recompute_nano", "1", "not the price of computing them"),
         ("kvmarket.tokens.reused", 10**15, "overflow|not those loaded"),
         ("kvmarket.tokens.loaded", 599, "not those loaded"),
         ("kvmarket.tokens.computed", -1, "below 0"),
-        ("kvmarket.tariff.royalty_ppm", 1, "not the publisher's share"),
+        ("kvmarket.tariff.royalty_ppm", 1, "not those of its last line"),
         ("kvmarket.document.digest", "00" * 32, "not that of its id"),
         ("kvmarket.transfers", [], "not the first transfer"),
         ("kvmarket.charge_nano", 1, "no receipt of version 1"),
@@ -264,11 +269,23 @@ def test_a_market_that_booked_otherwise_is_found_out(market, sold, keys):
     for path, value, reason in (
         ("kvmarket.transfers.1.log_index", charge.log_index, "the receipt says"),
         ("kvmarket.transfers.1.leaf_hash", "00" * 32, "not as the receipt has it"),
-        ("kvmarket.document.publisher", "bob", "to pat, not what the receipt says"),
     ):
         receipt = verify(forged(keys, sold, path, value), known)
         with pytest.raises(ProofError, match=reason):
             verify_with_proof(receipt, proof, known)
+    sale = sold.payload.kvmarket
+    lines = (msgspec.structs.replace(sale.lines[0], publisher="bob"),)
+    document = msgspec.structs.replace(sale.document, publisher="bob")
+    for facts, shown, reason in (
+        ({"lines": lines, "document": document}, proof, "to pat, not what the receipt says"),
+        ({"model": "a better one"}, log.prove(charge.id), "booked with another receipt"),
+    ):
+        lying = msgspec.structs.replace(
+            sold.payload, kvmarket=msgspec.structs.replace(sale, **facts)
+        )
+        receipt = verify(signed_receipts.sign(lying, keys.current()), known)
+        with pytest.raises(ProofError, match=reason):
+            verify_with_proof(receipt, shown, known)
     other = msgspec.structs.replace(sold.payload.kvmarket.log, origin=log.origin[:-1] + "x")
     sale = msgspec.structs.replace(sold.payload.kvmarket, log=other)
     lying = msgspec.structs.replace(sold.payload, kvmarket=sale)

@@ -147,6 +147,14 @@ def test_a_process_reads_the_secret_again_twice_a_second(credentials, tmp_path, 
     assert operator_tokens.REFRESH_S <= 0.5
 
 
+def test_a_token_under_a_new_secret_is_known_at_once(credentials, tmp_path, clock):
+    """The gate may see a rotation half a second before the engine does."""
+    running = Credentials.of_home(tmp_path, clock)
+    assert not running.verifies("salt", "alice", "0" * 64)
+    credentials.rotate()
+    assert running.allows_params(credentials.sign_params(PARAMS))
+
+
 def test_another_process_makes_the_same_tokens(credentials, tmp_path):
     """They come from the home alone."""
     code = (

@@ -137,11 +137,9 @@ class Publications:
             listing = await asyncio.to_thread(self._market.catalogue.get, name)
             if listing.state != "publishing":
                 return ""  # withdrawn meanwhile
+            params = {"publish": {"terms": msgspec.to_builtins(publication.terms)}}
             answer = await self._frontend.operate(
-                publication.tokens,
-                self._market.credentials.sign_params(
-                    {"publish": {"terms": msgspec.to_builtins(publication.terms)}}
-                ),
+                publication.tokens, self._market.credentials.sign_params(params)
             )
         except Exception as error:  # noqa: BLE001  # the next document must not suffer
             logger.error("kvmarket: %s could not be published: %r", name, error)

@@ -17,6 +17,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 from vllm.v1.metrics.cache_hit_source import CacheHitSource
 
 from vllm_kvmarket.connector import refusals
+from vllm_kvmarket.connector.flags import check_prepared
 from vllm_kvmarket.connector.messages import Instructions
 from vllm_kvmarket.connector.metrics import MarketPromMetrics, MarketStats
 from vllm_kvmarket.connector.request_params import Refusal
@@ -89,6 +90,7 @@ class KVMarketConnector(KVConnectorBase_V1):
         # interpreter so briefly that a waking thread misses it; after this time Python forces them.
         sys.setswitchinterval(min(sys.getswitchinterval(), SWITCH_INTERVAL_S))
         config = load(self._kv_transfer_config.kv_connector_extra_config)
+        check_prepared(self._kv_transfer_config, config)
         check_layers(kv_cache_config)
         block_tokens = block_tokens_of(kv_cache_config, config.chunk_tokens)
         self._scheduler: SchedulerHalf | None = None

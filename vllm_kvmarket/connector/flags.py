@@ -1,4 +1,7 @@
-"""`--kv-connector NAME` and `--kvmarket-config`, and the checks on every road to an engine."""
+"""`--kv-connector NAME` and `--kvmarket-config`, and the checks of each way to start an engine.
+
+A server that was asked for kvmarket and would run without its gate does not start.
+"""
 
 from __future__ import annotations
 
@@ -15,10 +18,11 @@ from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
 from vllm.engine.arg_utils import AsyncEngineArgs, EngineArgs
 
 from vllm_kvmarket.connector.supported_models import check_model
-from vllm_kvmarket.core.config import load, to_mapping
+from vllm_kvmarket.core.config import MarketConfig, load, to_mapping
 from vllm_kvmarket.core.errors import ConfigError
 
 NAME = "kvmarket"
+_NAMES = (NAME, "KVMarketConnector")
 POLICY_REASON = (
     'kv_load_failure_policy "fail" would fail a buyer\'s request for a damaged chunk; '
     'kvmarket recomputes instead: leave it out, or say "recompute"'
@@ -129,28 +133,76 @@ def _apply_flags(args: argparse.Namespace) -> None:
                 "or in --kv-transfer-config, not both"
             )
         given.kv_connector_extra_config = dict(settings)
-    if given is not None and given.kv_connector == NAME:
-        allow_endpoints()
+    if given is not None and names_market(given):
+        try:
+            ensure_gate(is_grpc=bool(getattr(args, "grpc", False)))
+        except ConfigError as error:
+            raise SystemExit(f"error: {error}") from None
 
 
-def allow_endpoints() -> None:
-    """Let the API server load our routes: it asks for endpoint plugins to be named.
+def ensure_gate(*, is_grpc: bool = False) -> None:
+    """Let the API server load our routes and the gate. Raises ConfigError where it would not.
 
+    vLLM asks for endpoint plugins to be named, and goes on without one that it cannot import.
     Naming one filters every other group too, so all that are installed are named with it.
     """
-    if "VLLM_PLUGINS" in os.environ:
-        return
-    names = {entry.name for group in _PLUGIN_GROUPS for entry in metadata.entry_points(group=group)}
-    os.environ["VLLM_PLUGINS"] = ",".join(sorted(names | {NAME}))
+    if is_grpc or os.environ.get("VLLM_USE_RUST_FRONTEND", "0") not in ("", "0"):
+        raise ConfigError(
+            "kvmarket's gate works in vLLM's Python HTTP server only; "
+            "leave --grpc and VLLM_USE_RUST_FRONTEND out"
+        )
+    if "VLLM_PLUGINS" not in os.environ:
+        names = {
+            entry.name for group in _PLUGIN_GROUPS for entry in metadata.entry_points(group=group)
+        }
+        os.environ["VLLM_PLUGINS"] = ",".join(sorted(names | {NAME}))
+    if NAME not in os.environ["VLLM_PLUGINS"].split(","):
+        raise ConfigError(f"VLLM_PLUGINS leaves kvmarket's gate out; add {NAME!r} to it")
+    found = metadata.entry_points(group="vllm.endpoint_plugins", name=NAME)
+    try:
+        for entry in found:
+            entry.load()()
+    except Exception as error:
+        raise ConfigError(f"kvmarket's gate cannot be loaded: {error}") from error
+    if not found:
+        raise ConfigError("kvmarket's gate is not installed; install vllm-kvmarket again")
+
+
+def names_market(transfer: KVTransferConfig) -> bool:
+    """Whether a transfer configuration uses kvmarket, however it names it."""
+    children = (transfer.kv_connector_extra_config or {}).get("connectors") or ()
+    return transfer.kv_connector in _NAMES or any(
+        isinstance(child, dict) and child.get("kv_connector") in _NAMES for child in children
+    )
+
+
+def check_name(transfer: KVTransferConfig) -> None:
+    """Raise ConfigError where kvmarket is not the only connector, or has another name."""
+    if transfer.kv_connector != NAME or transfer.kv_connector_module_path:
+        raise ConfigError(
+            "kvmarket must be the engine's only connector, under its own name: use --kv-connector "
+            "kvmarket, neither MultiConnector nor kv_connector_module_path"
+        )
+
+
+def check_prepared(transfer: KVTransferConfig, config: MarketConfig) -> None:
+    """Raise ConfigError in an engine whose configuration did not pass `prepare`."""
+    check_name(transfer)
+    if config.trust_requests is None or transfer.kv_load_failure_policy != "recompute":
+        raise ConfigError(
+            "kvmarket has not seen this engine's configuration: let vLLM's EngineArgs make it "
+            "(vllm serve, LLM or AsyncEngineArgs), with the plugin loaded"
+        )
 
 
 def prepare(transfer: KVTransferConfig | None, serving: bool) -> None:
-    """Check and complete an engine's transfer configuration, whichever way it came; mutates it.
+    """Check and complete an engine's transfer configuration; mutates it.
 
     Raises ConfigError, in one line, before the engine starts.
     """
-    if transfer is None or transfer.kv_connector != NAME:
+    if transfer is None or not names_market(transfer):
         return
+    check_name(transfer)
     config = load(transfer.kv_connector_extra_config)
     settings = to_mapping(config)
     if config.trust_requests is None:

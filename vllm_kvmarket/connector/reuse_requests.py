@@ -80,8 +80,6 @@ class ReuseRequest:
         elif params.account is None:
             if self._must_reserve or market.config.without_account == "recompute":
                 self.decline("the request names no account", "no_account")
-        elif params.document is not None and not _is_whole(match, params.document):
-            self.decline(f"the prompt does not begin with {params.document}", "other_tokens")
         elif (wanted := self._affordable(params, match)) is None:
             self.decline(DECLINED_BY_CALLER["max_price"], "max_price")
         else:
@@ -183,9 +181,3 @@ def pin(engine: Engine, reuse: Reuse, block_ids: list[int], answer: dict[str, An
             block_tokens = engine.facts.block_tokens
             answer["pinned_tokens"] = listing.token_count // block_tokens * block_tokens
             engine.metrics.pinned(engine.pins.block_count)
-
-
-def _is_whole(match: Match, document_id: str) -> bool:
-    """Whether the match is this document, from its first token to its last."""
-    listing = match.listing
-    return listing.document_id == document_id and match.token_count == listing.token_count

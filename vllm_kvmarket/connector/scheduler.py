@@ -11,6 +11,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import msgspec
 from vllm.logger import init_logger
 
 from vllm_kvmarket.catalogue import Match
@@ -43,6 +44,7 @@ from vllm_kvmarket.connector.request_state import (
 from vllm_kvmarket.connector.reuse_requests import PreloadRequest, ReuseRequest
 from vllm_kvmarket.connector.scheduler_metrics import SchedulerMetrics
 from vllm_kvmarket.core.config import MarketConfig
+from vllm_kvmarket.core.document_chunks import DocumentChunks
 from vllm_kvmarket.ledger import Outcome, Result
 from vllm_kvmarket.market.market import Market
 
@@ -160,6 +162,8 @@ class SchedulerHalf:
         match: Match | None,
     ) -> AnyRequest | None:
         """Start what the request asks for, now that its match is known."""
+        if match is not None and isinstance(params, RequestParams) and params.document:
+            params, match = self._only_the_document(request, params, match)
         is_operators = isinstance(params, RequestParams) and params.is_operators
         if match is not None and (sold := self._market.sold_part(match)) is not match:
             if isinstance(params, RequestParams) and params.account is not None and sold is None:
@@ -181,6 +185,30 @@ class SchedulerHalf:
         if match is not None:
             self._waiting[request.request_id] = False
         return made
+
+    def _only_the_document(
+        self, request: Request, params: RequestParams, match: Match
+    ) -> tuple[RequestParams | Declined, Match]:
+        """The match up to the end of the document that the request names, and nothing behind it.
+
+        Declines a prompt that does not begin with exactly the document's tokens.
+        """
+        assert params.document is not None
+        catalogue = self._market.catalogue
+        listing = catalogue.index.tree.listing(params.document)
+        count = params.document_tokens or (listing.token_count if listing else 0)
+        tokens = request.prompt_token_ids[:count]
+        namespace = match.listing.namespace
+        document = DocumentChunks.of(namespace, tokens, catalogue.chunk_tokens) if tokens else None
+        if (
+            document is None
+            or document.document_id != params.document
+            or match.token_count < document.token_count
+        ):
+            message = f"the prompt does not begin with document {params.document} as it is on offer"
+            return Declined(message, "other_tokens", params.must_reserve), match
+        cut = match.until(document.token_count)
+        return params, msgspec.structs.replace(cut, whole=listing) if listing else cut
 
     def _looked_up(self, request: Request, lookup: DatabaseLookup) -> AnyRequest | None:
         """Go on with a request now that the database has answered."""

@@ -92,9 +92,12 @@ def test_what_cannot_be_reserved_is_ended_with_a_reason(
         assert found.debits_posted == found.debits_pending == 0
 
 
-def test_what_can_be_reserved_is_sold(market, half):
-    """To the document's end."""
+@pytest.mark.parametrize("named", [True, False])
+def test_what_can_be_reserved_is_sold(market, half, named):
+    """To the document's end, whether the gate says how long it is or memory knows."""
     fields = {"account": "alice", "document": name_of(market), "max_price_nano": 600 * 500}
+    if named:
+        fields["document_tokens"] = 600
     request = request_of(PROMPT, params(**fields))
     half.arrived(request)
     assert decided(half, request) == (600 - CACHED, None)
@@ -113,11 +116,56 @@ def test_a_dear_addition_does_not_keep_a_buyer_with_a_price_cap_from_the_rest(
         cache_read_nano_per_mtok=tariff.input_nano_per_mtok,
     )
     half._market.catalogue.refresh()
+    half._market.catalogue.refresh()
     prompt = [*DOCUMENT, *range(100, 400), 7]
     cap = {"max_cache_read_nano_per_mtok": tariff.cache_read_nano_per_mtok}
     request = request_of(prompt, params(account="alice", **(cap if has_cap else {})))
     half.arrived(request)
     assert decided(half, request) == (reused - CACHED, None)
+
+
+@pytest.fixture
+def longer(market, half):
+    """Another publisher's document that begins with DOCUMENT, eight times as dear a token."""
+    market.create_account("sam", "publisher")
+    document = [*DOCUMENT, *tokens(200, 5)]
+    store_and_list(market, document, publisher="sam", cache_read_nano_per_mtok=4_000_000_000)
+    half._market.catalogue.refresh()
+    return document
+
+
+def buy(half, prompt, **fields):
+    """One purchase from its arrival to its answer; what of it was sold, and the charge."""
+    request = request_of([*prompt, 7, 8], params(account="alice", **fields))
+    half.arrived(request)
+    external, refusal = decided(half, request)
+    assert refusal is None
+    made = half._requests[request.request_id]
+    sold = [(line.listing.terms.publisher, line.end) for line in lines_of(half, made)]
+    half.finished(request, [])
+    return external + CACHED, sold
+
+
+def lines_of(half, made):
+    return half._market.quote_match(made.purchase.item.match).lines
+
+
+def test_a_named_document_is_bought_at_its_terms_and_nothing_behind_it(market, half, longer):
+    """Somebody else's longer document, which the prompt contains too, is not."""
+    name = market.match(NAMESPACE, DOCUMENT).whole.document_id
+    assert buy(half, longer) == (800, [("pat", 600), ("sam", 800)])
+    assert buy(half, longer, document=name) == (600, [("pat", 600)])
+    assert buy(half, longer, document=name, document_tokens=600) == (600, [("pat", 600)])
+
+
+def test_a_dear_continuation_keeps_nobody_from_buying_the_document(market, half, longer):
+    """Where an account has agreed to a price a token, the match ends before what is dearer."""
+    cap = {"max_cache_read_nano_per_mtok": 500_000_000}
+    assert buy(half, longer, **cap) == (600, [("pat", 600)])
+    name = market.match(NAMESPACE, longer).whole.document_id
+    request = request_of([*longer, 7], params(account="alice", document=name, **cap))
+    half.arrived(request)
+    assert decided(half, request)[1].code == "price_above_limit"
 
 
 def test_a_request_that_would_read_no_cache_is_ended_too(market, half):

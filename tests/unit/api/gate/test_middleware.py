@@ -406,7 +406,8 @@ def test_a_document_is_reserved_or_refused(client, alice, market):
     """The engine knows its id and the duty; a limit below its price is refused here already."""
     name = store_and_list(market, tokens(300)).document_id
     got = signed(market, reached(ask(client, alice, [1, 2], document=name)))
-    assert got == {"account": "alice", "document": name, "must_reserve": True}
+    duty = {"document": name, "document_tokens": 300, "must_reserve": True}
+    assert got == {"account": "alice", **duty}
     for most, status in ((300 * 500, 200), (300 * 500 - 1, 402), (0, 402)):
         told = ask(client, alice, [1, 2], document=name, max_price_nano=most)
         assert told.status_code == status, told.text

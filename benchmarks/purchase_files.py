@@ -97,7 +97,7 @@ def main() -> int:
         folder = Path(name)
         watch = Watch(folder)
         model = args.model or make_tiny_model(1, SMOLLM, folder / "tiny")
-        with serving(model, folder / "market" / "home") as server:
+        with serving(model, folder / "home") as server:
             key = server.key("buyer")
             server.publish(DOCUMENT, "watched")
             server.complete(DOCUMENT + words(1, 20), key)  # what is made once, is made now

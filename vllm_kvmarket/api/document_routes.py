@@ -136,7 +136,7 @@ async def document(document_id: DocumentPath, service: ServiceOf, caller: Caller
     """Look at a document on offer, or at your own in any state."""
     caller.need_reader()
     return await run_in_threadpool(
-        lambda: describe(service.market, _seen(service.market, document_id, caller))
+        lambda: describe(service.market, _seen(service.market, document_id, caller), quoted=True)
     )
 
 
@@ -285,11 +285,22 @@ def prices_of(market: Market, listing: Listing | None) -> Prices:
     )
 
 
-def describe(market: Market, listing: Listing) -> Document:
-    """A listing as the API shows it; reads the database."""
+def describe(market: Market, listing: Listing, *, quoted: bool = False) -> Document:
+    """A listing as the API shows it; reads the database.
+
+    If it is `quoted`, its charge is exactly the one of its sale: earlier listings may be paid for
+    a part of its tokens. Without, it is what its own price makes, which lists show.
+    """
     name, tokens = listing.document_id, listing.token_count
     terms = market.config.tariff.terms(listing.terms)
     charge, recompute = terms.charge_nano(tokens), terms.recompute_nano(tokens)
+    royalty = terms.royalty_nano(charge)
+    if quoted and is_on_offer(listing):
+        quote = market.quote(listing.namespace, market.catalogue.tokens_of(name))
+        if quote.tokens == tokens:
+            charge = quote.charge_nano
+            own = (line for line in quote.lines if line.listing.document_id == name)
+            royalty = sum(line.royalty_nano for line in own)
     write = market.config.tariff.write_nano(tokens)
     return Document(
         id=name,
@@ -311,7 +322,7 @@ def describe(market: Market, listing: Listing) -> Document:
         write_nano=write,
         reuse=_reuse(market.catalogue.usage_of(name)),
         break_even_reuses=_times(recompute, recompute - charge),
-        paid_back_after_reuses=_times(write, terms.royalty_nano(charge)),
+        paid_back_after_reuses=_times(write, royalty),
         audit=_audit(market, name),
     )
 

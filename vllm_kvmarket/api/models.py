@@ -33,13 +33,13 @@ Sort = Literal["age", "reuse", "price"]
 
 
 class Body(BaseModel):
-    """What a client sends: unknown fields are refused, so that a typing error is no default."""
+    """A client's body. Unknown fields are refused, so a misspelt field is not ignored."""
 
     model_config = ConfigDict(extra="forbid")
 
 
 class ErrorInfo(BaseModel):
-    """What went wrong, in OpenAI's shape; `code` is a word for programs."""
+    """An error in OpenAI's shape; `code` is a word for programs."""
 
     message: str
     type: str
@@ -76,7 +76,7 @@ Messages = Annotated[list[Message], Field(min_length=1, max_length=1000)]
 
 
 def _one_of(*fields: str) -> ConfigDict:
-    """What _check_one checks, for the OpenAPI description: exactly one field that is not null."""
+    """OpenAPI's description of what _check_one checks: exactly one field is not null."""
     each: list[Any] = [
         {"required": [field], "properties": {field: {"not": {"type": "null"}}}} for field in fields
     ]
@@ -117,9 +117,9 @@ class NewDocument(Body):
 
 
 class DocumentChange(Body):
-    """New terms: what is left out stays; null means by the tariff, or on offer for good.
+    """New terms. A field that is left out stays; null means the tariff's price, or no end.
 
-    Requests that are under way are charged what held when they came.
+    Running requests are charged at the terms that held when they came.
     """
 
     model_config = ConfigDict(extra="forbid", json_schema_extra={"minProperties": 1})
@@ -144,7 +144,7 @@ class Prices(BaseModel):
 
 
 class Reuse(BaseModel):
-    """What was made of a document so far; `earned_nano` is the provider's part of it."""
+    """The reuse of a document so far; `earned_nano` is the provider's part of the revenue."""
 
     count: int
     tokens_saved: int
@@ -164,9 +164,9 @@ class AuditState(BaseModel):
 class Document(BaseModel):
     """A published document.
 
-    `charge_nano` buys its reuse as a whole, `recompute_nano` its computation. From
-    `break_even_reuses` on, its buyers have saved more than computing it once costs; its publisher
-    has earned what storing it costs after `paid_back_after_reuses`. Null: never.
+    Reusing it as a whole costs `charge_nano`, computing it `recompute_nano`. After
+    `break_even_reuses` its buyers have saved more than computing it once costs. After
+    `paid_back_after_reuses` its publisher has earned what storing it costs. Null: never.
     """
 
     id: str
@@ -202,7 +202,7 @@ class Deleted(BaseModel):
 
 
 class QuoteWish(Body):
-    """What is to be asked: one of `prompt`, `messages`, `token_ids` and `document`."""
+    """A prompt to price: one of `prompt`, `messages`, `token_ids` and `document`."""
 
     model_config = _one_of("prompt", "messages", "token_ids", "document")
 
@@ -275,7 +275,7 @@ class AccountModel(BaseModel):
 
 
 class Me(AccountModel):
-    """The caller's account, and what its key may do."""
+    """The caller's account, and the scopes of its key."""
 
     scopes: list[Scope]
 
@@ -407,7 +407,7 @@ class ReceiptLineModel(BaseModel):
 
 
 class ReceiptModel(BaseModel):
-    """What one request reused, and what it was charged for it."""
+    """The reuse of one request, and its charge."""
 
     id: str
     object: Literal["kvmarket.receipt"] = "kvmarket.receipt"

@@ -307,6 +307,21 @@ def test_a_quote_says_what_reuse_saves_to_the_nano_unit(server):
     assert long.status_code == 413
 
 
+def test_a_document_costs_what_its_quote_says(server):
+    """Also a longer edition, of which another listing owns the beginning."""
+    first = publish(server, text=text_of(600), cache_read_nano_per_mtok=100_000_000)
+    longer = publish(
+        server,
+        "eve",
+        text=f"{text_of(600)} {text_of(200, 'x')}",
+        cache_read_nano_per_mtok=200_000_000,
+    )
+    shown = server.client.get(f"{DOCUMENTS}/{longer['id']}").json()
+    quoted = server.client.post("/v1/kvmarket/quotes", json={"document": longer["id"]}).json()
+    assert shown["charge_nano"] == quoted["charge_nano"] == 600 * 100 + 200 * 200
+    assert [line["document"] for line in quoted["lines"]] == [first["id"], longer["id"]]
+
+
 def test_a_server_without_an_engine_shows_but_does_not_publish(tmp_path):
     """503 where there is nothing to publish with, 404 where there is no market at all."""
     with running(tmp_path, engine=False) as server:

@@ -76,7 +76,7 @@ def _document(market: Market, document_id: str) -> tuple[Document, list[Receipt]
     if listing is None or not is_on_offer(listing):
         raise not_found("there is no such document on offer")
     receipts = market.ledger.receipts(document_id=document_id, limit=MOST_RECEIPTS)
-    return describe(market, listing), receipts
+    return describe(market, listing, quoted=True), receipts
 
 
 @router.get("/keys.jwks")

@@ -61,17 +61,23 @@ def _of_document(market: Market, document_id: str, account: str | None) -> Quote
     if listing is None or not is_on_offer(listing):
         raise not_found(f"there is no document {document_id} on offer")
     tokens = market.catalogue.tokens_of(document_id)
-    return _quote(market, listing.namespace, tokens, len(tokens), account)
+    return _quote(market, listing.namespace, tokens, len(tokens), account, named=True)
 
 
 def _quote(
-    market: Market, namespace: bytes, tokens: list[int], most: int, account: str | None
+    market: Market,
+    namespace: bytes,
+    tokens: list[int],
+    most: int,
+    account: str | None,
+    *,
+    named: bool = False,
 ) -> Quote:
     """At most `most` tokens can be reused: of a whole prompt, the last is always computed."""
     # A document that was shown as live a moment ago is quoted, too.
     with contextlib.suppress(CatalogueError):
         market.catalogue.refresh()
-    priced = market.quote(namespace, tokens, most=most)
+    priced = market.quote(namespace, tokens, most=most, named=named)
     listing = None if priced.match is None else priced.match.listing
     prices = prices_of(market, listing)
     charge = priced.charge_nano
@@ -151,7 +157,9 @@ def _offer(
     for tokens in prompts:
         # A prompt's last token is always computed.
         bought = tokens if document_tokens is None else tokens[:document_tokens]
-        priced = market.quote(namespace, bought, most=min(len(bought), len(tokens) - 1))
+        most = min(len(bought), len(tokens) - 1)
+        named = document_tokens is not None
+        priced = market.quote(namespace, bought, most=most, named=named)
         if priced.match is None:
             continue
         matched += priced.tokens

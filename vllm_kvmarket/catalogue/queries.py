@@ -252,8 +252,8 @@ def write_listing(db: apsw.Connection, listing: Listing) -> None:
     """Insert a listing, or restart the one of the same document; its chunks are not touched.
 
     One that is damaged keeps its bytes, its pin, that it was paid for, and its end where it is
-    given no other. The place in the order of first offers stays with the publisher who earned it:
-    anyone else who lists the document again gets a new one.
+    given no other. The place in the order of first offers is the publisher's own: anyone else who
+    lists the document again gets a new one.
     """
     values = [getattr(listing, name) for name in _FACTS]
     values += msgspec.structs.astuple(listing.terms)
@@ -272,7 +272,8 @@ def write_listing(db: apsw.Connection, listing: Listing) -> None:
         "pinned = excluded.pinned OR (listed AND pinned), "
         "paid_for = excluded.paid_for OR (listed AND paid_for), "
         "expires_at_s = coalesce(excluded.expires_at_s, iif(listed, expires_at_s, NULL)), "
-        "offered_seq = iif(listed OR publisher = excluded.publisher, offered_seq, NULL)",
+        "offered_seq = iif(listed, offered_seq, (SELECT seq FROM first_offer WHERE "
+        "first_offer.document_id = excluded.document_id AND publisher = excluded.publisher))",
         values,
     )
 
@@ -300,6 +301,12 @@ def set_state(db: apsw.Connection, document_id: str, state: ListingState, reason
         "listed = ?, offered_seq = coalesce(offered_seq, iif(?, ?, NULL)) WHERE document_id = ?",
         (state, reason, number, offered, offered, offered, number, document_id),
     )
+    if offered:
+        db.execute(
+            "INSERT INTO first_offer SELECT document_id, publisher, offered_seq FROM listing "
+            "WHERE document_id = ? ON CONFLICT DO NOTHING",
+            (document_id,),
+        )
 
 
 def set_field(

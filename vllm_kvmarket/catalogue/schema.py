@@ -15,9 +15,10 @@ from vllm_kvmarket.core.errors import CatalogueUnavailableError
 ROOM = "catalogue"
 
 # `revision` numbers every change; a listing keeps that of its own last change.
-# `offered_seq` is the revision that first put a listing on offer: earlier ones are paid for what
-# later ones repeat. It stays when the listing leaves the market and comes back. `listed` is 1 while
-# it is on the market, also while a damaged listing is published again.
+# `offered_seq` is the revision at which its publisher first put a listing on offer: earlier ones
+# are paid for what later ones repeat. `first_offer` keeps it for each publisher, also when the
+# listing leaves the market and someone else lists the document again. `listed` is 1 while a listing
+# is on the market, also while a damaged one is published again.
 SCHEMA = """
 CREATE TABLE catalogue (
     revision INTEGER NOT NULL,
@@ -55,6 +56,12 @@ CREATE INDEX listing_age ON listing (-created_at_s, document_id);
 CREATE INDEX listing_publisher ON listing (publisher);
 CREATE INDEX listing_expiry ON listing (expires_at_s)
     WHERE expires_at_s IS NOT NULL AND state IN ('live', 'damaged');
+CREATE TABLE first_offer (
+    document_id TEXT NOT NULL REFERENCES listing (document_id),
+    publisher TEXT NOT NULL,
+    seq INTEGER NOT NULL UNIQUE,
+    PRIMARY KEY (document_id, publisher)
+) STRICT, WITHOUT ROWID;
 CREATE TABLE chunk (
     key BLOB PRIMARY KEY CHECK (length(key) = 32),
     tokens BLOB NOT NULL CHECK (length(tokens) > 0 AND length(tokens) % 4 = 0),

@@ -165,7 +165,8 @@ class SchedulerHalf:
         if match is not None and isinstance(params, RequestParams) and params.document:
             params, match = self._only_the_document(request, params, match)
         is_operators = isinstance(params, RequestParams) and params.is_operators
-        if match is not None and (sold := self._market.sold_part(match)) is not match:
+        named = isinstance(params, RequestParams) and params.document is not None
+        if match is not None and (sold := self._market.sold_part(match, named=named)) is not match:
             if isinstance(params, RequestParams) and params.account is not None and sold is None:
                 self.metrics.declined("below_minimum")
             # The operator's requests buy nothing: all that is stored serves them.

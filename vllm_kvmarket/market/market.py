@@ -178,22 +178,30 @@ class Market:
                     raise
             time.sleep(POLL_S)
 
-    def match(self, namespace: bytes, token_ids: Sequence[int]) -> Match | None:
-        """The longest published prefix that is sold.
+    def match(
+        self, namespace: bytes, token_ids: Sequence[int], *, named: bool = False
+    ) -> Match | None:
+        """The longest published prefix that is sold; see sold_part.
 
         Memory only, unless documents are beyond it: then it may wait for the database.
         """
         found = self.catalogue.match_anywhere(namespace, token_ids)
-        return self.sold_part(found) if found is not None else None
+        return self.sold_part(found, named=named) if found is not None else None
 
     def quote(
-        self, namespace: bytes, token_ids: Sequence[int], *, most: int | None = None
+        self,
+        namespace: bytes,
+        token_ids: Sequence[int],
+        *,
+        most: int | None = None,
+        named: bool = False,
     ) -> Quote:
         """Price the reuse of what is published of a prompt, of at most `most` tokens of it.
 
-        May wait for the database, as `match`.
+        `named`: the tokens are those of a document that the buyer has named. May wait for the
+        database, as `match`.
         """
-        return self.quote_match(self.match(namespace, token_ids), most)
+        return self.quote_match(self.match(namespace, token_ids, named=named), most)
 
     # For the scheduler half: nothing here waits for disk or database
 
@@ -201,9 +209,12 @@ class Market:
         """Price a match that is sold; see quote_of."""
         return quote_of(match, self.config.tariff, most)
 
-    def sold_part(self, match: Match) -> Match | None:
-        """The part of a match that is sold, with the listings that are paid; None for nothing."""
-        return sold_part(match, self.config.tariff, self.config.min_reuse_tokens)
+    def sold_part(self, match: Match, *, named: bool = False) -> Match | None:
+        """The part of a match that is sold, with the listings that are paid; None for nothing.
+
+        A buyer who has `named` the document wants all of it, also what is short.
+        """
+        return sold_part(match, self.config.tariff, 1 if named else self.config.min_reuse_tokens)
 
     def affordable_part(
         self, match: Match, max_cache_read_nano_per_mtok: int | None

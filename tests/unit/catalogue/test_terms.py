@@ -370,3 +370,16 @@ def test_another_publisher_does_not_inherit_a_place(catalogue):
     publish(catalogue, DOCUMENT, publisher="someone else")
     assert owner_of(catalogue, longer) == later.document_id
     assert catalogue.check_integrity() == []
+
+
+def test_a_place_is_not_lost_to_someone_who_lists_an_evicted_document(catalogue):
+    """The first publisher's place waits for it, whatever others did with the document since."""
+    first = publish(catalogue, DOCUMENT)
+    longer = [*DOCUMENT, *tokens(100, seed=5)]
+    publish(catalogue, longer, publisher="another")
+    assert catalogue.evict(first.document_id, "no space")
+    publish(catalogue, DOCUMENT, publisher="someone else")
+    catalogue.delist(first.document_id)
+    publish(catalogue, DOCUMENT)
+    assert owner_of(catalogue, longer) == first.document_id
+    assert catalogue.check_integrity() == []

@@ -163,3 +163,18 @@ def test_a_price_cap_buys_what_lies_before_the_first_dearer_segment():
     assert affordable_part(sold, TARIFF, 6 * INPUT) is None
     assert affordable_part(sold, TARIFF, 20 * INPUT) is sold
     assert affordable_part(sold, TARIFF, None) is sold
+
+
+def test_a_named_document_is_sold_whole_however_short_its_own_part(tmp_path):
+    """What a buyer has named is wanted; whoever only matches is not sold a few tokens."""
+    document = tokens(700)
+    edition = [*document, 5, 6, 7]
+    with Market.open(tmp_path) as market:
+        publish(market.catalogue, document, publisher="acme")
+        publish(market.catalogue, edition, publisher="edith")
+        publish(market.catalogue, tokens(20, 3), publisher="shorty")
+        assert market.quote(NAMESPACE, edition).tokens == 700
+        quote = market.quote(NAMESPACE, edition, named=True)
+        assert [(line.start, line.end) for line in quote.lines] == [(0, 700), (700, 703)]
+        assert market.quote(NAMESPACE, tokens(20, 3)).match is None
+        assert market.quote(NAMESPACE, tokens(20, 3), named=True).tokens == 20

@@ -65,22 +65,25 @@ def test_it_costs_the_same_wherever_the_document_lies(llm, market, bill, source)
     assert receipt.tokens_computed == len(QUESTION)
 
 
-def test_of_two_documents_with_one_beginning_the_longest_match_is_paid(llm, market, bill):
-    """Each publisher for what was bought of it: the short one when the request leaves it there."""
+def test_of_two_documents_with_one_beginning_each_publisher_is_paid_for_what_it_added(
+    llm, market, bill
+):
+    """The first listing earns for its tokens whatever lies behind them, the later for the rest."""
     short = words(4200, 400)
     long = short + words(4201, 300)
     market.publish(llm, token_ids=short, publisher="shorty")
     market.publish(llm, token_ids=long, publisher="longy")
-    for prompt, publisher, tokens in (
-        (long, "longy", 700),
-        (short, "shorty", 400),
-        (long[:650], "longy", 650),
-    ):
-        before = market.ledger.account(publisher).balance_nano
+    for prompt, shares in ((long, (400, 300)), (short, (400, 0)), (long[:650], (400, 250))):
+        publishers = ("shorty", "longy")
+        before = [market.ledger.account(each).balance_nano for each in publishers]
         ask(llm, prompt + QUESTION, market.params("alice"), max_tokens=1, rest_s=0)
         receipt = bill.receipts()[-1]
-        assert (receipt.publisher, receipt.tokens_reused) == (publisher, tokens)
-        assert market.ledger.account(publisher).balance_nano - before == tokens * 250
+        lines = [(line.publisher, line.end - line.start) for line in receipt.lines]
+        assert lines == [each for each in zip(publishers, shares, strict=True) if each[1]]
+        assert receipt.tokens_reused == sum(shares)
+        after = [market.ledger.account(each).balance_nano for each in publishers]
+        earned = [new - old for new, old in zip(after, before, strict=True)]
+        assert earned == [tokens * 250 for tokens in shares]
     assert bill.tokens() == 700 + 400 + 650
 
 
@@ -271,20 +274,32 @@ def test_best_of_is_not_vllms_any_more(llm, market, document, bill):
     assert bill.tokens() == 0
 
 
-def test_the_same_request_again_is_not_paid_again(market, document, bill, requests):
-    """A retry has the account, id and prompt of the first: behind it, beside it, one charge."""
+def test_a_request_repeated_with_its_key_is_not_paid_again(market, document, bill, requests):
+    """Behind the first one or beside it: one charge, one receipt, which every answer names."""
     prompt = document + words(4800, 9)
+    keyed = {"kv_transfer_params": {"kvmarket": {"account": "alice", "purchase_key": "again"}}}
     for _ in range(2):
-        requests.start("again", prompt, market.params("alice"))
+        requests.start("again", prompt, keyed)
     requests.finish()
-    requests.start("again", prompt, market.params("alice"))
-    answers = requests.finish()["again"]
+    requests.start("another id", prompt, keyed)
+    done = requests.finish()
+    answers = done["again"] + done["another id"]
     assert len(answers) == 3
     assert len({tuple(answer.outputs[0].token_ids) for answer in answers}) == 1
     assert bill.tokens() == 600
     (receipt,) = bill.receipts()
     assert {sold(answer)["receipt_id"] for answer in answers} == {receipt.id}
-    assert {sold(answer)["charge_nano"] for answer in answers} == {600 * 500}
+    assert sold(answers[-1])["charge_nano"] == 0, "paid before"
+
+
+def test_an_id_that_is_sent_again_makes_nothing_free(market, document, bill, requests):
+    """An id means nothing for money: both answers are paid."""
+    prompt = document + words(4850, 9)
+    for _ in range(2):
+        requests.start("reused-id", prompt, market.params("alice"))
+        requests.finish()
+    assert bill.tokens() == 2 * 600
+    assert len(bill.receipts()) == 2
 
 
 def test_the_same_id_for_another_prompt_is_another_request(market, document, bill, requests):

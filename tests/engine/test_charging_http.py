@@ -39,10 +39,10 @@ class Connection:
         self._market = market
         self._connection = http.client.HTTPConnection(urlsplit(base).netloc, timeout=120)
 
-    def post(self, prompt, headers=None, **body) -> None:
+    def post(self, prompt, headers=None, params=None, **body) -> None:
         """Send a completion that alice pays, without waiting for its answer."""
         body = {"model": "tiny", "prompt": prompt, "temperature": 0, "max_tokens": 8, **body}
-        body |= self._market.params("alice")
+        body |= params or self._market.params("alice")
         self._connection.request(
             "POST",
             "/v1/completions",
@@ -55,6 +55,10 @@ class Connection:
         response = self._connection.getresponse()
         assert response.status == 200, response.read()
         return response
+
+    def status(self) -> int:
+        """Wait for the answer's status."""
+        return self._connection.getresponse().status
 
     def answer(self) -> dict:
         """Wait for the whole answer."""
@@ -110,17 +114,34 @@ def test_a_client_that_leaves_before_its_whole_answer_pays_nothing(market, docum
     assert "impatient" in receipt.request_id
 
 
-def test_a_request_that_a_proxy_sends_twice_is_paid_once(document, bill, connect):
-    """The same X-Request-Id and prompt: one charge, the same receipt in both answers."""
+def test_a_request_that_is_sent_again_with_its_idempotency_key_is_paid_once(
+    market, document, bill, connect
+):
+    """One charge, and the same receipt in both answers; with another body it is refused."""
     prompt = document + words(5503, 12)
+    params = market.params("alice")
     answers = []
     for _ in range(2):
         client = connect()
-        client.post(prompt, headers={"X-Request-Id": "from-the-proxy"})
+        client.post(prompt, {"Idempotency-Key": "from-the-client"}, params)
         answers.append(client.answer()["kv_transfer_params"]["kvmarket"])
     assert bill.tokens() == 600
     (receipt,) = bill.receipts()
     assert [answer["receipt_id"] for answer in answers] == [receipt.id] * 2
+    client = connect()
+    client.post([*prompt, 1], {"Idempotency-Key": "from-the-client"}, params)
+    assert client.status() == 409
+
+
+def test_a_request_id_means_nothing_for_money(document, bill, connect):
+    """Two answers under one X-Request-Id are two purchases."""
+    prompt = document + words(5505, 12)
+    for _ in range(2):
+        client = connect()
+        client.post(prompt, {"X-Request-Id": "from-a-proxy"})
+        client.answer()
+    assert bill.tokens() == 2 * 600
+    assert len(bill.receipts()) == 2
 
 
 def test_several_choices_are_paid_once(document, bill, connect):

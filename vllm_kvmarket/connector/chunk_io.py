@@ -1,4 +1,4 @@
-"""One chunk at a time between the tiers and the paged cache, whatever requests want it for.
+"""Copies one chunk at a time between the tiers and the paged cache, and compares chunks.
 
 Loads go host memory -> disk -> object store; a chunk in another layout, or cut up for other ranks,
 is converted. What was loaded twice, or was read ahead, stays in host memory.
@@ -29,16 +29,16 @@ from vllm_kvmarket.store.host_memory import Filling, HostTier, layers_of
 from vllm_kvmarket.store.tiers import OpenChunk, Tiers
 
 # The largest difference that is still close, as a share of the layer's largest computed value:
-# what other kernels, or a prompt cut into other pieces, change by rounding, with room to spare.
+# other kernels, or a prompt cut into other pieces, change less than this by rounding.
 TOLERANCES = {"float32": 1e-3, "float16": 1e-2, "bfloat16": 5e-2}
 
 HOST, DISK, OBJECTS = "host", "disk", "objects"  # the tiers, as metrics name them
-# Longer than any read from a disk: whoever is bringing the chunk has a problem of its own.
+# No read from a disk takes longer: the thread that reads the chunk is stuck.
 _OTHERS_READ_S = 30.0
 
 
 class NotOnThisMachineError(StoreError):
-    """Only the object store may have it: load it where waiting for that holds up nobody."""
+    """Only the object store may have it: load it in a thread that may wait for that."""
 
 
 class Loaded(NamedTuple):
@@ -151,7 +151,7 @@ class Chunks:
     def _load_and_keep(
         self, source: _Straight | _Converted, chunk: ChunkLoad, claim: Callable[[], None]
     ) -> None:
-        """Load a chunk by way of host memory, where it stays if there is room."""
+        """Load a chunk by way of host memory, where it stays if it fits."""
         filling = self._host.begin(chunk.key)
         if filling is not None:
             with filling:
@@ -164,10 +164,10 @@ class Chunks:
         self._copy_in_place(source, chunk)
 
     def keep(self, namespace: bytes, key: bytes) -> None:
-        """Bring a hot chunk of this machine's into host memory, if there is room; gives way.
+        """Bring a hot chunk of this machine into host memory, if it fits, with low priority.
 
-        Apart from the load that found it hot, for which a request waits: memory that nobody has
-        touched yet is filled at 0.8 GB/s, other memory at 16 (AMD EPYC, a virtual machine).
+        Not in the load that found it hot, since a request waits for that: memory that was never
+        used is filled at 0.8 GB/s, other memory at 16 (AMD EPYC, a virtual machine).
 
         Raises StoreErrors; a damaged file has been quarantined.
         """
@@ -185,7 +185,7 @@ class Chunks:
     def _source(
         self, store: Tiers, namespace: bytes, key: bytes
     ) -> Iterator[_Straight | _Converted]:
-        """Open a chunk whatever its layout; in other threads' stead, fetch it."""
+        """Open a chunk in any layout, and fetch it where the store has an object tier."""
         try:
             stored = store.open(key, self._cache.layout, namespace)
         except (LayoutMismatchError, ChunkMissingError):
@@ -204,7 +204,7 @@ class Chunks:
         source.copy(0, source.page_count, [[layer] for layer in layers])
 
     def _bring(self, source: _Straight | _Converted, filling: Filling) -> Bytes | None:
-        """Read a whole chunk into the host tier, where it stays; None: there is no room for it."""
+        """Read a whole chunk into the host tier, where it stays; None: it does not fit."""
         buffer = filling.memory(source.page_count * self._page_bytes)
         if buffer is not None:
             self._read(source, buffer)
@@ -225,8 +225,8 @@ class Chunks:
             return
         staging = self._staging()
         for layer in self._layers:
-            room = staging.buffer(layer, last - first)
-            source.stored.copy_pages(layer, first, last, [room])
+            buffer = staging.buffer(layer, last - first)
+            source.stored.copy_pages(layer, first, last, [buffer])
             staging.upload(layer, chunk.block_ids)
         staging.finish()
 
@@ -268,8 +268,8 @@ class Chunks:
     def read_ahead(self, namespace: bytes, key: bytes) -> str:
         """Bring a chunk into host memory, or without that from the object store onto the disk.
 
-        What came of it: `done`, `present` or `no_room`. Raises StoreErrors; a damaged file has been
-        quarantined.
+        Returns the result: `done`, `present` or `no_room`. Raises StoreErrors; a damaged file has
+        been quarantined.
         """
         try:
             if self._host.is_on:
@@ -309,7 +309,7 @@ class Chunks:
     def _is_stored_otherwise(self, namespace: bytes, key: bytes) -> bool:
         """Whether it is there, whole, for good, in a layout that can be converted into this one.
 
-        False also in this engine's own layout, and when it cannot be told: `put` knows best.
+        False also in this engine's own layout, and when it is not known: `put` decides then.
         """
         layout = self._cache.layout
         try:
@@ -359,7 +359,7 @@ def compare(
     """Compare one chunk's pages, given for each layer: computed ones in runs, stored ones in one.
 
     Only the slots of its `token_count` tokens count: what lies behind them in the last page is
-    whatever was there. Bit for bit first; what differs is compared as numbers. In a layout that
+    not a part of it. Bit for bit first; differing pages are compared as numbers. In a layout that
     kvmarket cannot take apart, and in a dtype without a tolerance, only equal pages are `exact`, a
     last page that is partly filled is left out, and what differs is `different`.
     """
@@ -385,7 +385,7 @@ def _difference(
 ) -> tuple[float, float]:
     """The largest absolute difference between two layers' tokens, and the largest that is close.
 
-    Infinite where it is not a number, or cannot be told.
+    Infinite where it is not a number, or is not known.
     """
     try:
         computed = canonical(layout, index, ours)[:token_count]

@@ -64,7 +64,7 @@ def block_tokens_of(kv_cache_config: KVCacheConfig, chunk_tokens: int) -> int:
 def engine_facts(
     vllm_config: VllmConfig, kv_cache_config: KVCacheConfig, block_tokens: int
 ) -> EngineFacts:
-    """What the scheduler half needs to know of this engine's KV memory."""
+    """Facts about this engine's KV memory for the scheduler half."""
     # Request ids repeat from one run of an offline engine to the next; ledger ids must not.
     rank_bytes = sum(tensor.size for tensor in kv_cache_config.kv_cache_tensors)
     return EngineFacts(
@@ -162,7 +162,7 @@ class KVMarketConnector(KVConnectorBase_V1):
         return self.scheduler.take_refusals()
 
     def has_pending_push_work(self) -> bool:
-        """Whether an idle engine shall make a step, which delivers the scheduler half's metrics."""
+        """Whether an idle engine should make a step: it delivers the scheduler half's metrics."""
         return self._scheduler is not None and self._scheduler.metrics.has_news
 
     # The workers' calls
@@ -206,7 +206,7 @@ class KVMarketConnector(KVConnectorBase_V1):
         return self.worker.report()
 
     def get_kv_connector_stats(self) -> KVConnectorStats | None:
-        """What this half counted since the last call."""
+        """The counts of this half since the last call."""
         if self._scheduler is not None:
             return self._scheduler.metrics.take()
         return self.worker.stats()

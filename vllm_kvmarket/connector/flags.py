@@ -209,7 +209,7 @@ def prepare(transfer: KVTransferConfig | None, serving: bool) -> None:
         # Behind the offline API is the operator; behind an API server is anyone.
         settings["trust_requests"] = not serving
     transfer.kv_connector_extra_config = settings
-    # vLLM's default is to fail; a plain KVTransferConfig does not tell whether that was asked for.
+    # vLLM's default is to fail; a KVTransferConfig does not say whether the operator chose that.
     transfer.kv_load_failure_policy = "recompute"
 
 

@@ -63,8 +63,8 @@ class Frontend:
                 return list(self._tokenizer(text or "")["input_ids"])
             return self._tokenizer.chat(messages)
 
-    async def operate(self, tokens: Sequence[int], wish: dict[str, Any]) -> dict[str, Any]:
-        """Run a prompt for one token with a wish of the operator; what the scheduler half answered.
+    async def operate(self, tokens: Sequence[int], params: dict[str, Any]) -> dict[str, Any]:
+        """Run an operator's request for one token; returns the scheduler half's answer.
 
         Raises PublishFailedError, and what vLLM raises of an engine that died.
         """
@@ -72,7 +72,7 @@ class Frontend:
             max_tokens=1,
             temperature=0.0,
             output_kind=RequestOutputKind.FINAL_ONLY,
-            extra_args={"kv_transfer_params": {FIELD: wish}},
+            extra_args={"kv_transfer_params": {FIELD: params}},
         )
         answer: dict[str, Any] = {}
         async for output in self._engine.generate(
@@ -118,7 +118,7 @@ class _Tokenizer:
 
 
 class _Refusing:
-    """Turns whatever a tokenizer or a chat template raises of a text into NotPublishableError."""
+    """Turns any error of a tokenizer or a chat template into NotPublishableError."""
 
     def __enter__(self) -> None:
         pass

@@ -1,4 +1,4 @@
-"""What an engine does for its market beside its requests, every few seconds, in one thread."""
+"""Work that an engine does for its market every few seconds, in one thread."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ logger = init_logger("vllm.kvmarket.housekeeping")
 
 class Housekeeping:
     """Expires overdue reservations, writes down what was used, follows a shared bucket, and takes
-    the figures that wait for disk or database.
+    the metrics that wait for disk or database.
     """
 
     def __init__(
@@ -31,7 +31,7 @@ class Housekeeping:
             "expiring reservations": market.ledger.expire_pending,
             "noting uses": market.flush_uses,
             "following the object store": directory.sync,
-            "taking figures": metrics.look,
+            "taking metrics": metrics.look,
         }
         self._problems: dict[str, str] = {}
         self._closing = threading.Event()

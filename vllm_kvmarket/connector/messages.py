@@ -1,4 +1,4 @@
-"""What the scheduler half and the worker half say to each other, once an engine step.
+"""The messages between the scheduler half and the worker half, once an engine step.
 
 Plain values only: they cross a process boundary by pickle.
 """
@@ -91,7 +91,7 @@ class LoadReport:
     """How one request's load went on the ranks that have reported.
 
     `failures` maps a chunk key to what went wrong, `reasons` counts it by kind (a chunk once a
-    rank); `damaged` are those whose file is gone or bad, which nobody can load. `seconds` is the
+    rank); `damaged` are those whose file is gone or bad, which cannot be loaded. `seconds` is the
     slowest rank's.
     """
 
@@ -115,7 +115,7 @@ class LoadReport:
 class SaveReport:
     """How one publishing request's save went on the ranks that have reported.
 
-    `failure` says why it ended early, empty when it did not; `is_full`: for want of room.
+    `failure` says why it ended early, empty when it did not; `is_full`: the store was full.
     """
 
     stored_bytes: int = 0
@@ -169,7 +169,7 @@ class AuditReport:
 
     @property
     def details(self) -> list[str]:
-        """What was found, a line for every chunk that is not exact."""
+        """A line for every chunk that is not exact."""
         return [
             f"{key.hex()}: {chunk.detail}" for key, chunk in self.chunks.items() if chunk.detail
         ]

@@ -1,4 +1,4 @@
-"""What both halves count, on its way to vLLM's log line and to Prometheus.
+"""Counts of both halves, on their way to vLLM's log line and to Prometheus.
 
 vLLM collects a connector's stats once an engine step: the ranks' are added up, and the scheduler
 half's to them. Their `data` goes to the process that serves /metrics.
@@ -80,7 +80,7 @@ class MarketStats(KVConnectorStats):
         return values | dict(sorted(self.data[_GAUGES].items()))
 
     def is_empty(self) -> bool:
-        """Whether there is nothing to tell."""
+        """Whether nothing was counted."""
         return not any(self.data.values())
 
 
@@ -120,7 +120,7 @@ class Tally:
                     self.has_news = True
 
     def take(self) -> MarketStats | None:
-        """What was counted since the last call, None when nothing was."""
+        """The counts since the last call, None when there are none."""
         if not self.has_news:
             return None
         with self._lock:

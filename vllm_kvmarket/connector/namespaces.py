@@ -42,8 +42,8 @@ def model_folder(vllm_config: VllmConfig) -> Path:
     )
     if not isinstance(found, str):
         raise ConfigError(
-            f"cannot find the files of model {model!r} on this machine, which tell one model's "
-            "KV from another's; download it first, or give its folder as the model"
+            f"cannot find the files of model {model!r} on this machine, which tell its "
+            "KV from another model's; download it first, or give its folder as the model"
         )
     return Path(found).parent
 

@@ -19,7 +19,7 @@ def open_llm(
 ) -> Any:
     """A vllm.LLM for `model` on `market`; further arguments are vllm.LLM's and go first.
 
-    On a CPU it uses every core and, unless told otherwise, float32, which is many times faster than
+    On a CPU it uses every core and by default float32, which is many times faster than
     bfloat16 where the CPU has no instructions for that.
     """
     if Path(model).exists():

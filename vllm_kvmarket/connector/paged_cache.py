@@ -28,7 +28,7 @@ Bytes = npt.NDArray[np.uint8]
 logger = init_logger("vllm.kvmarket.layouts")
 
 # GPU backends that keep each token's K and V side by side: they take K and V apart by
-# `kv_cache.split(head_size, dim=-1)`, whatever the order of heads and tokens.
+# `kv_cache.split(head_size, dim=-1)`, in any order of heads and tokens.
 _TOKEN_BACKENDS = {
     "FLASH_ATTN", "FLASHINFER", "FLEX_ATTENTION", "HPC_ATTN", "TRITON_ATTN",
 }  # fmt: skip
@@ -71,7 +71,7 @@ def page_order(tensor: torch.Tensor) -> str:
 def layout_tag(
     vllm_config: VllmConfig, kv_caches: dict[str, torch.Tensor], block_tokens: int
 ) -> str:
-    """What decides the meaning of these layers' pages beside shape and dtype; see store.packings.
+    """All that decides the meaning of these layers' pages beside shape and dtype.
 
     Only a tag whose packing is known there can be converted; every other can still be copied into
     the same layout.
@@ -203,7 +203,7 @@ class PagedCache:
 
     @property
     def layer_count(self) -> int:
-        """How many layers hold pages of their own."""
+        """The number of layers that do not share another layer's pages."""
         return len(self.rows)
 
     @property

@@ -1,4 +1,4 @@
-"""Pinned documents: their blocks are held in vLLM's paged cache, whatever else is asked for.
+"""Pinned documents: their blocks stay in vLLM's paged cache until they are unpinned.
 
 A reference on a block keeps vLLM from giving it away. It also keeps `reset_prefix_cache` from
 succeeding (vLLM logs how many blocks are in use and returns False): pinned documents survive it.
@@ -26,7 +26,7 @@ class PinnedBlocks:
 
     def __init__(self, budget: float, max_model_len: int, block_tokens: int) -> None:
         self._share = budget
-        # The longest request must always find room, or it would wait for ever.
+        # The longest request must always fit, or it would wait for ever.
         self._reserved = -(-max_model_len // block_tokens) + _SPARE_BLOCKS
         self._block_tokens = block_tokens
         self._pool: BlockPool | None = None
@@ -39,7 +39,7 @@ class PinnedBlocks:
 
     @property
     def budget(self) -> int:
-        """The most blocks that pinned documents may hold together; 0 without prefix caching."""
+        """The most blocks that pinned documents may use together; 0 without prefix caching."""
         if self._pool is None or not self._pool.enable_caching:
             return 0
         usable = self._pool.num_gpu_blocks - 1

@@ -168,7 +168,7 @@ def refusal(request: Request, namespace: bytes | None, block_tokens: int) -> str
 
 
 def log_failure(done: Future[None]) -> None:
-    """A callback for writes to the catalogue that nobody waits for."""
+    """Log a write to the catalogue that failed."""
     if (error := done.exception()) is not None:
         logger.error("kvmarket: the catalogue could not be written: %s", error)
 
@@ -182,7 +182,7 @@ def _file_bytes(tokens: int, chunks: int, engine: EngineFacts) -> int:
 def chunk_pages(
     document: DocumentChunks, block_ids: Sequence[int], block_tokens: int
 ) -> tuple[ChunkSave, ...]:
-    """Which of a prompt's blocks hold each of its chunks; all but the last chunk are whole."""
+    """Each chunk of a prompt with its blocks; all but the last chunk are whole."""
     chunks = []
     start = 0
     for key, parent, packed in zip(document.keys, document.parents, document.tokens, strict=True):

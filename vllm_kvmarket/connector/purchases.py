@@ -31,7 +31,7 @@ _RANDOM_SUFFIX = re.compile(r"-[0-9a-f]{8}$")
 
 
 def purchase_group(request_id: str) -> str:
-    """What the samples `0_ID`, `1_ID`, ... of a request with n > 1 have in common: ID.
+    """The common part ID of the samples `0_ID`, `1_ID`, ... of a request with n > 1.
 
     A client may choose an id that looks the same; see Purchases.
     """
@@ -72,7 +72,7 @@ def shared_key(
 
 @dataclass(frozen=True, slots=True)
 class Charge:
-    """What an answer says of its purchase; the receipt is booked when the last sample ends."""
+    """The purchase as an answer shows it; the receipt is booked when the last sample ends."""
 
     receipt_id: str
     charge_nano: int
@@ -100,7 +100,7 @@ class _Group:
         self.usage = replace(most, output=self.usage.output + usage.output)
 
     def charge(self) -> Charge | None:
-        """What is charged as of now."""
+        """The charge so far."""
         purchase, usage = self.purchase, self.usage
         if usage is None or not usage.reused:
             return None

@@ -1,4 +1,4 @@
-"""What a request asks of the market, read from its kv_transfer_params.
+"""A request's parameters for the market, read from its kv_transfer_params.
 
 Malformed or unsigned parameters never fail a request: they are declined with a reason, and the
 request is computed in full.

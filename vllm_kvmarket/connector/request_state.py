@@ -1,4 +1,4 @@
-"""What all kinds of request share: the engine that they run on, and how their reuse is counted."""
+"""Parts of every kind of request: the engine that it runs on, and the count of its reuse."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ ANSWERED = (
 
 
 class Lookup(enum.Enum):
-    """What vLLM's scheduler learns when it asks for a request's stored KV."""
+    """The answer when vLLM's scheduler asks for a request's stored KV."""
 
     HIT = "hit"
     MISS = "miss"
@@ -94,7 +94,7 @@ class PrefixCacheSwitch:
 
 @dataclass(frozen=True, slots=True)
 class Engine:
-    """What every kind of request needs of its engine."""
+    """The parts of an engine that every kind of request uses."""
 
     facts: EngineFacts
     market: Market
@@ -102,7 +102,7 @@ class Engine:
     purchases: Purchases
     pins: PinnedBlocks
     prefix_cache: PrefixCacheSwitch
-    # Requests that vLLM's scheduler shall end, by its ids.
+    # Requests that vLLM's scheduler must end, by its ids.
     refusals: dict[str, Refusal] = field(default_factory=dict)
 
 

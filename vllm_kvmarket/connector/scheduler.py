@@ -99,7 +99,7 @@ class SchedulerHalf:
             pins=PinnedBlocks(config.pin_budget, model.max_model_len, facts.block_tokens),
             prefix_cache=PrefixCacheSwitch(),
         )
-        # Its first round expires what an engine that died had reserved.
+        # Its first round releases reservations of an engine that died.
         self._housekeeping = Housekeeping(market, self.metrics)
         self._housekeeping.start()
         self._namespaces = Namespaces(vllm_config, market.home)
@@ -309,7 +309,7 @@ class SchedulerHalf:
     # Ends
 
     def take_refusals(self) -> dict[str, Refusal]:
-        """The requests that vLLM's scheduler shall end now, by its ids; mutates."""
+        """The requests that vLLM's scheduler must end now, by its ids; mutates."""
         if not (refusals := self._engine.refusals):
             return {}
         taken = dict(refusals)
@@ -364,7 +364,7 @@ class SchedulerHalf:
 
 
 def _log_lost_holds(renewed: Future[list[Result]]) -> None:
-    """What a lost hold reserved may not be paid when its request ends."""
+    """Warn of requests whose reservation is gone: they may not be paid when they end."""
     if (error := renewed.exception()) is not None:
         logger.warning("kvmarket: reservations could not be extended: %s", error)
         return

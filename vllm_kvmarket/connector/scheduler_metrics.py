@@ -1,4 +1,4 @@
-"""What the scheduler half counts: requests, money, the ledger, and what is on offer."""
+"""The scheduler half's counts: requests, money, the ledger, documents."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class SchedulerMetrics:
     # Requests
 
     def declined(self, reason: str) -> None:
-        """A request matched and may not reuse it; `reason` is one of figures.DECLINED."""
+        """A request matched and may not reuse it; `reason` is one of DECLINED."""
         self._tally.count("declined_requests", reason)
 
     def used(self, usage: Usage, *, declined: bool) -> None:
@@ -63,7 +63,7 @@ class SchedulerMetrics:
     # What is there
 
     def look(self) -> None:
-        """Take the gauges that wait for disk or database: for a thread of its own.
+        """Take the gauges that wait for disk or database; not on the scheduler's thread.
 
         Raises LedgerError and StoreError, with what could be taken noted.
         """
@@ -97,18 +97,18 @@ class SchedulerMetrics:
         )
 
     def pinned(self, blocks: int) -> None:
-        """How many blocks pinned documents hold now."""
+        """Note how many blocks pinned documents use now."""
         self._tally.stand_at({"pinned_blocks": blocks})
 
     # On its way to vLLM
 
     @property
     def has_news(self) -> bool:
-        """Whether `take` has something to tell."""
+        """Whether `take` would return something."""
         return self._tally.has_news
 
     def take(self) -> MarketStats | None:
-        """What was counted since the last call; None, at once, when nothing was."""
+        """The counts since the last call; None, at once, when there are none."""
         if not self._tally.has_news:
             return None
         self._tally.stand_at({_QUEUE: self._market.ledger.queue_depth})

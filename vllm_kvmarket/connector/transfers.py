@@ -48,7 +48,7 @@ from vllm_kvmarket.core.errors import (
 from vllm_kvmarket.store.host_memory import HostTier
 from vllm_kvmarket.store.tiers import Tiers
 
-# More than this waits for its turn in vain: the requests are scheduled before it comes.
+# A longer queue would be useless: the requests are scheduled before their chunks' turn.
 MAX_QUEUED_CHUNKS = 512
 # Of the processors' time, when others want all of it: the kernel gives the least that it can.
 _LEAST_PRIORITY = 19
@@ -85,7 +85,7 @@ class _Audit:
 
 @dataclass(slots=True)
 class Finished:
-    """What ended since it was last taken: request ids, blocks that hold nothing usable, reports."""
+    """The transfers that ended since the last call: ids, blocks without content, reports."""
 
     received: set[str] = field(default_factory=set)
     sent: set[str] = field(default_factory=set)
@@ -96,7 +96,7 @@ class Finished:
 class Prefetcher:
     """A short queue of chunks to read ahead, first come first served; thread-safe.
 
-    `read(namespace, key)` does the work and raises nothing. Threads that are told to give way run
+    `read(namespace, key)` does the work and raises nothing. With `gives_way` the threads run
     when the processors have nothing else to do.
     """
 
@@ -117,7 +117,7 @@ class Prefetcher:
             thread.start()
 
     def add(self, namespace: bytes, keys: Iterable[bytes]) -> int:
-        """Queue chunks; returns how many found no room. What is queued already stays in place."""
+        """Queue chunks; returns how many did not fit. What is queued already stays in place."""
         dropped = 0
         with self._changed:
             for key in keys:
@@ -197,7 +197,7 @@ class Transfers:
         self._slow = self._remote if has_objects else self._pool
         self._prefetcher = Prefetcher(self._read_ahead, threads if has_objects else 1)
         # It hears of no loads, and does not wait for their end: it gives way to them.
-        self._keeper = Prefetcher(self._keep_hot, 1, gives_way=True)
+        self._hot_chunks = Prefetcher(self._keep_hot, 1, gives_way=True)
         self._page_bytes = sum(layer.page_bytes for layer in cache.layout.layers)
         self._changed = threading.Condition()
         self._under_way = 0
@@ -223,13 +223,13 @@ class Transfers:
         self._slow.submit(self._run_audit, _Audit(plan, deque(plan.chunks)))
 
     def prefetch(self, prefetch: ChunkPrefetch) -> None:
-        """Read ahead when there is nothing else to do; nobody hears of how it went."""
+        """Read ahead when there is nothing else to do; the result is only counted."""
         dropped = self._prefetcher.add(prefetch.namespace, prefetch.keys)
         if dropped:
             self._tally.count("prefetches", "dropped", dropped)
 
     def take(self, wait_s: float = 0.0) -> Finished:
-        """What ended since the last call; waits for something to end, at most `wait_s`."""
+        """The transfers that ended since the last call; waits at most `wait_s` for one to end."""
         with self._changed:
             if wait_s and self._under_way:
                 self._changed.wait_for(
@@ -241,7 +241,7 @@ class Transfers:
             return finished
 
     def take_stats(self) -> MarketStats | None:
-        """What was counted since the last call; None when nothing was."""
+        """The counts since the last call; None when there are none."""
         stats = self._tally.take()
         if stats is not None:
             stats.stands_at("host_cache_bytes", self._host.usage().bytes_used)
@@ -252,7 +252,7 @@ class Transfers:
         self._prefetcher.close()
         # Loads move from one pool to the other: in this order none finds its pool closed.
         self._pool.shutdown(wait=True)
-        self._keeper.close()
+        self._hot_chunks.close()
         with self._changed:
             self._give_up(math.inf)
         self._remote.shutdown(wait=True)
@@ -308,7 +308,7 @@ class Transfers:
         tier, is_hot = self._chunks.load(load.plan.namespace, chunk, fetch=fetch, claim=claim)
         self._tally.count("chunk_load_seconds", tier, time.perf_counter() - started_s)
         if is_hot:
-            self._keeper.add(load.plan.namespace, [chunk.key])
+            self._hot_chunks.add(load.plan.namespace, [chunk.key])
         return tier
 
     def _keep_hot(self, namespace: bytes, key: bytes) -> None:

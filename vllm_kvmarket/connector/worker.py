@@ -1,7 +1,7 @@
 """The worker half: carries out the scheduler half's plans, one of it a rank.
 
 It sees the store and the messages, never the ledger or the catalogue. Nothing here raises into the
-engine: a chunk that cannot be had is reported, and its tokens are recomputed.
+engine: a chunk that cannot be loaded is reported, and its tokens are recomputed.
 """
 
 from __future__ import annotations
@@ -93,12 +93,12 @@ class WorkerHalf:
         return self._taken.bad_blocks
 
     def report(self) -> WorkerReport | None:
-        """What the scheduler half wants to know of the requests just collected."""
+        """The report to the scheduler half of the requests just collected."""
         report = self._taken.report
         return None if report.is_empty else report
 
     def stats(self) -> MarketStats | None:
-        """What was counted since the last step; None when nothing was."""
+        """The counts since the last step; None when there are none."""
         return self._transfers.take_stats() if self._transfers is not None else None
 
     def close(self) -> None:

@@ -2,7 +2,7 @@
 
 The most that it can cost is reserved first. It ends exactly once: settled for what was really used,
 or voided. The ledger's ids derive from the purchase's key, so that a repetition changes nothing:
-whoever reserves under a key that was paid, on this engine or another, pays nothing more.
+a request under a key that was paid, on this engine or another, pays nothing more.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class PurchaseState(enum.Enum):
 
 @dataclass(frozen=True, slots=True)
 class Usage:
-    """What a request really used, in tokens.
+    """The tokens that a request really used.
 
     `reused` of the match's `matched` tokens were not computed: `loaded` came from the store and
     `from_paged_cache` lay in vLLM's paged cache. `failed` ones could not be loaded and were
@@ -77,7 +77,7 @@ NO_USAGE = Usage(0, 0, 0, 0, 0, 0, 0)
 
 @dataclass(frozen=True, slots=True)
 class Settlement:
-    """What a purchase comes to: the charge, further transfers of the same batch, the receipt."""
+    """A purchase's end: the charge, further transfers of the same batch, the receipt."""
 
     charge_nano: int
     transfers: tuple[Operation, ...] = ()
@@ -177,7 +177,7 @@ class StorageItem:
 
     @property
     def cannot_pay(self) -> str:
-        """What a publisher reads who has no funds, or no account."""
+        """The message for a publisher without funds, or without an account."""
         return (
             f"publisher {self.publisher!r} cannot pay {self.most_nano} nano-units "
             "for storing it; make a deposit, then publish again"
@@ -216,7 +216,7 @@ class Purchase:
 
     def _reserve(self) -> None:
         """Reserve under the key, or under another one where the earlier hold has been released."""
-        # A repetition finds the hold of the first request; a renewal then says what became of it.
+        # A repetition finds the hold of the first request; a renewal then reports its state.
         self._renewal: Future[list[Result]] | None = None
         self._reservation = self._ledger.submit(
             [

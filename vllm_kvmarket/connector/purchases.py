@@ -148,8 +148,9 @@ class Purchases:
             if purchase_key is not None:
                 quote = self._market.quote_match(match)
                 key = shared_key(purchase_key, account, request.request_id, prompt, quote)
-            purchase = self._market.reserve(item, key=key, account=account)
-            group = _Group(purchase, item, prompt, purchase_key is not None)
+            repeated = purchase_key is not None
+            purchase = self._market.reserve(item, key=key, account=account, shared=repeated)
+            group = _Group(purchase, item, prompt, repeated)
             self._by_samples[samples] = group
         group.members.add(request.request_id)
         self._by_request[request.request_id] = group

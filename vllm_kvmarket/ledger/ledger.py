@@ -134,6 +134,7 @@ class Ledger:
         linked: bool = True,
         receipt: Receipt | None = None,
         patience_s: float | None = None,
+        shared: bool = False,
     ) -> Future[list[Result]]:
         """Enqueue a batch; durable once its future answers, with a result for each operation.
 
@@ -145,7 +146,7 @@ class Ledger:
         While the database is away, the batch is tried again for `patience_s`. Then the future
         raises LedgerUnavailableError; the same batch may be submitted again: what took effect
         before is EXISTS. A lone reservation has less patience, and when its outcome is unknown, the
-        ledger releases it. With `math.inf` the batch must be booked: it is in the home's outbox
+        ledger releases it, unless it is `shared`: another request may have the same hold. With `math.inf` the batch must be booked: it is in the home's outbox
         when this returns, and another process of the home books it when this one dies. A batch that
         no database could store raises LedgerError at once, and has no effect.
         """
@@ -155,7 +156,7 @@ class Ledger:
         batch_operations, undo = tuple(operations), tuple[Operation, ...]()
         if [type(each) is Operation and each.kind for each in batch_operations] == ["pending"]:
             held = batch_operations[0].id
-            undo = (void(id=f"{held}:unknown", pending_id=held),)
+            undo = () if shared else (void(id=f"{held}:unknown", pending_id=held),)
             patience_s = self._reservation_patience_s if patience_s is None else patience_s
         batch = Batch(
             batch_operations,

@@ -226,14 +226,18 @@ class Market:
         """Whether loading a match saves more than it costs."""
         return match.token_count >= self.config.min_reuse_tokens
 
-    def reserve(self, item: Item, *, key: str, account: str) -> Purchase:
-        """Start to reserve the most that `item` can cost; `key` makes the ledger's ids."""
+    def reserve(self, item: Item, *, key: str, account: str, shared: bool = False) -> Purchase:
+        """Start to reserve the most that `item` can cost; `key` makes the ledger's ids.
+
+        `shared`: other requests may reserve under the same key at the same time.
+        """
         return Purchase(
             self.ledger,
             item,
             key=key,
             account=account,
             timeout_s=self.config.reservation_timeout_s,
+            shared=shared,
         )
 
     def begin_listing(

@@ -195,9 +195,18 @@ class Purchase:
     """A reservation on the way to its settlement; used by one thread."""
 
     def __init__(
-        self, ledger: Ledger, item: Item, *, key: str, account: str, timeout_s: int
+        self,
+        ledger: Ledger,
+        item: Item,
+        *,
+        key: str,
+        account: str,
+        timeout_s: int,
+        shared: bool = False,
     ) -> None:
         self._ledger = ledger
+        # Other requests, also on other engines, may reserve under the same key at the same time.
+        self._shared = shared
         self.item = item
         self._key = key
         self._attempt = 0
@@ -229,7 +238,8 @@ class Purchase:
                     code=self.item.code,
                     user_data=self.item.document_id,
                 )
-            ]
+            ],
+            shared=self._shared,
         )
 
     @property

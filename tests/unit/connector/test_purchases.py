@@ -4,6 +4,7 @@ engine.
 
 from __future__ import annotations
 
+from threading import Event
 from types import SimpleNamespace
 from uuid import uuid4
 
@@ -201,6 +202,23 @@ def test_a_key_is_no_free_ride_for_who_leaves_before_the_answer(market, purchase
     assert market.receipt(charge.receipt_id).charge_nano == 600 * 500
     again = bought(purchases, request("x-0000000c", 3.0), used(), key="k")
     assert again.receipt_id == charge.receipt_id
+    assert spent(market) == 600 * 500
+
+
+def test_a_repetition_that_gives_up_leaves_the_first_requests_hold(market, purchases, monkeypatch):
+    """The database was slow for the second of two requests with one key: the first one pays."""
+    first, second = request("a-0000000a", 1.0), request("b-0000000b", 2.0)
+    reserved(purchases.join(first, "alice", matching(), "key"))
+    write, let_go = market.ledger._storage.write, Event()
+    monkeypatch.setattr(market.ledger, "_reservation_patience_s", 0.1)
+    monkeypatch.setattr(
+        market.ledger._storage, "write", lambda group: let_go.wait(10) and write(group)
+    )
+    given_up = reserved(purchases.join(second, "alice", matching(), "key"))
+    assert given_up.refusal_reason == "ledger_unavailable"
+    let_go.set()
+    assert purchases.leave(second, used(0)) is None
+    assert purchases.leave(first, used()).charge_nano == 600 * 500
     assert spent(market) == 600 * 500
 
 

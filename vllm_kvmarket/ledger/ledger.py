@@ -146,9 +146,10 @@ class Ledger:
         While the database is away, the batch is tried again for `patience_s`. Then the future
         raises LedgerUnavailableError; the same batch may be submitted again: what took effect
         before is EXISTS. A lone reservation has less patience, and when its outcome is unknown, the
-        ledger releases it, unless it is `shared`: another request may have the same hold. With `math.inf` the batch must be booked: it is in the home's outbox
-        when this returns, and another process of the home books it when this one dies. A batch that
-        no database could store raises LedgerError at once, and has no effect.
+        ledger releases it, unless it is `shared`: another request may have the same hold. With
+        `math.inf` the batch must be booked: it is in the home's outbox when this returns,
+        and another process of the home books it when this one dies. A batch that no database could
+        store raises LedgerError at once, and has no effect.
         """
         future: Future[list[Result]] = Future()
         # A batch in the queue will be written: a running future cannot be cancelled.

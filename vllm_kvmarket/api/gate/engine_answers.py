@@ -28,6 +28,9 @@ PATIENCE_S = 0.2
 
 # Tasks that serve a request inherit the list, and add to it.
 _answers: ContextVar[list[dict[str, Any]] | None] = ContextVar("kvmarket_answers", default=None)
+# Stands in the list until an output's last part says what was charged. It stays when the client
+# leaves, and when vLLM's front end ends the answer at a stop string: the engine charges both.
+_UNKNOWN: dict[str, Any] = {}
 
 
 def watch(engine_client: Any) -> None:
@@ -43,12 +46,22 @@ def watch(engine_client: Any) -> None:
 
 
 async def _noted(outputs: Any, answers: list[dict[str, Any]]) -> AsyncIterator[Any]:
-    async with contextlib.aclosing(outputs):
-        async for output in outputs:
-            answer = (output.kv_transfer_params or {}).get(FIELD)
-            if isinstance(answer, dict):
-                answers.append(answer)
-            yield output
+    answers.append(_UNKNOWN)
+    known = False
+    try:
+        async with contextlib.aclosing(outputs):
+            async for output in outputs:
+                answer = (output.kv_transfer_params or {}).get(FIELD)
+                if isinstance(answer, dict):
+                    answers.append(answer)
+                    if output.finished:
+                        answers.remove(_UNKNOWN)
+                        known = True
+                yield output
+    except Exception:
+        if not known:  # an answer that failed is not charged
+            answers.remove(_UNKNOWN)
+        raise
 
 
 class MarketResponse:
@@ -80,7 +93,7 @@ class MarketResponse:
             charges = {each["receipt_id"]: each.get("charge_nano", 0) for each in self._sold()}
             left_nano = self._request.spent_nano - sum(charges.values())
             key_id = self._request.caller.key_id
-            if left_nano > 0 and key_id is not None:
+            if left_nano > 0 and key_id is not None and _UNKNOWN not in self._answers:
                 # Also if the client has left: then this task is cancelled.
                 await asyncio.shield(
                     asyncio.to_thread(self._service.keys.refund, key_id, left_nano)

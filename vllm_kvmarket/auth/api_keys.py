@@ -35,6 +35,8 @@ RESERVED_ACCOUNTS = frozenset({"world", "provider", "suspense"})
 REFRESH_S = 0.5
 # The times of last use are written by a thread, this often.
 WRITE_USES_S = 30.0
+# A purchase waits for its budget no longer than this for other writers of the database.
+WRITE_PATIENCE_MS = 1_000
 DAY_S = 86_400
 
 _ACCOUNT = re.compile(ACCOUNT_PATTERN)
@@ -180,6 +182,7 @@ class Keys:
         try:
             self._writer = sqlite.connect(path)
             sqlite.migrate(self._writer, ROOM, MIGRATIONS)
+            self._writer.set_busy_timeout(WRITE_PATIENCE_MS)
             self._reader = sqlite.connect(path)
         except apsw.Error as error:
             raise self._unavailable(error) from error

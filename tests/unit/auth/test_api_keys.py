@@ -342,6 +342,19 @@ def test_a_budget_holds_for_all_processes_together(path):
     first.close()
 
 
+def test_a_purchase_does_not_wait_long_for_its_budget(keys, path):
+    """Another process holds the database: the keys are unavailable, after a second."""
+    _, key_id = keys.create("alice", limits=KeyLimits(total_budget_nano=50))
+    with contextlib.closing(apsw.Connection(str(path))) as other:
+        other.execute("BEGIN IMMEDIATE")
+        began = time.monotonic()
+        with pytest.raises(KeysUnavailableError):
+            keys.spend(key_id, 1)
+        assert time.monotonic() - began < 5
+        other.execute("ROLLBACK")
+    assert keys.spend(key_id, 50)
+
+
 def test_a_key_without_a_budget_has_no_end(keys):
     """None is left to say; an unknown key may spend nothing."""
     _, key_id = keys.create("alice")
@@ -372,8 +385,10 @@ def test_the_last_use_is_written_by_a_thread(path, monkeypatch):
     assert "kvmarket-key-uses" not in [thread.name for thread in threading.enumerate()]
 
 
-def test_a_check_does_not_wait_for_a_writer(keys, path):
+def test_a_check_does_not_wait_for_a_writer(path, monkeypatch):
     """Another process holds the database, and a thread of ours waits for it."""
+    monkeypatch.setattr(api_keys, "WRITE_PATIENCE_MS", 60_000)
+    keys = Keys.open(path)
     secret, _ = keys.create("alice")
     with contextlib.closing(apsw.Connection(str(path))) as other:
         other.execute("BEGIN IMMEDIATE")
@@ -390,6 +405,7 @@ def test_a_check_does_not_wait_for_a_writer(keys, path):
         assert writer.is_alive()
         other.execute("ROLLBACK")
     writer.join()
+    keys.close()
     assert slowest_s < 0.05
 
 

@@ -108,7 +108,7 @@ def test_many_processes_open_a_new_database_at_once(place):
     with ThreadPoolExecutor(6) as pool:
         ledgers = list(pool.map(lambda _: Ledger.open(place), range(6)))
     for ledger in ledgers:
-        assert [account.id for account in ledger.accounts()] == ["provider", "world"]
+        assert [account.id for account in ledger.accounts()] == ["provider", "suspense", "world"]
         ledger.close()
 
 

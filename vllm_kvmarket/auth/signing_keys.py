@@ -14,11 +14,12 @@ import json
 import re
 import threading
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Self
 
+import msgspec
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric.ed25519 import (
@@ -36,7 +37,12 @@ KEY_SUFFIX = ".pem"
 JWK_SUFFIX = ".jwk"
 MAX_JWK_BYTES = 1 << 20
 _PUBLIC_BYTES = 32
-_SERIAL = re.compile(rb"Serial: ([0-9]{1,9})\n")
+_HEAD = re.compile(
+    rb"Serial: ([0-9]{1,9})\n(?:Not-Before: ([0-9]{1,12})\nNot-After: ([0-9]{1,12})\n)?"
+)
+REVOKED_SUFFIX = ".revoked"
+# A key signs for this long; then a new one does. What it signed still verifies.
+VALID_S = 400 * 86_400
 _KID = re.compile(r"[A-Za-z0-9_-]{43}")
 # A folder's time of change may be this coarse: what was read sooner after it may be out of date.
 _SETTLED_NS = 2_000_000_000
@@ -60,9 +66,19 @@ def decode_base64url(text: str) -> bytes:
 
 @dataclass(frozen=True, slots=True)
 class PublicKey:
-    """One Ed25519 public key, 32 bytes; equal keys are one key, wherever they came from."""
+    """One Ed25519 public key, 32 bytes; equal keys are one key, wherever they came from.
+
+    A market is named by its first key. `market` is set when that key endorsed this one, so that it
+    may sign in the market's name; every key may sign in its own. Times are seconds of the epoch; 0
+    is no limit.
+    """
 
     raw: bytes
+    market: str = field(default="", compare=False)
+    endorsement: bytes = field(default=b"", compare=False)
+    not_before_s: int = field(default=0, compare=False)
+    not_after_s: int = field(default=0, compare=False)
+    revoked_at_s: int = field(default=0, compare=False)
 
     @classmethod
     def of_jwk(cls, jwk: Any, where: str = "the key") -> Self:
@@ -87,7 +103,25 @@ class PublicKey:
             raise ConfigError(
                 f'{where}: its "x" is not {_PUBLIC_BYTES} bytes in base64url; ask for the key again'
             ) from None
-        return cls(raw)
+        said = jwk.get("kvmarket")
+        try:
+            claims = msgspec.convert(said or {}, _Claims)
+            endorsement = decode_base64url(claims.endorsement)
+        except (msgspec.ValidationError, ValueError) as error:
+            raise ConfigError(f"{where}: its kvmarket member is malformed ({error})") from None
+        # Not believed before `bound` has checked the endorsement.
+        return cls(
+            raw,
+            claims.market,
+            endorsement,
+            claims.not_before_s,
+            claims.not_after_s,
+            claims.revoked_at_s,
+        )
+
+    def may_sign_for(self, market: str) -> bool:
+        """Whether this key signs in the name of the market whose first key has this kid."""
+        return market in (self.market, self.kid)
 
     @property
     def kid(self) -> str:
@@ -96,9 +130,18 @@ class PublicKey:
         spelled = json.dumps(members, sort_keys=True, separators=(",", ":"))
         return encode_base64url(hashlib.sha256(spelled.encode()).digest())
 
-    def jwk(self) -> dict[str, str]:
-        """Give the key as others read it."""
+    def jwk(self) -> dict[str, Any]:
+        """Give the key as others read it, with its market's endorsement if it has one."""
+        claims = _Claims(
+            self.market,
+            encode_base64url(self.endorsement),
+            self.not_before_s,
+            self.not_after_s,
+            self.revoked_at_s,
+        )
+        ours = {"kvmarket": msgspec.to_builtins(claims)} if claims != _Claims() else {}
         return {
+            **ours,
             "kty": "OKP",
             "crv": "Ed25519",
             "x": encode_base64url(self.raw),
@@ -116,12 +159,53 @@ class PublicKey:
         return True
 
 
+class _Claims(msgspec.Struct, frozen=True, omit_defaults=True):
+    """The member "kvmarket" of a JWK."""
+
+    market: str = ""
+    endorsement: str = ""
+    not_before_s: int = 0
+    not_after_s: int = 0
+    revoked_at_s: int = 0
+
+
+def _endorsed_text(market: str, key: PublicKey) -> bytes:
+    """What a market's first key signs about another key."""
+    return (
+        f"kvmarket-endorsement/1\n{market}\n{key.kid}\n{key.not_before_s}\n{key.not_after_s}\n"
+    ).encode()
+
+
+def bound(keys: Sequence[PublicKey]) -> list[PublicKey]:
+    """Keys as others gave them, each with its market only where that market's key endorsed it.
+
+    The endorsing key must be among them, and not revoked.
+    """
+    found = {key.kid: key for key in keys}
+
+    def is_endorsed(key: PublicKey) -> bool:
+        first = found.get(key.market)
+        if first is None or first.revoked_at_s:
+            return False
+        return first.verifies(key.endorsement, _endorsed_text(key.market, key))
+
+    return [key if is_endorsed(key) else replace(key, market="", endorsement=b"") for key in keys]
+
+
 class SigningKey:
     """One key pair of this home; `serial` counts the home's keys, the highest signs."""
 
-    def __init__(self, private: Ed25519PrivateKey, serial: int) -> None:
+    def __init__(
+        self,
+        private: Ed25519PrivateKey,
+        serial: int,
+        not_before_s: int = 0,
+        not_after_s: int = 0,
+    ) -> None:
         self._private = private
         self.serial = serial
+        self.not_before_s = not_before_s
+        self.not_after_s = not_after_s
         self.public = PublicKey(private.public_key().public_bytes_raw())
         self.kid = self.public.kid
 
@@ -130,13 +214,16 @@ class SigningKey:
         return self._private.sign(message)
 
     def pem(self) -> bytes:
-        """Encode as the key's file has it: PKCS #8, with the serial on a line in front."""
+        """Encode as the key's file has it: PKCS #8, behind lines with its serial and validity."""
         encoded = self._private.private_bytes(
             serialization.Encoding.PEM,
             serialization.PrivateFormat.PKCS8,
             serialization.NoEncryption(),
         )
-        return f"Serial: {self.serial}\n".encode() + encoded
+        valid = ""
+        if self.not_after_s:
+            valid = f"Not-Before: {self.not_before_s}\nNot-After: {self.not_after_s}\n"
+        return f"Serial: {self.serial}\n{valid}".encode() + encoded
 
 
 class SigningKeys:
@@ -151,36 +238,74 @@ class SigningKeys:
         self._lock = threading.Lock()
         self._keys: tuple[SigningKey, ...] = ()
         self._public: tuple[tuple[int, PublicKey], ...] = ()
+        self._revoked: dict[str, int] = {}
         self._as_of_ns: int | None = None
 
     def current(self) -> SigningKey:
         """The key that signs; made, and its file with mode 0600, where the home has none.
 
-        Raises ConfigError for a file that is no key.
+        A key that was revoked, or whose validity is over, is replaced by a new one. Raises
+        ConfigError for a file that is no key.
         """
-        keys = self._all()
-        if keys:
-            return keys[0]
+        if found := self._usable():
+            return found
         with locked(self._folder):
             # Another process may have been faster: then its key is the home's.
-            keys = self._all()
-            return keys[0] if keys else self._make(self._next_serial())
+            return self._usable() or self._make(self._next_serial())
+
+    def _usable(self) -> SigningKey | None:
+        """The newest key, if it may still sign."""
+        for key in self._all()[:1]:
+            over = 0 < key.not_after_s <= int(time.time())
+            if key.kid not in self._revoked and not over:
+                return key
+        return None
+
+    def market(self) -> str:
+        """The market's name: the kid of its first key that is here and is not revoked."""
+        self.current()
+        return next(key.kid for key in self._all()[::-1] if key.kid not in self._revoked)
 
     def rotate(self) -> SigningKey:
         """Make a new key, which signs from now on; older ones still verify. Raises ConfigError."""
         with locked(self._folder):
             return self._make(self._next_serial())
 
+    def revoke(self, kid: str, reason: str) -> SigningKey:
+        """Make a key of this home worthless from now on; return the key that signs instead.
+
+        Anyone may hold it: whatever it signed, at any time, no longer verifies with this home's
+        key set. When it is the market's first key, the market gets another name. Raises
+        NotFoundError for an unknown key.
+        """
+        if self.find(kid) is None:
+            raise NotFoundError(f"no signing key {kid!r}; see `kvmarket key show --all`")
+        record = json.dumps({"revoked_at_s": int(time.time()), "reason": reason}).encode()
+        with locked(self._folder):
+            write_durably(self._folder / f"{kid}{REVOKED_SUFFIX}", record)
+        return self.current()
+
     def public_keys(self) -> list[PublicKey]:
         """Every key of this home, the one that signs first; none where none was used yet."""
-        self._all()
-        return [key for _, key in self._public]
+        pairs = self._all()
+        first = next((pair for pair in pairs[::-1] if pair.kid not in self._revoked), None)
+        later = {pair.kid for pair in pairs if first is not None and pair is not first}
+        keys = []
+        for _, known in self._public:
+            revoked_at_s = self._revoked.get(known.kid, known.revoked_at_s)
+            key = replace(known, revoked_at_s=revoked_at_s)
+            if first is not None and key.kid in later:
+                signature = first.sign(_endorsed_text(first.kid, key))
+                keys.append(replace(key, market=first.kid, endorsement=signature))
+            else:
+                keys.append(key)
+        return bound(keys)
 
     def find(self, kid: str) -> PublicKey | None:
         """One of this home's keys, to verify what it signed before or after a rotation."""
         return next((key for key in self.public_keys() if key.kid == kid), None)
 
-    def jwks(self) -> dict[str, list[dict[str, str]]]:
+    def jwks(self) -> dict[str, list[dict[str, Any]]]:
         """Give all public keys as a JWK set."""
         return {"keys": [key.jwk() for key in self.public_keys()]}
 
@@ -189,7 +314,7 @@ class SigningKeys:
         self._all()
         return {
             f"{key.kid}{JWK_SUFFIX}": json.dumps({**key.jwk(), "serial": serial}).encode()
-            for serial, key in self._public
+            for (serial, _), key in zip(self._public, self.public_keys(), strict=True)
         }
 
     def _next_serial(self) -> int:
@@ -202,13 +327,29 @@ class SigningKeys:
             try:
                 changed_ns = self._folder.stat().st_mtime_ns
             except FileNotFoundError:
-                self._keys, self._public = (), ()
+                self._keys, self._public, self._revoked = (), (), {}
                 return ()
             if changed_ns != self._as_of_ns:
                 files = sorted(self._folder.glob(f"*{KEY_SUFFIX}"))
                 read = [_read_key(file) for file in files if not file.name.startswith(".")]
                 self._keys = tuple(sorted(read, key=lambda key: (-key.serial, key.kid)))
-                found = {key.kid: (key.serial, key.public) for key in self._keys}
+                self._revoked = {
+                    file.name.removesuffix(REVOKED_SUFFIX): json.loads(file.read_bytes())[
+                        "revoked_at_s"
+                    ]
+                    for file in self._folder.glob(f"[!.]*{REVOKED_SUFFIX}")
+                }
+                found = {
+                    key.kid: (
+                        key.serial,
+                        replace(
+                            key.public,
+                            not_before_s=key.not_before_s,
+                            not_after_s=key.not_after_s,
+                        ),
+                    )
+                    for key in self._keys
+                }
                 for file in self._folder.glob(f"[!.]*{JWK_SUFFIX}"):
                     (public,) = read_jwks(file)
                     found.setdefault(public.kid, (_serial_in(file), public))
@@ -221,10 +362,12 @@ class SigningKeys:
 
     def _make(self, serial: int) -> SigningKey:
         sweep_drafts(self._folder)
-        key = SigningKey(Ed25519PrivateKey.generate(), serial)
+        now_s = int(time.time())
+        validity = (serial, now_s, now_s + VALID_S)
+        key = SigningKey(Ed25519PrivateKey.generate(), *validity)
         while key.kid.startswith("-"):
             # On a command line such a name would be taken for an option.
-            key = SigningKey(Ed25519PrivateKey.generate(), serial)
+            key = SigningKey(Ed25519PrivateKey.generate(), *validity)
         write_durably(self._folder / f"{key.kid}{KEY_SUFFIX}", key.pem())
         return key
 
@@ -236,7 +379,7 @@ def _serial_in(file: Path) -> int:
 
 def _read_key(file: Path) -> SigningKey:
     content = file.read_bytes()
-    serial = _SERIAL.match(content)
+    head = _HEAD.match(content)
     try:
         private = serialization.load_pem_private_key(content, password=None)
     except (ValueError, TypeError):
@@ -246,7 +389,9 @@ def _read_key(file: Path) -> SigningKey:
             f"{file}: not an Ed25519 key without a password; restore it from a backup, or move it "
             "away (what it signed then cannot be verified here)"
         )
-    return SigningKey(private, int(serial[1]) if serial else 0)
+    if head is None:
+        return SigningKey(private, 0)
+    return SigningKey(private, *(int(number or 0) for number in head.groups()))
 
 
 def read_jwks(path: Path) -> list[PublicKey]:
@@ -266,7 +411,7 @@ def read_jwks(path: Path) -> list[PublicKey]:
     keys = document.get("keys") if isinstance(document, dict) else None
     if not isinstance(keys, list):
         keys = [document]
-    return [PublicKey.of_jwk(key, str(path)) for key in keys]
+    return bound([PublicKey.of_jwk(key, str(path)) for key in keys])
 
 
 class TrustedKeys:

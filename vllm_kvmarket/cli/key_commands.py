@@ -178,6 +178,19 @@ def _run_key_rotate(args: argparse.Namespace) -> int:
     return 0
 
 
+def _configure_key_revoke(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("kid", metavar="KID", help="the key's id, see `kvmarket key show --all`")
+    parser.add_argument("--reason", required=True, help="why; it is recorded")
+
+
+def _run_key_revoke(args: argparse.Namespace) -> int:
+    with open_market(args) as market:
+        key = SigningKeys(market.home).revoke(args.kid, args.reason)
+    text = f"{args.kid} is revoked; {key.kid} signs: give `kvmarket key show --all` to everybody"
+    emit(args, key.public.jwk(), lambda where: where.print(text))
+    return 0
+
+
 def _run_rotate_operator(args: argparse.Namespace) -> int:
     with open_market(args) as market:
         market.credentials.rotate()
@@ -248,6 +261,13 @@ COMMANDS = (
         "key show", "print the public key to give to others", _run_key_show, _configure_key_show
     ),
     Command("key rotate", "make a new key, which signs from now on", _run_key_rotate, changes=True),
+    Command(
+        "key revoke",
+        "make a signing key worthless, because others may have it",
+        _run_key_revoke,
+        _configure_key_revoke,
+        changes=True,
+    ),
     Command(
         "key rotate-operator",
         "make a new secret for tokens, salts and sessions; running processes follow",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -19,6 +20,7 @@ from vllm_kvmarket.proofs.notes import (
     Checkpoint,
     encode_base64,
     read_checkpoint,
+    signer_of,
     verify_checkpoint,
 )
 
@@ -101,17 +103,23 @@ def check_ledger(
 def _checkpoints(
     log: TransparencyLog, home: Path, given: Iterable[str]
 ) -> tuple[list[Checkpoint], list[str]]:
-    """The checkpoints that this home signed, its own and those given; what is none, in words."""
+    """The checkpoints that this home signed, its own and those given; and problems, in words."""
     keys = SigningKeys(home).public_keys()
+    # The home's own file has what a key signed before it was revoked.
+    all_keys = [dataclasses.replace(key, revoked_at_s=0) for key in keys]
     found, problems = [], []
     try:
-        notes = [signed.note for signed in log.checkpoints()]
+        own = [signed.note for signed in log.checkpoints()]
     except ProofError as error:
-        notes, problems = [], [str(error)]
-    for note in [*notes, *given]:
+        own, problems = [], [str(error)]
+    for note in [*own, *given]:
         try:
-            checkpoint = verify_checkpoint(note, keys)
-            if checkpoint.origin != log.origin:
+            if note in own:
+                signer_of(note, all_keys)
+                checkpoint = read_checkpoint(note)
+            else:
+                checkpoint = verify_checkpoint(note, keys)
+            if not log.is_own(checkpoint):
                 raise ProofError(f"it is of another log, {checkpoint.origin}")
             found.append(checkpoint)
         except ProofError as error:

@@ -155,10 +155,9 @@ class TransparencyLog:
     @property
     def origin(self) -> str:
         """The log's name, for as long as the home has its first key, and within one epoch."""
-        self._keys.current()
         number = len(self.epochs()) + 1
         epoch = f"/{number}" if number > 1 else ""
-        return ORIGIN_PREFIX + self._keys.public_keys()[-1].kid + epoch
+        return ORIGIN_PREFIX + self._keys.market() + epoch
 
     def update(self) -> int:
         """Take in the transfers that took effect since; how many there are now."""
@@ -174,14 +173,23 @@ class TransparencyLog:
             return self._checkpoint(tree)
 
     def checkpoints(self) -> list[Signed]:
-        """Every checkpoint that this log signed in this epoch, oldest first."""
-        origin = self.origin
+        """Every checkpoint that was signed, oldest first, but those of epochs that ended."""
+        ended = {epoch.signed_origin for epoch in self.epochs()}
         signed = _read_lines(self.folder / CHECKPOINTS_FILE, Signed)
-        return [each for each in signed if each.note.startswith(f"{origin}\n")]
+        return [each for each in signed if each.note.partition("\n")[0] not in ended]
 
     def epochs(self) -> list[Epoch]:
         """Every epoch that was opened after a loss, oldest first. Raises ProofError."""
         return _read_lines(self.folder / EPOCHS_FILE, Epoch)
+
+    def is_own(self, checkpoint: Checkpoint) -> bool:
+        """Whether this home signed a checkpoint, in this epoch or before, under any of its keys."""
+        own = {ORIGIN_PREFIX + key.kid for key in self._keys.public_keys()}
+        return (
+            checkpoint.origin == self.origin
+            or checkpoint.origin.rpartition("/")[0] in own
+            or (checkpoint.origin in own)
+        )
 
     def open_epoch(self, reason: str) -> Epoch:
         """Begin a new log after a loss, and record it; durable on return.
@@ -264,8 +272,9 @@ class TransparencyLog:
             roots = tree.root(old), tree.root(new)
         merkle.verify_consistency(old, new, *roots, path)
         notes: dict[int, str] = {}
-        for signed in self.checkpoints():
-            notes[read_checkpoint(signed.note).size] = signed.note
+        for signed in map(read_checkpoint, (each.note for each in self.checkpoints())):
+            if signed.origin == current.origin:
+                notes[signed.size] = signed.note
         return ConsistencyProof(
             old_size=old,
             new_size=new,

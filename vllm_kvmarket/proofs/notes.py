@@ -10,7 +10,7 @@ A checkpoint says: the log `origin` has `size` leaves and this root. It is a sig
 
 Sources: https://c2sp.org/tlog-checkpoint, https://c2sp.org/signed-note, https://c2sp.org/tlog-proof.
 The text begins with "kvmarket/", which neither a bundle's manifest nor a JWS does (see signing.py).
-The origin stays the same when keys are rotated; the key id changes with the key.
+The origin stays the same when keys are rotated: the first key endorses the later ones.
 """
 
 from __future__ import annotations
@@ -140,6 +140,8 @@ def signer_of(note: str, keys: Iterable[PublicKey]) -> PublicKey:
         name, signature = _signature(line)
         for key in known:
             if signature[:4] == key_id(name, key):
+                if key.revoked_at_s:
+                    raise ProofError(f"it is signed by {key.kid}, a key that was revoked")
                 if not key.verifies(signature[4:], text.encode()):
                     raise ProofError(f"the signature of {name} is wrong: the text was changed")
                 return key
@@ -152,11 +154,21 @@ def signer_of(note: str, keys: Iterable[PublicKey]) -> PublicKey:
 
 def verify_checkpoint(note: str, keys: Iterable[PublicKey]) -> Checkpoint:
     """Read a checkpoint that one of `keys` signed. Raises ProofError."""
-    signer_of(note, keys)
+    signer = signer_of(note, keys)
     checkpoint = read_checkpoint(note)
+    if not signer.may_sign_for(market_of(checkpoint.origin)):
+        raise ProofError(
+            f"it is signed by {signer.kid}, which the market of {checkpoint.origin} has not "
+            "endorsed; get that market's keys with `kvmarket key show --all`"
+        )
     if not any(_signature(line)[0] == checkpoint.origin for line in _divide(note)[1]):
         raise ProofError("it is not signed in the name of its origin")
     return checkpoint
+
+
+def market_of(origin: str) -> str:
+    """The first key's kid in an origin: the market's name, without the number of an epoch."""
+    return origin.removeprefix(ORIGIN_PREFIX).partition("/")[0]
 
 
 def read_checkpoint(note: str) -> Checkpoint:

@@ -46,7 +46,7 @@ from vllm_kvmarket.ledger.model import digest_of
 from vllm_kvmarket.market.market import Market
 from vllm_kvmarket.proofs import merkle
 from vllm_kvmarket.proofs.log import LoggedTransfer, TransparencyLog
-from vllm_kvmarket.proofs.notes import ORIGIN_PREFIX, InclusionProof
+from vllm_kvmarket.proofs.notes import ORIGIN_PREFIX, InclusionProof, market_of
 
 VERSION = 1
 TYPE = "kvmarket-receipt"
@@ -332,6 +332,8 @@ def verify(jws: str, keys: Iterable[PublicKey]) -> SignedReceipt:
     except (ValueError, RecursionError) as error:
         raise ProofError(f"no receipt: its parts are not a JWS's ({error})") from None
     key = _key_of(facts, {each.kid: each for each in keys})
+    if key.revoked_at_s:
+        raise ProofError(f"it is signed by {key.kid}, a key that was revoked")
     if not key.verifies(signature, f"{parts[0]}.{parts[1]}".encode()):
         raise ProofError(f"the signature by {key.kid} is wrong: the receipt was changed")
     try:
@@ -340,6 +342,12 @@ def verify(jws: str, keys: Iterable[PublicKey]) -> SignedReceipt:
         raise ProofError(f"it is signed, but no receipt of version {VERSION}: {error}") from None
     if wrong := list(contradictions(payload)):
         raise ProofError(f"it is signed, but contradicts itself: {'; '.join(wrong)}")
+    origin = payload.kvmarket.log.origin
+    if not key.may_sign_for(market_of(origin)):
+        raise ProofError(
+            f"it is signed by {key.kid}, which the market of {origin} has not endorsed; get that "
+            "market's keys with `kvmarket key show --all`"
+        )
     return SignedReceipt(payload, key.kid, jws)
 
 

@@ -5,6 +5,7 @@ import os
 import stat
 import subprocess
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -14,9 +15,11 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from joserfc.jwk import OKPKey
 
 from vllm_kvmarket.auth.signing_keys import (
+    VALID_S,
     PublicKey,
     SigningKeys,
     TrustedKeys,
+    bound,
     decode_base64url,
     encode_base64url,
     read_jwks,
@@ -237,3 +240,55 @@ def test_a_key_set_is_read_whole(tmp_path, keys):
     file = tmp_path / "all.json"
     file.write_text(json.dumps(keys.jwks()))
     assert read_jwks(file) == keys.public_keys()
+
+
+def test_a_key_signs_in_its_markets_name_only_when_the_first_key_endorsed_it(keys, tmp_path):
+    """Anyone whose key is trusted could sign in another market's name otherwise."""
+    first, second = keys.current(), keys.rotate()
+    market = keys.market()
+    assert market == first.kid
+    file = tmp_path / "keys.jwks"
+    file.write_text(json.dumps(keys.jwks()))
+    read = {key.kid: key for key in read_jwks(file)}
+    assert read[first.kid].may_sign_for(market)
+    assert read[second.kid].may_sign_for(market)
+    thief = SigningKeys(tmp_path / "thief").current()
+    claimed = {**thief.public.jwk(), "kvmarket": {"market": market, "endorsement": "AAAA"}}
+    stolen = keys.jwks()["keys"][0]["kvmarket"]
+    copied = {**thief.public.jwk(), "kvmarket": stolen}
+    for forged in (claimed, copied):
+        file.write_text(json.dumps({"keys": [*keys.jwks()["keys"], forged]}))
+        found = {key.kid: key for key in read_jwks(file)}[thief.kid]
+        assert not found.may_sign_for(market)
+        assert found.may_sign_for(thief.kid)
+    alone = PublicKey.of_jwk(keys.jwks()["keys"][0])
+    assert not bound([alone])[0].may_sign_for(market)
+
+
+def test_a_key_that_is_revoked_signs_and_endorses_no_more(keys, tmp_path):
+    """Its file stays, so that everybody can see that it was revoked; the first one's name goes."""
+    first, second = keys.current(), keys.rotate()
+    third = keys.revoke(second.kid, "a stolen laptop")
+    assert third.kid not in (first.kid, second.kid)
+    assert keys.market() == first.kid
+    told = {key.kid: key for key in keys.public_keys()}
+    assert told[second.kid].revoked_at_s > 0
+    assert told[third.kid].may_sign_for(first.kid)
+    other = SigningKeys(tmp_path / "home")
+    assert other.revoke(first.kid, "as well").kid == third.kid
+    assert keys.market() == third.kid
+    assert not {key.kid: key for key in keys.public_keys()}[third.kid].may_sign_for(first.kid)
+    with pytest.raises(NotFoundError, match="no signing key"):
+        keys.revoke("nobody's", "a typo")
+
+
+def test_a_key_whose_validity_is_over_is_followed_by_a_new_one(keys, monkeypatch):
+    """In time, without an operator; the first key endorses it."""
+    first = keys.current()
+    assert keys.current().kid == first.kid
+    now_s = time.time()
+    monkeypatch.setattr(time, "time", lambda: now_s + VALID_S + 1)
+    second = keys.current()
+    assert second.kid != first.kid
+    assert [key.kid for key in keys.public_keys()] == [second.kid, first.kid]
+    assert keys.public_keys()[0].may_sign_for(first.kid)

@@ -15,6 +15,7 @@ from vllm_kvmarket.ledger.statements import statement
 from vllm_kvmarket.proofs import (
     ProofError,
     TransparencyLog,
+    notes,
     read_inclusion,
     read_jws,
     signed_receipt,
@@ -286,9 +287,37 @@ def test_a_market_that_booked_otherwise_is_found_out(market, sold, keys):
         receipt = verify(signed_receipts.sign(lying, keys.current()), known)
         with pytest.raises(ProofError, match=reason):
             verify_with_proof(receipt, shown, known)
-    other = msgspec.structs.replace(sold.payload.kvmarket.log, origin=log.origin[:-1] + "x")
+    other = msgspec.structs.replace(sold.payload.kvmarket.log, origin=f"{log.origin}/2")
     sale = msgspec.structs.replace(sold.payload.kvmarket, log=other)
     lying = msgspec.structs.replace(sold.payload, kvmarket=sale)
     receipt = verify(signed_receipts.sign(lying, keys.current()), known)
     with pytest.raises(ProofError, match="not the receipt's"):
         verify_with_proof(receipt, proof, known)
+
+
+def test_another_market_cannot_sign_in_this_ones_name(market, sold, keys, tmp_path):
+    """A buyer who trusts the keys of two markets is not deceived by either."""
+    stranger = SigningKeys(tmp_path / "stranger")
+    known = [*keys.public_keys(), stranger.current().public]
+    forged_jws = signed_receipts.sign(sold.payload, stranger.current())
+    with pytest.raises(ProofError, match="has not endorsed"):
+        verify(forged_jws, known)
+    log = TransparencyLog(market.ledger, market.home)
+    checkpoint = log.checkpoint()
+    note = notes.sign_checkpoint(
+        log.origin, checkpoint.size, checkpoint.root, stranger.current()
+    ).note
+    with pytest.raises(ProofError, match="has not endorsed"):
+        verify_checkpoint(note, known)
+
+
+def test_what_a_revoked_key_signed_no_longer_verifies(market, sold, keys):
+    """With the market's key set of today; the market signs it again with another key."""
+    checkpoint = TransparencyLog(market.ledger, market.home).checkpoint()
+    keys.revoke(sold.kid, "stolen")
+    with pytest.raises(ProofError, match="revoked"):
+        verify(sold.jws, keys.public_keys())
+    with pytest.raises(ProofError, match="revoked"):
+        verify_checkpoint(checkpoint.note, keys.public_keys())
+    again = signed_receipt(market, sold.payload.kvmarket.receipt_id)
+    assert verify(again.jws, keys.public_keys()) == again

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from typing import Annotated
 
@@ -28,7 +29,7 @@ from vllm_kvmarket.api.paging import After, Limit, decode_place, encode
 from vllm_kvmarket.api.publication_queue import Publication
 from vllm_kvmarket.api.service import CallerOf, Frontend, Service, ServiceOf
 from vllm_kvmarket.catalogue import Listing, ListingFilter, Usage
-from vllm_kvmarket.core.errors import NotFoundError
+from vllm_kvmarket.core.errors import CatalogueError, NotFoundError
 from vllm_kvmarket.core.listing_terms import ListingTerms
 from vllm_kvmarket.ledger import PROVIDER
 from vllm_kvmarket.market import shared_bucket
@@ -296,6 +297,9 @@ def describe(market: Market, listing: Listing, *, quoted: bool = False) -> Docum
     charge, recompute = terms.charge_nano(tokens), terms.recompute_nano(tokens)
     royalty = terms.royalty_nano(charge)
     if quoted and is_on_offer(listing):
+        # It may have become live a moment ago.
+        with contextlib.suppress(CatalogueError):
+            market.catalogue.refresh()
         quote = market.quote(listing.namespace, market.catalogue.tokens_of(name))
         if quote.tokens == tokens:
             charge = quote.charge_nano

@@ -154,6 +154,22 @@ def test_closing_writes_what_is_queued_and_then_refuses(place):
         assert again.account("alice").debits_pending == 200
 
 
+def test_lists_go_on_behind_an_item(ledger):
+    """Newest first, of one account or of all; what is newer changes nothing."""
+    for number in range(3):
+        hold_id, post_id = f"h{number}", f"p{number}"
+        ledger.submit([hold(hold_id, 10)]).result()
+        sold = receipt(f"kvr_{number}", 10, post_id)
+        ledger.submit([post(id=post_id, pending_id=hold_id, amount_nano=10)], receipt=sold).result()
+    for account in ("alice", None):
+        whole = ledger.transfers(account)
+        for place, each in enumerate(whole):
+            assert ledger.transfers(account, 2, each.id) == whole[place + 1 : place + 3]
+    assert [each.id for each in ledger.receipts("alice", before="kvr_2")] == ["kvr_1", "kvr_0"]
+    assert [each.id for each in ledger.receipts(limit=1, before="kvr_1")] == ["kvr_0"]
+    assert ledger.receipts(before="kvr_0") == ledger.transfers("bob", before="p0") == []
+
+
 def test_many_threads_submit_at_once(ledger):
     """Batches of many threads apply one after another; no nano-unit is spent twice."""
 

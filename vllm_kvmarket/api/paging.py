@@ -10,13 +10,13 @@ import msgspec
 from fastapi import Query
 
 from vllm_kvmarket.api.errors import invalid
+from vllm_kvmarket.core.errors import NotFoundError
 
 Item = TypeVar("Item")
 Limit = Annotated[int, Query(ge=1, le=100, description="most items on a page")]
 After = Annotated[
     str | None, Query(max_length=1024, description="`next_cursor` of the page before")
 ]
-MOST_SKIPPED = 1_000_000
 
 
 def encode(value: Any) -> str:
@@ -47,41 +47,23 @@ def decode_place(cursor: str, order: str) -> tuple[float, str]:
 
 
 def newest_first(
-    read: Callable[[int], Sequence[Item]],
+    read: Callable[[int, str | None], Sequence[Item]],
+    find: Callable[[str], Item],
     id_of: Callable[[Item], str],
     limit: int,
     after: str | None,
 ) -> tuple[list[Item], str | None]:
-    """A page of a list, and the next cursor; `read(n)` gives the newest n items.
+    """A page of a list, and the next cursor: the id of the page's last item.
 
-    The cursor has the last item's id and its position. Newer items only move it further back.
-    Raises ApiError.
+    `read(n, id)` gives the newest n items that are older than the one of that id, which `find`
+    gives. Newer items change nothing. Raises ApiError.
     """
-    seen, last = decode(after, tuple[int, str]) if after is not None else (0, "")
-    if not 0 <= seen <= MOST_SKIPPED:
-        raise invalid("after: no cursor of this list", "after")
-    asked = seen + limit + 1
-    found = list(read(asked))
-    start = _behind(found, id_of, seen, last)
-    while after is not None and start is None and len(found) == asked:
-        asked *= 2
-        found = list(read(asked))
-        start = _behind(found, id_of, seen, last)
-    if after is None:
-        start = 0
-    if start is None:
-        raise invalid("after: this cursor's item is not in this list", "after")
-    if len(found) < start + limit + 1 and len(found) == asked:
-        found = list(read(start + limit + 1))
-    page = found[start : start + limit]
-    more = len(found) > start + limit
-    return page, encode((start + limit, id_of(page[-1]))) if more else None
-
-
-def _behind(
-    found: Sequence[Item], id_of: Callable[[Item], str], seen: int, last: str
-) -> int | None:
-    for place in range(max(seen - 1, 0), len(found)):
-        if id_of(found[place]) == last:
-            return place + 1
-    return None
+    last = None if after is None else decode(after, str)
+    if last is not None:
+        try:
+            find(last)
+        except NotFoundError:
+            raise invalid("after: this cursor's item is not in this list", "after") from None
+    found = read(limit + 1, last)
+    page = list(found[:limit])
+    return page, encode(id_of(page[-1])) if len(found) > limit else None

@@ -28,7 +28,7 @@ READS = Rate(burst=300, per_s=100)
 # Quotes are tokenised, documents prefilled.
 WRITES = Rate(burst=60, per_s=10)
 # Nobody guesses 256 bits, but each wrong key costs a look into the database.
-WRONG_KEYS = Rate(burst=20, per_s=0.2)
+WRONG_KEYS = Rate(burst=20, per_s=1)
 
 
 class Limiter:

@@ -77,7 +77,8 @@ async def receipts(
     ledger = service.market.ledger
     page, cursor = await run_in_threadpool(
         newest_first,
-        lambda count: ledger.receipts(account=whose, limit=count),
+        lambda count, last: ledger.receipts(account=whose, limit=count, before=last),
+        ledger.receipt,
         lambda receipt: receipt.id,
         limit,
         after,
@@ -120,7 +121,8 @@ async def transfers(
     ledger = service.market.ledger
     page, cursor = await run_in_threadpool(
         newest_first,
-        lambda count: ledger.transfers(whose, count),
+        lambda count, last: ledger.transfers(whose, count, last),
+        ledger.transfer,
         lambda transfer: transfer.id,
         limit,
         after,

@@ -376,9 +376,11 @@ class Ledger:
             raise NotFoundError(f"there is no transfer {transfer_id!r}")
         return found
 
-    def transfers(self, account: str | None = None, limit: int | None = None) -> list[Transfer]:
-        """Transfers of one account or of all, newest first."""
-        return self._reader().transfers(account, limit)
+    def transfers(
+        self, account: str | None = None, limit: int | None = None, before: str | None = None
+    ) -> list[Transfer]:
+        """Transfers of one account or of all, newest first, older than the one named `before`."""
+        return self._reader().transfers(account, limit, before)
 
     def transfers_after(self, sequence: int, limit: int) -> list[Transfer]:
         """Transfers that took effect behind the first `sequence`, in that order, `limit` at most.
@@ -404,11 +406,12 @@ class Ledger:
         request_id: str | None = None,
         document_id: str | None = None,
         limit: int | None = None,
+        before: str | None = None,
     ) -> list[Receipt]:
-        """Receipts that have all the given properties, newest first."""
+        """Receipts with all the given properties, newest first, older than the one `before`."""
         asked = {"account": account, "request_id": request_id, "document_id": document_id}
         given = {column: value for column, value in asked.items() if value is not None}
-        return self._reader().receipts(given, limit)
+        return self._reader().receipts(given, limit, before)
 
     def receipt(self, receipt_id: str) -> Receipt:
         """A receipt. Raises NotFoundError."""

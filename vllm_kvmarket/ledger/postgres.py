@@ -164,20 +164,30 @@ class PostgresStorage:
         with self._reading() as db:
             return _transfers(db, sql.SQL("WHERE id = %s"), (transfer_id,)).fetchone()
 
-    def transfers(self, account: str | None, limit: int | None) -> list[Transfer]:
-        newest = sql.SQL("ORDER BY sequence DESC LIMIT %s")
+    def transfers(
+        self, account: str | None, limit: int | None, before: str | None = None
+    ) -> list[Transfer]:
+        newest = sql.SQL("ORDER BY sequence DESC LIMIT %(limit)s")
+        older = sql.SQL("TRUE")
+        if before is not None:
+            older = sql.SQL(
+                "sequence < (SELECT sequence FROM kvmarket.transfer WHERE id = %(before)s)"
+            )
+        values = {"account": account, "before": before, "limit": limit}
         with self._reading() as db:
             if account is None:
-                return _transfers(db, newest, (limit,)).fetchall()
+                where = sql.SQL("WHERE {} {}").format(older, newest)
+                return _transfers(db, where, values).fetchall()
             # Each half goes down its own index; together they would read it all and sort it.
             half = sql.SQL(
-                "(SELECT sequence FROM kvmarket.transfer WHERE {} = %s "
-                "ORDER BY sequence DESC LIMIT %s)"
+                "(SELECT sequence FROM kvmarket.transfer WHERE {} = %(account)s AND {} {})"
             )
             where = sql.SQL("WHERE sequence IN ({} UNION ALL {}) {}").format(
-                half.format(sql.Identifier("debit")), half.format(sql.Identifier("credit")), newest
+                half.format(sql.Identifier("debit"), older, newest),
+                half.format(sql.Identifier("credit"), older, newest),
+                newest,
             )
-            return _transfers(db, where, (account, limit, account, limit, limit)).fetchall()
+            return _transfers(db, where, values).fetchall()
 
     def transfers_after(self, sequence: int, limit: int) -> list[Transfer]:
         behind = sql.SQL("WHERE sequence > %s ORDER BY sequence LIMIT %s")
@@ -190,9 +200,11 @@ class PostgresStorage:
             sequence: int | None = cursor.execute(query, (transfer_id,)).fetchone()
             return sequence
 
-    def receipts(self, where: Mapping[str, str], limit: int | None) -> list[Receipt]:
+    def receipts(
+        self, where: Mapping[str, str], limit: int | None, before: str | None = None
+    ) -> list[Receipt]:
         with self._reading() as db:
-            return _receipts(db, where, limit)
+            return _receipts(db, where, limit, before)
 
     def due_at_s(self, pending_id: str) -> float | None:
         with self._reading() as db, db.cursor(row_factory=scalar_row) as cursor:
@@ -296,7 +308,9 @@ def _accounts(
 
 
 def _transfers(
-    db: psycopg.Connection[Any], clauses: sql.Composable, values: Sequence[Any] = ()
+    db: psycopg.Connection[Any],
+    clauses: sql.Composable,
+    values: Sequence[Any] | Mapping[str, Any] = (),
 ) -> psycopg.Cursor[Transfer]:
     query = sql.SQL("SELECT {} FROM kvmarket.transfer {}").format(
         sql.SQL(TRANSFER_COLUMNS), clauses
@@ -305,7 +319,10 @@ def _transfers(
 
 
 def _receipts(
-    db: psycopg.Connection[Any], where: Mapping[str, str], limit: int | None
+    db: psycopg.Connection[Any],
+    where: Mapping[str, str],
+    limit: int | None,
+    before: str | None = None,
 ) -> list[Receipt]:
     conditions, values = list[sql.Composable](), list[object]()
     for column, value in where.items():
@@ -317,6 +334,11 @@ def _receipts(
             ).format(some, some)
             values.append(value)
         conditions.append(some)
+    if before is not None:
+        conditions.append(
+            sql.SQL("sequence < (SELECT sequence FROM kvmarket.receipt WHERE id = %s)")
+        )
+        values.append(before)
     query = sql.SQL(
         "SELECT body FROM kvmarket.receipt WHERE {} ORDER BY sequence DESC LIMIT %s"
     ).format(sql.SQL(" AND ").join([sql.SQL("TRUE"), *conditions]))

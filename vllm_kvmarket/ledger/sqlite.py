@@ -269,13 +269,19 @@ class SqliteStorage:
         with self._reading() as db:
             return next(iter(_transfers(db, [transfer_id])), None)
 
-    def transfers(self, account: str | None, limit: int | None) -> list[Transfer]:
+    def transfers(
+        self, account: str | None, limit: int | None, before: str | None = None
+    ) -> list[Transfer]:
         with self._reading() as db:
             # OR over the two indexes; a condition that also fits "all" would read the whole table.
-            where = "" if account is None else "WHERE debit = ?1 OR credit = ?1 "
+            where = "TRUE" if account is None else "(debit = :account OR credit = :account)"
+            if before is not None:
+                where += " AND sequence < (SELECT sequence FROM transfer WHERE id = :before)"
+            limit = -1 if limit is None else limit
             rows = db.execute(
-                f"SELECT {READ_TRANSFER} FROM transfer {where}ORDER BY sequence DESC LIMIT ?2",  # noqa: S608  # names are ours
-                (account, -1 if limit is None else limit),
+                f"SELECT {READ_TRANSFER} FROM transfer WHERE {where} "  # noqa: S608  # names are ours
+                "ORDER BY sequence DESC LIMIT :limit",
+                {"account": account, "before": before, "limit": limit},
             )
             return [Transfer(*row) for row in rows]
 
@@ -294,9 +300,11 @@ class SqliteStorage:
             row = db.execute(query, (transfer_id,)).fetchone()
             return row[0] if row else None
 
-    def receipts(self, where: Mapping[str, str], limit: int | None) -> list[Receipt]:
+    def receipts(
+        self, where: Mapping[str, str], limit: int | None, before: str | None = None
+    ) -> list[Receipt]:
         with self._reading() as db:
-            return _receipts(db, where, limit)
+            return _receipts(db, where, limit, before)
 
     def due_at_s(self, pending_id: str) -> float | None:
         with self._reading() as db:
@@ -499,7 +507,10 @@ def _insert(db: apsw.Connection, statement: tuple[str, str, str], rows: Iterable
 
 
 def _receipts(
-    db: apsw.Connection, where: Mapping[str, str], limit: int | None = None
+    db: apsw.Connection,
+    where: Mapping[str, str],
+    limit: int | None = None,
+    before: str | None = None,
 ) -> list[Receipt]:
     """Receipts whose columns have these values, newest first; a document's: of any line."""
     conditions, values = ["TRUE"], list[object]()
@@ -510,6 +521,9 @@ def _receipts(
             some = f"({some} OR id IN (SELECT receipt_id FROM receipt_line WHERE {some}))"  # noqa: S608  # names are ours
             values.append(value)
         conditions.append(some)
+    if before is not None:
+        conditions.append("sequence < (SELECT sequence FROM receipt WHERE id = ?)")
+        values.append(before)
     rows = db.execute(
         f"SELECT body FROM receipt WHERE {' AND '.join(conditions)} "  # noqa: S608  # names are ours
         "ORDER BY sequence DESC LIMIT ?",

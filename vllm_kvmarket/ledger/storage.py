@@ -92,8 +92,10 @@ class Storage(Protocol):
     def transfer(self, transfer_id: str) -> Transfer | None:
         """The transfer with this id."""
 
-    def transfers(self, account: str | None, limit: int | None) -> list[Transfer]:
-        """Transfers of one account or of all, newest first."""
+    def transfers(
+        self, account: str | None, limit: int | None, before: str | None = None
+    ) -> list[Transfer]:
+        """Transfers of one account or of all, newest first, older than the one named `before`."""
 
     def transfers_after(self, sequence: int, limit: int) -> list[Transfer]:
         """Transfers that took effect behind the first `sequence`, in that order."""
@@ -101,8 +103,10 @@ class Storage(Protocol):
     def sequence_of(self, transfer_id: str) -> int | None:
         """A transfer's position in the order of effect, from 1."""
 
-    def receipts(self, where: Mapping[str, str], limit: int | None) -> list[Receipt]:
-        """Receipts whose columns have these values, newest first."""
+    def receipts(
+        self, where: Mapping[str, str], limit: int | None, before: str | None = None
+    ) -> list[Receipt]:
+        """Receipts whose columns have these values, newest first, older than `before`."""
 
     def due_at_s(self, pending_id: str) -> float | None:
         """When an open hold is due."""

@@ -11,7 +11,7 @@ import pytest
 
 from tests.support.api_server import NANO, as_, publish, running, text_of
 from tests.support.purchases import reserve
-from vllm_kvmarket.api.paging import newest_first
+from vllm_kvmarket.api.paging import encode, newest_first
 from vllm_kvmarket.api.rate_limits import Limiter, Rate
 from vllm_kvmarket.auth.signing_keys import PublicKey
 from vllm_kvmarket.market.purchase import PurchaseState, Usage
@@ -294,7 +294,7 @@ def test_lists_of_transfers_and_accounts_are_paged_while_they_grow(server):
         if cursor is None:
             break
     assert seen == [f"d{number}" for number in reversed(range(7))]
-    for after in ("nonsense", "WzAsIngiXQ", "Wy0xLCJ4Il0"):
+    for after in ("nonsense", "WzAsIngiXQ", "IngieCI", encode("unknown")):
         get(server, "/transfers", "bea", 400, after=after)
     first = get(server, "/accounts", "admin", limit=2).json()
     rest = get(server, "/accounts", "admin", after=first["next_cursor"]).json()
@@ -337,7 +337,11 @@ def test_pages_of_a_growing_list_neither_repeat_nor_skip():
         seen, cursor, new = [], None, 0
         while True:
             now = [f"n{number}" for number in reversed(range(new))] + items
-            page, cursor = newest_first(lambda count, now=now: now[:count], str, limit, cursor)
+
+            def read(count, last, now=now):
+                return now[now.index(last) + 1 if last else 0 :][:count]
+
+            page, cursor = newest_first(read, str, str, limit, cursor)
             seen += page
             new += 7
             if cursor is None:

@@ -121,13 +121,15 @@ def _facts(
         # A key may be made before its account is opened.
         account = Account(whose, "buyer")
     transfers, more_transfers = newest_first(
-        lambda count: ledger.transfers(whose, count),
+        lambda count, last: ledger.transfers(whose, count, last),
+        ledger.transfer,
         lambda each: each.id,
         PAGE_ROWS,
         transfers_after,
     )
     receipts, more_receipts = newest_first(
-        lambda count: ledger.receipts(account=whose, limit=count),
+        lambda count, last: ledger.receipts(account=whose, limit=count, before=last),
+        ledger.receipt,
         lambda each: each.id,
         PAGE_ROWS,
         receipts_after,

@@ -93,11 +93,15 @@ def test_a_listing_that_nobody_could_be_told_of_is_no_success(homes, monkeypatch
     """Publishing into a bucket that is gone fails, and says so."""
     first, _ = homes
 
-    def gone(*args: object) -> None:
-        raise StoreError("the object store did not answer")
-
     assert first.store.objects is not None
-    monkeypatch.setattr(first.store.objects, "put_bytes", gone)
+    put = first.store.objects.put_bytes
+
+    def gone_after_the_chunks(name: str, content: bytes) -> None:
+        if name.startswith("listings/"):
+            raise StoreError("the object store did not answer")
+        put(name, content)
+
+    monkeypatch.setattr(first.store.objects, "put_bytes", gone_after_the_chunks)
     with pytest.raises(StoreError, match="did not answer"):
         publish(first)
     (listing,) = first.catalogue.listings()

@@ -145,7 +145,7 @@ class Catalogue:
     # Keeping up with the clock and with other processes
 
     def watch(self, interval_s: float = 0.25) -> None:
-        """Refresh from a thread of its own until closed; see `last_error`."""
+        """Start a thread that refreshes until the catalogue is closed; see `last_error`."""
         if self._watcher is None:
             self._watcher = threading.Thread(
                 target=self._watch, args=(interval_s,), name="kvmarket-catalogue", daemon=True
@@ -229,12 +229,11 @@ class Catalogue:
     ) -> Listing:
         """Note that a document is being published; returns its listing; mutates the database.
 
-        A listing that is live comes back untouched, and so does one that another living process is
-        publishing: whoever commits first puts it on offer. Any other, or one that was left behind
-        by a process that ended, starts anew on the given terms. From now on the store keeps the
-        chunks that it has of it. Raises CatalogueRefusedError for a listing that does not fit its
-        tokens, or that would exceed its publisher's `limits` with `needed_bytes` more; what is
-        repaired is not limited.
+        A live listing comes back unchanged. So does one that another living process is publishing:
+        the first of them to commit puts it on offer. Any other listing starts anew on the given
+        terms. From now on the store keeps the chunks of the document that it has. Raises
+        CatalogueRefusedError for a listing that does not fit its tokens, or that would exceed its
+        publisher's `limits` with `needed_bytes` more; a repair is not limited.
         """
         chunks = self._check(listing, document)
         fresh = dataclasses.replace(listing, state="publishing", reason="", stored_bytes=0)
@@ -388,7 +387,7 @@ class Catalogue:
             queries.end_publishing(db, document_id)
 
     def evict(self, document_id: str, reason: str) -> bool:
-        """Take a document off the market as the store needs its room; mutates the database.
+        """Take a document off the market because the store needs its space; mutates the database.
 
         Returns whether it was done: not for one that is not on offer, or was pinned since it was
         chosen. Its chunks can be released then. Raises NotFoundError.
@@ -537,7 +536,7 @@ class Catalogue:
                     for name in queries.holders(db, key, ("damaged",)):
                         queries.set_offered(db, name)
 
-    # Room in the store
+    # Space in the store
 
     def candidates(self) -> list[Candidate]:
         """Return every document on offer as the eviction policies see it, in order of their ids."""
@@ -547,9 +546,9 @@ class Catalogue:
     def release(self, keys: Iterable[bytes], delete: Callable[[bytes], object]) -> int:
         """Call `delete` for each chunk that no listing on offer or on its way holds; how many.
 
-        Nobody can begin to publish meanwhile: a publisher was there before, and its chunks are
-        kept, or comes afterwards, and finds them gone. `delete` must be quick and must not use the
-        catalogue; what it raises is raised on.
+        No publication can begin meanwhile: one that began before keeps its chunks, and one that
+        begins afterwards finds them gone. `delete` must be quick and must not use the catalogue;
+        its errors pass through.
         """
         released = 0
         waiting = iter(keys)

@@ -1,10 +1,9 @@
-"""Which documents go first when the store needs room: pure arithmetic, no clock, no files.
+"""Which documents are evicted first when the store needs space: pure arithmetic.
 
-A document's value is what keeping it earns and saves: how often it is likely to be reused soon,
-times what one reuse spares the provider to compute and brings in. Documents are compared by the
-value that would be lost per byte that would really be freed: a chunk that several documents share
-is freed with the last of them, so it counts for none as long as two hold it, and for the one that
-is left from then on; and what is left of a document still spares its readers that much.
+A document's value is what keeping it earns and saves: the number of reuses that are likely soon,
+times the computation that one reuse saves and the money that it brings. Documents are ordered by
+the value that is lost for each byte that is really freed. A chunk that several documents share is
+freed with the last of them: it counts for none of them while two hold it, and then for the last.
 """
 
 from __future__ import annotations

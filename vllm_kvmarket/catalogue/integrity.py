@@ -115,7 +115,7 @@ def _node_problems(node: Node, chunk_tokens: int) -> Iterator[str]:
         if any(a >= b for a, b in pairwise(tokens)):
             yield f"{name} has children out of order"
         if list(node.children.firsts) != [child.first for child in node.children.nodes]:
-            yield f"{name} does not know which of its children was listed first"
+            yield f"{name} does not know which of its children was offered first"
         if len(node.tokens) not in (0, chunk_tokens * TOKEN_BYTES):
             yield f"{name} is short, but others follow it"
     if node.first != node.earliest():

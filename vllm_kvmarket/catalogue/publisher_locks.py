@@ -1,7 +1,7 @@
-"""Which publishers are still there: a process holds a lock on a file for as long as it lives.
+"""Which publishing processes are alive: each holds a lock on a file for as long as it lives.
 
-The system releases the lock however the process ends, so that what a crashed publisher left behind
-can be told from what a living one is at. Source: flock(2).
+The system releases the lock when the process ends in any way, so that the publications of a crashed
+process can be found and ended. Source: flock(2).
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from pathlib import Path
 class Owner:
     """One process (or one catalogue in it) as a publisher. Not synchronised.
 
-    Callers hold the database's write lock, which keeps one from judging a file that another has
-    made and not yet locked.
+    Callers hold the database's write lock, so that no one looks at a file between its creation and
+    its locking.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -25,7 +25,7 @@ class Owner:
         self.name = uuid.uuid4().hex
 
     def announce(self) -> None:
-        """Be alive in the eyes of others until closed; sweeps what the dead left behind."""
+        """Show others that this process lives, until closed; deletes the files of dead ones."""
         if self._file is not None:
             return
         self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -56,7 +56,7 @@ class Owner:
             os.close(file)
 
     def close(self) -> None:
-        """End in the eyes of others."""
+        """Show others that this process has ended."""
         if self._file is not None:
             (self._folder / self.name).unlink(missing_ok=True)
             os.close(self._file)

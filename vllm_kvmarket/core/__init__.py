@@ -1,1 +1,1 @@
-"""Values and arithmetic that every room uses; imports nothing of the package but itself."""
+"""Values and arithmetic that the whole package uses; imports nothing else of it."""

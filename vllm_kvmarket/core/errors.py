@@ -68,7 +68,7 @@ class AuditFailedError(KVMarketError):
 
 
 class BundleError(KVMarketError):
-    """A bundle that is damaged, tampered with, or signed by nobody that is trusted."""
+    """A bundle that is damaged, was tampered with, or is not signed by a trusted key."""
 
 
 class ProofError(KVMarketError):
@@ -143,4 +143,4 @@ class LayoutMismatchError(StoreError):
 
 
 class StoreFullError(StoreError):
-    """No room is left on the device or in the store's quota."""
+    """No space is left on the device or in the store's quota."""

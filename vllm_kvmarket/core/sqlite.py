@@ -1,6 +1,6 @@
-"""The market's SQLite database: how every room opens it, and how its tables grow.
+"""The market's SQLite database: how it is opened, and how its tables are made.
 
-The catalogue and the ledger keep their tables in one file, each under a schema version of its own.
+The catalogue and the ledger keep their tables in one file, each with its own schema version.
 """
 
 from __future__ import annotations

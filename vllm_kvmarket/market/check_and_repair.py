@@ -1,4 +1,4 @@
-"""Checks of everything that a market has stored, and the repair of what they find."""
+"""Check everything that a market has stored, and repair what is damaged."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from vllm_kvmarket.core.errors import (
 )
 from vllm_kvmarket.market.market import Market
 
-# Called with how many of how many steps are done.
+# Called with the number of steps that are done, and of all.
 Progress = Callable[[int, int], object]
 
 
 class CheckReport(msgspec.Struct, frozen=True, kw_only=True):
-    """What a check found; `problems` are in words, one a line, and `ok` means that there are none.
+    """The result of a check; `problems` are in words, and `ok` means that there are none.
 
     `stored_bytes` are those of chunk files; `used_bytes` also count drafts and quarantine, which
     the quota does too. `quarantined` has name, reason, bytes and at_s of each file.
@@ -45,7 +45,7 @@ class CheckReport(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class RepairReport(msgspec.Struct, frozen=True, kw_only=True):
-    """What became of documents: `healed` needed no engine, `failed` says why."""
+    """The result of a repair, by document: `healed` needed no engine, `failed` has the reasons."""
 
     chunks_verified: int
     chunks_damaged: int
@@ -104,11 +104,11 @@ def repair(
 ) -> RepairReport:
     """Make documents whole: verify their chunks, and publish those again that miss some.
 
-    Without `document_ids`, every document on offer. What is damaged goes into quarantine, and
-    matches no more; what was only marked as damaged and is whole matches again. What dead processes
-    were publishing counts as what it was before. `publish` is called
-    for each document that is damaged then (or was evicted or has failed, where it is named), and
-    must list it again, as Market.republish does; what it raises of our errors is told in `failed`.
+    Without `document_ids`, every document on offer. A damaged chunk goes into quarantine and no
+    longer matches; a chunk that was only marked as damaged matches again. Publications of dead
+    processes are ended first. `publish` is called for each document that is still damaged (or was
+    evicted or has failed, if it is named) and must list it again, as Market.republish does; a
+    KVMarketError that it raises goes into `failed`.
     Raises NotFoundError for an unknown document, before anything is done.
     """
     market.catalogue.fail_abandoned()

@@ -1,4 +1,7 @@
-"""What an operator does with an offline engine on a market: publish, preload, pin, audit."""
+"""Operations on an offline engine, a vllm.LLM on a market: publish, preload, pin, audit.
+
+Each is one greedy request of one token, signed for the operator. They are methods of Market.
+"""
 
 from __future__ import annotations
 
@@ -130,7 +133,7 @@ def pin(market: Market, llm: Any, document_id: str) -> int:
     engines from its next use there.
 
     Returns its tokens that are held, in whole blocks. Raises NotFoundError for an unknown
-    document, and PinError, with nothing pinned, when the engine has no room for it.
+    document, and PinError, with nothing pinned, when it does not fit into the engine's cache.
     """
     market.catalogue.set_pinned(document_id, pinned=True)
     tokens = market.catalogue.tokens_of(document_id)
@@ -150,7 +153,7 @@ def pin(market: Market, llm: Any, document_id: str) -> int:
 
 
 def unpin(market: Market, document_id: str) -> None:
-    """Let engines drop a document when they need the room. Raises NotFoundError."""
+    """Let engines drop a document from their caches again. Raises NotFoundError."""
     market.catalogue.set_pinned(document_id, pinned=False)
 
 

@@ -1,4 +1,4 @@
-"""Room for a new document within the quota: which documents go for it, and when others go."""
+"""Eviction: documents leave the market when a new one needs their space within the quota."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ if TYPE_CHECKING:
 def make_room(market: Market, needed_bytes: int, protect: Collection[str] = frozenset()) -> int:
     """Make `needed_bytes` fit under the disk quota; how many bytes are free then.
 
-    What no listing needs goes first. Then whole documents do, in the order of the configured
-    policy, until it fits: never those in `protect`, never pinned ones, and those whose storing was
-    paid for only after all others. When it cannot fit even so, nothing is evicted. Without a quota,
-    or with an object store behind the disk (which then makes room by itself), nothing is done.
-    The same market gives the same victims. Raises CatalogueError, StoreError.
+    Chunks that no listing needs are deleted first. Then whole documents are evicted, in the order
+    of the configured policy, until it fits. Documents in `protect` and pinned ones are never
+    evicted, and those whose publisher paid for storage come last. When the bytes cannot fit at all,
+    nothing is evicted. Nothing is done without a quota, or with an object store behind the disk,
+    which then evicts by itself. Raises CatalogueError, StoreError.
     """
     usage = market.store.disk.usage()
     quota = usage.quota_bytes

@@ -1,4 +1,4 @@
-"""Garbage collection: what no listing needs goes, whoever publishes meanwhile."""
+"""Garbage collection: delete what no listing needs, also while others publish."""
 
 from __future__ import annotations
 
@@ -34,9 +34,10 @@ class GcReport(msgspec.Struct, frozen=True, kw_only=True):
 def collect_garbage(market: Market, *, dry_run: bool = False) -> GcReport:
     """Delete what no listing needs: chunks, drafts of writers that died, the bucket's old objects.
 
-    Listings whose time is over expire first, and what dead processes were publishing fails. A chunk
-    of a document that is on offer, or is being published, is never deleted, whoever publishes it
-    meanwhile. With `dry_run` nothing changes, and drafts and abandoned documents are left out.
+    First, listings whose time is over expire, and publications of dead processes fail. A chunk of a
+    document that is on offer, or is being published, is never deleted, also when its publication
+    began a moment ago. With `dry_run` nothing changes, and drafts and abandoned documents are left
+    out.
     Raises CatalogueError, StoreError.
     """
     if dry_run:
@@ -127,8 +128,8 @@ def _collect_objects(market: Market, *, dry_run: bool) -> int:
             tokens = unpack_tokens(entry.tokens)
         except (msgspec.MsgspecError, ValueError) as error:
             raise StoreError(
-                f"the bucket's entry {document_id} cannot be read ({error}), so nobody knows which "
-                "objects it needs; withdraw it, or update kvmarket"
+                f"the bucket's entry {document_id} cannot be read ({error}), so the "
+                "objects that it needs are unknown; withdraw it, or update kvmarket"
             ) from None
         ends_at_s = entry.terms.expires_at_s
         if ends_at_s is not None and ends_at_s <= now_s:

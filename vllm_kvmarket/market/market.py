@@ -140,9 +140,9 @@ class Market:
     # Taking off the market
 
     def delist(self, document_id: str) -> None:
-        """Take a document off the market at once; `kvmarket store gc` frees its room.
+        """Take a document off the market at once; `kvmarket store gc` frees its space.
 
-        Raises NotFoundError, and StoreError when a shared object store could not be told.
+        Raises NotFoundError, and StoreError when a shared object store cannot be reached.
         """
         self.catalogue.delist(document_id)
         shared_bucket.withdraw(self.store, document_id)
@@ -287,7 +287,7 @@ class Market:
         return self._clerk.submit(self.catalogue.fail, document_id, reason)
 
     def report_damage(self, key: bytes) -> Future[None]:
-        """A stored chunk could not be loaded: nobody shall be sold it until it is stored again."""
+        """A stored chunk could not be loaded: it is not sold until it is stored again."""
         return self._clerk.submit(self._report_damage, key)
 
     def _report_damage(self, key: bytes) -> None:

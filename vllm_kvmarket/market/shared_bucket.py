@@ -1,7 +1,7 @@
 """Listings in a shared object store: what one home publishes, the others sell too.
 
 Each home keeps its own catalogue and ledger; the bucket holds the chunks and, for each document on
-offer, one entry with its listing and tokens. Whoever can write to the bucket is trusted as an
+offer, one entry with its listing and tokens. Anyone who can write to the bucket is trusted as an
 operator.
 """
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-# vLLM's processes spin for about a second after each step; whoever measures must let them rest.
+# vLLM's processes spin for about a second after each step; a measurement must let them rest.
 REST_S = 1.3
 
 _ids = itertools.count()

@@ -33,6 +33,7 @@ from vllm_kvmarket.api.gate.request_fields import (
     GatedRequest,
     cache_salt,
     engine_params,
+    has_samples,
     remove_admin_fields,
     remove_server_fields,
     scope_media,
@@ -171,6 +172,9 @@ class Gate:
             await self._documents_of(service, request.app).place(request, field.document)
         if request.idempotency_key and caller.account is not None:
             request.purchase_key = await _purchase_key(service, request, caller.account)
+        elif has_samples(body):
+            # vLLM may compute each on another engine; the key makes them one purchase.
+            request.purchase_key = secrets.token_hex(16)
         if kind is not Kind.SALTED and caller.operation is None:
             if not field.wants_reuse(caller.limits):
                 request.declined = "never"

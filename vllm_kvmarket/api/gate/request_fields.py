@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import secrets
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
@@ -213,6 +214,13 @@ def _scope_ids(value: Any, prefix: str) -> None:
         for each in value.values():
             if isinstance(each, dict | list):
                 _scope_ids(each, prefix)
+
+
+def has_samples(body: Mapping[str, Any]) -> bool:
+    """Whether a request asks for several answers to one prompt."""
+    sampling = body.get("sampling_params")
+    count = (sampling if isinstance(sampling, dict) else body).get("n")
+    return isinstance(count, int) and count > 1
 
 
 def sender_of(caller: Caller, credentials: Credentials, body: dict[str, Any]) -> Caller:

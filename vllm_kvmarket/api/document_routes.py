@@ -6,6 +6,7 @@ import contextlib
 import time
 from typing import Annotated
 
+import msgspec
 from fastapi import APIRouter, Path, Query, Response
 from fastapi.concurrency import run_in_threadpool
 
@@ -81,6 +82,8 @@ async def publish(
         royalty_ppm=wish.royalty_ppm,
         expires_at_s=None if wish.ttl_s is None else time.time() + wish.ttl_s,
     )
+    details = {"document_id": name, **msgspec.to_builtins(terms)}
+    await service.record(caller, "document publish", details)
     listing = await service.publications.add(Publication(tokens, chunks, terms))
     if listing.state != "publishing":
         response.status_code = 200

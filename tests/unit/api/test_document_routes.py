@@ -241,6 +241,26 @@ def test_only_its_publisher_changes_or_withdraws_a_document(server):
     )
 
 
+def test_an_admins_changes_of_documents_are_recorded(server):
+    """Publishing for others, new terms and withdrawals; not a publisher's own."""
+    wish = {"text": text_of(300), "title": "x", "publisher": "pat"}
+    posted = server.client.post(DOCUMENTS, json=wish, headers=as_(server, "admin"))
+    name = posted.json()["id"]
+    settled(server, name)
+    place = f"{DOCUMENTS}/{name}"
+    for who in ("admin", "pat"):
+        server.client.patch(place, json={"ttl_s": 9}, headers=as_(server, who))
+    server.client.delete(place, headers=as_(server, "admin"))
+    entries = server.service.admin_log.entries(10)
+    assert [(entry.action, entry.details["document_id"]) for entry in entries] == [
+        ("document delist", name),
+        ("document change", name),
+        ("document publish", name),
+    ]
+    assert entries[1].details["ttl_s"] == 9
+    assert entries[2].details["publisher"] == "pat"
+
+
 @pytest.mark.skipif(not hasattr(Catalogue, "set_price"), reason="the catalogue sets no prices yet")
 def test_a_price_can_be_changed_and_returned_to_the_tariff(server):
     """The next quote has it."""

@@ -291,7 +291,9 @@ class Keys:
 
     def spend(self, key_id: str, amount_nano: int) -> bool:
         """Count a purchase if the key's budgets have room for it; whether they do. Mutates."""
-        found = self.principal(key_id)
+        # Not `principal`: the request's address has been checked, and is not known here.
+        self._look_again(is_missing=key_id not in self._by_id)
+        found = self._known.get(self._by_id.get(key_id, b""))
         if found is None:
             return False
         day = int(self._wall_clock() // DAY_S)

@@ -138,7 +138,13 @@ class Reuse:
     prefill: PrefillStats | None = None
 
     def __post_init__(self) -> None:
-        self.limit = self.match.token_count if self.match else 0
+        self.limit = self._most()
+
+    def _most(self) -> int:
+        """The tokens that may be charged. A prompt's last token is computed, also when a preempted
+        request finds it in the paged cache: it was not quoted.
+        """
+        return min(self.match.token_count, self.request.num_prompt_tokens - 1) if self.match else 0
 
     def lookup(self) -> Lookup:
         """Whether there is something to reuse, where nothing else speaks against it."""
@@ -204,7 +210,7 @@ class Reuse:
 
     def _count(self) -> None:
         assert self.match is not None
-        cached = min(self.local, self.match.token_count)
+        cached = min(self.local, self._most())
         total = cached + self.external
         if self.countable is not None and total > self.countable:
             return

@@ -309,6 +309,14 @@ def test_a_budget_of_a_day_ends_with_the_day(dated, wall):
     assert (info.spent_today_nano, info.spent_nano) == (5, 15)
 
 
+def test_a_key_for_some_addresses_has_a_budget_too(dated):
+    """Its requests' addresses were checked when they came."""
+    limits = KeyLimits(day_budget_nano=10, networks=("10.0.0.0/8",))
+    _, key_id = dated.create("alice", limits=limits)
+    assert dated.spend(key_id, 10)
+    assert not dated.spend(key_id, 1)
+
+
 def test_what_was_not_charged_is_given_back(dated, wall):
     """To the budget in all, and to the day's if it is still that day."""
     _, key_id = dated.create("alice", limits=KeyLimits(day_budget_nano=10, total_budget_nano=20))

@@ -134,6 +134,21 @@ def test_each_page_goes_into_the_block_of_its_tokens(match, local, most):
     assert filled == blocks(local, -(-end // BLOCK))
 
 
+def test_a_preempted_request_pays_no_token_more_than_was_quoted():
+    """It finds its whole prompt in the paged cache, or loads all of it: the last was computed."""
+    for local, external in ((128, 0), (64, 63)):
+        state = asking(128, prompt=128)
+        assert external_tokens(state, 0, 127) == 127
+        state.allocated(127)
+        state.load_ended(LoadReport(), CHUNK)
+        assert usage_of(state, 1).reused == 127
+        assert external_tokens(state, local, 130) == external, "with three tokens of output"
+        state.allocated(external)
+        if external:
+            state.load_ended(LoadReport(), CHUNK)
+        assert usage_of(state, 4).reused == 127
+
+
 @pytest.mark.parametrize("local", [96, 112, 320])
 def test_nothing_is_loaded_when_the_local_hit_reaches_the_match(local):
     """The paged cache has it all: counted as reused, at most to the match's end."""

@@ -21,8 +21,8 @@ class Engine:
         self.answers = []
 
     async def generate(self, *_):
-        for answer in self.answers:
-            yield SimpleNamespace(kv_transfer_params={"kvmarket": answer})
+        for left, answer in enumerate(self.answers, 1 - len(self.answers)):
+            yield SimpleNamespace(kv_transfer_params={"kvmarket": answer}, finished=left == 0)
 
 
 def make_app(market, keys, tokenizer=None):

@@ -198,7 +198,10 @@ def _move(books: Books, operation: Operation, now_s: float) -> Result:
     if operation.debit == operation.credit:
         return Result(Outcome.SAME_ACCOUNT, operation.debit)
     debit, credit = books.account(operation.debit), books.account(operation.credit)
-    if credit is None and operation.code == ROYALTY:
+    if operation.code == ROYALTY and (
+        credit is None or (debit is not None and credit.currency != debit.currency)
+    ):
+        # No sale fails because its publisher cannot be paid.
         credit = books.account(SUSPENSE)
     if debit is None or credit is None:
         return Result(

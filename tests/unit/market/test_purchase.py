@@ -101,6 +101,14 @@ def test_a_settlement_is_booked_once_with_its_receipt(ledger, caplog):
     assert caplog.records == []
 
 
+def test_a_publisher_with_another_currency_makes_no_sale_free(ledger):
+    """Its royalty waits in suspense, as one without an account."""
+    ledger.create_account("paul", "publisher", currency="EUR")
+    buy(ledger, publisher="paul").settle(USAGE)
+    assert balance(ledger, "alice") == NANO - 300_000
+    assert balance(ledger, "suspense") == 150_000
+
+
 def test_a_settlement_after_the_holds_end_is_booked(ledger, clock, caplog):
     """The ledger was away for longer than the hold: what was sold is paid all the same."""
     purchase = buy(ledger)

@@ -54,7 +54,7 @@ async def _noted(outputs: Any, answers: list[dict[str, Any]]) -> AsyncIterator[A
                 answer = (output.kv_transfer_params or {}).get(FIELD)
                 if isinstance(answer, dict):
                     answers.append(answer)
-                    if output.finished:
+                    if output.finished and not known:
                         answers.remove(_UNKNOWN)
                         known = True
                 yield output

@@ -71,6 +71,11 @@ class Children:
         more than the entry before, the one with the lowest `first`.
         """
         nodes = self.nodes
+        if len(nodes) == 1:  # most chunks have one continuation
+            (only,) = nodes
+            whole = only.tokens == tokens
+            shared = len(tokens) // TOKEN_BYTES if whole else common_tokens(only.tokens, tokens)
+            return [(shared, only)] if shared else []
         found: list[tuple[int, Node]] = []
         shared = low = 0
         high = len(nodes)
@@ -239,7 +244,7 @@ class PrefixTree:
         is exactly the match.
         """
         found: list[tuple[int, int]] = []
-        last: Node | None = None
+        last: tuple[Node, bytes] | None = None
         node = self.roots.get(namespace)
         total = 0
         # Packed chunk by chunk: a request that matches nothing costs one chunk, however long.
@@ -254,12 +259,13 @@ class PrefixTree:
             if not owners:
                 break
             shared, child = owners[-1]
-            last = node.child(tokens[: shared * TOKEN_BYTES])
+            last = node, tokens[: shared * TOKEN_BYTES]
             if shared < self.chunk_tokens:
                 break
             total += self.chunk_tokens
             node = child
-        ended = [self._listings[place] for place in last.ended] if last is not None else []
+        end = last[0].child(last[1]) if last is not None else None
+        ended = [self._listings[place] for place in end.ended] if end is not None else []
         whole = [listing for listing in ended if listing.token_count == found[-1][0]]
         return found, whole[0] if whole else None
 

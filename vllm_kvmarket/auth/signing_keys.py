@@ -170,7 +170,7 @@ class _Claims(msgspec.Struct, frozen=True, omit_defaults=True):
 
 
 def _endorsed_text(market: str, key: PublicKey) -> bytes:
-    """What a market's first key signs about another key."""
+    """The text that a market's first key signs about another key."""
     return (
         f"kvmarket-endorsement/1\n{market}\n{key.kid}\n{key.not_before_s}\n{key.not_after_s}\n"
     ).encode()

@@ -60,7 +60,7 @@ class BundledChunk(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What the exporter signs. `tokens` are packed little-endian uint32."""
+    """The part that the exporter signs. `tokens` are packed little-endian uint32."""
 
     format: str
     exporter: dict[str, str]

@@ -58,7 +58,7 @@ from vllm_kvmarket.store import open_chunk
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Exported:
-    """What `export` wrote."""
+    """The result of `export`."""
 
     document_id: str
     path: Path
@@ -71,9 +71,9 @@ def export(
 ) -> Exported:
     """Write a live document into one file, signed with the home's key; replaces what is at `path`.
 
-    `on_progress` is told of bytes done and of all. Raises NotFoundError; BundleError for a document
-    that is not live or a file that cannot be written; ChunkMissingError, ChunkDamagedError,
-    StoreError. The file is there whole and durable, or as it was before.
+    `on_progress` gets the bytes done and all bytes. Raises NotFoundError; BundleError for a
+    document that is not live or a file that cannot be written; ChunkMissingError,
+    ChunkDamagedError, StoreError. The file is there whole and durable, or as it was before.
     """
     listing = market.catalogue.get(document_id)
     if listing.state != "live":
@@ -215,11 +215,11 @@ def import_(
 
     The account that earns is the one of the bundle's publisher's name here, or `publisher`. A
     document that is on offer already keeps its terms, and is repaired; one that this market
-    delisted is refused, unless `relist`. `on_progress` is told of bytes stored and of all.
+    delisted is refused, unless `relist`. `on_progress` gets the bytes stored and all bytes.
 
     Raises BundleError with the reason, and what the store raises (StoreFullError). Then nothing is
     listed, and every chunk that was stored for it and that no other listing needs is gone. Raises
-    StoreError with the document on offer when a shared object store could not be told of it.
+    StoreError with the document on offer when a shared object store could not be informed.
     """
     with opened(path) as descriptor:
         reader = Reader(descriptor, path.name)

@@ -33,7 +33,7 @@ MAX_QUEUED = 100_000  # batches, of some kilobytes each, while the database is a
 CLOSE_PATIENCE_S = 10.0
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.02, 1.0
 WATCH_S = 0.05  # how often waiting batches are looked at
-OUTBOX_SYNC_S = 0.25  # a batch that waits longer is synced to the outbox
+OUTBOX_SYNC_S = 1.0  # while a batch waits longer, the outbox is synced
 
 # Another request with the same key has paid: this one is not lost.
 PAID = (Outcome.EXISTS_WITH_DIFFERENT_FIELDS, Outcome.ALREADY_POSTED)
@@ -223,7 +223,7 @@ class Writer:
         )
 
     def _take(self) -> list[Batch]:
-        """What was kept, and what waits, in the order of submission."""
+        """Take the next batches, those of a failed attempt first; in the order of submission."""
         group = [batch for batch in self._kept if batch in self._waiting]
         while not self._ended and len(group) < MAX_GROUP and not (group and self._queue.empty()):
             batch = self._queue.get()

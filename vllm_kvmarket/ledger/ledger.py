@@ -56,7 +56,7 @@ class Ledger:
     """One process's access to the ledger; thread-safe. Several processes may share the database.
 
     Belongs to the process that opened it: a forked child has no writer thread, and must not touch
-    its parent's connections. It opens a ledger of its own.
+    its parent's connections; it opens another ledger.
     """
 
     def __init__(

@@ -1,6 +1,6 @@
 """Batches that must be booked, in files of the home until they are: they outlive this process.
 
-Each process appends to a file of its own, <home>/outbox/<random>.jsonl, and holds a lock on it. An
+Each process appends to its own file, <home>/outbox/<random>.jsonl, and holds a lock on it. An
 entry is written before its batch is submitted, without waiting for the disk, so that it survives
 kill -9; while the ledger is away it is also synced, so that it survives a power cut. A file without
 a lock belongs to a process that is gone: any process of the home submits its entries again. Their

@@ -86,7 +86,7 @@ class PostgresStorage:
                 min_size=0,
                 max_size=READERS,
                 timeout=READ_TIMEOUT_S,
-                # Whoever reads next tries again: no pauses that grow while the server is away.
+                # The next reader tries again at once: no growing pauses while the server is away.
                 reconnect_timeout=0.0,
                 check=psycopg_pool.ConnectionPool.check_connection,
                 name="kvmarket-ledger",

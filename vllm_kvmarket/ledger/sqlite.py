@@ -211,7 +211,7 @@ class SqliteStorage:
 
     def _write(self, db: apsw.Connection, group: Sequence[Batch]) -> list[list[Result]]:
         looked_for = wanted(group)
-        # Takes the write lock first: what is looked up stands until the commit, in every process.
+        # Takes the write lock first: no process can change what was looked up before the commit.
         db.execute("BEGIN IMMEDIATE")
         try:
             books = GroupBooks(self._find(db, looked_for))
@@ -407,7 +407,7 @@ def _transfers(
 
 
 def _find(db: apsw.Connection, wanted: Wanted) -> Found:
-    """What the rules need to know for a group."""
+    """Everything that the rules look up for a group."""
     transfers = _transfers(db, wanted.transfer_ids)
     dues: dict[str, float] = {}
     resolutions: list[Transfer] = []

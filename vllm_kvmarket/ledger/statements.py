@@ -289,7 +289,7 @@ def payout(
 ) -> tuple[Transfer, bool]:
     """Move money out of the market, once for an account and reference; and whether it did so now.
 
-    `amount_nano` is all that is available unless told. `reference` names the payment in the world
+    `amount_nano` is all that is available by default. `reference` names the payment in the world
     outside, such as a bank's. Raises NotFoundError; LedgerError for an account without that much,
     and for a reference that was used for another amount.
     """

@@ -75,7 +75,7 @@ class GroupBooks:
 
 
 class Memory:
-    """What the last group left: accounts, and open holds with their transfers.
+    """Accounts after the last group, and open holds with their transfers.
 
     It is true as long as no other connection writes; the caller calls `forget` when one did.
     """

@@ -18,9 +18,11 @@ those of its own test purchases, and those that buyers show.
    root, and `kvmarket log consistency OLD NEW` must lead from each to every later one. A market
    that shows two people different logs, or changes the past, cannot give that proof.
 
-Hashes prove that what was shown was booked; a sale that nobody shows is not found by them. Whoever
-may read the whole ledger, an auditor, counts those: `kvmarket ledger check --checkpoint FILE`
-recomputes every balance, and the root of every checkpoint, from the transfers.
+The leaf of a charge contains its receipt's digest: the market cannot sign another receipt for it.
+Hashes prove that every sale that was shown was booked; they do not find a sale that nobody shows.
+An auditor, who may read the whole ledger, finds those: `kvmarket ledger check --checkpoint FILE`
+recomputes every balance, and the root of every checkpoint, from the transfers, and compares charges
+and royalties with their receipts.
 """
 
 from vllm_kvmarket.core.errors import ProofError

@@ -8,7 +8,7 @@ database is copied by SQLite in one read transaction, beside engines that go on 
 the copy has every transfer that a copied checkpoint counts, and every key that signed one. A ledger
 in PostgreSQL is replayed into the copy's database, so that a backup is a whole market either way.
 
-Restoring an older backup takes back what was booked since. Whoever holds a checkpoint from that
+Restoring an older backup takes back what was booked since. Anyone with a checkpoint from that
 time can tell: no consistency proof leads to it.
 """
 
@@ -62,7 +62,7 @@ class BackedUpFile(msgspec.Struct, frozen=True):
 
 
 class Manifest(msgspec.Struct, frozen=True, kw_only=True):
-    """What backup.json says."""
+    """The content of backup.json."""
 
     format: int
     with_keys: bool
@@ -234,7 +234,7 @@ def _unseal(manifest: Manifest, home: Path, passphrase: str) -> None:
 
 
 def _copy_database(source: Path, target: Path) -> None:
-    """Copy a database of one moment into one file of its own."""
+    """Copy a database of one moment into a single file."""
     with (
         contextlib.closing(apsw.Connection(str(source))) as live,
         contextlib.closing(apsw.Connection(str(target))) as copy,

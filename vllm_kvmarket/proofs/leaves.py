@@ -1,4 +1,4 @@
-"""What the log has of a transfer: one leaf, the same bytes on every machine and database.
+"""A transfer as a leaf of the log: the same bytes on every machine and database.
 
 The entry of a transfer is its canonical JSON by RFC 8785: one object in UTF-8 without white space,
 members in alphabetical order, every value a string. Its members are

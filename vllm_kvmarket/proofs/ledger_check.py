@@ -56,7 +56,7 @@ def check_ledger(
     """Recompute everything; `given` are checkpoints' notes that somebody kept.
 
     Safe while engines charge. Changes nothing but the log's file of hashes, which is made anew
-    where it differs, and told as a problem. Raises LedgerError and ConfigError.
+    where it differs, and reported as a problem. Raises LedgerError and ConfigError.
     """
     log = TransparencyLog(ledger, home)
     problems = [f"ledger: {problem}" for problem in ledger.check_integrity()]

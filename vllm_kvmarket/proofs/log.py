@@ -1,7 +1,7 @@
 """The append-only log over all transfers of a ledger, and what it signs.
 
 The tree follows from the transfers alone: every home on the same ledger gets the same root. Each
-home signs under an origin of its own, kvmarket/<kid of its first key>. Under <home>/log are
+home signs under its own origin, kvmarket/<kid of its first key>. Under <home>/log are
 
     hashes             every whole subtree's hash, 64 bytes a transfer; made anew when it is lost
     head.json          up to where it is durable
@@ -136,7 +136,7 @@ class StoredHashes:
         self.size = end.size
 
     def root(self, size: int | None = None) -> bytes:
-        """The root of the first `size` leaves, of all unless told."""
+        """The root of the first `size` leaves, by default of all."""
         return merkle.root(self.read, self.size if size is None else size)
 
     def sync(self) -> None:
@@ -258,7 +258,7 @@ class TransparencyLog:
     def prove_consistency(self, old: int, new: int | None = None) -> ConsistencyProof:
         """Prove that the log of `new` leaves begins with that of `old`.
 
-        `new` is the log as it stands unless told. Raises ProofError.
+        `new` is by default the log as it stands. Raises ProofError.
         """
         with self._tree() as tree:
             current = self._checkpoint(tree)
@@ -311,7 +311,7 @@ class TransparencyLog:
         return checkpoint
 
     def _last_checkpoint(self) -> Checkpoint | None:
-        """What was signed last in this epoch."""
+        """The last signed checkpoint of this epoch."""
         last = _read_lines(self.folder / CHECKPOINTS_FILE, Signed, last=True)
         if not last or not last[0].note.startswith(f"{self.origin}\n"):
             return None

@@ -38,7 +38,7 @@ _SIZE = re.compile(r"0|[1-9][0-9]{0,18}")
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """What a log said of itself, and the note in which it did."""
+    """A log's statement about itself, and the signed note that contains it."""
 
     origin: str
     size: int

@@ -56,7 +56,7 @@ _HEADER = frozenset({"alg", "kid", "typ"})
 
 
 class Document(msgspec.Struct, frozen=True):
-    """What was sold."""
+    """The document that was sold."""
 
     id: str
     digest: str
@@ -65,7 +65,7 @@ class Document(msgspec.Struct, frozen=True):
 
 
 class Tokens(msgspec.Struct, frozen=True):
-    """How much of it, see ledger.Receipt."""
+    """The counts of tokens, see ledger.Receipt."""
 
     matched: int
     reused: int
@@ -77,7 +77,7 @@ class Tokens(msgspec.Struct, frozen=True):
 
 
 class Prices(msgspec.Struct, frozen=True):
-    """At which prices, in nano-units of `currency` per million tokens."""
+    """The prices, in nano-units of `currency` per million tokens."""
 
     currency: str
     input_nano_per_mtok: str
@@ -86,7 +86,7 @@ class Prices(msgspec.Struct, frozen=True):
 
 
 class ReceiptedTransfer(msgspec.Struct, frozen=True):
-    """A transfer that paid for it, and where in the log it is; the hash in hexadecimal."""
+    """A transfer that paid for the sale, and its place in the log; the hash in hexadecimal."""
 
     id: str
     log_index: int
@@ -108,7 +108,7 @@ class SoldLine(msgspec.Struct, frozen=True):
 
 
 class LogName(msgspec.Struct, frozen=True):
-    """Whose log that is."""
+    """The name of the log."""
 
     origin: str
 
@@ -368,7 +368,7 @@ def _key_of(header: Any, known: Mapping[str, PublicKey]) -> PublicKey:
 
 
 def contradictions(payload: Payload) -> Iterable[str]:
-    """What in a receipt does not agree with the rest of it, in words."""
+    """Parts of a receipt that contradict each other, in words."""
     sale, tokens = payload.kvmarket, payload.kvmarket.tokens
     if payload.version != VERSION:
         yield f"version {payload.version} is not {VERSION}"

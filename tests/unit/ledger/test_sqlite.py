@@ -206,3 +206,44 @@ def test_a_url_of_postgresql_needs_its_driver(monkeypatch):
     monkeypatch.delitem(sys.modules, "vllm_kvmarket.ledger.postgres", raising=False)
     with pytest.raises(LedgerError, match=r"pip install vllm-kvmarket\[postgres\]"):
         Ledger.open("postgresql://localhost/market")
+
+
+@pytest.mark.parametrize(
+    ("trigger", "statement", "problem"),
+    [
+        ("receipt_stays", "DELETE FROM receipt", "transfer p: its receipt is missing"),
+        (
+            "receipt_is_final",
+            'UPDATE receipt SET body = replace(body, \'"model":"m"\', \'"model":"n"\')',
+            "receipt kvr_1: is not the one that transfer p was booked with",
+        ),
+        (
+            "transfer_is_final",
+            "UPDATE transfer SET amount_nano = 20 WHERE id = 'r'",
+            "receipt kvr_1: owes pat 30, r is 20",
+        ),
+        (
+            "transfer_is_final",
+            "UPDATE transfer SET credit = 'alice' WHERE id = 'r'",
+            "receipt kvr_1: owes pat, r pays alice",
+        ),
+        (
+            "receipt_is_final",
+            "UPDATE receipt SET body = replace(body, '\"r\"],', '\"d1\"],')",
+            "transfer r: its receipt is missing",
+        ),
+    ],
+)
+def test_the_check_finds_forged_receipts_and_royalties(ledger, place, trigger, statement, problem):
+    """Receipts, their charges, royalties and payees must agree, and none may be missing."""
+    sold = [
+        hold("h", 60),
+        post(id="p", pending_id="h", amount_nano=60),
+        plain(id="r", debit="provider", credit="pat", amount_nano=30, code="royalty"),
+    ]
+    ledger.submit(sold, receipt=receipt("kvr_1", 60, "p", "r", royalty=30)).result()
+    assert ledger.check_integrity() == []
+    db = apsw.Connection(str(place))
+    db.execute(f"DROP TRIGGER {trigger}; {statement}")
+    db.close()
+    assert problem in ledger.check_integrity()

@@ -184,7 +184,7 @@ def _check_sums(
 ) -> dict[str, int]:
     """Charges = income + royalties; each account paid and earned what its receipts say."""
     pending = {each.id: each for each in transfers if each.kind == "pending"}
-    posts = [each for each in transfers if each.kind == "post"]
+    posts = [each for each in transfers if each.kind in ("post", "late")]
     ended: dict[str, int] = defaultdict(int)
     for each in transfers:
         ended[each.pending_id] += each.kind in ("post", "void", "expire")

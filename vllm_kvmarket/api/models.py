@@ -390,6 +390,7 @@ class StatementModel(BaseModel):
     sold_nano: int
     totals_nano: dict[str, int]
     lines: list[StatementLine]
+    debt_nano: int
 
 
 class ReceiptLineModel(BaseModel):

@@ -306,6 +306,8 @@ def _show_statement(where: Console, made: statements.Statement) -> None:
         ],
     )
     closing = f"\nclosing balance {format_nano(made.closing_nano)} {made.currency}"
+    if made.debt_nano:
+        closing += f", a debt of {format_nano(made.debt_nano)} for answers booked late"
     sold = f", {made.sales} sales of {made.tokens_sold} tokens" if made.sales else ""
     where.print(closing + sold)
 

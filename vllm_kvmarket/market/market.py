@@ -22,6 +22,7 @@ from vllm_kvmarket.core.config import MarketConfig, load, to_mapping
 from vllm_kvmarket.core.document_chunks import DocumentChunks
 from vllm_kvmarket.core.errors import (
     ConfigError,
+    LedgerUnavailableError,
     NotFoundError,
     StoreError,
 )
@@ -154,12 +155,17 @@ class Market:
         return self.ledger.create_account(account, kind)
 
     def deposit(self, account: str, amount_nano: int, transfer_id: str | None = None) -> Transfer:
-        """Bring money in from the outside world; idempotent under `transfer_id`. Raises
-        LedgerError.
+        """Bring money in from the outside world; idempotent under `transfer_id`.
+
+        Raises LedgerError. When the outcome is unknown, the error names the id to repeat it with.
         """
-        return self.ledger.deposit(
-            account, amount_nano, transfer_id or f"deposit:{uuid.uuid4().hex}"
-        )
+        name = transfer_id or f"deposit:{uuid.uuid4().hex}"
+        try:
+            return self.ledger.deposit(account, amount_nano, name)
+        except LedgerUnavailableError as error:
+            raise LedgerUnavailableError(
+                f"{error}; repeat the deposit with the id {name!r}, so that it is made once"
+            ) from error
 
     def receipts(self, account: str | None = None, limit: int | None = None) -> list[Receipt]:
         """Receipts, newest first, of one buyer or of all."""

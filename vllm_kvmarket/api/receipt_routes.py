@@ -61,7 +61,7 @@ class Consistency(BaseModel):
 class Jwks(BaseModel):
     """The market's public keys, the newest first (RFC 7517)."""
 
-    keys: list[dict[str, str]]
+    keys: list[dict[str, str | dict[str, str | int]]]
 
 
 @router.get("/receipts", response_model=Page[ReceiptModel])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -12,7 +14,9 @@ from vllm_kvmarket.catalogue.prefix_tree import PrefixTree
 from vllm_kvmarket.core.model_identity import TOKEN_BYTES, pack_tokens
 from vllm_kvmarket.core.pricing import Tariff
 from vllm_kvmarket.ledger import PROVIDER
+from vllm_kvmarket.ledger.statements import statement
 from vllm_kvmarket.market.market import Market
+from vllm_kvmarket.market.purchase import PurchaseState, ReuseItem, Usage
 from vllm_kvmarket.market.quote import Quote, affordable_part, quote_of, sold_part
 
 CHUNK = 4
@@ -178,3 +182,35 @@ def test_a_named_document_is_sold_whole_however_short_its_own_part(tmp_path):
         assert [(line.start, line.end) for line in quote.lines] == [(0, 700), (700, 703)]
         assert market.quote(NAMESPACE, tokens(20, 3)).match is None
         assert market.quote(NAMESPACE, tokens(20, 3), named=True).tokens == 20
+
+
+def test_quote_receipt_and_statements_agree_to_the_nano_unit(tmp_path):
+    """Odd prices, two publishers: each amount is the same wherever it is shown."""
+    document = tokens(333)
+    edition = [*document, *tokens(222, 1)]
+    with Market.open(tmp_path) as market:
+        for name, text, price in (("acme", document, 333_333_333), ("edith", edition, 7_777_777)):
+            market.create_account(name, "publisher")
+            publish(market.catalogue, text, publisher=name, cache_read_nano_per_mtok=price)
+        market.create_account("alice")
+        market.deposit("alice", 10**9, "d1")
+        quote = market.quote(NAMESPACE, [*edition, 9], most=555)
+        item = ReuseItem(quote.match, market.config.tariff, "m", "r")
+        assert item.most_nano == quote.charge_nano
+        purchase = market.reserve(item, key="k", account="alice")
+        while purchase.state() is PurchaseState.RESERVING:
+            time.sleep(0.001)
+        receipt = purchase.settle(Usage(555, 555, 555, 0, 0, 1, 1))
+        purchase.settled.result()
+        assert receipt.charge_nano == quote.charge_nano == 110_999 + 1_726
+        assert receipt.royalty_nano == quote.royalty_nano == 55_499 + 863
+        assert [(line.charge_nano, line.royalty_nano) for line in receipt.lines] == [
+            (line.charge_nano, line.royalty_nano) for line in quote.lines
+        ]
+        bought = statement(market.ledger, "alice").lines[-1]
+        assert -bought.amount_nano == quote.charge_nano
+        for line in quote.lines:
+            sold = statement(market.ledger, line.listing.terms.publisher).lines[-1]
+            assert (sold.amount_nano, sold.sale_nano) == (line.royalty_nano, line.charge_nano)
+            assert sold.tokens_reused == line.end - line.start
+        assert market.ledger.check_integrity() == []

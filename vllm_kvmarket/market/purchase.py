@@ -324,11 +324,10 @@ class Purchase:
 
     def _settled(self, name: str, settled: Future[list[Result]]) -> None:
         """Log a settlement that was refused, and release its hold: the answer is out already."""
-        if is_booked(settled) is not False:
-            return
         error = settled.exception()
         if isinstance(error, LedgerPostponedError):
             logger.warning("kvmarket: %s: %s", name, error)
+        if is_booked(settled) is not False:
             return
         reason: object = error
         if error is None:
@@ -357,9 +356,11 @@ class Purchase:
 
 
 def is_booked(settled: Future[list[Result]]) -> bool | None:
-    """Whether the ledger has booked a settlement; None: the purchase was paid before."""
-    if settled.exception() is not None:
-        return False
+    """Whether the ledger has booked a settlement; None: the purchase was paid before, or will be
+    booked from the outbox.
+    """
+    if (error := settled.exception()) is not None:
+        return None if isinstance(error, LedgerPostponedError) else False
     outcomes = [result.outcome for result in settled.result()]
     # Two requests of one key: the first to end has settled for what it used.
     if outcomes[0] in (Outcome.EXISTS_WITH_DIFFERENT_FIELDS, Outcome.ALREADY_POSTED):

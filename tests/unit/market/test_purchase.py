@@ -5,11 +5,13 @@ from __future__ import annotations
 import logging
 import math
 import time
+from concurrent.futures import Future
 
 import msgspec
 import pytest
 
 from vllm_kvmarket.catalogue import Listing, Match, Segment
+from vllm_kvmarket.core.errors import LedgerPostponedError
 from vllm_kvmarket.core.listing_terms import ListingTerms
 from vllm_kvmarket.core.pricing import Tariff
 from vllm_kvmarket.ledger import GRACE_S, PROVIDER, Ledger, plain, void
@@ -366,3 +368,20 @@ def test_a_settlement_that_is_refused_releases_its_hold(ledger, monkeypatch, cap
     assert held(ledger) == 0
     assert balance(ledger, "alice") == NANO
     assert len(caplog.records) == 1
+
+
+def test_a_settlement_in_the_outbox_is_not_refused(ledger, monkeypatch, caplog):
+    """The database is away while the engine ends: a warning, and its hold is not released."""
+    purchase = buy(ledger)
+    assert answered(purchase) is PurchaseState.RESERVED
+    postponed: Future = Future()
+    postponed.set_exception(LedgerPostponedError("it is booked when the database is back"))
+    submitted = []
+    with monkeypatch.context() as patched:
+        patched.setattr(ledger, "submit", lambda *each, **_: submitted.append(each) or postponed)
+        purchase.settle(USAGE)
+    assert is_booked(purchase.settled) is None
+    assert len(submitted) == 1
+    (record,) = caplog.records
+    assert record.levelname == "WARNING"
+    ledger.submit([void(id="v", pending_id=purchase.reservation_id)]).result()

@@ -85,7 +85,8 @@ class _Group:
     purchase: Purchase
     item: ReuseItem
     prompt: list[int]
-    # A client may repeat a purchase with a key: its hold stays for the repetition until it expires.
+    # A client may repeat a purchase with a key: if it leaves before an answer, the hold stays for
+    # the repetition until it expires, which another request under way may be using.
     may_be_repeated: bool
     members: set[str] = field(default_factory=set)
     # Of all answers the one that reused most, with the output of all.
@@ -196,5 +197,5 @@ class Purchases:
             for line in purchase.receipt.lines if purchase.receipt else ():
                 use = Use(line.document_id, line.end - line.start, line.charge_nano, time.time())
                 self._market.note_use(use)
-        elif not group.may_be_repeated:
+        elif usage is not None or not group.may_be_repeated:
             purchase.void()

@@ -238,6 +238,14 @@ def test_what_was_not_paid_is_reserved_and_paid_when_it_comes_again(market, purc
     assert market.receipt(charge.receipt_id).charge_nano == spent(market) == 600 * 500
 
 
+def test_an_answer_that_reused_nothing_releases_the_hold_of_its_key(market, purchases):
+    """Funds are not locked for what cannot be charged any more; a repetition is reserved anew."""
+    assert bought(purchases, request("x-0000000a"), used(0), key="k") is None
+    assert spent(market) == 0
+    charge = bought(purchases, request("x-0000000b", 2.0), used(), key="k")
+    assert market.receipt(charge.receipt_id).charge_nano == spent(market) == 600 * 500
+
+
 def test_a_repetition_after_a_deposit_is_not_refused_for_the_first_times_sake(market, purchases):
     """The ledger is asked again."""
     market.create_account("carol")

@@ -50,7 +50,8 @@ def advance(mark: Mark | None, now: Reading) -> Mark:
     if mark is None:
         at_s = now.wall_s
     elif mark.boot_id != now.boot_id:
-        at_s = max(mark.at_s, now.wall_s)
+        # At least the uptime has passed: a wall clock in the past must not stop the time.
+        at_s = max(mark.at_s + now.uptime_s, now.wall_s)
     else:
         passed_s = max(0.0, now.uptime_s - mark.uptime_s)
         most_s = MOST_CORRECTION * passed_s

@@ -22,7 +22,7 @@ AT = Mark(1_000.0, 50.0, "boot")
         (1_910.0, 50.0, "boot", 1_000.0),  # no time has passed
         (500.0, 40.0, "boot", 1_000.0),  # an uptime that goes back moves nothing
         (5_000.0, 3.0, "another", 5_000.0),  # a new boot: the wall clock is believed ...
-        (500.0, 3.0, "another", 1_000.0),  # ... but not back
+        (500.0, 3.0, "another", 1_003.0),  # ... but not back, and the uptime has passed
     ],
 )
 def test_the_time_follows_the_uptime_and_is_corrected_slowly(wall_s, uptime_s, boot_id, expected_s):

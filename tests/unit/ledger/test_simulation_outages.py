@@ -53,7 +53,7 @@ class Database:
         )
         self.receipts = {}
         self.true_s = 5_000.0
-        self.wall_offset_s, self.boot_id = 0.0, "boot-0"
+        self.wall_offset_s, self.boot_id, self.booted_at_s = 0.0, "boot-0", 0.0
         self.mark = None
         self.kept_since_s = {}  # when each hold was made or renewed, in true time
         self.faults = 0.0
@@ -62,7 +62,8 @@ class Database:
         self.ends = {}
 
     def reading(self):
-        return Reading(self.true_s + self.wall_offset_s, self.true_s, self.boot_id)
+        uptime_s = self.true_s - self.booted_at_s
+        return Reading(self.true_s + self.wall_offset_s, uptime_s, self.boot_id)
 
     def write(self, group):
         fault = self.chance.random() < self.faults and self.chance.choice(
@@ -260,7 +261,7 @@ class Simulation:
         if chance.random() < 0.01:
             for engine in list(self.engines):
                 self.kill(engine)
-            database.boot_id = f"boot-{self.kills}"
+            database.boot_id, database.booted_at_s = f"boot-{self.kills}", database.true_s
 
     def run(self, steps):
         self.database.faults = 0.05

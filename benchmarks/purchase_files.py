@@ -93,6 +93,7 @@ def main() -> int:
     parser.add_argument("--model", type=Path)
     parser.add_argument("--most", type=int, default=32)
     args = parser.parse_args()
+    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         watch = Watch(folder)

@@ -17,7 +17,7 @@ import apsw
 
 from vllm_kvmarket.catalogue import queries
 from vllm_kvmarket.catalogue.eviction_policy import Candidate
-from vllm_kvmarket.catalogue.index import Index
+from vllm_kvmarket.catalogue.index import Index, Sellable
 from vllm_kvmarket.catalogue.listing import (
     NEEDED,
     ON_OFFER,
@@ -58,7 +58,9 @@ class Catalogue:
     taken over before goes on matching until its time to live is over.
     """
 
-    def __init__(self, path: Path, chunk_tokens: int, chunks_in_memory: int | None = None) -> None:
+    def __init__(
+        self, path: Path, chunk_tokens: int, memory: int | None, sellable: Sellable
+    ) -> None:
         self.last_error: Exception | None = None
         self.chunk_tokens = chunk_tokens
         self._closing = threading.Event()
@@ -73,21 +75,25 @@ class Catalogue:
                 f"chunk_tokens is {chunk_tokens}, but the market in {path.parent} was made with "
                 f"{chosen}: set it to {chosen}, or use another home"
             )
-        self.index = Index(self._db, chunk_tokens, chunks_in_memory)
+        self.index = Index(self._db, chunk_tokens, memory, sellable)
         self.refresh()
 
     @classmethod
     def open(
-        cls, path: Path, chunk_tokens: int = CHUNK_TOKENS, chunks_in_memory: int | None = None
+        cls,
+        path: Path,
+        chunk_tokens: int = CHUNK_TOKENS,
+        chunks_in_memory: int | None = None,
+        is_sellable: Sellable = lambda _terms: True,
     ) -> Self:
         """Open the catalogue in the market's database, making its tables where there are none.
 
-        At most `chunks_in_memory` chunks go into the prefix tree, None for all; documents that do
-        not fit are matched in the database, which gets more tables for it, for good. Raises
-        ConfigError when it was made with another chunk size, CatalogueError when the database
-        cannot be used.
+        At most `chunks_in_memory` chunks go into the prefix tree, None for all; the others are
+        matched in tables made for it. A listing that is not `is_sellable` owns only what no other
+        listing contains. Raises ConfigError when it was made with another chunk size,
+        CatalogueError when the database cannot be used.
         """
-        return cls(path, chunk_tokens, chunks_in_memory)
+        return cls(path, chunk_tokens, chunks_in_memory, is_sellable)
 
     def close(self) -> None:
         """Stop watching and release the database; what this process was publishing is given up."""

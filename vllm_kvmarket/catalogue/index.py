@@ -5,7 +5,7 @@ from __future__ import annotations
 import heapq
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 
 import apsw
@@ -16,6 +16,12 @@ from vllm_kvmarket.catalogue.listing import ON_OFFER, Match
 from vllm_kvmarket.catalogue.prefix_tree import PrefixTree
 from vllm_kvmarket.catalogue.schema import Connections
 from vllm_kvmarket.core.errors import CatalogueError
+from vllm_kvmarket.core.listing_terms import ListingTerms
+
+# Larger than every place in the order of first offers.
+_BEHIND_ALL = 2**48
+
+Sellable = Callable[[ListingTerms], bool]
 
 
 class Expiries:
@@ -49,11 +55,19 @@ class Index:
     """The prefix tree over what is on offer, as of the last refresh; thread-safe.
 
     At most `chunks_in_memory` chunks go into the tree, None for all. `overdue` means that a listing
-    has ended and the database may not know yet.
+    has ended and the database may not know yet. A listing whose terms are not `is_sellable` comes
+    last in the order of first offers: it must not stand before one that can be sold.
     """
 
-    def __init__(self, db: Connections, chunk_tokens: int, chunks_in_memory: int | None) -> None:
+    def __init__(
+        self,
+        db: Connections,
+        chunk_tokens: int,
+        chunks_in_memory: int | None,
+        is_sellable: Sellable,
+    ) -> None:
         self.tree = PrefixTree(chunk_tokens)
+        self._is_sellable = is_sellable
         self.overdue = False
         self._db = db
         # Held while the tree is changed: by what was committed, or by the clock. Taken after the
@@ -133,7 +147,8 @@ class Index:
     def _apply(self, change: queries.Change, now_s: float) -> None:
         listing = change.listing
         if change.chunks and change.place is not None:
-            self.tree.put(listing, change.place, change.chunks)
+            last = 0 if self._is_sellable(listing.terms) else _BEHIND_ALL
+            self.tree.put(listing, last + change.place, change.chunks)
             self._expiries.note(listing.document_id, listing.terms.expires_at_s)
         else:
             self.tree.remove(listing.document_id)

@@ -40,6 +40,11 @@ class Terms(msgspec.Struct, frozen=True):
     cache_read_nano_per_mtok: int
     royalty_ppm: int
 
+    @property
+    def is_dearer_than_computing(self) -> bool:
+        """Whether reuse costs more than computing; nobody is sold that."""
+        return self.cache_read_nano_per_mtok > self.input_nano_per_mtok
+
     def charge_nano(self, tokens: int) -> int:
         """Price reusing `tokens`, for the buyer."""
         return amount_nano(tokens, self.cache_read_nano_per_mtok)

@@ -58,6 +58,7 @@ class Market:
             self.home / DATABASE_FILE,
             chunk_tokens=config.chunk_tokens,
             chunks_in_memory=config.catalogue_chunks_in_memory,
+            is_sellable=lambda terms: not config.tariff.terms(terms).is_dearer_than_computing,
         )
         self.store = store_of(msgspec.structs.replace(config, home=str(self.home)))
         # Catalogue writes wait for the disk; one thread keeps them off the scheduler and in order.

@@ -49,8 +49,7 @@ def sold_part(match: Match, tariff: Tariff, min_tokens: int) -> Match | None:
     covered = 0
     for segment in match.segments:
         terms = tariff.terms(segment.listing.terms)
-        is_dearer = terms.cache_read_nano_per_mtok > terms.input_nano_per_mtok
-        if segment.end - covered >= min_tokens and not is_dearer:
+        if segment.end - covered >= min_tokens and not terms.is_dearer_than_computing:
             sold.append(Segment(segment.listing, covered, segment.end))
             covered = segment.end
     if not sold:

@@ -214,3 +214,25 @@ def test_quote_receipt_and_statements_agree_to_the_nano_unit(tmp_path):
             assert (sold.amount_nano, sold.sale_nano) == (line.royalty_nano, line.charge_nano)
             assert sold.tokens_reused == line.end - line.start
         assert market.ledger.check_integrity() == []
+
+
+def test_a_listing_that_is_never_sold_does_not_stand_before_others(tmp_path):
+    """Listed first, longer and dearer than computing: later documents inside it sell as they are;
+    once its price is fair, it has its place back.
+    """
+    document = tokens(700)
+    with Market.open(tmp_path) as market:
+        dear = market.config.tariff.input_nano_per_mtok + 1
+        first = publish(
+            market.catalogue, tokens(900), publisher="mallory", cache_read_nano_per_mtok=dear
+        )
+        publish(market.catalogue, document, publisher="acme")
+        for named in (False, True):
+            quote = market.quote(NAMESPACE, [*document, 1], named=named)
+            assert [(line.listing.terms.publisher, line.end) for line in quote.lines] == [
+                ("acme", 700)
+            ]
+        assert market.catalogue.check_integrity() == []
+        market.catalogue.set_price(first.document_id, dear - 1)
+        quote = market.quote(NAMESPACE, [*document, 1])
+        assert [line.listing.terms.publisher for line in quote.lines] == ["mallory"]

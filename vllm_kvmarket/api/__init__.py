@@ -1,4 +1,4 @@
-"""What the market adds to vLLM's API server."""
+"""The market as part of vLLM's API server: routes, pages, and the gate."""
 
 from vllm_kvmarket.api.server import MarketEndpoints
 

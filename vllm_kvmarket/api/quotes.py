@@ -1,4 +1,4 @@
-"""What reuse of a prompt would cost: POST /v1/kvmarket/quotes, and the gate's decision by price."""
+"""Prices of reuse: POST /v1/kvmarket/quotes, and the gate's decision by price."""
 
 from __future__ import annotations
 
@@ -119,7 +119,7 @@ def _available_nano(market: Market, account: str) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Offer:
-    """What reuse of a request's prompts would cost an account, in nano-units.
+    """The price of reusing a request's prompts, in nano-units.
 
     `matched_tokens` would be reused; computing them costs `without_reuse_nano`.
     """

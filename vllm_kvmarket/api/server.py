@@ -83,7 +83,7 @@ def build_router() -> APIRouter:
 
 
 async def info(service: ServiceOf) -> dict[str, Any]:
-    """What this server sells, at which prices, and its versions."""
+    """The model, prices and versions of this server."""
     return service.info
 
 

@@ -1,4 +1,4 @@
-"""What the routes work with: one market, its keys, and the engine behind this server."""
+"""The service behind all routes: one market, its keys, and the engine of this server."""
 
 from __future__ import annotations
 
@@ -24,6 +24,8 @@ from vllm_kvmarket.market.market import DATABASE_FILE, Market
 if TYPE_CHECKING:
     from vllm_kvmarket.api.publication_queue import Publications
 
+# Requests that the gate prepares at the same time; threads and database serve them in turn.
+MOST_PREPARED = 2048
 # Texts that wait to be tokenised.
 MOST_WAITING = 32
 # Where the gate leaves the caller for the market's own routes.
@@ -67,6 +69,7 @@ class Service:
     tokenizing: ThreadPoolExecutor = field(
         default_factory=lambda: ThreadPoolExecutor(1, thread_name_prefix="kvmarket-tokenize")
     )
+    gate_queue: Queue = field(default_factory=lambda: Queue(MOST_PREPARED, "the gate"))
     tokenizing_queue: Queue = field(default_factory=lambda: Queue(MOST_WAITING, "the tokenizer"))
     reads: Limiter = field(default_factory=lambda: Limiter(READS))
     writes: Limiter = field(default_factory=lambda: Limiter(WRITES))

@@ -1,4 +1,4 @@
-"""What the engine answers about the market, for the response of the same request.
+"""The engine's answers about the market, for the response of the same request.
 
 The engine's outputs are watched where they enter this process, since not every API of vLLM passes
 their market part on. A refusal becomes the response; receipts become a stream's last event, which

@@ -93,14 +93,13 @@ class Gate:
     async def _admit(
         self, scope: Scope, receive: Receive, send: Send
     ) -> tuple[Scope, Receive, Send]:
-        """What goes on to the router. Raises ApiError, KVMarketError and ClientGoneError."""
+        """The request as the router gets it. Raises ApiError, KVMarketError, ClientGoneError."""
         service: Service | None = getattr(scope["app"].state, "kvmarket_service", None)
         config = MarketConfig() if service is None else service.market.config
         kind = kind_of(scope["app"].routes, scope)
         caller = Caller()
-        if kind is Kind.METRICS and service is None:
-            kind = Kind.OPEN
-        if kind is not Kind.OPEN:
+        is_open = kind is Kind.OPEN or (kind is Kind.METRICS and service is None)
+        if not is_open:
             if service is None:
                 raise ApiError(
                     503, "market_unavailable", "the market is not open; see the server's log"
@@ -135,7 +134,8 @@ class Gate:
             request_id=request_id,
             idempotency_key=single_header(scope, "idempotency-key"),
         )
-        await self._prepare(service, request)
+        with service.gate_queue.place():
+            await self._prepare(service, request)
         if kind is Kind.RESPONSES:
             body["request_id"] = f"resp_{request_id}"
         scope, receive = await with_body(
@@ -303,7 +303,7 @@ def _adapter_of(app: FastAPI, body: dict[str, Any]) -> str | None:
 
 
 def _shape(kind: Kind, body: dict[str, Any]) -> Kind:
-    """What a body is, also on the route that takes several kinds."""
+    """The kind of a body, also on the route that takes several kinds."""
     if kind is not Kind.INVOCATIONS:
         return kind
     if "messages" in body:

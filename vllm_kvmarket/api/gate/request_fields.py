@@ -107,7 +107,7 @@ class GatedRequest:
     # Why nothing is reused, if the sender wants it so.
     declined: Reason | None = None
     max_price_nano: int | None = None
-    # What the key's budget was charged for this request, before the engine's answer.
+    # Charged to the key's budget for this request, before the engine's answer.
     spent_nano: int = 0
     # The same for all retries of a request.
     purchase_key: str | None = None

@@ -19,7 +19,7 @@ BREAK_EVEN_READS = 10
 
 
 def break_even(shown: Document) -> Figure:
-    """What reads of a document cost: computed each time, or computed once and then reused."""
+    """The cost of reads of a document: computed each time, or computed once and then reused."""
     once, charge = shown.recompute_nano, shown.charge_nano
     even = shown.break_even_reuses
     reads = BREAK_EVEN_READS if even is None else max(BREAK_EVEN_READS, min(2 * even, 1000))

@@ -161,7 +161,7 @@ def _holds(ledger: Ledger, account: Account, newest: list[Transfer]) -> list[_Ho
 
 
 def _royalties(whose: str, newest: list[Transfer]) -> list[_Royalties]:
-    """What each document earned its publisher, the most first."""
+    """The royalties of each document, the most first."""
     earned: dict[str, list[int]] = defaultdict(list)
     for each in newest:
         if each.code == "royalty" and each.credit == whose:

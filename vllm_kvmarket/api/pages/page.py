@@ -1,4 +1,4 @@
-"""What all pages share: the visitor, frame and headers, forms, and error pages."""
+"""The frame of all pages: visitor, headers, forms, and error pages."""
 
 from __future__ import annotations
 

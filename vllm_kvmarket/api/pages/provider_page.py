@@ -28,7 +28,7 @@ router = APIRouter(route_class=PageRoute)
 
 @dataclass(frozen=True, slots=True)
 class Traffic:
-    """What the engine did since it started; shares and durations are None without requests."""
+    """The engine's work since it started; shares and durations are None without requests."""
 
     requests: int
     reusing: int

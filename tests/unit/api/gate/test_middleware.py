@@ -16,6 +16,7 @@ from tests.support.page_visitor import sell
 from vllm_kvmarket import Market
 from vllm_kvmarket.api.gate import engine_answers
 from vllm_kvmarket.api.gate.route_kinds import ROUTES, Kind
+from vllm_kvmarket.api.rate_limits import Queue
 from vllm_kvmarket.auth.api_keys import KeyLimits, Keys
 from vllm_kvmarket.core.errors import LedgerUnavailableError
 from vllm_kvmarket.core.pricing import Tariff
@@ -499,6 +500,15 @@ def test_retries_are_one_purchase(client, alice, keys, market):
     got = reached(client.post("/v1/completions", json=body, headers=alice | {"x-request-id": "k"}))
     assert "purchase_key" not in signed(market, got)
     assert send({}, "k", body).status_code == 200
+
+
+def test_more_requests_than_the_gate_can_prepare_are_sent_away(app, client, alice):
+    """At once, with the time to come again; what does not generate is served."""
+    app.state.kvmarket_service.gate_queue = Queue(0, "the gate")
+    told = client.post("/v1/completions", json={"prompt": "a"}, headers=alice)
+    assert (told.status_code, told.json()["error"]["code"]) == (503, "server_busy")
+    assert int(told.headers["retry-after"]) > 0 and app.state.reached == []
+    assert client.get("/health").status_code == 200
 
 
 def test_a_request_has_one_id_that_its_receipts_have_too(client, alice):

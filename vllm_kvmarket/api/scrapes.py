@@ -32,7 +32,9 @@ class Scrapes:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Let every request through; one for /metrics a moment later."""
-        if scope["type"] == "http" and scope["path"].rstrip("/").endswith("/metrics"):
+        path = scope.get("path", "").rstrip("/")
+        # The provider's page shows metrics too.
+        if scope["type"] == "http" and path.endswith(("/metrics", "/kvmarket/provider")):
             state = scope["app"].state
             if getattr(state, "kvmarket_service", None) is not None:
                 await self._wake(state.engine_client)

@@ -1,72 +1,73 @@
-"""What a key's budget gets back after an answer, without an engine."""
+"""The engine's answers in the response of the same request: refusals, receipts, the end."""
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
+import json
 from types import SimpleNamespace
 
 import pytest
 
-from vllm_kvmarket.api.gate.engine_answers import MarketResponse, watch
-
-SOLD = {"receipt_id": "kvr_1", "charge_nano": 30}
-
-
-def outputs(*answers, fails=False):
-    """vLLM's outputs of one answer: each with the market's part or None, the last finished."""
-
-    async def generate():
-        for number, answer in enumerate(answers):
-            yield SimpleNamespace(
-                kv_transfer_params=answer and {"kvmarket": answer},
-                finished=number == len(answers) - 1,
-            )
-        if fails:
-            raise ValueError("the engine cannot do this")
-
-    return generate
+from tests.support.catalogue_documents import NAMESPACE, store_and_list, tokens
+from tests.support.page_visitor import sell
+from tests.unit.api.gate.test_middleware import alice, app, client, keys, market  # noqa: F401  # fixtures
+from vllm_kvmarket.api.gate import engine_answers
 
 
-def refunded(generate, *, most=None):
-    """What a budget that was charged 100 gets back; the client reads at most `most` outputs."""
-    client = SimpleNamespace(generate=generate)
-    watch(client)
-    refunds = []
-
-    async def app(scope, receive, send):
-        number = 0
-        # Suspended where the client left it, as a task that was cancelled leaves it.
-        kept.append(client.generate())
-        async for _ in kept[-1]:
-            number += 1
-            if number == most:
-                raise asyncio.CancelledError
-
-    async def run():
-        keys = SimpleNamespace(refund=lambda _, amount: refunds.append(amount))
-        request = SimpleNamespace(spent_nano=100, caller=SimpleNamespace(key_id="key_1"))
-        service = SimpleNamespace(keys=keys)
-        response = MarketResponse({}, None, None, service, request)
-        await response.follow(app, {}, None)
-
-    kept = []
-    with contextlib.suppress(asyncio.CancelledError, ValueError):
-        asyncio.run(run())
-    return sum(refunds)
+def sold(market, prompt, key):  # noqa: F811
+    """The receipt of a purchase by alice, as the engine makes it."""
+    engine = SimpleNamespace(namespace=NAMESPACE, prompt=lambda text, _: text)
+    return sell(SimpleNamespace(market=market, engine=engine), prompt, "alice", key)
 
 
-@pytest.mark.parametrize(
-    ("generate", "most", "back"),
-    [
-        (outputs(None, SOLD), None, 70),
-        (outputs(None, {"receipt_id": None}), None, 100),
-        (outputs({"error": {}}), None, 100),
-        (outputs(fails=True), None, 100),
-        (outputs(None, None), None, 0),  # a stop string, which the engine does not see
-        (outputs(None, None, SOLD), 2, 0),  # the client left the stream before its end
-    ],
-)
-def test_a_budget_gets_back_only_what_is_known_not_to_be_charged(generate, most, back):
-    """Who stops reading, or ends the answer by a stop string, is charged: so is the budget."""
-    assert refunded(generate, most=most) == back
+def test_a_streams_last_event_has_this_requests_receipts_only(app, client, alice, market):  # noqa: F811
+    """Another request of the same account, with the same X-Request-Id, is not shown."""
+    prompt = tokens(300)
+    market.create_account("publisher", "publisher")
+    store_and_list(market, prompt)
+    earlier, own = (sold(market, prompt, key) for key in ("k1", "k2"))
+    app.state.engine_client.answers = [{"receipt_id": None}, {"receipt_id": own.id}]
+    headers = alice | {"x-request-id": "twice"}
+    for _ in range(2):
+        told = client.post("/v1/completions", json={"stream": True}, headers=headers).text
+        event = json.loads(told.rsplit("data: ", 1)[1])
+        assert [each["id"] for each in event["receipts"]] == [own.id] == event["receipt_ids"]
+        assert earlier.id not in told
+
+
+@pytest.mark.parametrize("status", [402, 404, 409])
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_refusal_by_the_engine_is_the_response(app, client, alice, status, stream):  # noqa: F811
+    """With its status, also of a stream: nothing was sent of it before."""
+    error = {"status": status, "code": "insufficient_funds", "message": "make a deposit"}
+    app.state.engine_client.answers = [{"error": error}]
+    told = client.post("/v1/completions", json={"stream": stream}, headers=alice)
+    assert (told.status_code, told.json()["error"]["code"]) == (status, "insufficient_funds")
+    assert told.headers["content-type"] == "application/json"
+    assert "kv_transfer_params" not in told.text and "data:" not in told.text
+    app.state.engine_client.answers = []
+    assert client.post("/v1/completions", json={}, headers=alice).status_code == 200
+
+
+def test_an_engines_outputs_are_closed_with_their_reader(app):  # noqa: F811
+    """A client that leaves ends the request in the engine, watched or not."""
+    closed = []
+
+    class Endless:
+        async def generate(self):
+            try:
+                while True:
+                    yield SimpleNamespace(kv_transfer_params=None)
+            finally:
+                closed.append(True)
+
+    async def leave():
+        engine = Endless()
+        engine_answers.watch(engine)
+        engine_answers._answers.set([])
+        outputs = engine.generate()
+        await anext(outputs)
+        await outputs.aclose()
+        return list(closed)
+
+    assert asyncio.run(leave()) == [True]

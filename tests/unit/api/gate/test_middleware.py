@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 from types import SimpleNamespace
 
@@ -10,11 +9,9 @@ import pytest
 from fastapi.responses import PlainTextResponse
 from fastapi.testclient import TestClient
 
-from tests.support.catalogue_documents import NAMESPACE, store_and_list, tokens
+from tests.support.catalogue_documents import store_and_list, tokens
 from tests.support.gate_app import make_app
-from tests.support.page_visitor import sell
 from vllm_kvmarket import Market
-from vllm_kvmarket.api.gate import engine_answers
 from vllm_kvmarket.api.gate.route_kinds import ROUTES, Kind
 from vllm_kvmarket.api.rate_limits import Queue
 from vllm_kvmarket.auth.api_keys import KeyLimits, Keys
@@ -540,65 +537,6 @@ def test_a_stream_has_one_more_event_at_its_end(client, alice):
     assert client.post("/v1/completions", json={"stream": True}).text == (
         "data: {}\n\ndata: [DONE]\n\n"
     )
-
-
-def sold(market, prompt, key):
-    """The receipt of a purchase by alice, as the engine makes it."""
-    engine = SimpleNamespace(namespace=NAMESPACE, prompt=lambda text, _: text)
-    return sell(SimpleNamespace(market=market, engine=engine), prompt, "alice", key)
-
-
-def test_a_streams_last_event_has_this_requests_receipts_only(app, client, alice, market):
-    """Another request of the same account, with the same X-Request-Id, is not shown."""
-    prompt = tokens(300)
-    market.create_account("publisher", "publisher")
-    store_and_list(market, prompt)
-    earlier, own = (sold(market, prompt, key) for key in ("k1", "k2"))
-    app.state.engine_client.answers = [{"receipt_id": None}, {"receipt_id": own.id}]
-    headers = alice | {"x-request-id": "twice"}
-    for _ in range(2):
-        told = client.post("/v1/completions", json={"stream": True}, headers=headers).text
-        event = json.loads(told.rsplit("data: ", 1)[1])
-        assert [each["id"] for each in event["receipts"]] == [own.id] == event["receipt_ids"]
-        assert earlier.id not in told
-
-
-@pytest.mark.parametrize("status", [402, 404, 409])
-@pytest.mark.parametrize("stream", [False, True])
-def test_a_refusal_by_the_engine_is_the_response(app, client, alice, status, stream):
-    """With its status, also of a stream: nothing was sent of it before."""
-    error = {"status": status, "code": "insufficient_funds", "message": "make a deposit"}
-    app.state.engine_client.answers = [{"error": error}]
-    told = client.post("/v1/completions", json={"stream": stream}, headers=alice)
-    assert (told.status_code, told.json()["error"]["code"]) == (status, "insufficient_funds")
-    assert told.headers["content-type"] == "application/json"
-    assert "kv_transfer_params" not in told.text and "data:" not in told.text
-    app.state.engine_client.answers = []
-    assert client.post("/v1/completions", json={}, headers=alice).status_code == 200
-
-
-def test_an_engines_outputs_are_closed_with_their_reader(app):
-    """A client that leaves ends the request in the engine, watched or not."""
-    closed = []
-
-    class Endless:
-        async def generate(self):
-            try:
-                while True:
-                    yield SimpleNamespace(kv_transfer_params=None)
-            finally:
-                closed.append(True)
-
-    async def leave():
-        engine = Endless()
-        engine_answers.watch(engine)
-        engine_answers._answers.set([])
-        outputs = engine.generate()
-        await anext(outputs)
-        await outputs.aclose()
-        return list(closed)
-
-    assert asyncio.run(leave()) == [True]
 
 
 def test_errors_have_the_shape_of_the_api_that_was_asked(client):

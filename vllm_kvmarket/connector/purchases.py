@@ -19,7 +19,7 @@ from vllm_kvmarket.connector.scheduler_metrics import SchedulerMetrics
 from vllm_kvmarket.core.model_identity import pack_tokens
 from vllm_kvmarket.market.market import Market
 from vllm_kvmarket.market.purchase import Purchase, PurchaseState, ReuseItem, Usage
-from vllm_kvmarket.market.quote import Quote, quote_of
+from vllm_kvmarket.market.quote import quote_of
 
 if TYPE_CHECKING:
     from vllm.v1.request import Request
@@ -55,16 +55,14 @@ def ledger_key(engine_id: str, request_id: str, arrival_time: float) -> str:
     return f"{engine_id}:{digest}"
 
 
-def shared_key(
-    purchase_key: str, account: str, request_id: str, prompt: Sequence[int], quote: Quote
-) -> str:
-    """The key of a purchase that a client may repeat: the same on every engine.
+def shared_key(purchase_key: str, account: str, request_id: str, prompt: Sequence[int]) -> str:
+    """The key of a purchase that a client may repeat: the same on every engine, also after a price
+    has changed.
 
     One HTTP request may have several prompts, also equal ones, each with its number in its id.
     """
     numbered = _NUMBERED.fullmatch(client_request_id(request_id, is_sample=True))
-    ends = [(line.listing.document_id, line.end) for line in quote.lines]
-    parts = (purchase_key, account, numbered and numbered.group(1), ends, quote.charge_nano)
+    parts = (purchase_key, account, numbered and numbered.group(1))
     digest = blake3(repr(parts).encode())
     digest.update(pack_tokens(prompt))
     return f"key:{digest.hexdigest(16)}"
@@ -144,11 +142,10 @@ class Purchases:
             group.item.request_id = client_request_id(request.request_id, is_sample=True)
         else:
             name = client_request_id(request.request_id)
-            item = ReuseItem(match, self._market.config.tariff, self._model, name)
+            item = ReuseItem(match, self._market.config.tariff, self._model, name, len(prompt) - 1)
             key = ledger_key(self._engine_id, *samples)
             if purchase_key is not None:
-                quote = self._market.quote_match(match)
-                key = shared_key(purchase_key, account, request.request_id, prompt, quote)
+                key = shared_key(purchase_key, account, request.request_id, prompt)
             repeated = purchase_key is not None
             purchase = self._market.reserve(item, key=key, account=account, shared=repeated)
             group = _Group(purchase, item, prompt, repeated)

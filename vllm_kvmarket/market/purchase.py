@@ -39,6 +39,7 @@ _REASON_OF_ERROR: dict[type[BaseException], str] = {
     LedgerBusyError: "ledger_busy",
     LedgerUnavailableError: "ledger_unavailable",
 }
+_RESERVED_BEFORE = (Outcome.EXISTS, Outcome.EXISTS_WITH_DIFFERENT_FIELDS)
 # What was earned is booked when the database is back, for as long as this process lives.
 NEVER_GIVE_UP_S = math.inf
 
@@ -86,12 +87,16 @@ class Settlement:
 
 @dataclass(slots=True)
 class ReuseItem:
-    """The reuse of a match. `request_id` is the buyer's name for the request, for the receipt."""
+    """The reuse of a match. `request_id` is the buyer's name for the request, for the receipt.
+
+    At most `most_tokens` of the match can be reused: the last token of a prompt is computed.
+    """
 
     match: Match
     tariff: Tariff
     model: str
     request_id: str
+    most_tokens: int | None = None
     code = "reuse"
     cannot_pay = ""
 
@@ -102,8 +107,8 @@ class ReuseItem:
 
     @property
     def most_nano(self) -> int:
-        """The price of the whole match."""
-        return quote_of(self.match, self.tariff).charge_nano
+        """The price of all that can be reused."""
+        return quote_of(self.match, self.tariff, self.most_tokens).charge_nano
 
     def settlement(self, purchase: Purchase, usage: Usage) -> Settlement:
         """The charge for what was reused, a royalty for each publisher's part, and the receipt."""
@@ -208,7 +213,8 @@ class Purchase:
         # Other requests, also on other engines, may reserve under the same key at the same time.
         self._shared = shared
         self.item = item
-        self._key = key
+        # The beginning of the ids of this purchase's transfers.
+        self.key = key
         self._attempt = 0
         self._timeout_s = timeout_s
         self.account = account
@@ -227,6 +233,8 @@ class Purchase:
         """Reserve under the key, or under another one where the earlier hold has been released."""
         # A repetition finds the hold of the first request; a renewal then reports its state.
         self._renewal: Future[list[Result]] | None = None
+        # The catalogue or a price changed since: another amount was reserved.
+        self._is_other_amount = False
         self._reservation = self._ledger.submit(
             [
                 pending(
@@ -243,14 +251,13 @@ class Purchase:
         )
 
     @property
-    def key(self) -> str:
-        """The beginning of the ids of this purchase's transfers."""
-        return f"{self._key}:{self._attempt}" if self._attempt else self._key
-
-    @property
     def reservation_id(self) -> str:
-        """The pending transfer's id."""
-        return f"{self.key}:reserve"
+        """The pending transfer's id; a hold that was released is followed by another one.
+
+        All other ids stay the same, so that one of several settlements is booked.
+        """
+        attempt = f":{self._attempt}" if self._attempt else ""
+        return f"{self.key}{attempt}:reserve"
 
     @property
     def receipt_id(self) -> str:
@@ -274,9 +281,14 @@ class Purchase:
             return
         result = asked.result()[0]
         cannot_pay = self.item.cannot_pay
-        if result.outcome is Outcome.OK:
+        if result.outcome is Outcome.OK and self._is_other_amount:
+            self._refuse(
+                "ledger_refused", "a request with the same key is under way at other terms"
+            )
+        elif result.outcome is Outcome.OK:
             self._state = PurchaseState.RESERVED
-        elif result.outcome is Outcome.EXISTS and self._renewal is None:
+        elif result.outcome in _RESERVED_BEFORE and self._renewal is None:
+            self._is_other_amount = result.outcome is Outcome.EXISTS_WITH_DIFFERENT_FIELDS
             self._renewal = self._ledger.renew([self.reservation_id], self._timeout_s)
         elif result.outcome is Outcome.ALREADY_POSTED:
             self._state = PurchaseState.PAID
@@ -327,7 +339,10 @@ class Purchase:
         error = settled.exception()
         if isinstance(error, LedgerPostponedError):
             logger.warning("kvmarket: %s: %s", name, error)
-        if is_booked(settled) is not False:
+        booked = is_booked(settled)
+        if booked is None and error is None:
+            self._release()  # an earlier settlement under this key was booked, on another hold
+        if booked is not False:
             return
         reason: object = error
         if error is None:
@@ -350,7 +365,7 @@ class Purchase:
         # The ledger applies batches in the order of submission: a void behind a reservation that
         # is still under way finds it, or finds nothing where it was refused.
         self._ledger.submit(
-            [void(id=f"{self.key}:void", pending_id=self.reservation_id)],
+            [void(id=f"{self.reservation_id}:void", pending_id=self.reservation_id)],
             patience_s=NEVER_GIVE_UP_S,
         )
 

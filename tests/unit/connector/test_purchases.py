@@ -175,8 +175,10 @@ def test_samples_on_two_engines_share_a_key(market, purchases):
     assert spent(market) == 600 * 500
 
 
-def test_a_key_covers_one_prompt_of_one_account_at_one_price(market, purchases):
-    """Also where one request has several prompts, and where two of them are equal."""
+def test_a_key_covers_one_prompt_of_one_account_whatever_its_price_is_now(market, purchases):
+    """Also where one request has several prompts, and where two of them are equal. A retry is paid
+    for, also where the catalogue has changed since.
+    """
     bought(purchases, request("cmpl-x-0-0000000a"), used(), key="k")
     bought(purchases, request("cmpl-x-1-0000000a"), used(), key="k")
     bought(purchases, request("cmpl-y-1-0000000a", 2.0), used(), key="k")
@@ -186,7 +188,28 @@ def test_a_key_covers_one_prompt_of_one_account_at_one_price(market, purchases):
     bought(purchases, request("x-0000000c", prompt=[*PROMPT, 1]), used(), key="k")
     bought(purchases, request("x-0000000d"), used(), match=matching(document_id="kvd_y"), key="k")
     bought(purchases, request("x-0000000e"), used(500), match=matching(count=500), key="k")
-    assert spent(market) == (4 * 600 + 500) * 500
+    bought(purchases, request("x-0000000f"), used(), key="k")
+    assert spent(market) == 4 * 600 * 500
+
+
+def test_a_retry_at_other_terms_beside_its_first_request_is_not_sold(market, purchases):
+    """The hold is for another amount; what the first one used is charged once."""
+    first, retry = request("x-0000000a", 1.0), request("y-0000000b", 2.0)
+    reserved(purchases.join(first, "alice", matching(count=500), "k"))
+    assert reserved(purchases.join(retry, "alice", matching(), "k")).state() is (
+        PurchaseState.REFUSED
+    )
+    purchases.leave(retry, None)
+    purchases.leave(first, used(500))
+    assert spent(market) == 500 * 500
+
+
+def test_the_last_token_of_a_prompt_is_not_reserved(market, purchases):
+    """It is always computed: funds for the quoted price are enough."""
+    whole = request("x-0000000a", prompt=PROMPT[:600])
+    purchase = reserved(purchases.join(whole, "alice", matching()))
+    assert purchase.item.most_nano == 599 * 500
+    purchases.leave(whole, None)
 
 
 def test_a_key_is_no_free_ride_for_who_leaves_before_the_answer(market, purchases):

@@ -310,6 +310,25 @@ def test_a_key_whose_hold_is_gone_is_reserved_and_paid_anew(ledger, clock, end):
     assert stored == msgspec.structs.replace(receipt, created_at_s=stored.created_at_s)
 
 
+@pytest.mark.parametrize("late_first", [True, False])
+def test_a_key_is_paid_once_also_where_its_first_hold_ended_before_the_settlement(
+    ledger, clock, caplog, late_first
+):
+    """An engine was cut off; the retry ran elsewhere on a hold of its own; then both settle."""
+    cut_off = buy(ledger)
+    assert answered(cut_off) is PurchaseState.RESERVED
+    clock.now_s += 2 * TIMEOUT_S
+    assert ledger.expire_pending() == 1
+    retry = buy(ledger)
+    assert answered(retry) is PurchaseState.RESERVED
+    for purchase in (cut_off, retry) if late_first else (retry, cut_off):
+        purchase.settle(USAGE)
+        written(ledger)
+    assert balance(ledger, "alice") == NANO - 300_000, "nothing is reserved any more, either"
+    assert len(ledger.receipts()) == 1
+    assert caplog.records == []
+
+
 def test_each_listing_is_paid_for_its_own_tokens(ledger):
     """One charge and one receipt, a line for each listing, a royalty for each publisher."""
     ledger.create_account("sam", "publisher")

@@ -222,6 +222,7 @@ async def _is_affordable(service: Service, request: GatedRequest, *, is_adapter:
     refuse_unfunded = service.market.config.unfunded == "refuse"
     is_limited = field.reuse == "require" or field.max_price_nano is not None
     if is_adapter:
+        _split_limit(request)
         return not has_budget  # only the engine can quote it, and keeps the other limits
     if not (is_limited or has_budget or refuse_unfunded):
         return True
@@ -233,6 +234,7 @@ async def _is_affordable(service: Service, request: GatedRequest, *, is_adapter:
         if field.is_binding:
             raise
         # The engine keeps the limit, and computes what it cannot reserve.
+        _split_limit(request)
         return not has_budget
     may_reuse = quotes.may_reuse(
         offer,
@@ -243,6 +245,14 @@ async def _is_affordable(service: Service, request: GatedRequest, *, is_adapter:
     if not may_reuse or not has_budget:
         return may_reuse
     return await _spend(service, request, offer)
+
+
+def _split_limit(request: GatedRequest) -> None:
+    """Give each prompt of a request an equal part of its limit, as no sum was quoted; mutates."""
+    prompts = request.body.get("prompt")
+    if request.max_price_nano is not None and isinstance(prompts, list):
+        several = bool(prompts) and isinstance(prompts[0], list | str)
+        request.max_price_nano //= len(prompts) if several else 1
 
 
 async def _spend(service: Service, request: GatedRequest, offer: quotes.Offer) -> bool:

@@ -340,6 +340,9 @@ def test_a_request_is_computed_while_the_ledger_is_away(client, alice, market, m
     got = reached(ask(client, alice, prompt, max_price_nano=10**9))
     assert got["kv_transfer_params"]["kvmarket"]["max_price_nano"] == 10**9
     assert ask(client, alice, prompt, reuse="require").status_code == 503
+    # Nobody could add up what several prompts cost: each may cost its part of the limit.
+    got = reached(ask(client, alice, [prompt, prompt], max_price_nano=10**9))
+    assert got["kv_transfer_params"]["kvmarket"]["max_price_nano"] == 10**9 // 2
 
 
 METRICS = """# HELP vllm:kvmarket_charged_nano_total Charges.

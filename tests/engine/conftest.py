@@ -72,5 +72,6 @@ def llm(tiny: Callable[[int], Path], market: Market) -> Iterator[Any]:
 @pytest.fixture(scope="session")
 def open_server(llm: Any, tiny: Callable[[int], Path], market: Market) -> Iterator[str]:
     """The address of a server beside the shared engine, on the same market and model."""
-    with serving(tiny(1), market.home, "--enable-prompt-tokens-details") as running:
+    config = {"metrics_money": True}
+    with serving(tiny(1), market.home, "--enable-prompt-tokens-details", config=config) as running:
         yield running.base

@@ -88,9 +88,9 @@ class KeysUnavailableError(UnavailableError):
 class KeyLimits(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """What a key may not exceed. None means no limit.
 
-    `consents`: the key's requests buy reuse without asking for it, up to
-    `max_cache_read_nano_per_mtok` (None: the provider's own tariff). `networks` are the address
-    ranges that the key may be used from (none: everywhere).
+    No request of the key buys from a listing dearer than `max_cache_read_nano_per_mtok`. Those of a
+    key that `consents` buy reuse without asking for it; without that cap, up to the provider's own
+    tariff. `networks` are the address ranges that the key may be used from (none: everywhere).
     """
 
     expires_at_s: float | None = None

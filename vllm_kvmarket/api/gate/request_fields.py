@@ -80,11 +80,16 @@ class MarketField(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         return self.reuse != "never"
 
     def dearest_nano_per_mtok(self, limits: KeyLimits, tariff: Tariff) -> int | None:
-        """The dearest listing that the request buys from; None if it names its own limit."""
+        """The price of the dearest listing that the request buys from; None for no limit.
+
+        A key's own cap always holds. Without one the tariff is the limit, unless the request says
+        what it wants to pay.
+        """
+        if limits.max_cache_read_nano_per_mtok is not None:
+            return limits.max_cache_read_nano_per_mtok
         if self.document is not None or self.max_price_nano is not None:
             return None
-        agreed = limits.max_cache_read_nano_per_mtok
-        return tariff.terms().cache_read_nano_per_mtok if agreed is None else agreed
+        return tariff.terms().cache_read_nano_per_mtok
 
 
 NO_FIELD = MarketField()

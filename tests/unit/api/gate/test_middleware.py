@@ -434,6 +434,7 @@ def test_a_document_is_quoted_without_what_lies_behind_it(client, alice, market)
         ({"max_cache_read_nano_per_mtok": 7}, {}, 7),
         ({}, {"reuse": "prefer"}, TARIFF),
         ({}, {"max_price_nano": 10**9}, None),
+        ({"max_cache_read_nano_per_mtok": 7}, {"max_price_nano": 10**30}, 7),
         ({"consents": False}, {}, "never"),
         ({"consents": False}, {"max_price_nano": 10**9}, "never"),
         ({"consents": False}, {"reuse": "prefer"}, TARIFF),

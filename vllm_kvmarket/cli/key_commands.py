@@ -56,8 +56,8 @@ def _configure_create(parser: argparse.ArgumentParser) -> None:
     consent.add_argument(
         "--price-cap",
         type=amount,
-        help="its requests buy reuse without asking for it, up to this price of a million tokens "
-        "(default: the tariff's price)",
+        help="it never buys from a listing dearer than this for a million tokens (default: "
+        "requests that do not ask for reuse buy up to the tariff's price)",
     )
     consent.add_argument(
         "--no-consent", action="store_true", help="its requests buy reuse only when they ask for it"

@@ -141,11 +141,11 @@ def test_times_show_nothing_of_anothers_prompt(server, alice, bob):
 
     known, unknown, own = [], [], []
     for index in range(5):
-        prompt = words(7100 + index, 3000)
+        prompt = words(7100 + index, 4000)
         server.complete(prompt, alice, max_tokens=1)
         own.append(seconds(prompt, alice))
         known.append(seconds(prompt, bob))
-        unknown.append(seconds(words(7200 + index, 3000), bob))
+        unknown.append(seconds(words(7200 + index, 4000), bob))
     # Its own is quicker by far: the measure shows what there is to be seen.
     assert min(own) < 0.5 * min(unknown)
     assert min(known) > 0.7 * min(unknown)

@@ -126,7 +126,7 @@ def stop(process: subprocess.Popen[bytes]) -> bool:
 
 
 def _open_accounts(server: Soaked) -> None:
-    keys = Keys.open(server.market.home / DATABASE_FILE)
+    keys = Keys(server.market.home / DATABASE_FILE)
     for kind, accounts, scope in (
         ("buyer", BUYERS, "buyer"),
         ("publisher", PUBLISHERS, "publisher"),

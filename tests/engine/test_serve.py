@@ -200,7 +200,7 @@ def test_declined_reuse_is_counted_by_reason(server, client, llm, market):
     document = words(96, 600)
     market.publish(llm, token_ids=document, title="declined")
     time.sleep(1)
-    keys = Keys.open(market.home / DATABASE_FILE)
+    keys = Keys(market.home / DATABASE_FILE)
     key = keys.create("alice", ("buyer",))[0]
     keys.close()
     bearer = {"Authorization": f"Bearer {key}"}

@@ -122,7 +122,7 @@ def serving(
     base = f"http://127.0.0.1:{port}"
     try:
         with Market.open(config=settings) as market:
-            keys = Keys.open(market.home / DATABASE_FILE)
+            keys = Keys(market.home / DATABASE_FILE)
             wait_until_healthy(base, process, log)
             yield Server(base, port, process, market, keys, log)
             keys.close()

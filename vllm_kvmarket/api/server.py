@@ -93,7 +93,7 @@ def open_service(config: MarketConfig, frontend: Frontend | None, model: str) ->
     market.catalogue.watch(config.refresh_interval_s)
     return Service(
         market=market,
-        keys=Keys.open(market.home / DATABASE_FILE),
+        keys=Keys(market.home / DATABASE_FILE),
         info=_describe(config, frontend, model),
         frontend=frontend,
         publications=None if frontend is None else Publications(market, frontend),

@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, get_args
+from typing import Annotated, Any, Literal, get_args
 
 import apsw
 import msgspec
@@ -188,11 +188,6 @@ class Keys:
             raise self._unavailable(error) from error
         with self._reading:
             self._refresh()
-
-    @classmethod
-    def open(cls, path: Path) -> Self:
-        """Open the keys in the market's database (`market.home / DATABASE_FILE`)."""
-        return cls(path)
 
     def close(self) -> None:
         """Write the times of last use, and release the database."""

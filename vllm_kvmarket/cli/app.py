@@ -55,9 +55,9 @@ class _Version(argparse.Action):
 def commands_of(noun: str) -> Iterator[Command]:
     """Import a noun's module and go through its commands."""
     (module,) = [module for name, module, _ in NOUNS if name == noun]
-    for command in import_module(f"vllm_kvmarket.cli.{module}").COMMANDS:
-        if command.name.partition(" ")[0] == noun:
-            yield command
+    for found in vars(import_module(f"vllm_kvmarket.cli.{module}")).values():
+        if isinstance(found, Command) and found.name.partition(" ")[0] == noun:
+            yield found
 
 
 def commands() -> list[Command]:
@@ -96,8 +96,13 @@ def _add_commands(parser: argparse.ArgumentParser, noun: str) -> None:
                 description=command.help,
                 allow_abbrev=False,
             )
-        if command.configure:
-            command.configure(leaf)
+        for each in command.arguments:
+            if each.choices:
+                group = leaf.add_mutually_exclusive_group(**each.settings)
+                for choice in each.choices:
+                    group.add_argument(*choice.names, **choice.settings)
+            else:
+                leaf.add_argument(*each.names, **each.settings)
         common = leaf.add_argument_group("on every command")
         common.add_argument("--json", action="store_true", help="print one JSON document")
         common.add_argument("--home", help="folder of the market (default: the configuration's)")
@@ -123,7 +128,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         # argparse has printed the help or the error.
         return int(stop.code or OK)
     try:
-        code = int(args.command.run(args))
+        code: int = args.command.run(args) or OK
         sys.stdout.flush()
     except BrokenPipeError:
         # The reader of our output stopped early; the interpreter must not complain when it exits.

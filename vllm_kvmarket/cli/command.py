@@ -5,18 +5,19 @@ from __future__ import annotations
 import argparse
 import getpass
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from vllm_kvmarket.core.errors import KVMarketError, NotFoundError
 
 if TYPE_CHECKING:
     from vllm_kvmarket.market.market import Market
 
+DEFAULT_LIMIT = 20
 _COUNT = re.compile(r"([0-9]{1,15})([kKMG]?)")
 _SUFFIXES = {"": 1, "k": 1_000, "K": 1_000, "M": 1_000_000, "G": 1_000_000_000}
 _SPAN = re.compile(r"([0-9]{1,9})([smhdw])")
@@ -28,15 +29,51 @@ class UsageError(Exception):
 
 
 @dataclass(frozen=True, slots=True)
+class Argument:
+    """An argument or option, as argparse takes it; with `choices`, at most one of these instead."""
+
+    names: tuple[str, ...] = ()
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    choices: tuple[Argument, ...] = ()
+
+
+def argument(*names: str, **settings: Any) -> Argument:
+    """Describe what argparse's `add_argument` shall add."""
+    return Argument(names, settings)
+
+
+def one_of(*choices: Argument, required: bool = False) -> Argument:
+    """Options of which a call may have one; if `required`, it must."""
+    return Argument(settings={"required": required}, choices=choices)
+
+
+@dataclass(frozen=True, slots=True)
 class Command:
     """One command: its name ("noun verb", or one word), and `run`, which returns the exit code."""
 
     name: str
     help: str
-    run: Callable[[argparse.Namespace], int]
-    configure: Callable[[argparse.ArgumentParser], None] | None = None
+    run: Callable[[argparse.Namespace], int | None]
+    arguments: tuple[Argument, ...] = ()
     # A change is recorded in the market's admin log before it is made.
     changes: bool = False
+
+
+def command(
+    *arguments: Argument, changes: bool = False
+) -> Callable[[Callable[[argparse.Namespace], int | None]], Command]:
+    """Make a function a command: its name and its docstring are the command's name and help.
+
+    `key_rotate_operator` becomes `key rotate-operator`. It returns the exit code; None is 0.
+    """
+
+    def made(run: Callable[[argparse.Namespace], int | None]) -> Command:
+        noun, _, verb = run.__name__.partition("_")
+        text = (run.__doc__ or "").removesuffix(".")
+        name = f"{noun} {verb.replace('_', '-')}".strip()
+        return Command(name, text[:1].lower() + text[1:], run, arguments, changes)
+
+    return made
 
 
 def home_of(args: argparse.Namespace) -> Path:
@@ -89,20 +126,24 @@ def _record(args: argparse.Namespace, database: Path) -> None:
     AdminLog(database).record(f"cli:{getpass.getuser()}", args.command.name, given)
 
 
-def add_document_id(parser: argparse.ArgumentParser) -> None:
-    """Add the argument that names one document."""
-    parser.add_argument("document_id", metavar="ID", help="the document's id, kvd_...")
+DOCUMENT_ID = argument("document_id", metavar="ID", help="the document's id, kvd_...")
 
 
-def add_engine_options(parser: argparse.ArgumentParser, *, model_required: bool = True) -> None:
-    """Add the options that an engine is started with."""
-    parser.add_argument(
-        "--model", required=model_required, help="model folder or hub name, as for vLLM"
+def engine_options(*, model_required: bool = True) -> tuple[Argument, ...]:
+    """The options that an engine is started with."""
+    return (
+        argument("--model", required=model_required, help="model folder or hub name, as for vLLM"),
+        argument("--max-model-len", type=count, help="context of the engine, in tokens"),
+        argument(
+            "--dtype", help="number format of the engine, as for vLLM (float32 suits most CPUs)"
+        ),
     )
-    parser.add_argument("--max-model-len", type=count, help="context of the engine, in tokens")
-    parser.add_argument(
-        "--dtype", help="number format of the engine, as for vLLM (float32 suits most CPUs)"
-    )
+
+
+def limit(things: str) -> Argument:
+    """The option that bounds a list."""
+    text = f"how many {things} to show, newest first (default: {DEFAULT_LIMIT})"
+    return argument("--limit", type=count, default=DEFAULT_LIMIT, help=text)
 
 
 def amount(text: str) -> int:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vllm_kvmarket.cli import engine, output
-from vllm_kvmarket.cli.command import Command, count
+from vllm_kvmarket.cli.command import argument, command, count
 from vllm_kvmarket.core.errors import KVMarketError
 from vllm_kvmarket.core.pricing import format_nano
 from vllm_kvmarket.market.market import Market
@@ -48,14 +48,13 @@ class Sale:
     prefill: Answer
 
 
-def _configure(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", help="model folder or hub name (default: the demo's own)")
-    parser.add_argument("--output", help="folder for result.json (default: .demo)")
-    parser.add_argument("--max-model-len", type=count, help="context of the engine, in tokens")
-
-
-def run(args: argparse.Namespace) -> int:
-    """Run the demo; 0 when every promise is kept."""
+@command(
+    argument("--model", help="model folder or hub name (default: the demo's own)"),
+    argument("--output", help="folder for result.json (default: .demo)"),
+    argument("--max-model-len", type=count, help="context of the engine, in tokens"),
+)
+def demo(args: argparse.Namespace) -> int:
+    """Publish, reuse and charge for a real document, end to end."""
     folder = Path(args.output or ".demo").resolve()
     home = Path(args.home or folder / "home").resolve()
     if args.home is None:
@@ -216,8 +215,3 @@ def show(console: Console, result: dict[str, Any], sales: list[Sale]) -> None:
             ("took", f"{result['seconds']} s"),
         ],
     )
-
-
-COMMANDS = (
-    Command("demo", "publish, reuse and charge for a real document, end to end", run, _configure),
-)

@@ -15,12 +15,14 @@ import msgspec
 from vllm_kvmarket.catalogue import Listing
 from vllm_kvmarket.cli import engine
 from vllm_kvmarket.cli.command import (
-    Command,
+    DOCUMENT_ID,
     UsageError,
-    add_document_id,
-    add_engine_options,
     amount,
+    argument,
+    command,
     count,
+    engine_options,
+    one_of,
     open_market,
     share,
     span_s,
@@ -103,31 +105,6 @@ class Source:
     text: str
 
 
-def _configure_publish(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "files", metavar="FILE", nargs="+", help="Markdown or plain text in UTF-8; - for stdin"
-    )
-    parser.add_argument("--title", help="of the one document (default: its heading or file name)")
-    parser.add_argument(
-        "--publisher", default="publisher", help="account that earns the royalty; made if missing"
-    )
-    parser.add_argument(
-        "--price", type=amount, help="of a million reused tokens (default: by the tariff)"
-    )
-    parser.add_argument(
-        "--royalty", type=share, help="publisher's share, from 0 to 1 (default: by the tariff)"
-    )
-    parser.add_argument(
-        "--as",
-        dest="as_",
-        choices=("text", "chat"),
-        default="text",
-        help="as it stands, or as the first message of a chat (default: text)",
-    )
-    parser.add_argument("--ttl", type=span_s, help="on offer for: 90s, 15m, 12h, 7d, 4w")
-    add_engine_options(parser)
-
-
 def read_source(name: str, title: str | None) -> Source:
     """Read a document. Raises NotPublishableError when there is no text in it."""
     shown = "standard input" if name == STDIN else os.fsencode(name).decode("utf-8", "replace")
@@ -149,7 +126,31 @@ def _heading(text: str) -> str:
     return first[2:].strip(" #\r") if first.startswith("# ") else ""
 
 
-def _run_publish(args: argparse.Namespace) -> int:
+@command(
+    argument(
+        "files", metavar="FILE", nargs="+", help="Markdown or plain text in UTF-8; - for stdin"
+    ),
+    argument("--title", help="of the one document (default: its heading or file name)"),
+    argument(
+        "--publisher", default="publisher", help="account that earns the royalty; made if missing"
+    ),
+    argument("--price", type=amount, help="of a million reused tokens (default: by the tariff)"),
+    argument(
+        "--royalty", type=share, help="publisher's share, from 0 to 1 (default: by the tariff)"
+    ),
+    argument(
+        "--as",
+        dest="as_",
+        choices=("text", "chat"),
+        default="text",
+        help="as it stands, or as the first message of a chat (default: text)",
+    ),
+    argument("--ttl", type=span_s, help="on offer for: 90s, 15m, 12h, 7d, 4w"),
+    *engine_options(),
+    changes=True,
+)
+def document_publish(args: argparse.Namespace) -> int:
+    """Prefill documents once, store their KV, and put them on offer."""
     if args.title and len(args.files) > 1:
         raise UsageError("--title names one document; leave it out to publish several files")
     if args.files.count(STDIN) > 1:
@@ -223,22 +224,21 @@ def _line(outcome: dict[str, Any]) -> str:
 # list and show
 
 
-def _configure_list(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--state", choices=STATES, help="only documents in this state")
-    parser.add_argument(
-        "--search", help="only documents whose title, publisher or id has this text"
-    )
-
-
-def _run_list(args: argparse.Namespace) -> int:
+@command(
+    argument("--state", choices=STATES, help="only documents in this state"),
+    argument("--search", help="only documents whose title, publisher or id has this text"),
+)
+def document_list(args: argparse.Namespace) -> None:
+    """List the documents of the market."""
     with open_market(args) as market:
         listings = market.catalogue.listings(state=args.state, search=args.search)
         described = [describe(market, listing) for listing in listings]
     emit(args, {"documents": described}, lambda where: show_listings(where, described))
-    return 0
 
 
-def _run_show(args: argparse.Namespace) -> int:
+@command(DOCUMENT_ID)
+def document_show(args: argparse.Namespace) -> None:
+    """Show one document: prices, size, sales."""
     with open_market(args) as market:
         listing = market.catalogue.get(args.document_id)
         receipts = market.ledger.receipts(document_id=args.document_id)
@@ -255,7 +255,6 @@ def _run_show(args: argparse.Namespace) -> int:
             for audit in market.catalogue.audits_of(args.document_id)
         ]
     emit(args, document, lambda where: _show(where, document))
-    return 0
 
 
 def _show(where: Console, document: dict[str, Any]) -> None:
@@ -311,37 +310,44 @@ def _show(where: Console, document: dict[str, Any]) -> None:
 # what is on offer, and how long
 
 
-def _run_delist(args: argparse.Namespace) -> int:
+@command(DOCUMENT_ID, changes=True)
+def document_delist(args: argparse.Namespace) -> None:
+    """Take a document off the market at once."""
     with open_market(args) as market:
         market.delist(args.document_id)
         document = describe(market, market.catalogue.get(args.document_id))
     emit(args, document, lambda where: where.print(f"delisted {document['document_id']}"))
-    return 0
 
 
-def _configure_expire(parser: argparse.ArgumentParser) -> None:
-    add_document_id(parser)
-    until = parser.add_mutually_exclusive_group(required=True)
-    until.add_argument("--ttl", type=span_s, help="from now on: 90s, 15m, 12h, 7d, 4w")
-    until.add_argument("--never", action="store_true", help="keep it on offer for good")
-
-
-def _run_expire(args: argparse.Namespace) -> int:
+@command(
+    DOCUMENT_ID,
+    one_of(
+        argument("--ttl", type=span_s, help="from now on: 90s, 15m, 12h, 7d, 4w"),
+        argument("--never", action="store_true", help="keep it on offer for good"),
+        required=True,
+    ),
+    changes=True,
+)
+def document_expire(args: argparse.Namespace) -> None:
+    """Set the time until which a document is on offer."""
     expires_at_s = None if args.never else time.time() + args.ttl
     with open_market(args) as market:
         listing = eviction.set_time_to_live(market, args.document_id, expires_at_s)
         document = {**describe(market, listing), "expires_at_s": listing.terms.expires_at_s}
     until = "for good" if expires_at_s is None else f"until {moment(expires_at_s)}"
     emit(args, document, lambda where: where.print(f"{listing.document_id}: on offer {until}"))
-    return 0
 
 
-def _run_pin(args: argparse.Namespace) -> int:
+@command(DOCUMENT_ID, changes=True)
+def document_pin(args: argparse.Namespace) -> int:
+    """Keep a document in the engines' paged caches."""
     text = "pinned: every engine keeps it in its paged cache from its next use, within pin_budget"
     return _set_pinned(args, True, text)
 
 
-def _run_unpin(args: argparse.Namespace) -> int:
+@command(DOCUMENT_ID, changes=True)
+def document_unpin(args: argparse.Namespace) -> int:
+    """Let engines drop a pinned document again."""
     return _set_pinned(args, False, "no longer pinned")
 
 
@@ -356,16 +362,14 @@ def _set_pinned(args: argparse.Namespace, pinned: bool, text: str) -> int:
 # audit
 
 
-def _configure_audit(parser: argparse.ArgumentParser) -> None:
-    add_document_id(parser)
-    parser.add_argument(
-        "--chunks", type=count, default=3, help="how many, chosen at random (default: 3)"
-    )
-    parser.add_argument("--seed", type=count, help="choose the same chunks again")
-    add_engine_options(parser)
-
-
-def _run_audit(args: argparse.Namespace) -> int:
+@command(
+    DOCUMENT_ID,
+    argument("--chunks", type=count, default=3, help="how many, chosen at random (default: 3)"),
+    argument("--seed", type=count, help="choose the same chunks again"),
+    *engine_options(),
+)
+def document_audit(args: argparse.Namespace) -> int:
+    """Compute chunks of a document again and compare them with the stored ones."""
     with open_market(args) as market:
         market.catalogue.get(args.document_id)
         with engine.engine_output(), progress() as bar:
@@ -394,50 +398,3 @@ def _show_audit(where: Console, report: dict[str, Any]) -> None:
         ("largest difference", f"{report['worst_difference']:.3g}"),
     ]
     pairs(where, [*facts, *([("detail", report["detail"])] if report["detail"] else [])])
-
-
-COMMANDS = (
-    Command(
-        "document publish",
-        "prefill documents once, store their KV, and put them on offer",
-        _run_publish,
-        _configure_publish,
-        changes=True,
-    ),
-    Command("document list", "list the documents of the market", _run_list, _configure_list),
-    Command("document show", "show one document: prices, size, sales", _run_show, add_document_id),
-    Command(
-        "document delist",
-        "take a document off the market at once",
-        _run_delist,
-        add_document_id,
-        changes=True,
-    ),
-    Command(
-        "document expire",
-        "set the time until which a document is on offer",
-        _run_expire,
-        _configure_expire,
-        changes=True,
-    ),
-    Command(
-        "document pin",
-        "keep a document in the engines' paged caches",
-        _run_pin,
-        add_document_id,
-        changes=True,
-    ),
-    Command(
-        "document unpin",
-        "let engines drop a pinned document again",
-        _run_unpin,
-        add_document_id,
-        changes=True,
-    ),
-    Command(
-        "document audit",
-        "compute chunks of a document again and compare them with the stored ones",
-        _run_audit,
-        _configure_audit,
-    ),
-)

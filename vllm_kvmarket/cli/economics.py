@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from vllm_kvmarket.cli.command import Command, UsageError, amount, count, share
+from vllm_kvmarket.cli.command import UsageError, amount, argument, command, count, share
 from vllm_kvmarket.cli.output import emit, size, table
 from vllm_kvmarket.core import config
 from vllm_kvmarket.core.pricing import MTOK, Tariff, Terms, format_nano
@@ -137,22 +137,6 @@ class Economics:
         )
 
 
-def _configure(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--agents", type=count, help="how many read the document (default: 80M)")
-    parser.add_argument("--tokens", type=count, help="the document's tokens (default: 3774)")
-    parser.add_argument("--input-price", type=amount, help="of a million computed tokens")
-    parser.add_argument("--price", type=amount, help="of a million reused tokens (cache_read)")
-    parser.add_argument("--royalty", type=share, help="the publisher's share, from 0 to 1")
-    parser.add_argument("--prefill-s", type=_seconds, help="measured time of a prefill")
-    parser.add_argument("--reuse-s", type=_seconds, help="measured time of a reuse")
-    parser.add_argument(
-        "--kv-bytes", type=count, help="KV bytes a token (default: 147456, the paper's model)"
-    )
-    parser.add_argument(
-        "--egress-price", type=amount, help="of a GB sent to the internet (default: 0.09)"
-    )
-
-
 def _seconds(text: str) -> int:
     """Read seconds as nanoseconds: exact, as amounts are."""
     try:
@@ -161,7 +145,21 @@ def _seconds(text: str) -> int:
         raise argparse.ArgumentTypeError(f"expected seconds like 1.5, not {text!r}") from None
 
 
-def _run(args: argparse.Namespace) -> int:
+@command(
+    argument("--agents", type=count, help="how many read the document (default: 80M)"),
+    argument("--tokens", type=count, help="the document's tokens (default: 3774)"),
+    argument("--input-price", type=amount, help="of a million computed tokens"),
+    argument("--price", type=amount, help="of a million reused tokens (cache_read)"),
+    argument("--royalty", type=share, help="the publisher's share, from 0 to 1"),
+    argument("--prefill-s", type=_seconds, help="measured time of a prefill"),
+    argument("--reuse-s", type=_seconds, help="measured time of a reuse"),
+    argument(
+        "--kv-bytes", type=count, help="KV bytes a token (default: 147456, the paper's model)"
+    ),
+    argument("--egress-price", type=amount, help="of a GB sent to the internet (default: 0.09)"),
+)
+def economics(args: argparse.Namespace) -> None:
+    """What prefill, reuse and shipping cost for many readers."""
     if (args.prefill_s is None) != (args.reuse_s is None):
         raise UsageError("give --prefill-s and --reuse-s together: their ratio is what counts")
     if args.reuse_s == 0:
@@ -195,7 +193,6 @@ def _run(args: argparse.Namespace) -> int:
     except ValueError as error:
         raise UsageError(str(error)) from None
     emit(args, document, lambda where: _show(where, document))
-    return 0
 
 
 def _given(options: dict[str, Any]) -> dict[str, Any]:
@@ -232,10 +229,3 @@ def _show(where: Console, document: dict[str, Any]) -> None:
     where.print(
         "publishing never pays back" if reads is None else f"publishing pays back at read {reads}"
     )
-
-
-COMMANDS = (
-    Command(
-        "economics", "what prefill, reuse and shipping cost for many readers", _run, _configure
-    ),
-)

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vllm_kvmarket.cli.command import Command
+from vllm_kvmarket.cli.command import command
 from vllm_kvmarket.cli.output import clean, emit, pairs, size
 from vllm_kvmarket.core.errors import ConfigError
 from vllm_kvmarket.plugin import BELOW, OLDEST
@@ -134,7 +134,9 @@ def _plugin_problems() -> list[str]:
     return problems
 
 
-def _run(args: argparse.Namespace) -> int:
+@command()
+def env(args: argparse.Namespace) -> int:
+    """Show versions and paths, and what is wrong with them."""
     facts = examine(args)
     emit(args, facts, lambda where: _show(where, facts))
     return 1 if facts["problems"] else 0
@@ -157,6 +159,3 @@ def _show(where: Console, facts: dict[str, Any]) -> None:
         where.print(clean(f"wrong: {problem}"))
     if not facts["problems"]:
         where.print("nothing is wrong")
-
-
-COMMANDS = (Command("env", "show versions and paths, and what is wrong with them", _run),)

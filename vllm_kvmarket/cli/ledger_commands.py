@@ -11,15 +11,21 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from vllm_kvmarket import proofs
-from vllm_kvmarket.cli.command import Command, UsageError, amount, count, open_market, time_s
+from vllm_kvmarket.cli.command import (
+    UsageError,
+    amount,
+    argument,
+    command,
+    limit,
+    open_market,
+    time_s,
+)
 from vllm_kvmarket.cli.output import clean, emit, moment, progress, read_text, table
 from vllm_kvmarket.core.pricing import format_nano
 from vllm_kvmarket.ledger import Account, statements
 
 if TYPE_CHECKING:
     from rich.console import Console
-
-DEFAULT_LIMIT = 20
 
 # accounts
 
@@ -54,63 +60,61 @@ def show_accounts(where: Console, described: Iterable[dict[str, Any]]) -> None:
     )
 
 
-def _configure_create(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("account", metavar="ACCOUNT", help="an id like alice or team:search")
-    parser.add_argument(
-        "--kind", choices=("buyer", "publisher"), default="buyer", help="default: buyer"
-    )
-
-
-def _run_create(args: argparse.Namespace) -> int:
+@command(
+    argument("account", metavar="ACCOUNT", help="an id like alice or team:search"),
+    argument("--kind", choices=("buyer", "publisher"), default="buyer", help="default: buyer"),
+    changes=True,
+)
+def account_create(args: argparse.Namespace) -> None:
+    """Open an account."""
     with open_market(args, create=True) as market:
         account = describe(market.create_account(args.account, args.kind))
     emit(args, account, lambda where: show_accounts(where, [account]))
-    return 0
 
 
-def _run_list(args: argparse.Namespace) -> int:
+@command()
+def account_list(args: argparse.Namespace) -> None:
+    """List all accounts with their balances."""
     with open_market(args) as market:
         accounts = [describe(account) for account in market.ledger.accounts()]
     emit(args, {"accounts": accounts}, lambda where: show_accounts(where, accounts))
-    return 0
 
 
-def _configure_deposit(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("account", metavar="ACCOUNT", help="the account that receives the money")
-    parser.add_argument(
-        "amount", metavar="AMOUNT", type=amount, help="in currency units, like 12.5"
-    )
-    parser.add_argument(
+@command(
+    argument("account", metavar="ACCOUNT", help="the account that receives the money"),
+    argument("amount", metavar="AMOUNT", type=amount, help="in currency units, like 12.5"),
+    argument(
         "--id", help="the transfer's id: repeating a deposit under the same id changes nothing"
-    )
-
-
-def _run_deposit(args: argparse.Namespace) -> int:
+    ),
+    changes=True,
+)
+def account_deposit(args: argparse.Namespace) -> None:
+    """Bring money into an account."""
     with open_market(args) as market:
         transfer = market.deposit(args.account, args.amount, args.id)
         account = describe(market.ledger.account(args.account))
     document = {"transfer": msgspec.to_builtins(transfer), "account": account}
     emit(args, document, lambda where: show_accounts(where, [account]))
-    return 0
 
 
-def _configure_payout(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("account", metavar="ACCOUNT", help="the account that is paid out")
-    parser.add_argument(
+@command(
+    argument("account", metavar="ACCOUNT", help="the account that is paid out"),
+    argument(
         "amount",
         metavar="AMOUNT",
         nargs="?",
         type=amount,
         help="in currency units, like 12.5 (default: all that is available)",
-    )
-    parser.add_argument(
+    ),
+    argument(
         "--reference",
         required=True,
         help="the payment's id at a bank or the like: repeating it changes nothing",
-    )
-
-
-def _run_payout(args: argparse.Namespace) -> int:
+    ),
+    changes=True,
+)
+def account_payout(args: argparse.Namespace) -> None:
+    """Pay out a balance, once for a reference."""
     with open_market(args) as market:
         transfer, is_new = statements.payout(
             market.ledger, args.account, args.reference, args.amount
@@ -123,28 +127,14 @@ def _run_payout(args: argparse.Namespace) -> int:
         f"reference {args.reference}; {format_nano(account['balance_nano'])} is left"
     )
     emit(args, document, lambda where: where.print(clean(text)))
-    return 0
 
 
 # the ledger
 
 
-def add_limit(parser: argparse.ArgumentParser, things: str) -> None:
-    """Add the option that bounds a list."""
-    parser.add_argument(
-        "--limit",
-        type=count,
-        default=DEFAULT_LIMIT,
-        help=f"how many {things} to show, newest first (default: {DEFAULT_LIMIT})",
-    )
-
-
-def _configure_show(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--account", help="only transfers of this account")
-    add_limit(parser, "transfers")
-
-
-def _run_show(args: argparse.Namespace) -> int:
+@command(argument("--account", help="only transfers of this account"), limit("transfers"))
+def ledger_show(args: argparse.Namespace) -> int:
+    """Show accounts, recent transfers, and the balance."""
     with open_market(args) as market:
         if args.account:
             market.ledger.account(args.account)
@@ -188,21 +178,21 @@ def _show_ledger(where: Console, document: dict[str, Any]) -> None:
     where.print(f"\ndebits {debits} {sign} credits {credits_}")
 
 
-def _configure_check(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
+@command(
+    argument(
         "--checkpoint",
         metavar="FILE",
         type=Path,
         action="append",
         default=[],
         help="also check this checkpoint from earlier; may be repeated",
-    )
-    parser.add_argument(
+    ),
+    argument(
         "--backup", metavar="FOLDER", type=Path, help="check this backup instead of the market"
-    )
-
-
-def _run_check(args: argparse.Namespace) -> int:
+    ),
+)
+def ledger_check(args: argparse.Namespace) -> int:
+    """Recompute every balance and signed root from the transfers."""
     given = [read_text(path) for path in args.checkpoint]
     if args.backup:
         report = proofs.check_backup(args.backup, given)
@@ -234,26 +224,26 @@ def show_check(where: Console, report: proofs.LedgerCheck) -> None:
     where.print(f"root {report.root}")
 
 
-def _configure_statement(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--account", required=True, help="the account")
-    parser.add_argument(
+@command(
+    argument("--account", required=True, help="the account"),
+    argument(
         "--from",
         dest="from_s",
         type=time_s,
         metavar="TIME",
         help="from this day or moment on (UTC; default: the beginning)",
-    )
-    parser.add_argument(
+    ),
+    argument(
         "--to",
         dest="to_s",
         type=time_s,
         metavar="TIME",
         help="up to, and without, this day or moment (default: now)",
-    )
-    parser.add_argument("--csv", action="store_true", help="print CSV")
-
-
-def _run_statement(args: argparse.Namespace) -> int:
+    ),
+    argument("--csv", action="store_true", help="print CSV"),
+)
+def ledger_statement(args: argparse.Namespace) -> None:
+    """An account's movements, with the balance brought forward."""
     if args.csv and args.json:
         raise UsageError("--csv and --json do not go together; give one of them")
     if args.from_s is not None and args.to_s is not None and args.to_s <= args.from_s:
@@ -276,10 +266,9 @@ def _run_statement(args: argparse.Namespace) -> int:
         checkpoint = log.checkpoint()
     if args.csv:
         sys.stdout.write(statements.as_csv(made))
-        return 0
+        return
     document = {**msgspec.to_builtins(made), "checkpoint": checkpoint.note}
     emit(args, document, lambda where: _show_statement(where, made))
-    return 0
 
 
 def _show_statement(where: Console, made: statements.Statement) -> None:
@@ -310,41 +299,3 @@ def _show_statement(where: Console, made: statements.Statement) -> None:
         closing += f", a debt of {format_nano(made.debt_nano)} for answers booked late"
     sold = f", {made.sales} sales of {made.tokens_sold} tokens" if made.sales else ""
     where.print(closing + sold)
-
-
-COMMANDS = (
-    Command("account create", "open an account", _run_create, _configure_create, changes=True),
-    Command("account list", "list all accounts with their balances", _run_list),
-    Command(
-        "account deposit",
-        "bring money into an account",
-        _run_deposit,
-        _configure_deposit,
-        changes=True,
-    ),
-    Command(
-        "account payout",
-        "pay out a balance, once for a reference",
-        _run_payout,
-        _configure_payout,
-        changes=True,
-    ),
-    Command(
-        "ledger show",
-        "show accounts, recent transfers, and the balance",
-        _run_show,
-        _configure_show,
-    ),
-    Command(
-        "ledger statement",
-        "an account's movements, with the balance brought forward",
-        _run_statement,
-        _configure_statement,
-    ),
-    Command(
-        "ledger check",
-        "recompute every balance and signed root from the transfers",
-        _run_check,
-        _configure_check,
-    ),
-)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -114,6 +115,16 @@ def progress() -> Progress:
         disable=not where.is_terminal,
         transient=True,
     )
+
+
+@contextmanager
+def counted(text: str, shown: Callable[[int], str] = str) -> Iterator[Callable[[int, int], None]]:
+    """Show a progress bar; yields the function to call with what is done, and with all."""
+    with progress() as bar:
+        task = bar.add_task(text, total=None, note="")
+        yield lambda done, total: bar.update(
+            task, completed=done, total=total, note=f"{shown(done)} of {shown(total)}"
+        )
 
 
 def complain(message: object) -> None:

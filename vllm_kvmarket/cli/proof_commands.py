@@ -14,8 +14,7 @@ import msgspec
 from vllm_kvmarket import proofs
 from vllm_kvmarket.auth.admin_log import AdminLog
 from vllm_kvmarket.auth.signing_keys import PublicKey, SigningKeys, TrustedKeys, read_jwks
-from vllm_kvmarket.cli.command import Command, UsageError, home_of, open_market
-from vllm_kvmarket.cli.ledger_commands import add_limit
+from vllm_kvmarket.cli.command import UsageError, argument, command, home_of, limit, open_market
 from vllm_kvmarket.cli.output import clean, emit, moment, pairs, read_text, table
 from vllm_kvmarket.core.pricing import format_nano
 from vllm_kvmarket.market.market import DATABASE_FILE
@@ -26,19 +25,15 @@ if TYPE_CHECKING:
 # receipts
 
 
-def _configure_list(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--account", help="only receipts of this buyer")
-    add_limit(parser, "receipts")
-
-
-def _run_list(args: argparse.Namespace) -> int:
+@command(argument("--account", help="only receipts of this buyer"), limit("receipts"))
+def receipt_list(args: argparse.Namespace) -> None:
+    """List receipts: the reused tokens and the charge."""
     with open_market(args) as market:
         if args.account:
             market.ledger.account(args.account)
         receipts = market.receipts(args.account, args.limit)
     document = {"receipts": msgspec.to_builtins(receipts)}
     emit(args, document, lambda where: _show_receipts(where, document["receipts"]))
-    return 0
 
 
 def _show_receipts(where: Console, receipts: list[dict[str, Any]]) -> None:
@@ -62,14 +57,13 @@ def _show_receipts(where: Console, receipts: list[dict[str, Any]]) -> None:
     )
 
 
-def _add_jwks(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--jwks",
-        metavar="FILE",
-        type=Path,
-        help="the market's public keys, as `kvmarket key show --all` prints them "
-        "(default: this home's own and those it trusts)",
-    )
+JWKS = argument(
+    "--jwks",
+    metavar="FILE",
+    type=Path,
+    help="the market's public keys, as `kvmarket key show --all` prints them "
+    "(default: this home's own and those it trusts)",
+)
 
 
 def _keys(args: argparse.Namespace) -> list[PublicKey]:
@@ -82,27 +76,26 @@ def _keys(args: argparse.Namespace) -> list[PublicKey]:
     return keys
 
 
-def _configure_show(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("receipt_id", metavar="ID", help="the receipt's id, kvr_...")
-    parser.add_argument(
+@command(
+    argument("receipt_id", metavar="ID", help="the receipt's id, kvr_..."),
+    argument(
         "--jws", action="store_true", help="print the signed receipt alone, to give to others"
-    )
-
-
-def _run_show(args: argparse.Namespace) -> int:
+    ),
+)
+def receipt_show(args: argparse.Namespace) -> None:
+    """Show a receipt, or its signed form for others."""
     with open_market(args) as market:
         market.ledger.receipt(args.receipt_id)  # do not wait for one that does not exist
         receipt = proofs.signed_receipt(market, args.receipt_id)
     if args.jws:
         print(receipt.jws)
-        return 0
+        return
     document = {
         "payload": msgspec.to_builtins(receipt.payload),
         "kid": receipt.kid,
         **receipt.x402(),
     }
     emit(args, document, lambda where: _show_receipt(where, receipt))
-    return 0
 
 
 def _show_receipt(where: Console, receipt: proofs.SignedReceipt) -> None:
@@ -125,12 +118,12 @@ def _show_receipt(where: Console, receipt: proofs.SignedReceipt) -> None:
     )
 
 
-def _configure_verify(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
+@command(
+    argument(
         "file", metavar="FILE", type=Path, help="a signed receipt, as JWS or JSON; - for stdin"
-    )
-    _add_jwks(parser)
-    parser.add_argument(
+    ),
+    JWKS,
+    argument(
         "--proof",
         metavar="FILE",
         type=Path,
@@ -138,10 +131,10 @@ def _configure_verify(parser: argparse.ArgumentParser) -> None:
         default=[],
         help="also check that this proof (`kvmarket log prove`) is of one of its transfers; "
         "may be repeated",
-    )
-
-
-def _run_verify(args: argparse.Namespace) -> int:
+    ),
+)
+def receipt_verify(args: argparse.Namespace) -> int:
+    """Check a signed receipt with nothing but the market's public keys."""
     keys = _keys(args)
     try:
         receipt = proofs.verify(proofs.read_jws(read_text(args.file)), keys)
@@ -180,13 +173,15 @@ def _refused(args: argparse.Namespace, error: Exception) -> int:
 # the log
 
 
-def _run_checkpoint(args: argparse.Namespace) -> int:
+@command()
+def log_checkpoint(args: argparse.Namespace) -> None:
+    """Sign the log's size and root."""
     with open_market(args) as market:
         checkpoint = proofs.TransparencyLog(market.ledger, market.home).checkpoint()
         key = SigningKeys(market.home).current().public
     if not args.json:
         sys.stdout.write(checkpoint.note)
-        return 0
+        return
     document = {
         "origin": checkpoint.origin,
         "size": checkpoint.size,
@@ -196,14 +191,14 @@ def _run_checkpoint(args: argparse.Namespace) -> int:
         "verifier_key": proofs.verifier_key(checkpoint.origin, key),
     }
     emit(args, document, lambda _: None)
-    return 0
 
 
-def _configure_epoch(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--reason", required=True, help="what happened, for those who read the log")
-
-
-def _run_epoch(args: argparse.Namespace) -> int:
+@command(
+    argument("--reason", required=True, help="what happened, for those who read the log"),
+    changes=True,
+)
+def log_epoch(args: argparse.Namespace) -> None:
+    """Begin a new log after the ledger was rolled back, and record what was lost."""
     with open_market(args) as market:
         epoch = proofs.TransparencyLog(market.ledger, market.home).open_epoch(args.reason)
     lost = "unknown" if epoch.common_size is None else epoch.signed_size - epoch.common_size
@@ -215,19 +210,16 @@ def _run_epoch(args: argparse.Namespace) -> int:
             f"{epoch.signed_size} were signed for, {lost} of them are lost"
         ),
     )
-    return 0
 
 
-def _configure_prove(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("transfer_id", metavar="TRANSFER_ID", help="a transfer's id")
-
-
-def _run_prove(args: argparse.Namespace) -> int:
+@command(argument("transfer_id", metavar="TRANSFER_ID", help="a transfer's id"))
+def log_prove(args: argparse.Namespace) -> None:
+    """Prove that a transfer is in the log."""
     with open_market(args) as market:
         proof = proofs.TransparencyLog(market.ledger, market.home).prove(args.transfer_id)
     if not args.json:
         sys.stdout.write(proof.text())
-        return 0
+        return
     document = {
         "index": proof.index,
         "transfer": json.loads(proof.entry),
@@ -237,17 +229,14 @@ def _run_prove(args: argparse.Namespace) -> int:
         "proof": proof.text(),
     }
     emit(args, document, lambda _: None)
-    return 0
 
 
-def _configure_consistency(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("old", metavar="OLD", help="a checkpoint's file, or a number of transfers")
-    parser.add_argument(
-        "new", metavar="NEW", nargs="?", help="a later one (default: the log as it stands)"
-    )
-
-
-def _run_consistency(args: argparse.Namespace) -> int:
+@command(
+    argument("old", metavar="OLD", help="a checkpoint's file, or a number of transfers"),
+    argument("new", metavar="NEW", nargs="?", help="a later one (default: the log as it stands)"),
+)
+def log_consistency(args: argparse.Namespace) -> None:
+    """Prove that the log only grew."""
     with open_market(args) as market:
         log = proofs.TransparencyLog(market.ledger, market.home)
         known = log.public_keys()
@@ -263,7 +252,6 @@ def _run_consistency(args: argparse.Namespace) -> int:
     proof.verify(known)
     # JSON with and without --json: the output is a file for others.
     print(msgspec.json.format(msgspec.json.encode(proof), indent=2).decode())
-    return 0
 
 
 def _size(text: str, keys: list[PublicKey]) -> tuple[int, str]:
@@ -274,17 +262,17 @@ def _size(text: str, keys: list[PublicKey]) -> tuple[int, str]:
     return proofs.verify_checkpoint(note, keys).size, note
 
 
-def _configure_log_verify(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
+@command(
+    argument(
         "file",
         metavar="FILE",
         type=Path,
         help="the output of `log checkpoint`, `log prove` or `log consistency`; - for stdin",
-    )
-    _add_jwks(parser)
-
-
-def _run_log_verify(args: argparse.Namespace) -> int:
+    ),
+    JWKS,
+)
+def log_verify(args: argparse.Namespace) -> int:
+    """Check a checkpoint or proof with nothing but the market's public keys."""
     keys = _keys(args)
     try:
         document = _check(read_text(args.file), keys)
@@ -326,16 +314,13 @@ def _check(text: str, keys: list[PublicKey]) -> dict[str, Any]:
 # what administrators changed
 
 
-def _configure_admin(parser: argparse.ArgumentParser) -> None:
-    add_limit(parser, "entries")
-
-
-def _run_admin(args: argparse.Namespace) -> int:
+@command(limit("entries"))
+def log_admin(args: argparse.Namespace) -> None:
+    """List what administrators changed, over HTTP and with this command."""
     with open_market(args) as market:
         entries = AdminLog(market.home / DATABASE_FILE).entries(args.limit)
     described = msgspec.to_builtins(entries)
     emit(args, {"entries": described}, lambda where: _show_admin(where, described))
-    return 0
 
 
 def _show_admin(where: Console, described: list[dict[str, Any]]) -> None:
@@ -354,46 +339,3 @@ def _show_admin(where: Console, described: list[dict[str, Any]]) -> None:
         ],
         empty="no changes yet",
     )
-
-
-COMMANDS = (
-    Command(
-        "receipt list",
-        "list receipts: the reused tokens and the charge",
-        _run_list,
-        _configure_list,
-    ),
-    Command(
-        "receipt show", "show a receipt, or its signed form for others", _run_show, _configure_show
-    ),
-    Command(
-        "receipt verify",
-        "check a signed receipt with nothing but the market's public keys",
-        _run_verify,
-        _configure_verify,
-    ),
-    Command("log checkpoint", "sign the log's size and root", _run_checkpoint),
-    Command("log prove", "prove that a transfer is in the log", _run_prove, _configure_prove),
-    Command(
-        "log consistency", "prove that the log only grew", _run_consistency, _configure_consistency
-    ),
-    Command(
-        "log epoch",
-        "begin a new log after the ledger was rolled back, and record what was lost",
-        _run_epoch,
-        _configure_epoch,
-        changes=True,
-    ),
-    Command(
-        "log admin",
-        "list what administrators changed, over HTTP and with this command",
-        _run_admin,
-        _configure_admin,
-    ),
-    Command(
-        "log verify",
-        "check a checkpoint or proof with nothing but the market's public keys",
-        _run_log_verify,
-        _configure_log_verify,
-    ),
-)

@@ -7,7 +7,6 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
@@ -18,13 +17,14 @@ import numpy as np
 from vllm_kvmarket.catalogue import Listing
 from vllm_kvmarket.cli import engine
 from vllm_kvmarket.cli.command import (
-    Command,
-    add_document_id,
-    add_engine_options,
+    DOCUMENT_ID,
+    argument,
+    command,
     count,
+    engine_options,
     open_market,
 )
-from vllm_kvmarket.cli.output import clean, emit, progress, size, table
+from vllm_kvmarket.cli.output import clean, counted, emit, size, table
 from vllm_kvmarket.core.errors import NotPublishableError, StoreError
 from vllm_kvmarket.market import check_and_repair, garbage_collection
 from vllm_kvmarket.market.market import Market
@@ -40,25 +40,15 @@ REPEATS = 5
 # check
 
 
-def _configure_check(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
+@command(
+    argument(
         "--quick",
         action="store_true",
         help="check the ledger and the catalogue only; do not read the chunks",
     )
-
-
-@contextmanager
-def counted(description: str) -> Iterator[check_and_repair.Progress]:
-    """Show a progress bar; yields the function to call with (steps done, all steps)."""
-    with progress() as bar:
-        task = bar.add_task(description, total=None, note="")
-        yield lambda done, total: bar.update(
-            task, completed=done, total=total, note=f"{done}/{total}"
-        )
-
-
-def _run_check(args: argparse.Namespace) -> int:
+)
+def store_check(args: argparse.Namespace) -> int:
+    """Check ledger, catalogue and every stored chunk; changes nothing."""
     with open_market(args) as market, counted("verifying chunks") as step:
         report = check_and_repair.check(market, verify=not args.quick, on_progress=step)
     emit(args, msgspec.to_builtins(report), lambda where: _show_check(where, report))
@@ -88,15 +78,14 @@ def _show_check(where: Console, report: check_and_repair.CheckReport) -> None:
 # gc
 
 
-def _configure_gc(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--dry-run", action="store_true", help="only report, delete nothing")
-
-
-def _run_gc(args: argparse.Namespace) -> int:
+@command(
+    argument("--dry-run", action="store_true", help="only report, delete nothing"), changes=True
+)
+def store_gc(args: argparse.Namespace) -> None:
+    """Delete chunks that no listing needs."""
     with open_market(args) as market:
         report = garbage_collection.collect_garbage(market, dry_run=args.dry_run)
     emit(args, msgspec.to_builtins(report), lambda where: _show_garbage(where, report))
-    return 0
 
 
 def _show_garbage(where: Console, report: garbage_collection.GcReport) -> None:
@@ -115,17 +104,18 @@ def _show_garbage(where: Console, report: garbage_collection.GcReport) -> None:
 # repair
 
 
-def _configure_repair(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
+@command(
+    argument(
         "document_ids",
         metavar="ID",
         nargs="*",
         help="documents, kvd_... (default: all that are on offer)",
-    )
-    add_engine_options(parser, model_required=False)
-
-
-def _run_repair(args: argparse.Namespace) -> int:
+    ),
+    *engine_options(model_required=False),
+    changes=True,
+)
+def store_repair(args: argparse.Namespace) -> int:
+    """Verify documents, and publish damaged ones again."""
     with open_market(args) as market, counted("verifying chunks") as step:
         computer = _Engine(args, market)
         try:
@@ -319,20 +309,18 @@ def _layers(market: Market, keys: tuple[bytes, ...]) -> Iterator[Layer]:
                     yield Layer(layout.dtype, described.page_bytes, chunk.layer(index))
 
 
-def _configure_codecs(parser: argparse.ArgumentParser) -> None:
-    add_document_id(parser)
-    parser.add_argument(
-        "--threads", type=count, help="threads that load at once (default: io_threads)"
-    )
-    parser.add_argument(
+@command(
+    DOCUMENT_ID,
+    argument("--threads", type=count, help="threads that load at once (default: io_threads)"),
+    argument(
         "--sample",
         type=count,
         default=SAMPLE_BYTES,
         help="most bytes of KV to measure (default: 64M)",
-    )
-
-
-def _run_codecs(args: argparse.Namespace) -> int:
+    ),
+)
+def store_codecs(args: argparse.Namespace) -> None:
+    """Measure each codec on a stored document, and where it pays."""
     with open_market(args) as market:
         threads = args.threads or market.config.io_threads
         layers, tokens = _sample(market, args.document_id, args.sample)
@@ -365,7 +353,6 @@ def _run_codecs(args: argparse.Namespace) -> int:
         ],
     }
     emit(args, document, lambda where: _show_codecs(where, document))
-    return 0
 
 
 def _show_codecs(where: Console, document: dict[str, Any]) -> None:
@@ -395,29 +382,3 @@ def _show_codecs(where: Console, document: dict[str, Any]) -> None:
             f"{each['codec']} loads fastest from a source of {size(each['from_bytes_per_s'])}/s "
             f"{until}, with {document['threads']} threads"
         )
-
-
-COMMANDS = (
-    Command(
-        "store check",
-        "check ledger, catalogue and every stored chunk; changes nothing",
-        _run_check,
-        _configure_check,
-    ),
-    Command(
-        "store gc", "delete chunks that no listing needs", _run_gc, _configure_gc, changes=True
-    ),
-    Command(
-        "store repair",
-        "verify documents, and publish damaged ones again",
-        _run_repair,
-        _configure_repair,
-        changes=True,
-    ),
-    Command(
-        "store codecs",
-        "measure each codec on a stored document, and where it pays",
-        _run_codecs,
-        _configure_codecs,
-    ),
-)

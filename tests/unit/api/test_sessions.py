@@ -236,7 +236,7 @@ class Clock:
 
 @pytest.fixture
 def keys(tmp_path):
-    with_keys = Keys.open(tmp_path / "keys.sqlite")
+    with_keys = Keys(tmp_path / "keys.sqlite")
     yield with_keys
     with_keys.close()
 

@@ -43,7 +43,7 @@ def path(tmp_path):
 
 @pytest.fixture
 def keys(path):
-    opened = Keys.open(path)
+    opened = Keys(path)
     yield opened
     opened.close()
 
@@ -104,7 +104,7 @@ def test_a_revoked_key_is_nobody_at_once(keys):
 def test_a_revocation_by_another_process_is_seen_within_a_second(path):
     """What was remembered is asked for again when it is half a second old."""
     clock = Clock()
-    mine, theirs = Keys(path, clock), Keys.open(path)
+    mine, theirs = Keys(path, clock), Keys(path)
     secret, key_id = theirs.create("alice")
     assert mine.check(secret) is not None
     theirs.revoke(key_id)
@@ -120,7 +120,7 @@ def test_a_key_that_another_process_makes_is_known_at_once(keys, path):
     keys.check("kvm_" + "a" * 43)
     program = (
         "import sys; from pathlib import Path; from vllm_kvmarket.auth.api_keys import Keys\n"
-        "print(Keys.open(Path(sys.argv[1])).create('bob', ['read-only'])[0])"
+        "print(Keys(Path(sys.argv[1])).create('bob', ['read-only'])[0])"
     )
     done = subprocess.run(
         [sys.executable, "-c", program, str(path)], capture_output=True, text=True, check=True
@@ -283,7 +283,7 @@ def test_a_keys_limits_are_known_to_every_process(keys, path):
     """With the principal, and in the list."""
     limits = KeyLimits(day_budget_nano=5, max_cache_read_nano_per_mtok=7, consents=False)
     secret, key_id = keys.create("alice", limits=limits)
-    other = Keys.open(path)
+    other = Keys(path)
     assert other.check(secret).limits == other.listed(key_id=key_id)[0].limits == limits
     assert other.principal(key_id) == other.check(secret)
     keys.revoke(key_id)
@@ -331,12 +331,12 @@ def test_what_was_not_charged_is_given_back(dated, wall):
 
 def test_a_budget_holds_for_all_processes_together(path):
     """Several threads with connections of their own spend no more than there is."""
-    first = Keys.open(path)
+    first = Keys(path)
     _, key_id = first.create("alice", limits=KeyLimits(total_budget_nano=50))
     spent = []
 
     def buy():
-        own = Keys.open(path)
+        own = Keys(path)
         spent.extend(1 for _ in range(20) if own.spend(key_id, 1))
         own.close()
 
@@ -374,7 +374,7 @@ def test_a_key_without_a_budget_has_no_end(keys):
 def test_the_last_use_is_written_by_a_thread(path, monkeypatch):
     """Not by the check itself, and at the latest when the keys are closed."""
     monkeypatch.setattr(api_keys, "WRITE_USES_S", 0.05)
-    keys = Keys.open(path)
+    keys = Keys(path)
     secret, key_id = keys.create("alice")
     assert keys.listed()[0].last_used_at_s is None
     keys.check(secret)
@@ -387,7 +387,7 @@ def test_the_last_use_is_written_by_a_thread(path, monkeypatch):
     time.sleep(0.2)
     keys.check(secret)
     keys.close()
-    later = Keys.open(path)
+    later = Keys(path)
     assert later.listed(key_id=key_id)[0].last_used_at_s > used_at_s
     later.close()
     assert "kvmarket-key-uses" not in [thread.name for thread in threading.enumerate()]
@@ -396,7 +396,7 @@ def test_the_last_use_is_written_by_a_thread(path, monkeypatch):
 def test_a_check_does_not_wait_for_a_writer(path, monkeypatch):
     """Another process holds the database, and a thread of ours waits for it."""
     monkeypatch.setattr(api_keys, "WRITE_PATIENCE_MS", 60_000)
-    keys = Keys.open(path)
+    keys = Keys(path)
     secret, _ = keys.create("alice")
     with contextlib.closing(apsw.Connection(str(path))) as other:
         other.execute("BEGIN IMMEDIATE")
@@ -419,7 +419,7 @@ def test_a_check_does_not_wait_for_a_writer(path, monkeypatch):
 
 def test_a_change_among_many_keys_is_read_alone(path):
     """With 100,000 keys a revocation does not hold up the next check."""
-    keys = Keys.open(path)
+    keys = Keys(path)
     secret, key_id = keys.create("alice")
     rows = (
         (f"key_{number}", number.to_bytes(32), "bob", "buyer", "", "{}", 0.0, number)
@@ -429,7 +429,7 @@ def test_a_change_among_many_keys_is_read_alone(path):
         db.executemany("INSERT INTO api_key VALUES (?, ?, ?, ?, ?, ?, ?, NULL, ?)", rows)
         db.execute("UPDATE api_key_revision SET revision = 200000")
     keys.close()
-    keys, other = Keys.open(path), Keys.open(path)
+    keys, other = Keys(path), Keys(path)
     assert keys.check(secret) is not None
     other.revoke(key_id)
     time.sleep(REFRESH_S)

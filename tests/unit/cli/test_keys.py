@@ -27,7 +27,7 @@ def test_a_key_is_made_with_its_limits(run_json, home):
         "max_cache_read_nano_per_mtok": 250_000_000,
         "networks": ["10.0.0.0/8", "::1/128"],
     }
-    keys = Keys.open(home / DATABASE_FILE)
+    keys = Keys(home / DATABASE_FILE)
     assert keys.check(made["key"], "10.0.0.1").account == "alice"
     assert keys.check(made["key"], "192.0.2.1") is None
     keys.close()
@@ -36,7 +36,7 @@ def test_a_key_is_made_with_its_limits(run_json, home):
 def test_keys_are_listed_without_their_secrets(run, run_json, home):
     """With their last use, their spending and their end."""
     made = run_json("apikey", "create", "alice", "--no-consent", "--budget", "1")
-    keys = Keys.open(home / DATABASE_FILE)
+    keys = Keys(home / DATABASE_FILE)
     assert keys.check(made["key"]) is not None
     assert keys.spend(made["key_id"], 250_000_000)
     keys.close()

@@ -127,8 +127,8 @@ def test_an_engine_that_does_not_start_is_one_line(run, tmp_path, monkeypatch, e
 def test_demo_is_dispatched_with_its_options(run, monkeypatch, tmp_path):
     """`kvmarket demo` runs with the given options, and its result is the exit code."""
     seen = []
-    command = replace(demo.COMMANDS[0], run=lambda args: seen.append(args) or 1)
-    monkeypatch.setattr(demo, "COMMANDS", (command,))
+    command = replace(demo.demo, run=lambda args: seen.append(args) or 1)
+    monkeypatch.setattr(demo, "demo", command)
     run("demo", "--model", "m", "--output", tmp_path, "--max-model-len", "512", code=1)
     assert (seen[0].model, seen[0].output, seen[0].max_model_len) == ("m", str(tmp_path), 512)
     assert (seen[0].home, seen[0].json) == (None, False)

@@ -34,7 +34,7 @@ def market(tmp_path):
 
 @pytest.fixture
 def keys(market):
-    opened = Keys.open(market.home / DATABASE_FILE)
+    opened = Keys(market.home / DATABASE_FILE)
     yield opened
     opened.close()
 

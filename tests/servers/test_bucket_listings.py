@@ -8,6 +8,7 @@ import pytest
 
 from tests.support.machines import Machine, objects_of
 from tests.support.store_chunks import layout_of, sample
+from vllm_kvmarket.core.errors import StoreError
 from vllm_kvmarket.store import bucket_listings
 from vllm_kvmarket.store.chunk_format import chunk_name
 
@@ -19,8 +20,16 @@ def test_the_directory_of_listings(machine: Machine) -> None:
     for document_id, entry in (("kvd_2", b"two"), ("kvd_1", b"one"), ("kvd_1", b"one, again")):
         bucket_listings.publish_listing(first, entry, document_id)
     assert bucket_listings.listed_documents(second) == {"kvd_1", "kvd_2"}
-    found = list(bucket_listings.read_listings(second))
-    assert found == [("kvd_1", b"one, again"), ("kvd_2", b"two")]
+    with pytest.raises(StoreError, match="is not whole"):
+        bucket_listings.read_whole(second)
+    assert [first.put_new(bucket_listings.MARKER, content) for content in (b"1", b"2")] == [
+        True,
+        False,
+    ]
+    assert first.get_bytes(bucket_listings.MARKER) == b"1"
+    objects, found = bucket_listings.read_whole(second)
+    assert list(found) == [("kvd_1", b"one, again"), ("kvd_2", b"two")]
+    assert len(objects) == 3
     for _ in range(2):
         bucket_listings.withdraw_listing(second, "kvd_1")
     assert bucket_listings.read_listing(first, "kvd_1") is None
@@ -44,11 +53,12 @@ def test_collecting_the_bucket(machine: Machine) -> None:
     others = ["listings/kvd_1", f"quarantine/{chunk_name(unneeded.key)}", "ab/notes.txt"]
     for name in others:
         objects.put_bytes(name, b"content")
-    assert bucket_listings.collect(objects, {needed.key}) == []
+    assert bucket_listings.collect(objects, objects.entries(), {needed.key}) == []
     time.sleep(1.1)  # S3 tells the time in seconds
     garbage = [chunk_name(unneeded.key), chunk_name(unneeded.key, 1, 2)]
-    dry = bucket_listings.collect(objects, {needed.key}, 0.0, dry_run=True)
+    everything = list(objects.entries())
+    dry = bucket_listings.collect(objects, everything, {needed.key}, 0.0, dry_run=True)
     assert sorted(dry) == sorted(garbage) and objects.head(garbage[0]) is not None
-    gone = bucket_listings.collect(objects, {needed.key}, 0.0)
+    gone = bucket_listings.collect(objects, everything, {needed.key}, 0.0)
     assert sorted(gone) == sorted(garbage)
     assert sorted(objects.names()) == sorted([*others, chunk_name(needed.key)])

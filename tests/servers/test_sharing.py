@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pytest
 
 from tests.support.seaweed import SeaweedFS
 from vllm_kvmarket import Market
 from vllm_kvmarket.catalogue import Listing
+from vllm_kvmarket.cli import main
 from vllm_kvmarket.core.document_chunks import DocumentChunks
-from vllm_kvmarket.core.errors import StoreError
+from vllm_kvmarket.core.errors import ConfigError, StoreError
 from vllm_kvmarket.core.listing_terms import ListingTerms
 from vllm_kvmarket.core.model_identity import ROOT, pack_tokens
 from vllm_kvmarket.market.shared_bucket import Directory
@@ -62,7 +65,7 @@ def test_a_second_home_finds_what_the_first_published(homes):
     """The listing by its bucket entry, the bytes by read-through, the publisher by an account."""
     first, second = homes
     listing = publish(first)
-    directory = Directory(second.store, second.catalogue, second.ledger)
+    directory = Directory(second.store, second.catalogue, second.ledger, second.identity)
     assert directory.sync() == 1
     found = second.match(NAMESPACE, [*TOKENS, 1, 2, 3])
     assert found is not None
@@ -85,7 +88,7 @@ def test_an_entry_that_is_rubbish_stops_nothing(homes):
     publish(first)
     assert first.store.objects is not None
     first.store.objects.put_bytes("listings/kvd_00000000000000000000000000000000", b"rubbish")
-    directory = Directory(second.store, second.catalogue, second.ledger)
+    directory = Directory(second.store, second.catalogue, second.ledger, second.identity)
     assert directory.sync() == 1
 
 
@@ -106,3 +109,26 @@ def test_a_listing_that_nobody_could_be_told_of_is_no_success(homes, monkeypatch
         publish(first)
     (listing,) = first.catalogue.listings()
     assert (listing.state, listing.reason) == ("failed", "the object store did not answer")
+
+
+def test_a_disk_moves_into_a_bucket(seaweed: SeaweedFS, bucket: str, tmp_path):
+    """Everything is uploaded before the disk is a cache; another home sells it then."""
+    config = {"object_store_url": bucket, "object_store_options": seaweed.options()}
+    with Market.open(tmp_path / "old") as market:
+        listing = publish(market)
+    with pytest.raises(ConfigError, match="store upload"):
+        Market.open(tmp_path / "old", config)
+    words = ["store", "upload", "--home", str(tmp_path / "old"), "--config", json.dumps(config)]
+    assert main(words) == 0
+    with (
+        Market.open(tmp_path / "old", config) as market,
+        Market.open(tmp_path / "new", config) as new,
+    ):
+        for key in listing.chunk_keys:
+            market.store.disk.delete(key)
+            market.store.verify(key)
+        directory = Directory(new.store, new.catalogue, new.ledger, new.identity)
+        assert directory.sync() == 1
+    with pytest.raises(ConfigError, match="chunk_tokens"):
+        Market.open(tmp_path / "third", {**config, "chunk_tokens": 128})
+    assert main(words) == 2, "done already"

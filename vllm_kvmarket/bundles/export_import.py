@@ -221,6 +221,7 @@ def import_(
     listed, and every chunk that was stored for it and that no other listing needs is gone. Raises
     StoreError with the document on offer when a shared object store could not be informed.
     """
+    market.identity.confirm_once()
     with opened(path) as descriptor:
         reader = Reader(descriptor, path.name)
         manifest = reader.manifest({key.kid: key for key in trusted})

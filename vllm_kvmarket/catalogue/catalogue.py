@@ -31,6 +31,7 @@ from vllm_kvmarket.catalogue.listing import (
 )
 from vllm_kvmarket.catalogue.publisher_locks import Owner
 from vllm_kvmarket.catalogue.schema import BusyError, Connections
+from vllm_kvmarket.catalogue.store_record import StoreRecord
 from vllm_kvmarket.core.document_chunks import DocumentChunks
 from vllm_kvmarket.core.errors import (
     CatalogueError,
@@ -67,6 +68,7 @@ class Catalogue:
         self._watcher: threading.Thread | None = None
         self._owner = Owner(path.parent / OWNERS_FOLDER)
         self._db = Connections(path)
+        self.store_record = StoreRecord(self._db)
         with self._db.transaction() as db:
             chosen = queries.fix_chunk_tokens(db, chunk_tokens)
         if chosen != chunk_tokens:
@@ -257,6 +259,7 @@ class Catalogue:
     ) -> Listing:
         """Write a listing and its chunks unless it is taken; returns the listing that holds."""
         name = fresh.document_id
+        self.store_record.check(db)
         existing = queries.find_listing(db, name)
         if existing is None or not self._is_taken(db, existing):
             queries.write_listing(db, fresh)

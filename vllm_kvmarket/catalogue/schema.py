@@ -102,6 +102,13 @@ CREATE TABLE audit (
 CREATE INDEX audit_document ON audit (document_id);
 """
 
+# Where the chunks are: the object store's URL, and the id in it. NULL: on the disk alone.
+STORE_SCHEMA = """
+ALTER TABLE catalogue ADD COLUMN store_url TEXT;
+ALTER TABLE catalogue ADD COLUMN store_id TEXT;
+"""
+MIGRATIONS = (SCHEMA, STORE_SCHEMA)
+
 # Made only where documents may not fit into memory: a chunk takes about five kilobytes here.
 BEYOND_ROOM = "catalogue_beyond"
 
@@ -188,7 +195,7 @@ class Connections:
         self._read_lock = threading.Lock()
         with self._reported():
             self._writer = sqlite.connect(path)
-            sqlite.migrate(self._writer, ROOM, (SCHEMA,))
+            sqlite.migrate(self._writer, ROOM, MIGRATIONS)
             self._reader = sqlite.connect(path)
         self._file = self._file_identity()
 

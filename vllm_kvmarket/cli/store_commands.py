@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import math
 import statistics
 import time
@@ -18,6 +19,7 @@ from vllm_kvmarket.catalogue import Listing
 from vllm_kvmarket.cli import engine
 from vllm_kvmarket.cli.command import (
     DOCUMENT_ID,
+    UsageError,
     argument,
     command,
     count,
@@ -25,11 +27,13 @@ from vllm_kvmarket.cli.command import (
     open_market,
 )
 from vllm_kvmarket.cli.output import clean, counted, emit, size, table
+from vllm_kvmarket.core import config
 from vllm_kvmarket.core.errors import NotPublishableError, StoreError
-from vllm_kvmarket.market import check_and_repair, garbage_collection
+from vllm_kvmarket.market import bucket_identity, check_and_repair, garbage_collection
 from vllm_kvmarket.market.market import Market
 from vllm_kvmarket.store import aligned_empty
 from vllm_kvmarket.store import codec as codecs
+from vllm_kvmarket.store.tiers import objects_of
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -99,6 +103,36 @@ def _show_garbage(where: Console, report: garbage_collection.GcReport) -> None:
         + (f"; {report.drafts_swept} drafts" if report.drafts_swept else "")
         + (f"; {report.objects_deleted} objects" if report.objects_deleted else "")
     )
+
+
+# upload
+
+
+@command(changes=True)
+def store_upload(args: argparse.Namespace) -> int:
+    """Copy all chunks into a new object store, and make the disk a cache of it."""
+    chosen = config.load(args.config)
+    objects = objects_of(chosen)
+    if objects is None:
+        raise UsageError("there is no object store: give --config with object_store_url")
+    without = msgspec.structs.replace(chosen, object_store_url=None, object_store_options={})
+    args.config = config.to_mapping(without)
+    with contextlib.closing(objects), open_market(args) as market, counted("uploading") as step:
+        report = bucket_identity.upload(market, objects, step)
+    emit(args, msgspec.to_builtins(report), lambda where: _show_upload(where, report))
+    return 1 if report.damaged else 0
+
+
+def _show_upload(where: Console, report: bucket_identity.UploadReport) -> None:
+    where.print(
+        clean(
+            f"{report.url}: {report.uploaded} chunks uploaded, {size(report.uploaded_bytes)}; "
+            f"{report.present} were there; {len(report.damaged)} damaged"
+        )
+    )
+    where.print("restart the market's engines with this configuration")
+    if report.damaged:
+        where.print("publish the damaged documents again, with `kvmarket store repair`")
 
 
 # repair

@@ -26,7 +26,7 @@ class Housekeeping:
     ) -> None:
         self._market = market
         self._interval_s = interval_s
-        directory = Directory(market.store, market.catalogue, market.ledger)
+        directory = Directory(market.store, market.catalogue, market.ledger, market.identity)
         self._chores: dict[str, Callable[[], object]] = {
             "expiring reservations": market.ledger.expire_pending,
             "noting uses": market.flush_uses,

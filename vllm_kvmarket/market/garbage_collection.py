@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from vllm_kvmarket.catalogue.listing import NEEDED, ON_OFFER
-from vllm_kvmarket.core.errors import StoreError
-from vllm_kvmarket.core.model_identity import chunk_keys, unpack_tokens
+from vllm_kvmarket.core.errors import CatalogueRefusedError, StoreError
 from vllm_kvmarket.market import shared_bucket
 from vllm_kvmarket.store import bucket_listings
 
@@ -122,11 +121,13 @@ def _collect_objects(market: Market, *, dry_run: bool) -> int:
     for listing in market.catalogue.listings():
         if listing.state in NEEDED:
             needed.update(listing.chunk_keys)
-    for document_id, encoded in bucket_listings.read_listings(objects):
+    market.identity.confirm()
+    stored, entries = bucket_listings.read_whole(objects)
+    for document_id, encoded in entries:
         try:
-            entry = msgspec.msgpack.decode(encoded, type=shared_bucket.Entry)
-            tokens = unpack_tokens(entry.tokens)
-        except (msgspec.MsgspecError, ValueError) as error:
+            entry = shared_bucket.decode(encoded, document_id)
+            document = shared_bucket.chunks_of(entry, market.config.chunk_tokens)
+        except CatalogueRefusedError as error:
             raise StoreError(
                 f"the bucket's entry {document_id} cannot be read ({error}), so the "
                 "objects that it needs are unknown; withdraw it, or update kvmarket"
@@ -136,5 +137,5 @@ def _collect_objects(market: Market, *, dry_run: bool) -> int:
             if not dry_run:
                 shared_bucket.withdraw(market.store, document_id)
         else:
-            needed.update(chunk_keys(entry.namespace, tokens, market.config.chunk_tokens))
-    return len(bucket_listings.collect(objects, needed, dry_run=dry_run))
+            needed.update(document.keys)
+    return len(bucket_listings.collect(objects, stored, needed, dry_run=dry_run))

@@ -28,6 +28,7 @@ from vllm_kvmarket.core.errors import (
 )
 from vllm_kvmarket.ledger import Account, Ledger, Receipt, Transfer
 from vllm_kvmarket.market import engine_operations, shared_bucket
+from vllm_kvmarket.market.bucket_identity import BucketIdentity
 from vllm_kvmarket.market.engine_operations import CONNECTOR, POLL_S
 from vllm_kvmarket.market.eviction import make_room
 from vllm_kvmarket.market.publishers import ensure_account, limits_of
@@ -61,6 +62,14 @@ class Market:
             is_sellable=lambda terms: not config.tariff.terms(terms).is_dearer_than_computing,
         )
         self.store = store_of(msgspec.structs.replace(config, home=str(self.home)))
+        self.identity = BucketIdentity(self.store, self.catalogue)
+        try:
+            self.identity.check_configuration()
+        except BaseException:
+            self.ledger.close()
+            self.catalogue.close()
+            self.store.close()
+            raise
         # Catalogue writes wait for the disk; one thread keeps them off the scheduler and in order.
         self._clerk = ThreadPoolExecutor(1, thread_name_prefix="kvmarket-clerk")
         self._uses: deque[Use] = deque()
@@ -261,6 +270,7 @@ class Market:
         self, listing: Listing, document: DocumentChunks, needed_bytes: int
     ) -> Listing:
         self.store.disk.check_reserve(listing.document_id)
+        self.identity.confirm_once()
         publisher = listing.terms.publisher
         ensure_account(self.ledger, publisher)
         limits = limits_of(self.config, publisher)
@@ -299,7 +309,8 @@ class Market:
 
     def _report_damage(self, key: bytes) -> None:
         # A damaged file is in quarantine; one that is there was stored again since it was missed.
-        if not self.store.shares(key):
+        # Without the object store that was added meanwhile, this process knows of its disk only.
+        if self.catalogue.store_record.is_current() and not self.store.shares(key):
             self.catalogue.report_damage(key)
 
     def note_use(self, use: Use) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import logging
+from typing import TYPE_CHECKING, Annotated
 
 import msgspec
 
@@ -19,13 +20,17 @@ from vllm_kvmarket.core.errors import (
     CatalogueRefusedError,
     KVMarketError,
     NotFoundError,
+    StoreError,
     UnavailableError,
 )
-from vllm_kvmarket.core.listing_terms import ListingTerms
-from vllm_kvmarket.core.model_identity import pack_tokens, unpack_tokens
+from vllm_kvmarket.core.listing_terms import YEAR_9999_S, ListingTerms
+from vllm_kvmarket.core.model_identity import KEY_BYTES, pack_tokens, unpack_tokens
 from vllm_kvmarket.ledger import Ledger
 from vllm_kvmarket.market.publishers import ensure_account
-from vllm_kvmarket.store import Tiers, bucket_listings
+from vllm_kvmarket.store import ObjectTier, Tiers, bucket_listings
+
+if TYPE_CHECKING:
+    from vllm_kvmarket.market.bucket_identity import BucketIdentity
 
 FORMAT = 1
 
@@ -37,11 +42,11 @@ class Entry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     format: int
     document_id: str
-    namespace: bytes
+    namespace: Annotated[bytes, msgspec.Meta(min_length=KEY_BYTES, max_length=KEY_BYTES)]
     tokens: bytes
     terms: ListingTerms
-    created_at_s: float
-    stored_bytes: int
+    created_at_s: Annotated[float, msgspec.Meta(ge=0, le=YEAR_9999_S)]
+    stored_bytes: Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
 
 
 def offer(store: Tiers, catalogue: Catalogue, document_id: str, stored_bytes: int = 0) -> None:
@@ -64,6 +69,42 @@ def offer(store: Tiers, catalogue: Catalogue, document_id: str, stored_bytes: in
     bucket_listings.publish_listing(store.objects, msgspec.msgpack.encode(entry), document_id)
 
 
+def read_entry(objects: ObjectTier, document_id: str) -> Entry | None:
+    """Read a document's entry; None when there is none.
+
+    Raises CatalogueRefusedError for what is no valid entry of that document, StoreError.
+    """
+    encoded = bucket_listings.read_listing(objects, document_id)
+    return None if encoded is None else decode(encoded, document_id)
+
+
+def decode(encoded: bytes, document_id: str) -> Entry:
+    """Read an entry, which any writer to the bucket may have made. Raises CatalogueRefusedError."""
+    try:
+        entry = msgspec.msgpack.decode(encoded, type=Entry)
+    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+        raise CatalogueRefusedError(f"not an entry ({error})") from None
+    if entry.format != FORMAT or entry.document_id != document_id:
+        raise CatalogueRefusedError("not an entry of this format and name")
+    return entry
+
+
+def chunks_of(entry: Entry, chunk_tokens: int) -> DocumentChunks:
+    """Cut an entry's document into chunks.
+
+    Raises CatalogueRefusedError when its id is not that of its tokens in chunks of this size.
+    """
+    try:
+        tokens = unpack_tokens(entry.tokens)
+        document = DocumentChunks.of(entry.namespace, tokens, chunk_tokens)
+        is_its_id = document.document_id == entry.document_id
+    except (ValueError, IndexError) as error:
+        raise CatalogueRefusedError(f"not a document's tokens ({error})") from None
+    if not is_its_id:
+        raise CatalogueRefusedError(f"not the id of these tokens in chunks of {chunk_tokens}")
+    return document
+
+
 def withdraw(store: Tiers, document_id: str) -> None:
     """Tell the other homes no more of a document. Raises StoreError."""
     if store.objects is not None:
@@ -73,10 +114,13 @@ def withdraw(store: Tiers, document_id: str) -> None:
 class Directory:
     """Keeps a home's catalogue in step with the bucket's entries; used by one thread."""
 
-    def __init__(self, store: Tiers, catalogue: Catalogue, ledger: Ledger) -> None:
+    def __init__(
+        self, store: Tiers, catalogue: Catalogue, ledger: Ledger, identity: BucketIdentity
+    ) -> None:
         self._store = store
         self._catalogue = catalogue
         self._ledger = ledger
+        self._identity = identity
         self._seen: set[str] = set()
 
     def sync(self) -> int:
@@ -88,7 +132,14 @@ class Directory:
         """
         if self._store.objects is None:
             return 0
+        self._identity.confirm()
         there = bucket_listings.listed_documents(self._store.objects)
+        gone = sorted(self._seen - there)
+        if left_out := bucket_listings.still_listed(self._store.objects, gone):
+            raise StoreError(
+                f"the bucket's list left out {len(left_out)} entries that are there, so it may "
+                "be wrong; nothing is delisted"
+            )
         again: set[str] = set()
         adopted = 0
         for document_id in sorted(there - self._seen):
@@ -97,9 +148,9 @@ class Directory:
             except UnavailableError as error:
                 logger.warning("kvmarket: the bucket's entry %s waits: %s", document_id, error)
                 again.add(document_id)
-            except (KVMarketError, msgspec.MsgspecError, ValueError) as error:
+            except KVMarketError as error:
                 logger.warning("kvmarket: the bucket's entry %s: %s", document_id, error)
-        for document_id in self._seen - there:
+        for document_id in gone:
             with contextlib.suppress(NotFoundError):
                 self._catalogue.delist(document_id)
         self._seen = there - again
@@ -110,14 +161,10 @@ class Directory:
             if self._catalogue.get(document_id).state != "failed":
                 return False
         assert self._store.objects is not None
-        encoded = bucket_listings.read_listing(self._store.objects, document_id)
-        if encoded is None:
+        entry = read_entry(self._store.objects, document_id)
+        if entry is None:
             return False
-        entry = msgspec.msgpack.decode(encoded, type=Entry)
-        if entry.format != FORMAT or entry.document_id != document_id:
-            raise CatalogueRefusedError("not an entry of this format and name")
-        tokens = unpack_tokens(entry.tokens)
-        document = DocumentChunks.of(entry.namespace, tokens, self._catalogue.chunk_tokens)
+        document = chunks_of(entry, self._catalogue.chunk_tokens)
         ensure_account(self._ledger, entry.terms.publisher)
         listing = Listing.of(document, entry.terms, created_at_s=entry.created_at_s)
         listing = dataclasses.replace(listing, stored_bytes=entry.stored_bytes)

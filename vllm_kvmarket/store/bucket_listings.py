@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Iterator, Set
+from collections.abc import Iterable, Iterator, Set
 
+from vllm_kvmarket.core.errors import StoreError
 from vllm_kvmarket.store.chunk_format import share_of
-from vllm_kvmarket.store.object_tier import ObjectTier
+from vllm_kvmarket.store.object_tier import ObjectFacts, ObjectTier
 
 PREFIX = "listings"
+# Names the store. Comes after all other names, so that a list that has it was not cut off.
+MARKER = "store.json"
 # Longer than tiers.FRESH_S and the longest publication together.
 GRACE_S = 24 * 3600.0
 _ID = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,199}")
@@ -34,8 +37,12 @@ def withdraw_listing(tier: ObjectTier, document_id: str) -> None:
 
 def listed_documents(tier: ObjectTier) -> set[str]:
     """Ids of all documents that have an entry. Raises StoreError."""
-    names = (name.rpartition("/") for name in tier.names(PREFIX))
-    return {last for folder, _, last in names if folder == PREFIX and _ID.fullmatch(last)}
+    return _documents(tier.names(PREFIX))
+
+
+def _documents(names: Iterable[str]) -> set[str]:
+    parts = (name.rpartition("/") for name in names)
+    return {last for folder, _, last in parts if folder == PREFIX and _ID.fullmatch(last)}
 
 
 def read_listing(tier: ObjectTier, document_id: str) -> bytes | None:
@@ -43,29 +50,48 @@ def read_listing(tier: ObjectTier, document_id: str) -> bytes | None:
     return tier.get_bytes(_name(document_id))
 
 
-def read_listings(tier: ObjectTier) -> Iterator[tuple[str, bytes]]:
-    """Every document's id and entry, in order of the ids. Raises StoreError."""
-    for document_id in sorted(listed_documents(tier)):
-        entry = read_listing(tier, document_id)
-        # Withdrawn meanwhile.
-        if entry is not None:
-            yield document_id, entry
+def still_listed(tier: ObjectTier, document_ids: Iterable[str]) -> list[str]:
+    """Those documents that have an entry, asked one by one; a list can be empty by mistake."""
+    return [each for each in document_ids if tier.facts(_name(each)) is not None]
+
+
+def read_whole(tier: ObjectTier) -> tuple[list[ObjectFacts], Iterator[tuple[str, bytes]]]:
+    """All objects, and every document's id and entry in order of the ids.
+
+    Raises StoreError, also when the list is empty or was cut off.
+    """
+    objects = list(tier.entries())
+    if not any(facts.name == MARKER for facts in objects):
+        raise StoreError(
+            f"{tier.url}: the list of its objects is not whole ({MARKER} is not in it), and "
+            "nothing was deleted; try again"
+        )
+    documents = sorted(_documents(facts.name for facts in objects))
+    entries = ((document_id, read_listing(tier, document_id)) for document_id in documents)
+    # None: withdrawn meanwhile.
+    return objects, ((name, entry) for name, entry in entries if entry is not None)
 
 
 def collect(
-    tier: ObjectTier, needed: Set[bytes], grace_s: float = GRACE_S, *, dry_run: bool = False
+    tier: ObjectTier,
+    objects: Iterable[ObjectFacts],
+    needed: Set[bytes],
+    grace_s: float = GRACE_S,
+    *,
+    dry_run: bool = False,
 ) -> list[str]:
     """Delete chunks that no listing needs; the names of their objects, in order.
 
-    `needed`: keys of every chunk of every entry, read before this is called. What was written less
-    than `grace_s` ago stays: its document may be about to be listed. A publisher that relies on an
-    older object writes it again (tiers.FRESH_S, which `grace_s` must exceed by the time that
-    publishing takes). Raises StoreError; what was deleted until then is gone.
+    `objects` are all that there are; `needed` are keys of every chunk of every entry, read before
+    this is called. What was written less than `grace_s` ago stays: its document may be about to be
+    listed. A publisher that relies on an older object writes it again (tiers.FRESH_S, which
+    `grace_s` must exceed by the time that publishing takes). Raises StoreError; what was deleted
+    until then is gone.
     """
     written_before_s = time.time() - grace_s
     unneeded = sorted(
         facts.name
-        for facts in tier.entries()
+        for facts in objects
         if facts.modified_s < written_before_s and _is_unneeded(facts.name, needed)
     )
     if dry_run:

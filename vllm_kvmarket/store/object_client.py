@@ -212,6 +212,8 @@ class Calls:
             future.cancel()
             how = f"within {max(0.0, limit_s):.1f} s{self._trouble}"
             raise self._unanswered(what, how) from None
+        except obstore.exceptions.AlreadyExistsError:
+            raise
         except obstore.exceptions.BaseError as error:
             has_answered = not _may_pass(error)
             if has_answered:

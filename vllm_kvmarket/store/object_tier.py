@@ -241,6 +241,28 @@ class ObjectTier:
             # Cannot be repeated: it may continue where it failed, or after that.
             batch = self._calls.run(lambda: anext(batches, None), prefix or "/")
 
+    def put_new(self, name: str, content: bytes) -> bool:
+        """Store bytes durably unless something is there already; returns whether it was stored.
+
+        Not every store can tell: then two writers of one moment may both get True.
+        """
+        if self.facts(name) is not None:
+            return False
+        put = lambda: obstore.put_async(self._store, name, content, mode="create")  # noqa: E731
+        try:
+            # Not repeated: the second attempt would find what the first has stored.
+            self._calls.run(put, name)
+        except obstore.exceptions.AlreadyExistsError:
+            return False
+        except StoreError:
+            # Some stores do not know conditional requests.
+            if self.facts(name) is not None:
+                return False
+            self.put_bytes(name, content)
+        if self._root is not None:
+            _sync_to_disk(self._root, self._root / name)
+        return True
+
     def put_bytes(self, name: str, content: bytes) -> None:
         """Store bytes durably, and replace what was there."""
         put = lambda: obstore.put_async(  # noqa: E731

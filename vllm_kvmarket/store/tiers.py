@@ -184,6 +184,14 @@ class Tiers:
         self._upload(self.objects, share, is_new=True)
         return True
 
+    def upload(self, key: bytes, rank: int = 0, world_size: int = 1) -> int:
+        """Copy a share from the disk into the object store unless it is there; returns the bytes.
+
+        Raises StoreError.
+        """
+        assert self.objects is not None
+        return self._upload(self.objects, ShareId(key, rank, world_size), is_new=False)
+
     def _upload(self, objects: ObjectTier, share: ShareId, *, is_new: bool) -> int:
         """Upload a whole file unless a fresh object of its size is there; returns the bytes."""
         path = self.disk.path(*share)
@@ -362,18 +370,23 @@ def _is_fresh(facts: ObjectFacts) -> bool:
     return time.time() - facts.modified_s < FRESH_S
 
 
+def objects_of(config: MarketConfig) -> ObjectTier | None:
+    """Make the object tier that is configured, if one is. Raises ConfigError."""
+    if config.object_store_url is None:
+        return None
+    return ObjectTier(
+        config.object_store_url,
+        config.object_store_options,
+        timeout_s=config.object_store_timeout_s,
+    )
+
+
 def store_of(config: MarketConfig) -> Tiers:
     """Open the disk tier in the market's home, and the object tier behind it where there is one.
 
     Raises StoreError, and ConfigError for an object store's URL or options that cannot be right.
     """
-    objects: ObjectTier | None = None
-    if config.object_store_url is not None:
-        objects = ObjectTier(
-            config.object_store_url,
-            config.object_store_options,
-            timeout_s=config.object_store_timeout_s,
-        )
+    objects = objects_of(config)
     disk = DiskStore(
         Path(config.home).expanduser() / CHUNKS_FOLDER,
         quota_bytes=config.disk_quota_bytes,

@@ -1,0 +1,310 @@
+"""A wrong setting of the object store, or a list that is not whole, loses nothing."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from tests.support.catalogue_documents import listing_of, store_and_list, tokens
+from vllm_kvmarket.core.document_chunks import DocumentChunks
+from vllm_kvmarket.core.errors import (
+    CatalogueRefusedError,
+    ConfigError,
+    NotFoundError,
+    StoreError,
+)
+from vllm_kvmarket.core.listing_terms import ListingTerms
+from vllm_kvmarket.market import check_and_repair, garbage_collection, shared_bucket
+from vllm_kvmarket.market.bucket_identity import upload
+from vllm_kvmarket.market.market import Market
+from vllm_kvmarket.market.shared_bucket import Directory
+from vllm_kvmarket.store import ObjectTier, bucket_listings
+from vllm_kvmarket.store.bucket_listings import MARKER
+
+LENGTH = 600
+
+
+def bucket_of(folder: Path, **more: object) -> dict[str, object]:
+    folder.mkdir(exist_ok=True)
+    return {"object_store_url": folder.as_uri(), **more}
+
+
+def directory_of(market: Market) -> Directory:
+    return Directory(market.store, market.catalogue, market.ledger, market.identity)
+
+
+def move(home: Path, config: dict[str, object]):
+    """What `kvmarket store upload` does."""
+    objects = ObjectTier(str(config["object_store_url"]))
+    try:
+        with Market.open(home) as market:
+            return upload(market, objects)
+    finally:
+        objects.close()
+
+
+# A disk that gets an object store
+
+
+def test_a_disk_becomes_a_cache_only_after_its_chunks_were_uploaded(tmp_path):
+    """Before, a cache's quota would delete the only copies; after, every chunk can come back."""
+    home = tmp_path / "home"
+    with Market.open(home) as market:
+        listings = [store_and_list(market, tokens(LENGTH, seed)) for seed in range(3)]
+        gone = store_and_list(market, tokens(LENGTH, 9))
+        market.delist(gone.document_id)
+        size = sum(path.stat().st_size for path in market.store.disk.root.glob("??/*.kv"))
+    config = bucket_of(tmp_path / "bucket", disk_quota_bytes=size // 3)
+    with pytest.raises(ConfigError, match=r"on its disk alone: run `kvmarket store upload`"):
+        Market.open(home, config)
+    report = move(home, config)
+    assert (report.uploaded, report.present, report.damaged) == (9, 0, [])
+    with Market.open(home, config) as market:
+        # The cache evicts at once, and reads everything back.
+        store_and_list(market, tokens(LENGTH, 4))
+        for listing in listings:
+            for key in listing.chunk_keys:
+                market.store.verify(key)
+        assert check_and_repair.check(market).ok
+        listed = bucket_listings.listed_documents(market.store.objects)
+        assert listed == {each.document_id for each in listings}
+
+
+def test_an_upload_that_was_interrupted_is_continued(tmp_path, monkeypatch):
+    """What arrived is not sent again, and the disk is no cache before the last chunk is there."""
+    home, config = tmp_path / "home", bucket_of(tmp_path / "bucket")
+    with Market.open(home) as market:
+        for seed in range(2):
+            store_and_list(market, tokens(LENGTH, seed))
+    sent = []
+    put = ObjectTier.upload
+
+    def put_four(tier, name, path):
+        if len(sent) == 4:
+            raise StoreError("the object store did not answer")
+        sent.append(name)
+        return put(tier, name, path)
+
+    monkeypatch.setattr(ObjectTier, "upload", put_four)
+    with pytest.raises(StoreError, match="did not answer"):
+        move(home, config)
+    with pytest.raises(ConfigError, match="store upload"):
+        Market.open(home, config)
+    monkeypatch.setattr(ObjectTier, "upload", put)
+    report = move(home, config)
+    assert (report.uploaded, report.present) == (2, 4)
+    Market.open(home, config).close()
+
+
+def test_a_damaged_chunk_is_not_uploaded(tmp_path):
+    """Its document is damaged, as after `store check`, and the others move."""
+    home, config = tmp_path / "home", bucket_of(tmp_path / "bucket")
+    with Market.open(home) as market:
+        bad, good = (store_and_list(market, tokens(LENGTH, seed)) for seed in range(2))
+        path = market.store.disk.path(bad.chunk_keys[1])
+        content = bytearray(path.read_bytes())
+        content[-1] ^= 1
+        path.write_bytes(content)
+    report = move(home, config)
+    assert (report.uploaded, report.damaged) == (5, [bad.chunk_keys[1].hex()])
+    with Market.open(home, config) as market:
+        assert market.catalogue.get(bad.document_id).state == "damaged"
+        assert bucket_listings.listed_documents(market.store.objects) == {good.document_id}
+
+
+def test_an_engine_that_still_uses_the_disk_alone_publishes_nothing(tmp_path):
+    """Its new chunks would be in a cache only; and what it misses is no damage."""
+    home, config = tmp_path / "home", bucket_of(tmp_path / "bucket")
+    with Market.open(home) as old:
+        listing = store_and_list(old, tokens(LENGTH, 1))
+        move(home, config)
+        with pytest.raises(CatalogueRefusedError, match=r"are in file://.*restart this process"):
+            store_and_list(old, tokens(LENGTH, 2))
+        old.store.disk.path(listing.chunk_keys[0]).unlink()
+        old.report_damage(listing.chunk_keys[0]).result()
+        assert old.catalogue.get(listing.document_id).state == "live"
+
+
+def test_nothing_is_moved_while_a_document_is_being_published(tmp_path):
+    """Its chunks would arrive on the disk after the others were uploaded."""
+    home, config = tmp_path / "home", bucket_of(tmp_path / "bucket")
+    with Market.open(home) as market:
+        store_and_list(market, tokens(LENGTH, 1))
+        coming = DocumentChunks.of(bytes(range(32)), tokens(LENGTH, 2))
+        market.catalogue.begin(listing_of(tokens(LENGTH, 2)), coming)
+        with pytest.raises(CatalogueRefusedError, match="stop the market's engines"):
+            move(home, config)
+        assert market.catalogue.store_record.read().url is None
+
+
+def test_what_left_the_market_during_the_upload_is_withdrawn(tmp_path, monkeypatch):
+    """Other markets must not sell what its publisher has taken back; their own offers stay."""
+    home, config = tmp_path / "home", bucket_of(tmp_path / "bucket")
+    with Market.open(home) as market:
+        first, second = (store_and_list(market, tokens(LENGTH, seed)) for seed in range(2))
+    with Market.open(tmp_path / "other", config) as other:
+        same = store_and_list(other, tokens(LENGTH, 7), title="theirs")
+        shared_bucket.offer(other.store, other.catalogue, same.document_id)
+    offer = shared_bucket.offer
+
+    def offer_and_delist(store, catalogue, document_id, stored_bytes=0):
+        offer(store, catalogue, document_id, stored_bytes)
+        catalogue.delist(document_id)
+
+    monkeypatch.setattr(shared_bucket, "offer", offer_and_delist)
+    move(home, config)
+    with Market.open(home, config) as market:
+        assert not market.catalogue.listings("live")
+        listed = bucket_listings.listed_documents(market.store.objects)
+    assert listed == {same.document_id}
+    assert first.document_id != second.document_id
+
+
+# Another object store
+
+
+def test_another_bucket_or_none_is_refused(tmp_path):
+    """One line says which setting is right; the market is as it was."""
+    home, config = tmp_path / "home", bucket_of(tmp_path / "bucket")
+    with Market.open(home, config) as market:
+        listing = store_and_list(market, tokens(LENGTH, 1))
+    with pytest.raises(ConfigError, match=r"chunks are in file://\S+/bucket: set it to that"):
+        Market.open(home, bucket_of(tmp_path / "empty"))
+    other = bucket_of(tmp_path / "theirs")
+    Market.open(tmp_path / "stranger", other).close()
+    with pytest.raises(ConfigError, match="set it to that"):
+        Market.open(home, other)
+    with pytest.raises(ConfigError, match="set object_store_url to it"):
+        Market.open(home)
+    with Market.open(home, config) as market:
+        assert market.catalogue.get(listing.document_id).state == "live"
+        assert check_and_repair.check(market).ok
+
+
+def test_the_same_bucket_at_another_address_is_the_same(tmp_path):
+    """A bucket that was copied, or moved, is known by the id in it."""
+    home, config = tmp_path / "home", bucket_of(tmp_path / "bucket")
+    with Market.open(home, config) as market:
+        listing = store_and_list(market, tokens(LENGTH, 1))
+    (tmp_path / "bucket").rename(tmp_path / "moved")
+    moved = bucket_of(tmp_path / "moved")
+    with Market.open(home, moved) as market:
+        market.store.verify(listing.chunk_keys[0])
+        assert market.catalogue.store_record.read().url == moved["object_store_url"]
+
+
+def test_another_chunk_size_is_refused(tmp_path):
+    """Its garbage collection would not know which chunks the bucket's documents need."""
+    config = bucket_of(tmp_path / "bucket")
+    Market.open(tmp_path / "first", config).close()
+    with pytest.raises(ConfigError, match=r"chunk_tokens is 128.* have 256 tokens"):
+        Market.open(tmp_path / "second", config | {"chunk_tokens": 128})
+
+
+# Lists that lie
+
+
+@pytest.fixture
+def homes(tmp_path):
+    """Two markets on one bucket; what the first publishes is known to both."""
+    config = bucket_of(tmp_path / "bucket")
+    with Market.open(tmp_path / "a", config) as one, Market.open(tmp_path / "b", config) as other:
+        listing = store_and_list(one, tokens(LENGTH, 1))
+        shared_bucket.offer(one.store, one.catalogue, listing.document_id)
+        directory = directory_of(other)
+        assert directory.sync() == 1
+        yield one, other, directory, listing
+
+
+def test_an_empty_list_delists_and_deletes_nothing(homes, tmp_path, monkeypatch):
+    """The entries are asked for one by one, and a list without the marker is none."""
+    one, other, directory, listing = homes
+    for file in (tmp_path / "bucket").rglob("*"):
+        os.utime(file, (1.0, 1.0))
+    whole = ObjectTier.entries
+    monkeypatch.setattr(ObjectTier, "entries", lambda *_, **__: iter(()))
+    with pytest.raises(StoreError, match="nothing is delisted"):
+        directory.sync()
+    with pytest.raises(StoreError, match="nothing was deleted"):
+        garbage_collection.collect_garbage(other)
+    # Cut off behind the chunks, before the entries: what is needed would be unknown.
+    monkeypatch.setattr(
+        ObjectTier,
+        "entries",
+        lambda *args, **more: (each for each in whole(*args, **more) if each.name < "listings"),
+    )
+    with pytest.raises(StoreError, match="nothing was deleted"):
+        garbage_collection.collect_garbage(other)
+    monkeypatch.undo()
+    assert other.catalogue.get(listing.document_id).state == "live"
+    directory.sync()
+    assert check_and_repair.check(one).ok
+
+
+def test_a_bucket_that_was_emptied_delists_nothing(homes):
+    """Its id is gone with the rest: it is not the bucket that this market knows."""
+    one, other, directory, listing = homes
+    for name in list(one.store.objects.names()):
+        one.store.objects.delete(name)
+    with pytest.raises(StoreError, match="nothing was changed; restore the bucket"):
+        directory.sync()
+    assert other.catalogue.get(listing.document_id).state == "live"
+
+
+def test_what_was_withdrawn_is_still_delisted(homes):
+    """The guard does not keep what its publisher took back."""
+    one, other, directory, listing = homes
+    one.delist(listing.document_id)
+    directory.sync()
+    assert other.catalogue.get(listing.document_id).state == "delisted"
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"terms": ListingTerms(cache_read_nano_per_mtok=-5)},
+        {"terms": ListingTerms(publisher="no account!")},
+        {"terms": ListingTerms(publisher="world")},
+        {"terms": ListingTerms(royalty_ppm=2_000_000)},
+        {"namespace": b"short"},
+        {"tokens": b""},
+        {"tokens": b"\1\0\0\0"},
+        {"tokens": b"123"},
+        {"created_at_s": float("nan")},
+        {"stored_bytes": -1},
+        {"document_id": "kvd_other"},
+        {"format": 2},
+    ],
+    ids=lambda wrong: str(next(iter(wrong))),
+)
+def test_an_entry_that_breaks_a_rule_is_skipped(homes, wrong):
+    """Any writer to the bucket can make one: it goes on offer nowhere, and stops no other."""
+    one, other, directory, _ = homes
+    document = DocumentChunks.of(bytes(range(32)), tokens(LENGTH, 2))
+    entry = shared_bucket.Entry(
+        format=shared_bucket.FORMAT,
+        document_id=document.document_id,
+        namespace=document.namespace,
+        tokens=b"".join(document.tokens),
+        terms=ListingTerms(),
+        created_at_s=1.0,
+        stored_bytes=1,
+    )
+    bad = msgspec.structs.replace(entry, **wrong)
+    encoded = msgspec.msgpack.encode(bad)
+    bucket_listings.publish_listing(one.store.objects, encoded, document.document_id)
+    assert directory.sync() == 0
+    with pytest.raises(NotFoundError):
+        other.catalogue.get(document.document_id)
+    right = msgspec.msgpack.encode(entry)
+    bucket_listings.publish_listing(one.store.objects, right, document.document_id)
+    assert directory_of(other).sync() == 1
+
+
+def test_the_marker_comes_behind_every_other_name(homes):
+    """So a list in order that has it was not cut off."""
+    one, *_ = homes
+    assert max(one.store.objects.names()) == MARKER

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from tests.support.asking import Bill, Requests
 from tests.support.engines import NANO, SMOLLM, running
 from tests.support.serving import serving
 from tools.make_tiny_model import make_tiny_model
@@ -75,3 +76,17 @@ def open_server(llm: Any, tiny: Callable[[int], Path], market: Market) -> Iterat
     config = {"metrics_money": True}
     with serving(tiny(1), market.home, "--enable-prompt-tokens-details", config=config) as running:
         yield running.base
+
+
+@pytest.fixture
+def bill(market: Market) -> Bill:
+    """What `alice` pays during a test."""
+    return Bill(market)
+
+
+@pytest.fixture
+def requests(llm: Any) -> Iterator[Requests]:
+    """Requests run by hand, finished when the test ends."""
+    opened = Requests(llm)
+    yield opened
+    opened.finish()

@@ -11,7 +11,7 @@ import pytest
 from vllm import SamplingParams
 from vllm.sampling_params import BeamSearchParams, RequestOutputKind
 
-from tests.support.asking import Bill, Requests, sold, spent, wait_until
+from tests.support.asking import sold, spent, wait_until
 from tests.support.engines import NANO, words
 from vllm_kvmarket.catalogue import Listing
 from vllm_kvmarket.core.document_chunks import DocumentChunks
@@ -27,18 +27,6 @@ def document(llm, market):
     market.publish(llm, token_ids=tokens, title="cases", publisher="casey")
     empty_prefix_cache(llm)
     return tokens
-
-
-@pytest.fixture
-def bill(market):
-    return Bill(market)
-
-
-@pytest.fixture
-def requests(llm):
-    opened = Requests(llm)
-    yield opened
-    opened.finish()
 
 
 SOURCES = [

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.support.asking import Bill, Requests, sold, wait_until
+from tests.support.asking import sold, wait_until
 from tests.support.engines import NANO, running, words
 from vllm_kvmarket import Market
 from vllm_kvmarket.market.timed_requests import ask, empty_prefix_cache
@@ -50,18 +50,6 @@ def llm(tiny, smollm, market, setting):
         if setting != "no prefix caching":
             empty_prefix_cache(engine)
         yield engine
-
-
-@pytest.fixture
-def bill(market):
-    return Bill(market)
-
-
-@pytest.fixture
-def requests(llm):
-    opened = Requests(llm)
-    yield opened
-    opened.finish()
 
 
 def test_reuse_is_exact_and_paid_once(llm, market, bill, setting):

@@ -9,7 +9,7 @@ from urllib.parse import urlsplit
 
 import pytest
 
-from tests.support.asking import Bill, wait_until
+from tests.support.asking import wait_until
 from tests.support.engines import words
 from vllm_kvmarket import Market
 
@@ -25,11 +25,6 @@ def document(llm, market):
 @pytest.fixture
 def server(open_server):
     return open_server
-
-
-@pytest.fixture
-def bill(market):
-    return Bill(market)
 
 
 class Connection:

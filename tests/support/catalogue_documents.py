@@ -23,6 +23,7 @@ from vllm_kvmarket.store import ChunkLayout, LayerLayout
 
 NAMESPACE = bytes(range(32))
 OTHER_NAMESPACE = bytes(32)
+LENGTH = 600
 LAYOUT = ChunkLayout("test", "uint8", 16, (LayerLayout("layer", (64,), 64),))
 
 
@@ -80,6 +81,16 @@ def store_and_list(market: Market, token_ids: Sequence[int], **terms: object) ->
         market.catalogue.heal_all(listing.chunk_keys)
         market.catalogue.commit(listing.document_id, stored)
     return market.catalogue.get(listing.document_id)
+
+
+def store(market: Market, seed: int, **terms: object) -> Listing:
+    """Store and list the document of 600 tokens that a seed gives."""
+    return store_and_list(market, tokens(LENGTH, seed), **terms)
+
+
+def file_bytes(market: Market, keys: Sequence[bytes]) -> int:
+    """Add up the sizes of chunks' files."""
+    return sum(market.store.disk.path(key).stat().st_size for key in keys)
 
 
 def matched(catalogue: Catalogue, token_ids: Sequence[int]) -> int:

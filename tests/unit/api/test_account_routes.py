@@ -20,12 +20,6 @@ from vllm_kvmarket.proofs import ConsistencyProof, read_inclusion, verify, verif
 BASE = "/v1/kvmarket"
 
 
-@pytest.fixture
-def server(tmp_path):
-    with running(tmp_path) as opened:
-        yield opened
-
-
 @pytest.fixture(scope="module")
 def refusing(tmp_path_factory):
     """Shared by tests in which nothing is done."""

@@ -9,15 +9,9 @@ import time
 import pytest
 
 from tests.support.api_server import CONTEXT, as_, publish, running, settled, text_of
-from vllm_kvmarket.catalogue import Catalogue, Use
+from vllm_kvmarket.catalogue import Use
 
 DOCUMENTS = "/v1/kvmarket/documents"
-
-
-@pytest.fixture
-def server(tmp_path):
-    with running(tmp_path) as opened:
-        yield opened
 
 
 @pytest.fixture(scope="module")
@@ -261,7 +255,6 @@ def test_an_admins_changes_of_documents_are_recorded(server):
     assert entries[2].details["publisher"] == "pat"
 
 
-@pytest.mark.skipif(not hasattr(Catalogue, "set_price"), reason="the catalogue sets no prices yet")
 def test_a_price_can_be_changed_and_returned_to_the_tariff(server):
     """The next quote has it."""
     name = publish(server, text=text_of(300))["id"]

@@ -19,11 +19,6 @@ DOCUMENT = tokens(700)
 TABLES = "SELECT name FROM sqlite_schema WHERE name IN ('offered', 'continuation', 'followed')"
 
 
-@pytest.fixture
-def path(tmp_path):
-    return tmp_path / "market.sqlite"
-
-
 def count_of(path: Path, statement: str) -> int:
     raw = apsw.Connection(str(path))
     found = len(raw.execute(statement).fetchall())

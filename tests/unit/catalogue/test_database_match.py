@@ -33,11 +33,6 @@ ACTION = st.one_of(
 )
 
 
-@pytest.fixture
-def path(tmp_path):
-    return tmp_path / "market.sqlite"
-
-
 class Shop:
     """Documents in one database, and the views of processes that keep all, some or none of it."""
 

@@ -22,19 +22,6 @@ from vllm_kvmarket.core.errors import CatalogueError, ConfigError, NotFoundError
 DOCUMENT = tokens(700)
 
 
-@pytest.fixture
-def path(tmp_path: Path) -> Path:
-    return tmp_path / "home" / "market.sqlite"
-
-
-@pytest.fixture
-def catalogue(path: Path):
-    with Catalogue.open(path) as catalogue:
-        yield catalogue
-        assert catalogue.check_integrity() == []
-        assert catalogue.last_error is None
-
-
 # Damage
 
 

@@ -32,11 +32,6 @@ DOCUMENT = tokens(700)
 SEEN_WITHIN_S = 1.0
 
 
-@pytest.fixture
-def path(tmp_path: Path) -> Path:
-    return tmp_path / "market.sqlite"
-
-
 def seconds_until(condition: Callable[[], bool], at_most_s: float = 10.0) -> float:
     started = time.monotonic()
     while not condition():

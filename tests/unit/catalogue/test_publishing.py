@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from pathlib import Path
 
 import msgspec
 import pytest
@@ -25,19 +24,6 @@ from vllm_kvmarket.catalogue import Catalogue
 from vllm_kvmarket.core.errors import CatalogueError, NotFoundError
 
 DOCUMENT = tokens(700)
-
-
-@pytest.fixture
-def path(tmp_path: Path) -> Path:
-    return tmp_path / "home" / "market.sqlite"
-
-
-@pytest.fixture
-def catalogue(path: Path):
-    with Catalogue.open(path) as catalogue:
-        yield catalogue
-        assert catalogue.check_integrity() == []
-        assert catalogue.last_error is None
 
 
 # Begin and commit

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from pathlib import Path
 
 import apsw
 import pytest
@@ -29,19 +28,6 @@ from vllm_kvmarket.catalogue.index import Expiries
 from vllm_kvmarket.core.errors import CatalogueError, NotFoundError
 
 DOCUMENT = tokens(700)
-
-
-@pytest.fixture
-def path(tmp_path: Path) -> Path:
-    return tmp_path / "home" / "market.sqlite"
-
-
-@pytest.fixture
-def catalogue(path: Path):
-    with Catalogue.open(path) as catalogue:
-        yield catalogue
-        assert catalogue.check_integrity() == []
-        assert catalogue.last_error is None
 
 
 def wait_until(condition, at_most_s: float = 10.0) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import threading
 import time
-from pathlib import Path
 
 import pytest
 
@@ -24,18 +23,6 @@ from vllm_kvmarket.core.errors import NotFoundError
 
 DOCUMENT = tokens(700)
 NOW_S = 1_000_000.0
-
-
-@pytest.fixture
-def path(tmp_path: Path) -> Path:
-    return tmp_path / "market.sqlite"
-
-
-@pytest.fixture
-def catalogue(path: Path):
-    with Catalogue.open(path) as catalogue:
-        yield catalogue
-        assert catalogue.check_integrity() == []
 
 
 # Uses

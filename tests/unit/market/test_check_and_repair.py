@@ -9,7 +9,14 @@ from pathlib import Path
 import apsw
 import pytest
 
-from tests.support.catalogue_documents import matched, store_and_list, tokens
+from tests.support.catalogue_documents import (
+    LENGTH,
+    file_bytes,
+    matched,
+    store,
+    store_and_list,
+    tokens,
+)
 from vllm_kvmarket.catalogue import Listing, Use
 from vllm_kvmarket.core.document_chunks import DocumentChunks
 from vllm_kvmarket.core.errors import NotFoundError, NotPublishableError, StoreFullError
@@ -17,34 +24,12 @@ from vllm_kvmarket.core.listing_terms import ListingTerms
 from vllm_kvmarket.market import check_and_repair, eviction, garbage_collection
 from vllm_kvmarket.market.market import DATABASE_FILE, Market
 
-LENGTH = 600
-
-
-@pytest.fixture
-def home(tmp_path: Path) -> Path:
-    return tmp_path / "home"
-
-
-@pytest.fixture
-def market(home: Path):
-    with Market.open(home) as market:
-        yield market
-        assert market.catalogue.check_integrity() == []
-
-
-def store(market: Market, seed: int, **terms):
-    return store_and_list(market, tokens(LENGTH, seed), **terms)
-
 
 def damage(market: Market, key: bytes) -> None:
     path = market.store.disk.path(key)
     content = bytearray(path.read_bytes())
     content[-1] ^= 1
     path.write_bytes(content)
-
-
-def file_bytes(market: Market, keys) -> int:
-    return sum(market.store.disk.path(key).stat().st_size for key in keys)
 
 
 # Space

@@ -9,9 +9,12 @@ from pathlib import Path
 import pytest
 
 from tests.support.catalogue_documents import (
+    LENGTH,
     ended,
+    file_bytes,
     heard,
     start_process,
+    store,
     store_and_list,
     tell,
     tokens,
@@ -20,29 +23,6 @@ from vllm_kvmarket.core.errors import StoreError
 from vllm_kvmarket.market import check_and_repair, garbage_collection, shared_bucket
 from vllm_kvmarket.market.market import Market
 from vllm_kvmarket.store import bucket_listings
-
-LENGTH = 600
-
-
-@pytest.fixture
-def home(tmp_path: Path) -> Path:
-    return tmp_path / "home"
-
-
-@pytest.fixture
-def market(home: Path):
-    with Market.open(home) as market:
-        yield market
-        assert market.catalogue.check_integrity() == []
-
-
-def store(market: Market, seed: int, **terms):
-    return store_and_list(market, tokens(LENGTH, seed), **terms)
-
-
-def file_bytes(market: Market, keys) -> int:
-    return sum(market.store.disk.path(key).stat().st_size for key in keys)
-
 
 # Garbage
 

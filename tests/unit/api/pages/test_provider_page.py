@@ -10,7 +10,7 @@ import msgspec
 import pytest
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
-from tests.support.api_server import publish, running, text_of
+from tests.support.api_server import publish, text_of
 from tests.support.page_visitor import Visitor, sell
 from vllm_kvmarket.api.pages.charts import (
     MOST_COLUMNS,
@@ -25,12 +25,6 @@ from vllm_kvmarket.core.pricing import format_nano
 
 TEXT = text_of(600)
 DAY_S = 86_400
-
-
-@pytest.fixture
-def server(tmp_path):
-    with running(tmp_path) as served:
-        yield served
 
 
 @pytest.fixture

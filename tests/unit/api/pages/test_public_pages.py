@@ -15,12 +15,6 @@ from vllm_kvmarket.catalogue import Use
 
 
 @pytest.fixture
-def server(tmp_path):
-    with running(tmp_path) as served:
-        yield served
-
-
-@pytest.fixture
 def browser(server):
     return Visitor(server.app)
 

@@ -13,12 +13,6 @@ from tests.support.page_visitor import Visitor, text_in
 
 
 @pytest.fixture
-def server(tmp_path):
-    with running(tmp_path) as served:
-        yield served
-
-
-@pytest.fixture
 def pat(server):
     visitor = Visitor(server.app)
     visitor.sign_in(server.keys["pat"])

@@ -1,0 +1,23 @@
+"""A catalogue in a new database, whose integrity is checked when its test ends."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from vllm_kvmarket.catalogue import Catalogue
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "home" / "market.sqlite"
+
+
+@pytest.fixture
+def catalogue(path: Path) -> Iterator[Catalogue]:
+    with Catalogue.open(path) as catalogue:
+        yield catalogue
+        assert catalogue.check_integrity() == []
+        assert catalogue.last_error is None

@@ -1,4 +1,4 @@
-"""What unit and engine tests share."""
+"""Fixtures for unit and engine tests."""
 
 from collections.abc import Iterator
 from pathlib import Path

@@ -80,7 +80,7 @@ def open_server(llm: Any, tiny: Callable[[int], Path], market: Market) -> Iterat
 
 @pytest.fixture
 def bill(market: Market) -> Bill:
-    """What `alice` pays during a test."""
+    """Alice's payments during a test."""
     return Bill(market)
 
 

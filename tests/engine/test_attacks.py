@@ -78,7 +78,7 @@ class Attacked:
         return self.server.publish(tokens, publisher, publisher=publisher, **terms)
 
     def earned(self, account: str) -> int:
-        """What an account has received."""
+        """The amount that an account has received."""
         return self.server.market.ledger.account(account).credits_posted
 
     def generate(
@@ -171,10 +171,10 @@ def a_pair_with_one_request_id(on: Attacked) -> None:
         second = pool.submit(on.generate, key, prompt, headers, prompt_logprobs=0)
         answers = [first.result(), second.result()]
     charges = [sold(each.json()) for each in answers if each.status_code == 200]
-    told = sum(each["charge_nano"] for each in charges)
-    assert on.server.spent(name) == told >= 600 * PRICE_NANO
+    charged = sum(each["charge_nano"] for each in charges)
+    assert on.server.spent(name) == charged >= 600 * PRICE_NANO
     on.server.complete(prompt, key)  # and a third one pays as well
-    assert on.server.spent(name) == told + 600 * PRICE_NANO
+    assert on.server.spent(name) == charged + 600 * PRICE_NANO
     receipts = {receipt.id for receipt in on.server.market.ledger.receipts(account=name)}
     assert {each["receipt_id"] for each in charges if each["charge_nano"]} <= receipts
 
@@ -417,8 +417,8 @@ def lag(server: Server) -> Iterator[list[float]]:
         assert watch.stdout is not None
         assert watch.stdout.readline() == "ready\n"
         yield seconds
-        told, _ = watch.communicate()
-    seconds += json.loads(told)
+        output, _ = watch.communicate()
+    seconds += json.loads(output)
 
 
 def deep(depth: int) -> bytes:

@@ -1,4 +1,4 @@
-"""Who pays, for what, and when nobody does; on a real engine."""
+"""Charges: the buyer, the amount, and the cases without a charge; on a real engine."""
 
 from __future__ import annotations
 

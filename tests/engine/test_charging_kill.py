@@ -19,7 +19,7 @@ pytestmark = pytest.mark.long
 TIMEOUT_S = 3
 
 # Answers one request for longer than a reservation lives (with a model that is not too fast), then,
-# when told to, loads for another and is killed.
+# on command, loads for another and is killed.
 CHILD = """
 import sys, time
 from tests.support.asking import Requests

@@ -41,7 +41,7 @@ def body_of(kind, index):
 
 async def ask(client, kind, index):
     """Send one request; tokens that its usage says were reused, and what it says it cost. None for
-    what a client that left was not told.
+    the answers that clients missed because they left.
     """
     body = body_of(kind, index)
     if kind == "dropped stream":
@@ -68,7 +68,7 @@ async def ask(client, kind, index):
 
 
 async def load(base, keys, plan):
-    """Send a plan's requests, so many at once; what each was told."""
+    """Send a plan's requests, so many at once; returns each one's answer."""
     free = asyncio.Semaphore(AT_ONCE)
 
     async def one(clients, index, name, kind):
@@ -92,26 +92,30 @@ async def load(base, keys, plan):
 
 def test_under_load_charges_are_receipts_are_reused_tokens(shop, ann, ben, tokens_on_offer):
     """Whole answers, streams, samples, clients that leave, prompts that are not to be reused: what
-    clients were told, the receipts, and the ledger's transfers say the same, and no hold is left.
+    clients got, the receipts, and the ledger's transfers say the same, and no hold is left.
     """
     keys = {"ann": ann, "ben": ben}
     before = {name: shop.spent(name) for name in keys}
     known = {each.id for name in keys for each in shop.market.receipts(name)}
     plan = [(name, KINDS[number % len(KINDS)]) for name in keys for number in range(REQUESTS // 2)]
     random.Random(20261124).shuffle(plan)
-    told = asyncio.run(load(shop.base, keys, plan))
-    assert Counter(kind for _, kind, _ in told) == dict.fromkeys(KINDS, REQUESTS // len(KINDS))
+    answers_of = asyncio.run(load(shop.base, keys, plan))
+    assert Counter(kind for _, kind, _ in answers_of) == dict.fromkeys(
+        KINDS, REQUESTS // len(KINDS)
+    )
     for name in keys:
         spent = shop.spent(name) - before[name]
         receipts = [each for each in shop.market.receipts(name) if each.id not in known]
         assert spent == sum(each.charge_nano for each in receipts)
         assert spent == sum(each.tokens_reused for each in receipts) * PRICE_NANO
         assert {each.tokens_reused for each in receipts} == {600}
-        answers = [(kind, each) for who, kind, each in told if who == name and each is not None]
+        answers = [
+            (kind, each) for who, kind, each in answers_of if who == name and each is not None
+        ]
         for kind, (tokens, charge) in answers:
             assert tokens * PRICE_NANO == charge == (0 if kind == "computed" else 300_000), kind
         # A stream that was left has cost; an answer that was never sent has not.
-        left = sum(who == name and kind == "dropped stream" for who, kind, _ in told)
+        left = sum(who == name and kind == "dropped stream" for who, kind, _ in answers_of)
         assert spent == sum(charge for _, (_, charge) in answers) + left * 300_000
         assert shop.market.ledger.account(name).debits_pending == 0
     accounts = shop.market.ledger.accounts()

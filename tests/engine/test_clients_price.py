@@ -1,4 +1,4 @@
-"""What a buyer would pay at most holds when the engine reserves, not only when it was quoted."""
+"""A buyer's price limit holds when the engine reserves, not only when it was quoted."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def test_no_more_is_reserved_than_the_request_allows(llm, market, limit_nano, re
     requests = Requests(llm)
     requests.start(f"priced-{limit_nano}", tokens + words(9701 + limit_nano, 9), params)
     (answers,) = requests.finish().values()
-    told = sold(answers[0])
-    assert told["reused_tokens"] == reused
-    assert ("max_price_nano" in told.get("declined", "")) is (reused == 0)
+    reply = sold(answers[0])
+    assert reply["reused_tokens"] == reused
+    assert ("max_price_nano" in reply.get("declined", "")) is (reused == 0)
     assert bill.tokens() == reused

@@ -1,4 +1,4 @@
-"""What the server answers is what its OpenAPI description says, whatever it is asked."""
+"""The server's answers are as its OpenAPI description says, for any request."""
 
 from __future__ import annotations
 
@@ -34,10 +34,10 @@ CHECKS = [
 @pytest.fixture(scope="module")
 def described(shop):
     """Our part of the server's OpenAPI description."""
-    told = httpx.get(f"{shop.base}/openapi.json", timeout=60).json()
-    told["paths"] = {path: each for path, each in told["paths"].items() if path.startswith(OURS)}
-    assert len(told["paths"]) >= 18
-    return schemathesis.openapi.from_dict(told)
+    reply = httpx.get(f"{shop.base}/openapi.json", timeout=60).json()
+    reply["paths"] = {path: each for path, each in reply["paths"].items() if path.startswith(OURS)}
+    assert len(reply["paths"]) >= 18
+    return schemathesis.openapi.from_dict(reply)
 
 
 @pytest.fixture(scope="module")

@@ -59,8 +59,10 @@ def test_a_client_without_a_key_is_told_how_to_send_one(shop, tokens_on_offer):
         client.completions.create(model=MODEL, prompt="a", extra_body=extra)
     assert refused.value.response.headers["www-authenticate"] == "Bearer"
     for headers in ({"authorization": "Bearer"}, {"authorization": ""}, {"x-api-key": ""}):
-        told = shop.post("/v1/completions", {"model": MODEL, "prompt": "a", **extra}, None, headers)
-        assert told.status_code == 401
+        reply = shop.post(
+            "/v1/completions", {"model": MODEL, "prompt": "a", **extra}, None, headers
+        )
+        assert reply.status_code == 401
 
 
 def test_an_asynchronous_client_leaves_its_stream_and_pays_once(shop, ann, tokens_on_offer):
@@ -116,16 +118,16 @@ def test_a_client_that_leaves_in_the_middle_of_its_body_costs_nothing(shop, ann,
 
 
 def test_a_request_hidden_behind_a_body_has_no_key(shop, ann, tokens_on_offer):
-    """Smuggled behind a paid request on its connection: it is a request of its own, without the
+    """Smuggled behind a paid request on its connection: it is a separate request, without the
     account of the one in front of it.
     """
     before = shop.spent("ann")
     body = json.dumps({"model": MODEL, "prompt": [*DOCUMENT, 5], "max_tokens": 1}).encode()
     hidden = head_of("/v1/completions", None, len(body), "Connection: close") + body
-    told = send(shop, head_of("/v1/completions", ann, len(body)) + body + hidden)
+    reply = send(shop, head_of("/v1/completions", ann, len(body)) + body + hidden)
     # HTTP/1.1 allows it: two requests, two answers, one of them paid.
-    assert told.count("HTTP/1.1 200") == 2
-    charges = [part.split(",")[0] for part in told.split('"charge_nano":')[1:]]
+    assert reply.count("HTTP/1.1 200") == 2
+    charges = [part.split(",")[0] for part in reply.split('"charge_nano":')[1:]]
     assert charges == [str(WHOLE), "0"]
     wait_for(shop, "ann", before + WHOLE)
 
@@ -147,9 +149,9 @@ def test_a_request_hidden_behind_a_body_has_no_key(shop, ann, tokens_on_offer):
 def test_headers_that_two_servers_could_read_differently_are_refused(shop, ann, line):
     """Lengths in two ways, folded and doubled headers, two keys: no answer is generated."""
     body = json.dumps({"model": MODEL, "prompt": "a", "max_tokens": 1}).encode()
-    told = send(shop, head_of("/v1/completions", ann, len(body), line) + body, ends=True)
+    reply = send(shop, head_of("/v1/completions", ann, len(body), line) + body, ends=True)
     # The server may hang up before its refusal is sent, since this client has.
-    assert not told or told.split(" ")[1] in ("400", "401", "415"), told
+    assert not reply or reply.split(" ")[1] in ("400", "401", "415"), reply
 
 
 @pytest.mark.parametrize(
@@ -170,11 +172,11 @@ def test_headers_that_two_servers_could_read_differently_are_refused(shop, ann, 
 def test_no_spelling_gets_published_tokens_for_nothing(shop, path, tokens_on_offer):
     """Without a key, whatever route is reached: nothing is reused."""
     body = json.dumps({"model": MODEL, "prompt": [*DOCUMENT, 7], "max_tokens": 1}).encode()
-    told = send(shop, head_of(path, None, len(body), "Connection: close") + body)
-    status = told.split(" ")[1]
-    assert status in ("200", "307", "400", "404"), told
+    reply = send(shop, head_of(path, None, len(body), "Connection: close") + body)
+    status = reply.split(" ")[1]
+    assert status in ("200", "307", "400", "404"), reply
     if status == "200":
-        assert cached(json.loads(told.partition("\r\n\r\n")[2])) == 0
+        assert cached(json.loads(reply.partition("\r\n\r\n")[2])) == 0
     for method in ("HEAD", "OPTIONS"):
         head = head_of(path, None, None, "Connection: close", method=method)
         assert send(shop, head).split(" ")[1] in ("307", "400", "404", "405")
@@ -192,8 +194,8 @@ def test_curl_streams_sends_big_bodies_and_shows_refusals(shop, ann, tokens_on_o
         done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
         return done.stdout
 
-    told = curl(json.dumps(body))
-    assert told.endswith("200") and "data: [DONE]" in told and "event: kvmarket" in told
+    reply = curl(json.dumps(body))
+    assert reply.endswith("200") and "data: [DONE]" in reply and "event: kvmarket" in reply
     assert curl(json.dumps(body | {"prompt": "a" * (2 << 20)})).endswith("413")
     assert curl("not json").endswith("400")
 
@@ -203,7 +205,7 @@ def test_httpx_with_one_connection_after_each_refusal(shop, ann):
     with httpx.Client(base_url=shop.base, headers={"authorization": f"Bearer {ann}"}) as client:
         for content in (b"{", b"[]", b"\x00", b""):
             headers = {"content-type": "application/json"}
-            told = client.post("/v1/completions", content=content, headers=headers)
-            assert told.status_code == 400
+            reply = client.post("/v1/completions", content=content, headers=headers)
+            assert reply.status_code == 400
             good = {"model": MODEL, "prompt": "a", "max_tokens": 1}
             assert client.post("/v1/completions", json=good, timeout=60).status_code == 200

@@ -1,4 +1,4 @@
-"""What zstd-exponent makes of a real model's keys and values, in the pages that vLLM keeps."""
+"""zstd-exponent on a real model's keys and values, in the pages that vLLM keeps."""
 
 from __future__ import annotations
 

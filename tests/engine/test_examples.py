@@ -65,11 +65,11 @@ def test_the_publisher_and_its_buyers_are_square(shop, pat, ann, tmp_path):
     assert "sold 0 times" in first
     before = shop.spent("ann")
     agent = ROOT / "examples" / "buying_agent.py"
-    told = run(shop, ann, sys.executable, agent, document, "Where to?", "Is it full?")
-    assert told.count(f"  {tokens} tokens reused") == 2
-    assert "receipts verified offline: 2" in told
+    reply = run(shop, ann, sys.executable, agent, document, "Where to?", "Is it full?")
+    assert reply.count(f"  {tokens} tokens reused") == 2
+    assert "receipts verified offline: 2" in reply
     charge = tokens * 500
-    assert f"paid {2 * charge / 1e9:.9f}, saved {18 * charge / 1e9:.9f}" in told
+    assert f"paid {2 * charge / 1e9:.9f}, saved {18 * charge / 1e9:.9f}" in reply
     assert shop.spent("ann") - before == 2 * charge
     shown = run(shop, ann, ROOT / "examples" / "curl.sh", document, "Where to?")
     parts = dict(part.split("\n", 1) for part in shown.split("# ") if part)

@@ -189,7 +189,7 @@ def test_a_file_in_a_layout_that_nobody_knows_is_a_miss_and_no_damage(llm, marke
 
 
 def wait_until(condition: Callable[[], bool], timeout_s: float = 5.0) -> None:
-    """What an engine reports is written by its own threads, a moment later."""
+    """Wait, because an engine's threads write a moment later."""
     deadline = time.monotonic() + timeout_s
     while not condition():
         assert time.monotonic() < deadline, "it did not come true"

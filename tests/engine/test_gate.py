@@ -58,27 +58,27 @@ def test_wrong_and_revoked_keys_are_refused(server, alice):
             pytest.raises(AuthenticationError, match="unknown, revoked"),
         ):
             client.completions.create(model=MODEL, prompt="a", max_tokens=1)
-    while (told := server.post("/v1/messages", {}, wrong)).status_code == 429:
-        time.sleep(int(told.headers["retry-after"]))
-    assert (told.status_code, told.json()["type"]) == (401, "error")
+    while (reply := server.post("/v1/messages", {}, wrong)).status_code == 429:
+        time.sleep(int(reply.headers["retry-after"]))
+    assert (reply.status_code, reply.json()["type"]) == (401, "error")
 
 
 def test_a_key_that_only_reads_generates_nothing(server):
     """403, in OpenAI's shape."""
     key = server.key("reader", "read-only", funds_nano=0)
-    told = server.post("/v1/completions", {"model": MODEL, "prompt": "a"}, key)
-    assert told.status_code == 403
-    assert set(told.json()["error"]) == {"message", "type", "param", "code"}
+    reply = server.post("/v1/completions", {"model": MODEL, "prompt": "a"}, key)
+    assert reply.status_code == 403
+    assert set(reply.json()["error"]) == {"message", "type", "param", "code"}
 
 
 def test_two_keys_in_one_request_are_refused(server, alice, bob):
     """Whichever header a proxy believed, the gate does not guess."""
     body = {"model": MODEL, "prompt": "a", "max_tokens": 1}
-    told = server.post("/v1/completions", body, alice, {"x-api-key": bob})
-    assert told.status_code == 400
+    reply = server.post("/v1/completions", body, alice, {"x-api-key": bob})
+    assert reply.status_code == 400
     headers = [("authorization", f"Bearer {alice}"), ("authorization", f"Bearer {bob}")]
-    told = httpx.post(f"{server.base}/v1/completions", json=body, headers=headers)
-    assert told.status_code == 400
+    reply = httpx.post(f"{server.base}/v1/completions", json=body, headers=headers)
+    assert reply.status_code == 400
 
 
 def test_operators_routes_need_an_admins_key(server, alice):
@@ -132,7 +132,7 @@ def test_an_unpublished_prompt_is_shared_with_nobody(server, alice, bob):
 
 
 def test_times_show_nothing_of_anothers_prompt(server, alice, bob):
-    """What alice has asked is no quicker for bob than what nobody has."""
+    """A prompt that alice has asked is no quicker for bob than a new one."""
 
     def seconds(prompt, key):
         began = time.perf_counter()
@@ -205,14 +205,14 @@ def test_a_document_goes_in_front_of_a_chat(server, chat, client, alice):
     invoked = server.post("/invocations", {"messages": messages, **ask, **body}, alice).json()
     assert invoked["choices"][0]["message"]["content"] == sent.choices[0].message.content
     with Anthropic(base_url=server.base, api_key=alice, max_retries=0) as anthropic:
-        told = anthropic.messages.create(
+        reply = anthropic.messages.create(
             model=MODEL,
             max_tokens=6,
             messages=messages,
             extra_body={**body, "temperature": 0},
         )
-    assert told.content[0].text == sent.choices[0].message.content
-    assert told.usage.cache_read_input_tokens == len(tokens)
+    assert reply.content[0].text == sent.choices[0].message.content
+    assert reply.usage.cache_read_input_tokens == len(tokens)
     response = client.responses.create(
         model=MODEL, input=question, max_output_tokens=6, temperature=0, extra_body=body
     )
@@ -251,8 +251,8 @@ def test_a_conversation_goes_on_behind_a_document(server, chat, client):
 def test_a_wish_that_cannot_be_is_refused(server, alice, field, status, code):
     """With what is wrong."""
     body = {"model": MODEL, "prompt": "When?", "max_tokens": 1, **field}
-    told = server.post("/v1/completions", body, alice)
-    assert (told.status_code, told.json()["error"]["code"]) == (status, code)
+    reply = server.post("/v1/completions", body, alice)
+    assert (reply.status_code, reply.json()["error"]["code"]) == (status, code)
 
 
 def test_a_document_is_for_accounts_and_not_for_show(server, document, alice):
@@ -263,8 +263,8 @@ def test_a_document_is_for_accounts_and_not_for_show(server, document, alice):
         assert server.post("/v1/completions", body | {field: True}, alice).status_code == 400
     assert server.post("/v1/completions", body | {"prompt_logprobs": 1}, alice).status_code == 400
     asked = {"model": MODEL, "messages": [{"role": "user", "content": "When?"}]}
-    told = server.post("/v1/chat/completions", asked | {"kvmarket": {"document": document}}, alice)
-    assert told.json()["error"]["code"] == "document_not_placeable"
+    reply = server.post("/v1/chat/completions", asked | {"kvmarket": {"document": document}}, alice)
+    assert reply.json()["error"]["code"] == "document_not_placeable"
 
 
 def test_reuse_that_is_required_is_paid_or_refused(server, document, alice, poor):
@@ -275,14 +275,14 @@ def test_reuse_that_is_required_is_paid_or_refused(server, document, alice, poor
     paid = server.post("/v1/completions", body | {"kvmarket": require}, alice)
     assert sold(paid.json())["reused_tokens"] == 600
     require["max_price_nano"] -= 1
-    told = server.post("/v1/completions", body | {"kvmarket": require}, alice)
-    assert (told.status_code, told.json()["error"]["code"]) == (402, "price_above_limit")
-    quote = told.json()["quote"]
+    reply = server.post("/v1/completions", body | {"kvmarket": require}, alice)
+    assert (reply.status_code, reply.json()["error"]["code"]) == (402, "price_above_limit")
+    quote = reply.json()["quote"]
     assert (quote["document_id"], quote["matched_tokens"]) == (document, 600)
     assert (quote["charge_nano"], quote["without_reuse_nano"]) == (300_000, 3_000_000)
-    told = server.post("/v1/completions", body | {"kvmarket": {"reuse": "require"}}, poor)
-    assert (told.status_code, told.json()["error"]["code"]) == (402, "insufficient_funds")
-    assert told.json()["quote"]["available_nano"] == 0
+    reply = server.post("/v1/completions", body | {"kvmarket": {"reuse": "require"}}, poor)
+    assert (reply.status_code, reply.json()["error"]["code"]) == (402, "insufficient_funds")
+    assert reply.json()["quote"]["available_nano"] == 0
 
 
 def test_reuse_that_is_preferred_or_not_wanted_is_computed_instead(server, document, alice, poor):

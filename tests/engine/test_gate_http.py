@@ -127,9 +127,9 @@ def test_a_stream_is_not_held_back(server, alice):
 def test_a_body_that_cannot_be_read_is_refused(server, alice, content, headers, status):
     """With a clear 4xx, and the server goes on."""
     given = {"content-type": "application/json", "authorization": f"Bearer {alice}"} | headers
-    told = httpx.post(f"{server.base}/v1/completions", content=content, headers=given)
-    assert told.status_code == status, told.text
-    assert told.json()["error"]["message"]
+    reply = httpx.post(f"{server.base}/v1/completions", content=content, headers=given)
+    assert reply.status_code == status, reply.text
+    assert reply.json()["error"]["message"]
 
 
 def test_a_body_without_an_end_is_cut_off(server):
@@ -141,10 +141,10 @@ def test_a_body_without_an_end_is_cut_off(server):
 
     headers = {"content-type": "application/json"}
     try:
-        told = httpx.post(f"{server.base}/v1/completions", content=endless(), headers=headers)
+        reply = httpx.post(f"{server.base}/v1/completions", content=endless(), headers=headers)
     except httpx.WriteError:
         return  # it hung up before all was sent
-    assert told.status_code == 413
+    assert reply.status_code == 413
 
 
 def raw(server, text, *, leaves=True):
@@ -194,8 +194,8 @@ def test_no_spelling_of_a_path_leads_around_the_gate(server, path):
 def test_other_methods_on_a_gated_path_generate_nothing(server):
     """HEAD, OPTIONS, PUT and GET: 405."""
     for method in ("HEAD", "OPTIONS", "PUT", "GET"):
-        told = httpx.request(method, f"{server.base}/v1/completions")
-        assert told.status_code == 405
+        reply = httpx.request(method, f"{server.base}/v1/completions")
+        assert reply.status_code == 405
 
 
 def test_curl_buys(server, document, alice):

@@ -133,9 +133,9 @@ def test_parts_of_text_and_more_messages_follow(app, tokenizer):
 
 def test_behind_a_whole_conversation_the_buyers_message_begins(app, tokenizer):
     """Published up to where the next message begins: nothing is put in between."""
-    told = (("system", "You are brief."), ("user", "Tides?"), ("assistant", "Twice a day."))
-    whole = chat_of(tokenizer, *told, ("user", QUESTION))
-    tokens = document_tokens.common_prefix([whole, chat_of(tokenizer, *told, ("user", "who"))])
+    turns = (("system", "You are brief."), ("user", "Tides?"), ("assistant", "Twice a day."))
+    whole = chat_of(tokenizer, *turns, ("user", QUESTION))
+    tokens = document_tokens.common_prefix([whole, chat_of(tokenizer, *turns, ("user", "who"))])
     body = {"model": str(app.state.args.model), **BODIES[Kind.CHAT]}
     assert place(app, on_offer(tokens, tokenizer), Kind.CHAT, body) == whole
 

@@ -21,12 +21,12 @@ from vllm.utils.argparse_utils import FlexibleArgumentParser
 arguments, tasks = json.loads(sys.argv[1])
 args = make_arg_parser(FlexibleArgumentParser()).parse_args(arguments)
 app = build_app(args, tuple(tasks))
-told = [
+shown = [
     (type(route).__name__, route.path, sorted(getattr(route, "methods", None) or []))
     for route in app.routes
 ]
 with open(sys.argv[2], "w") as out:
-    json.dump(told, out)
+    json.dump(shown, out)
 """
 
 
@@ -67,7 +67,7 @@ def test_every_route_of_a_generating_server_is_listed(tmp_path, arguments):
 
 def test_everything_else_that_vllm_can_serve_is_closed(tmp_path):
     """Development routes, adapters, speech, fault tolerance: admins only."""
-    told = routes_of(
+    shown = routes_of(
         tmp_path,
         ["--enable-fault-tolerance", "--enable-tokenizer-info-endpoint"],
         ["generate", "transcription", "realtime", "embed", "classify", "score"],
@@ -76,7 +76,7 @@ def test_everything_else_that_vllm_can_serve_is_closed(tmp_path):
     )
     others = [
         (path, method)
-        for _, path, methods in told
+        for _, path, methods in shown
         for method in methods or [""]
         if (path, method.replace("HEAD", "GET")) not in ROUTES
         and not path.startswith("/v1/kvmarket")

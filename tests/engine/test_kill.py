@@ -27,7 +27,7 @@ ROUNDS = int(os.environ.get("KVMARKET_KILL_ROUNDS", "2"))
 SEED = int(os.environ.get("KVMARKET_KILL_SEED", "1"))
 FIXED = 7000  # the document that every round publishes again
 
-# Publishes and buys long documents without end: most moments are in the midst of something.
+# Publishes and buys long documents without end: at most moments something is under way.
 CHILD = """
 import sys
 from tests.support.engines import words
@@ -75,7 +75,7 @@ def run_until_killed(model: Path, home: Path, number: int, pause_s: float) -> li
         family = psutil.Process(process.pid).children(recursive=True)
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
-    # A process that is in the midst of a write takes a moment to die.
+    # A process that is writing takes a moment to die.
     for member in family:
         with contextlib.suppress(psutil.NoSuchProcess):
             while member.status() != psutil.STATUS_ZOMBIE:
@@ -84,7 +84,7 @@ def run_until_killed(model: Path, home: Path, number: int, pause_s: float) -> li
 
 
 def check(home: Path) -> int:
-    """What must hold after every death, before any engine has repaired anything; live documents."""
+    """Check a home after a death, before any repair; returns how many documents are live."""
     with Market.open(home) as market:
         market.ledger.expire_pending()
         assert market.ledger.check_integrity() == []

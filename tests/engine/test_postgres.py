@@ -56,7 +56,7 @@ def test_requests_go_on_while_the_ledger_is_away_and_no_charge_is_lost(server, s
 
     assert buy(0)["reused_tokens"] == 600
 
-    # The server dies in the midst of an answer: reserved before, settled behind its return.
+    # The server dies during an answer: reserved before, settled after its return.
     killer = threading.Timer(0.6, server.stop, [signal.SIGQUIT])
     killer.start()
     sold = buy(1, max_tokens=200)

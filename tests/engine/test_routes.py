@@ -186,8 +186,8 @@ def test_our_routes_are_in_the_server_s_openapi_with_their_errors(server):
     assert {each.namespace.hex() for each in server.market.catalogue.listings()} == {
         sold["namespace"]
     }
-    told = httpx.get(f"{server.base}/openapi.json", timeout=60).json()
-    ours = {path: methods for path, methods in told["paths"].items() if "kvmarket" in path}
+    reply = httpx.get(f"{server.base}/openapi.json", timeout=60).json()
+    ours = {path: methods for path, methods in reply["paths"].items() if "kvmarket" in path}
     assert len(ours) >= 18
     for path, methods in ours.items():
         for method, operation in methods.items():

@@ -59,7 +59,7 @@ def test_a_document_published_by_another_process_is_bought_over_http(client, llm
 
 
 def test_a_client_cannot_name_an_account_or_publish_without_a_token(client, market):
-    """Whatever the body says: no reuse on somebody else's account, and no listing."""
+    """No body gives a reuse on somebody else's account, or a listing."""
     document = words(90, 600)
     listed = len(market.catalogue.listings())
     for wish in (
@@ -108,9 +108,9 @@ def test_chat_requests_hit_a_document_published_as_chat(client, llm, market):
 def test_the_server_says_what_it_sells(server):
     """GET /v1/kvmarket."""
     with urllib.request.urlopen(f"{server}/v1/kvmarket", timeout=10) as response:
-        told = json.load(response)
-    assert told["model"] == "tiny"
-    assert told["tariff"]["cache_read_nano_per_mtok"] == 500_000_000
+        reply = json.load(response)
+    assert reply["model"] == "tiny"
+    assert reply["tariff"]["cache_read_nano_per_mtok"] == 500_000_000
 
 
 def scrape(server):

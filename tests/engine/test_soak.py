@@ -16,7 +16,7 @@ SEED = 20
 
 @pytest.fixture(scope="module")
 def report(smollm, tmp_path_factory):
-    """What a short soak reports; it compares with the server's own prefill, to save a start."""
+    """A short soak's report; it compares with the server's own prefill, to save a start."""
     folder = tmp_path_factory.mktemp("soak")
     out = folder / "soak.json"
     command = [sys.executable, "-m", "benchmarks.soak", "--minutes", str(MINUTES)]

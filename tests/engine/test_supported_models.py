@@ -81,7 +81,7 @@ def test_a_model_with_wrong_tokens_is_refused_before_an_engine_starts(refused_mo
 
 @pytest.mark.parametrize("caching", [None, True, False])
 def test_a_server_refuses_it_too(refused_model, tmp_path, caching):
-    """Whatever the operator says of prefix caching: no flag makes the tokens right."""
+    """No flag for prefix caching makes the tokens right."""
     folder, complaint = refused_model
     with Market.open(tmp_path) as market:
         arguments = AsyncEngineArgs(

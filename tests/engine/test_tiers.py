@@ -136,7 +136,7 @@ def funded(home, **config) -> Market:
 
 
 def test_a_document_is_fetched_from_the_object_store(tiny, tmp_path):
-    """What has left the disk comes back, once; the engine that published has put it there."""
+    """Chunks that left the disk come back, once; the publishing engine has uploaded them."""
     document = words(505, LENGTH)
     bucket = tmp_path / "bucket"
     bucket.mkdir()

@@ -55,7 +55,7 @@ class Shell:
         self._bash.stdin.flush()
 
     def run(self, block: str) -> str:
-        """What a block prints; each of its commands must succeed."""
+        """Run a block and return its output; each of its commands must succeed."""
         assert self._bash.stdout is not None
         trap = "trap 'echo failed: $BASH_COMMAND' ERR"
         self._write(f"{trap}\n{block}\ntrap - ERR\necho; echo '{END}'\n")
@@ -66,9 +66,9 @@ class Shell:
             said.append(line)
         else:
             raise AssertionError("".join(said))
-        told = "".join(said)
-        assert "failed: " not in told, told
-        return told
+        printed_text = "".join(said)
+        assert "failed: " not in printed_text, printed_text
+        return printed_text
 
     def close(self) -> None:
         """End whatever the blocks have left."""
@@ -85,7 +85,7 @@ class Shell:
 
 
 def as_pattern(shown: str) -> str:
-    """What a page shows, where `...` stands for anything, and the width of columns for itself."""
+    """Turn shown output into a pattern: `...` stands for anything; columns may have any width."""
     lines = [line for line in shown.strip().splitlines() if line.strip()]
     return r"\s+".join(
         r"\s+".join(re.escape(word).replace(r"\.\.\.", r".*?") for word in line.split())
@@ -121,7 +121,7 @@ def test_the_tutorial_does_what_it_says(smollm, tmp_path):
         raise
     finally:
         shell.close()
-    # What is not run here is run by whoever installs: it must be there.
+    # Blocks not run here are run by users who install: they must be there.
     assert skipped == ["make demo"]
     assert "\ndemo: " in (ROOT / "Makefile").read_text()
     assert not [each for each in psutil.process_iter() if str(tmp_path) in _folder(each)]

@@ -22,7 +22,7 @@ def flood(llm, count: int = 6) -> None:
 
 
 def test_a_pinned_document_stays_in_the_paged_cache_until_it_is_unpinned(llm, market: Market):
-    """Other requests push everything else out; a reset leaves it, or is told to drop it."""
+    """Other requests push all others out; a reset leaves it, unless it names the connector."""
     document = words(6000, 700)
     listing = market.publish(llm, token_ids=document, title="pinned")
     empty_prefix_cache(llm)
@@ -134,7 +134,7 @@ def poison(market: Market, key: bytes, source: bytes) -> None:
 
 
 def test_a_full_store_evicts_what_is_worth_least_and_never_exceeds_its_quota(tiny, tmp_path):
-    """What is bought stays, what nobody bought goes, what does not fit at all is refused."""
+    """Bought documents stay, others go, and one that does not fit at all is refused."""
     with Market.open(tmp_path) as market:
         market.create_account("alice")
         market.deposit("alice", 1000 * NANO, "d")

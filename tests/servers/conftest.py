@@ -22,7 +22,7 @@ _numbers = itertools.count()
 
 @pytest.fixture(scope="session")
 def seaweed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SeaweedFS]:
-    """The S3 server that tests share; each takes a prefix of its own."""
+    """The S3 server that tests share; each takes its own prefix."""
     yield from _running(tmp_path_factory.mktemp("seaweed"))
 
 
@@ -83,7 +83,7 @@ def connect() -> Iterator[Callable[..., ObjectTier]]:
 def machine(
     seaweed: SeaweedFS, bucket: str, tmp_path: Path, connect: Callable[..., ObjectTier]
 ) -> Machine:
-    """Make a machine: a disk of its own in front of the bucket that all share."""
+    """Make a machine: its own disk in front of the bucket that all share."""
     numbers = itertools.count()
 
     def make(

@@ -14,7 +14,7 @@ from vllm_kvmarket.store.chunk_format import chunk_name
 
 
 def test_the_directory_of_listings(machine: Machine) -> None:
-    """What one home publishes the others read, until it is withdrawn."""
+    """Other homes read what one publishes, until it is withdrawn."""
     first, second = objects_of(machine()), objects_of(machine())
     assert bucket_listings.listed_documents(first) == set()
     for document_id, entry in (("kvd_2", b"two"), ("kvd_1", b"one"), ("kvd_1", b"one, again")):

@@ -142,15 +142,15 @@ def test_a_database_that_cannot_be_used_is_told(server, url, message):
 
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGQUIT], ids=["restart", "crash"])
 def test_a_restart_under_load_loses_no_charge(own_server, how):
-    """Settlements wait for the database and are made once; who has no patience is told, and goes
-    on; what was acknowledged before a crash is there after it.
+    """Settlements wait for the database and are made once; a caller with a short timeout gets an
+    error and goes on; what was acknowledged before a crash is there after it.
     """
     place = own_server.create_database("market")
     stopped = threading.Event()
     with funded_ledger(place) as ledger, ThreadPoolExecutor(4) as pool:
 
         def serve(number):
-            """What a request does: reserve, or be computed in full; then settle."""
+            """Handle a request: reserve, or compute in full; then settle."""
             try:
                 reserved = ledger.submit([hold(f"h{number}", 3)], patience_s=0.2).result(30)
             except LedgerError:
@@ -187,7 +187,7 @@ def test_a_restart_under_load_loses_no_charge(own_server, how):
 
 
 def test_closing_without_a_database_ends(own_server, monkeypatch):
-    """Whoever still waits is told that the batch must be submitted again."""
+    """A caller that still waits learns that the batch must be submitted again."""
     monkeypatch.setattr("vllm_kvmarket.ledger.group_commit.CLOSE_PATIENCE_S", 0.2)
     place = own_server.create_database("market")
     ledger = Ledger.open(place)

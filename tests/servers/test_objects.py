@@ -71,7 +71,7 @@ def elapsed_s(work: Callable[[], object], match: str) -> float:
 
 @pytest.mark.parametrize("size", [0, 1, PART_BYTES, 3 * PART_BYTES + 17, (32 << 20) + 1])
 def test_a_file_comes_back_as_it_was(tier: ObjectTier, load: Download, size: int) -> None:
-    """Whatever its size: in one request, in several ranges, uploaded in one piece or in parts."""
+    """Of any size: in one request, in several ranges, uploaded in one piece or in parts."""
     file = load.fill(size)
     assert tier.upload("ab/x.kv", file) == size
     facts = tier.facts("ab/x.kv")
@@ -157,9 +157,9 @@ def test_a_document_that_is_too_large_is_not_read(
 )
 def test_a_bad_url_or_option_is_told(url: str, options: dict[str, str], match: str) -> None:
     """The message names what is wrong, in one line."""
-    with pytest.raises(ConfigError, match=match) as told:
+    with pytest.raises(ConfigError, match=match) as refusal:
         ObjectTier(url, options)
-    assert "\n" not in str(told.value)
+    assert "\n" not in str(refusal.value)
 
 
 @pytest.mark.parametrize("wrong", ["access_key_id", "secret_access_key"])
@@ -274,7 +274,7 @@ def test_a_connection_that_is_cut_is_made_again(
 def test_nothing_is_written_after_the_deadline(
     seaweed: SeaweedFS, proxied: Proxied, connect: Connect, bucket: str, load: Download
 ) -> None:
-    """What comes too late does not end up in the file that has got the same descriptor since."""
+    """Late bytes do not end up in a file that has the same descriptor since."""
     file = load.fill(PART_BYTES)
     connect(bucket, seaweed.options()).upload("x", file)
     proxy = proxied(seaweed)
@@ -336,7 +336,7 @@ def test_a_server_that_is_killed_during_a_download(
 def test_closing_ends_what_is_under_way(
     seaweed: SeaweedFS, proxied: Proxied, connect: Connect, bucket: str
 ) -> None:
-    """A thread that waits for the store is told, long before its deadline."""
+    """A thread that waits for the store gets an error, long before its deadline."""
     proxy = proxied(seaweed)
     proxy.is_silent = True
     tier = connect(bucket, seaweed.options(proxy.port), timeout_s=60)

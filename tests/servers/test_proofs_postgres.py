@@ -84,7 +84,7 @@ def test_statements_and_payouts(url):
 
 
 def test_a_market_with_its_ledger_in_postgresql_is_backed_up_whole(server, url, tmp_path):
-    """Books, keys and log; restored into a home of its own, or with a new database."""
+    """Books, keys and log; restored into another home, or with a new database."""
     with Market.open(tmp_path / "home", {"ledger_url": url}) as market:
         market.create_account("alice")
         market.create_account("pat", "publisher")

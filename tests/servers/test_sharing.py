@@ -29,7 +29,7 @@ LAYOUT = ChunkLayout(
 
 
 def publish(market: Market) -> Listing:
-    """What an engine does for a document, without one."""
+    """Do an engine's work for a document, without one."""
     document = DocumentChunks.of(NAMESPACE, TOKENS)
     keys = document.keys
     listing = Listing.of(document, ListingTerms(title="shared", publisher="acme"))

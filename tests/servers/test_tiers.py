@@ -101,7 +101,7 @@ def test_what_is_nowhere_is_missing(machine: Machine) -> None:
 
 
 def test_another_layout_is_fetched_and_a_mismatch(machine: Machine) -> None:
-    """What the bucket has in another layout can be opened to be converted."""
+    """A chunk that the bucket has in another layout can be opened for conversion."""
     first, second = machine(), machine()
     chunk = sample()
     chunk.put(first)
@@ -316,7 +316,7 @@ def test_a_slow_network_slows_a_load_only(
 
 
 def test_keep_uploads_and_refreshes(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is promised to others is in the bucket, and not about to be collected from it."""
+    """A chunk promised to others is in the bucket, and not about to be collected from it."""
     first, second = machine(), machine()
     chunk = sample()
     name = chunk_name(chunk.key)

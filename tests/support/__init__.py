@@ -1,4 +1,4 @@
-"""What tests, benchmarks and tools share: small fakes, servers, engines, documents."""
+"""Shared by tests, benchmarks and tools: small fakes, servers, engines, documents."""
 
 from pathlib import Path
 

@@ -27,7 +27,7 @@ BLOCK = 16
 
 
 class WordEngine:
-    """A word is a token. Publishes as the connector does, from a market of its own, without KV."""
+    """A word is a token. Publishes as the connector does, on its own market object, without KV."""
 
     def __init__(self, home):
         self.context_tokens = CONTEXT

@@ -62,12 +62,12 @@ class Requests:
 
 
 def sold(output: Any) -> dict[str, Any]:
-    """What an answer says of the market."""
+    """The market's part of an answer."""
     return dict((output.kv_transfer_params or {}).get("kvmarket") or {})
 
 
 def wait_until(condition: Callable[[], bool], timeout_s: float = 15.0) -> None:
-    """What an engine has done is written by its own threads, a moment later."""
+    """Wait, because an engine's threads write a moment later."""
     deadline = time.monotonic() + timeout_s
     while not condition():
         assert time.monotonic() < deadline, "it did not come true"
@@ -82,7 +82,7 @@ def spent(market: Market, account: str = "alice") -> int:
 
 
 class Bill:
-    """What `alice` paid, and the receipts she got, since it was made."""
+    """Alice's payments and receipts since it was made."""
 
     def __init__(self, market: Market) -> None:
         self._market = market

@@ -156,11 +156,11 @@ def count(text: str) -> int:
 
 
 def findings(page: Page) -> list[str]:
-    """What axe-core holds against a page as it stands, worst or not: impact, rule, where."""
-    told = Axe().run(page, options={"resultTypes": ["violations"], "preload": False}).response
+    """The violations that axe-core finds on a page as it stands: impact, rule, where."""
+    found = Axe().run(page, options={"resultTypes": ["violations"], "preload": False}).response
     return [
         f"{each['impact']} {each['id']}: {node['target']} {node['html'][:120]}"
-        for each in told["violations"]
+        for each in found["violations"]
         for node in each["nodes"]
     ]
 

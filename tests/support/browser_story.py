@@ -1,4 +1,4 @@
-"""What the pages show: a document published in the browser, and bought through the API."""
+"""A story that the pages show: a document published in the browser, and bought through the API."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests.support.serving import MODEL, Server
 from vllm_kvmarket.ledger import Receipt
 
 TITLE = "Log of the cape"
-TEXT = ("The keeper writes down each ship that passes, her flag and the wind. " * 60).strip()
+TEXT = ("The guard writes down each ship that passes, her flag and the wind. " * 60).strip()
 QUESTIONS = ("Which ships passed?", "What was the wind?", "Whose flag was the last?")
 OTHERS = ("Tides and currents", "Notices to mariners")
 

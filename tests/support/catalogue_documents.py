@@ -38,7 +38,7 @@ def chunks_of(token_ids: Sequence[int], chunk_tokens: int = 256) -> DocumentChun
 
 
 def changed(listing: Listing, **fields: Any) -> Listing:
-    """Return a listing with other fields, of its own or of its terms."""
+    """Return a listing with other fields, also of its terms."""
     names = ListingTerms.__struct_fields__
     terms = {name: value for name, value in fields.items() if name in names}
     own = {name: value for name, value in fields.items() if name not in names}
@@ -100,7 +100,7 @@ def matched(catalogue: Catalogue, token_ids: Sequence[int]) -> int:
 
 
 def start_process(script: str, *arguments: object) -> subprocess.Popen[str]:
-    """Run a script in a process of its own that talks over stdin and stdout.
+    """Run a script in a separate process that talks over stdin and stdout.
 
     Everything of this module is imported already, and `home` is its first argument as a path.
     """

@@ -44,7 +44,7 @@ class CrashingFiles(apsw.VFS):
         self.steps += 1
 
     def survivors(self):
-        """What a restart finds: name -> content."""
+        """The files that a restart finds: name -> content."""
         for name, writes in self.unsynced.items():
             content = self.durable.setdefault(name, bytearray())
             for write in writes:

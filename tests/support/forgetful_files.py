@@ -56,7 +56,7 @@ class ForgetfulFiles(Files):
         return str(self.boots)
 
     def create(self, path: Path, mode: int = 0o600) -> int:
-        """Make a file, with a number of its own."""
+        """Make a file, with its own number."""
         self._step()
         descriptor = super().create(path, mode)
         self._numbers += 1
@@ -81,7 +81,7 @@ class ForgetfulFiles(Files):
         self._records.append(content)
 
     def sync(self, descriptor: int) -> None:
-        """What the file holds now survives."""
+        """The file's present content survives."""
         self._step()
         path = Path(f"/proc/self/fd/{descriptor}").readlink()
         self._synced[self._now[path]] = path.read_bytes()

@@ -35,9 +35,9 @@ def make_app(market, keys, tokenizer=None):
     async def answer(request: Request):
         body = await request.body()
         app.state.reached.append(request.url.path)
-        told = {"body": json.loads(body) if body else None, "headers": request.headers.items()}
+        echo = {"body": json.loads(body) if body else None, "headers": request.headers.items()}
         outputs = app.state.engine_client.generate()
-        if told["body"] and told["body"].get("stream"):
+        if echo["body"] and echo["body"].get("stream"):
 
             async def events():
                 async for _ in outputs:
@@ -48,7 +48,7 @@ def make_app(market, keys, tokenizer=None):
             return StreamingResponse(events(), media_type="text/event-stream")
         async for _ in outputs:
             pass
-        return told
+        return echo
 
     for path, method in ROUTES:
         app.add_api_route(path, answer, methods=[method])

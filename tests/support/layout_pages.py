@@ -20,7 +20,7 @@ HND, NHD = "012/cuda-tokens", "102/cuda-tokens"
 
 @dataclasses.dataclass(frozen=True)
 class Model:
-    """What every layout of one model has in common."""
+    """The facts that all layouts of one model share."""
 
     heads: int = 4
     dim: int = 32
@@ -87,7 +87,7 @@ def chunk_of(model: Model, tokens: int = CHUNK_TOKENS, seed: int = 0) -> Chunk:
 
 
 def heads_of(layout: ChunkLayout) -> slice:
-    """Which of all heads a rank has, told from its rank, the other way than the code does."""
+    """A rank's heads, computed from its number in another way than the code does."""
     replicas = int(layout.tag.partition("/x")[2] or 1)
     here = layout.layers[0].page_shape[0]
     group = layout.rank // replicas

@@ -1,4 +1,4 @@
-"""What the ledger's tests share: books in memory, a funded ledger, batches, a receipt."""
+"""Shared by the ledger's tests: books in memory, a funded ledger, batches, a receipt."""
 
 from __future__ import annotations
 

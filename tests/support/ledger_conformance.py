@@ -1,4 +1,4 @@
-"""What a ledger does, on whatever database: test modules import this and bring a `place`.
+"""A ledger's behaviour, on any database: test modules import this and bring a `place`.
 
 Fixtures that they define: `place`, a path or URL of a new, empty database; `by_hand`, which
 executes SQL there and raises what `refusals` lists when the schema refuses it; `held_up`, a context
@@ -107,7 +107,7 @@ def test_a_free_reuse_is_a_post_of_nothing(ledger):
 
 
 def test_totals_are_equal(ledger):
-    """What one account is debited, another is credited."""
+    """Each debit of one account is a credit of another."""
     ledger.submit([hold("h", 5), post(id="p", pending_id="h", amount_nano=3)]).result()
     assert ledger.totals() == {"USD": (NANO + 3, NANO + 3)}
 
@@ -186,7 +186,7 @@ def test_many_threads_submit_at_once(ledger):
 
 
 def test_no_future_is_left_without_an_answer_by_close(place):
-    """Whatever is submitted while another thread closes is written or refused."""
+    """A batch submitted while another thread closes is written or refused."""
     for round_number in range(20):
         ledger = Ledger.open(place)
         with ThreadPoolExecutor(4) as pool:
@@ -206,7 +206,7 @@ def test_a_malformed_account_id_is_refused(ledger, malformed):
 
 
 def test_unknown_accounts_and_transfers_are_named(ledger):
-    """Nobody can be paid who has no account; what is asked for in vain is named."""
+    """Only accounts can be paid; a missing account is named."""
     with pytest.raises(NotFoundError, match="nobody"):
         ledger.deposit("nobody", 1, "d2")
     paid = plain(id="t", debit="alice", credit="nobody", amount_nano=1, code="x")
@@ -254,7 +254,7 @@ def test_the_audit_reads_receipts(ledger):
 
 
 def test_a_living_engine_renews_its_holds(place):
-    """A renewed hold outlives its timeout, is not expired, and can be posted; others are told."""
+    """A renewed hold outlives its timeout and can be posted; other holds expire."""
     now = [1000.0]
     with funded_ledger(place, clock=lambda: now[0]) as ledger:
         ledger.submit([hold("h", 60, timeout_s=10)]).result()
@@ -429,11 +429,11 @@ def test_a_queue_that_grows_without_end_is_refused(place, held_up, monkeypatch):
     with funded_ledger(place) as ledger:
         with held_up():
             futures = [ledger.submit([hold(f"h{number}", 1)]) for number in range(60)]
-            told = [future.exception(0) for future in futures if future.done()]
-            assert len(told) >= 20
-            assert all("behind" in str(error) for error in told)
+            refused_errors = [future.exception(0) for future in futures if future.done()]
+            assert len(refused_errors) >= 20
+            assert all("behind" in str(error) for error in refused_errors)
         taken = [future for future in futures if future.exception(30) is None]
-        assert len(taken) == 60 - len(told) >= 20
+        assert len(taken) == 60 - len(refused_errors) >= 20
         assert ledger.account("alice").debits_pending == len(taken)
 
 

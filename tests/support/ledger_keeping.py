@@ -1,4 +1,4 @@
-"""What a ledger's database keeps and refuses: for test modules like ledger_conformance."""
+"""Tests of a ledger's database: kept rows, refused changes. Imported like ledger_conformance."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def insert(values):
     ],
 )
 def test_the_schema_refuses_what_the_rules_refuse(ledger, by_hand, refusals, statement):
-    """Also to whoever writes SQL by hand."""
+    """Also for SQL written by hand."""
     ledger.create_account("erik", "publisher", currency="EUR")
     batch = [hold("h", 1), hold("g", 1), void(id="v", pending_id="g")]
     ledger.submit(batch, receipt=receipt("kvr_1", 1, "h")).result()
@@ -119,7 +119,7 @@ def test_an_id_that_cannot_be_kept_is_refused_by_the_rules(ledger, id):
 
 
 def test_text_of_any_script_is_kept(ledger):
-    """What is written comes back: quotes, control characters, emoji."""
+    """Texts come back as written: quotes, control characters, emoji."""
     odd = "\u4e2d\u6587 \U0001f4b0 \x01\n\t'\"\\ {}"
     facts = {"debit": "alice", "credit": "pat", "amount_nano": 2, "user_data": odd}
     kept = msgspec.structs.replace(receipt("kvr_\u00e9", 2, odd), title=odd + "\0")

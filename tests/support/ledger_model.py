@@ -62,7 +62,7 @@ class Hold:
 
 @dataclass
 class Model:
-    """What was accepted, what moved, what is held: no running balances."""
+    """Accepted operations, moves and holds: no running balances."""
 
     accepted: dict[str, Operation] = field(default_factory=dict)
     moved: list[tuple[str, str, int]] = field(default_factory=list)
@@ -226,7 +226,7 @@ class LedgerMachine(RuleBasedStateMachine):
 
     @rule(amount=st.integers(20, 60), timeout_s=timeouts)
     def reserve(self, amount, timeout_s):
-        """What a request does on arrival; often more than is left."""
+        """A request's operations on arrival; often for more than is left."""
         facts = {"debit": "alice", "credit": "provider", "amount_nano": amount, "code": "hold"}
         self.submit([pending(id=self.fresh("hold"), timeout_s=timeout_s, **facts)])
 
@@ -264,7 +264,7 @@ class LedgerMachine(RuleBasedStateMachine):
 
     @rule(data=st.data())
     def retry(self, data):
-        """What was accepted once is accepted again, at any later time, and does nothing."""
+        """An accepted operation is accepted again, at any later time, and does nothing."""
         operation = data.draw(st.sampled_from(list(self.model.accepted.values())))
         before = dict(self.books.accounts)
         assert self.books.apply([operation], self.now_s)[0].outcome is Outcome.EXISTS

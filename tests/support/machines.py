@@ -1,4 +1,4 @@
-"""Machines that share a bucket, each with a disk of its own."""
+"""Machines that share a bucket, each with its own disk."""
 
 from __future__ import annotations
 

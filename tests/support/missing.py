@@ -1,4 +1,4 @@
-"""What tests do without a program that they need."""
+"""Skip or fail a test whose program is missing."""
 
 from __future__ import annotations
 

@@ -36,7 +36,7 @@ class Forms(HTMLParser):
 
 
 class Visitor:
-    """Somebody with a browser of their own."""
+    """A visitor with a separate browser."""
 
     def __init__(self, app, base_url="http://testserver"):
         self.client = TestClient(app, base_url=base_url, follow_redirects=False)
@@ -55,7 +55,7 @@ class Visitor:
 
 
 def text_in(page, name):
-    """What stands in the element with an id, without tags."""
+    """The text of the element with an id, without tags."""
     found = re.search(rf'<(\w+)[^>]* id="{name}"[^>]*>(.*?)</\1>', page.text, re.DOTALL)
     return html.unescape(re.sub(r"<[^>]+>", " ", found[2])).strip() if found else None
 

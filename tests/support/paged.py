@@ -62,7 +62,7 @@ def fill(cache: PagedCache, blocks: Sequence[int], seed: int) -> None:
 
 
 def content(cache: PagedCache, blocks: Sequence[int], tokens: int) -> list[np.ndarray]:
-    """What blocks hold of so many tokens, for each layer [token, head, content], as bits."""
+    """The content of so many tokens in blocks, for each layer [token, head, content], as bits."""
     return [
         canonical(cache.layout, layer, np.concatenate(cache.host_pages(layer, blocks)))[:tokens]
         for layer in range(cache.layer_count)
@@ -189,7 +189,7 @@ def stored(
 
 
 def into(chunk: ChunkSave, first_block: int, first_page: int = 0) -> ChunkLoad:
-    """Load a chunk into other blocks, in an order of their own."""
+    """Load a chunk into other blocks, in another order."""
     blocks = range(first_block, first_block + len(chunk.block_ids) - first_page)
     return ChunkLoad(chunk.key, first_page, tuple(reversed(blocks)))
 

@@ -52,7 +52,7 @@ def request_of(
     status: RequestStatus = RequestStatus.FINISHED_STOPPED,
     output: int = 5,
 ) -> Any:
-    """What the half reads of vLLM's request."""
+    """The part of vLLM's request that the half reads."""
     return SimpleNamespace(
         request_id=name,
         kv_transfer_params=params.get("kv_transfer_params"),

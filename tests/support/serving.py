@@ -27,7 +27,7 @@ from vllm_kvmarket.market.market import DATABASE_FILE
 VLLM = ROOT / ".venv" / "bin" / "vllm"
 MODEL = "tiny"
 # Documents that tests publish; the second one as chat: a few tokens more than three blocks, so that
-# what an account finds again of its own questions is not a block more.
+# an account's own earlier questions do not add another cached block.
 DOCUMENT = words(7000, 600)
 TEXT = ("Ships leave the harbour at dawn. " * 52).strip()
 PRICE_NANO = 500  # a reused token, on the default tariff
@@ -89,7 +89,7 @@ class Server:
 
 
 def sold(answer: Any) -> Any:
-    """What an answer says of the market."""
+    """The market's part of an answer."""
     return answer["kv_transfer_params"]["kvmarket"]
 
 

@@ -46,7 +46,7 @@ def imports(statements: Iterable[ast.AST]) -> set[str]:
 
 @cache
 def imports_of_module(module: str) -> set[str]:
-    """What one of our modules imports while it is imported itself; nothing for any other name."""
+    """The imports of one of our modules while it is imported itself; none for any other name."""
     path = ROOT / module.replace(".", "/")
     file = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
     return imports(ast.parse(file.read_text("utf-8")).body) if file.is_file() else set()

@@ -197,7 +197,7 @@ def test_the_repository_names_no_registry_and_no_machine(pattern):
 
 @pytest.mark.parametrize("command", ["make demo", "make test"])
 def test_the_readme_names_the_first_commands(command):
-    """Who reads the README learns how to see it work and how to test it."""
+    """The README says how to see it work and how to test it."""
     assert command in (ROOT / "README.md").read_text("utf-8")
 
 
@@ -227,7 +227,7 @@ def test_the_public_names_are_exactly_all():
 
 
 def test_entry_points_name_something_callable():
-    """What pyproject.toml promises pip and vLLM exists, and is installed under the same names."""
+    """The entry points of pyproject.toml exist, and are installed under the same names."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
     groups = {"console_scripts": project["scripts"], **project["entry-points"]}
     assert set(groups) == {"console_scripts", "vllm.general_plugins", "vllm.endpoint_plugins"}

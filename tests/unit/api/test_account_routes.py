@@ -241,9 +241,9 @@ def test_receipts_and_the_log_are_proven_by_the_published_keys(server):
     assert signed.payload.kvmarket.receipt_id == found["id"]
     proof = read_inclusion(get(server, "/log/proof", "bea", transfer=found["transfer_ids"][0]).text)
     assert proof.verify(keys).amount_nano == str(found["charge_nano"])
-    told = get(server, "/log/proof", old=before.size).json()
-    assert told.pop("object") == "kvmarket.log.consistency"
-    consistency = msgspec.convert(told, ConsistencyProof)
+    reply = get(server, "/log/proof", old=before.size).json()
+    assert reply.pop("object") == "kvmarket.log.consistency"
+    consistency = msgspec.convert(reply, ConsistencyProof)
     consistency.verify(keys)
     assert consistency.new_size > before.size
     for query in ({}, {"old": 99}, {"new": 1}, {"old": 1, "new": 0}, {"transfer": "t", "old": 1}):
@@ -281,10 +281,10 @@ def test_lists_of_transfers_and_accounts_are_paged_while_they_grow(server):
     seen, cursor = [], None
     for page in range(5):
         query = {"limit": 3} if cursor is None else {"limit": 3, "after": cursor}
-        told = get(server, "/transfers", "bea", **query).json()
-        seen += [each["id"] for each in told["data"]]
+        reply = get(server, "/transfers", "bea", **query).json()
+        seen += [each["id"] for each in reply["data"]]
         server.market.deposit("bea", 1, f"new{page}")
-        cursor = told["next_cursor"]
+        cursor = reply["next_cursor"]
         if cursor is None:
             break
     assert seen == [f"d{number}" for number in reversed(range(7))]

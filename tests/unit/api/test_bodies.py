@@ -73,6 +73,6 @@ def test_no_route_takes_a_longer_body(tmp_path, path, announced):
 
         content = b" " * 4106 if announced else parts()
         headers = {"content-type": "application/json"} | as_(server, "bea")
-        told = server.client.post(path, content=content, headers=headers)
-        assert (told.status_code, told.json()["error"]["code"]) == (413, "body_too_long")
+        reply = server.client.post(path, content=content, headers=headers)
+        assert (reply.status_code, reply.json()["error"]["code"]) == (413, "body_too_long")
         assert server.client.post("/nothing/here", json={}).status_code == 404

@@ -168,7 +168,7 @@ def test_a_wish_that_makes_no_sense_is_refused_with_its_field(refusing, wish, st
     ],
 )
 def test_a_body_that_is_not_json_or_too_long_is_refused(refusing, body, kind, status):
-    """Whatever its bytes are; the limit also holds where no length is told."""
+    """With any bytes; the limit also holds without a stated length."""
     headers = {**as_(refusing, "pat"), "content-type": kind}
     for content in (body, iter([body])):
         refused = refusing.client.post(DOCUMENTS, content=content, headers=headers)
@@ -303,11 +303,11 @@ def test_a_quote_says_what_reuse_saves_to_the_nano_unit(server):
         assert asked.status_code == 200, asked.text
         return asked.json()
 
-    told = quote(prompt=text_of(300) + " and more")
-    assert (told["prompt_tokens"], told["matched_tokens"], told["document"]) == (302, 300, name)
-    assert (told["charge_nano"], told["with_reuse_nano"]) == (150_000, 160_000)
-    assert (told["without_reuse_nano"], told["saving_nano"]) == (1_510_000, 1_350_000)
-    assert told["affordable"] is True
+    reply = quote(prompt=text_of(300) + " and more")
+    assert (reply["prompt_tokens"], reply["matched_tokens"], reply["document"]) == (302, 300, name)
+    assert (reply["charge_nano"], reply["with_reuse_nano"]) == (150_000, 160_000)
+    assert (reply["without_reuse_nano"], reply["saving_nano"]) == (1_510_000, 1_350_000)
+    assert reply["affordable"] is True
     assert quote(prompt=text_of(300))["matched_tokens"] == 299
     assert quote(document=name)["matched_tokens"] == 300
     other = quote(prompt=text_of(300, "other"))

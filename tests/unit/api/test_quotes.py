@@ -1,4 +1,4 @@
-"""What is quoted, what is not, and what the engine is told of a quote's limit."""
+"""Requests that are quoted or not, and the limit that the engine gets from a quote."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ def test_the_engine_is_told_the_most_that_it_may_reserve(client, alice, market):
     store_and_list(market, tokens(300))
     most = 300 * 500
     for wish in ({"reuse": "require"}, {}):
-        told = reached(ask(client, alice, "m", max_price_nano=most, **wish))
-        assert told["kv_transfer_params"]["kvmarket"]["max_price_nano"] == most
-    told = reached(ask(client, alice, "m"))
-    assert "max_price_nano" not in told["kv_transfer_params"]["kvmarket"]
+        reply = reached(ask(client, alice, "m", max_price_nano=most, **wish))
+        assert reply["kv_transfer_params"]["kvmarket"]["max_price_nano"] == most
+    reply = reached(ask(client, alice, "m"))
+    assert "max_price_nano" not in reply["kv_transfer_params"]["kvmarket"]
 
 
 @pytest.mark.parametrize("wish", [{"reuse": "require"}, {"document": "kvd_any"}])
@@ -33,8 +33,8 @@ def test_nothing_is_promised_of_an_adapter(app, client, alice, market, wish):  #
     """Its KV is another than the model's: what is on offer of that is no offer for it."""
     app.state.openai_serving_models = SimpleNamespace(lora_requests={"legal": object()})
     store_and_list(market, tokens(300))
-    told = ask(client, alice, "legal", **wish)
-    assert (told.status_code, told.json()["error"]["code"]) == (400, "adapter_not_quoted")
+    reply = ask(client, alice, "legal", **wish)
+    assert (reply.status_code, reply.json()["error"]["code"]) == (400, "adapter_not_quoted")
     # Its limit is the engine's to keep, which knows what it matches.
     got = reached(ask(client, alice, "legal", max_price_nano=1))
     assert got["kv_transfer_params"]["kvmarket"]["max_price_nano"] == 1

@@ -1,4 +1,4 @@
-"""Whose bucket a request is counted in, and how many may wait."""
+"""The bucket that a request is counted in, and how many may wait."""
 
 from __future__ import annotations
 

@@ -64,6 +64,6 @@ def test_a_busy_engine_holds_no_scrape_up(monkeypatch):
 
 @pytest.mark.parametrize("has_market", [True, False])
 def test_a_dead_engine_and_one_on_no_market_are_left_alone(has_market):
-    """What it told before can be read; vLLM's own server is as it was."""
+    """Its last answer can be read; vLLM's own server is as it was."""
     with served(Engine(error=RuntimeError("dead")), has_market=has_market) as client:
         assert client.get("/metrics").json() == int(has_market)

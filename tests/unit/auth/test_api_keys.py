@@ -80,7 +80,7 @@ def test_a_part_of_a_key_or_more_than_it_is_no_key(keys):
 
 
 def test_a_secret_is_not_in_the_database(keys, path):
-    """Only its digest is kept, whoever reads the files of the database."""
+    """The database's files hold only its digest."""
     secret, key_id = keys.create("alice", label="laptop")
     stored = b"".join(each.read_bytes() for each in path.parent.iterdir())
     assert key_id.encode() in stored
@@ -93,16 +93,16 @@ def test_a_revoked_key_is_nobody_at_once(keys):
     secret, key_id = keys.create("alice")
     other, _ = keys.create("alice")
     keys.revoke(key_id)
-    (told,) = keys.listed(key_id=key_id)
+    (listed_key,) = keys.listed(key_id=key_id)
     keys.revoke(key_id)
     assert keys.check(secret) is None
     assert keys.check(other) is not None
-    assert keys.listed(key_id=key_id) == [told]
-    assert told.revoked_at_s is not None
+    assert keys.listed(key_id=key_id) == [listed_key]
+    assert listed_key.revoked_at_s is not None
 
 
 def test_a_revocation_by_another_process_is_seen_within_a_second(path):
-    """What was remembered is asked for again when it is half a second old."""
+    """A remembered key is looked up again after half a second."""
     clock = Clock()
     mine, theirs = Keys(path, clock), Keys(path)
     secret, key_id = theirs.create("alice")
@@ -181,7 +181,7 @@ def test_keys_are_listed_newest_first_by_account(keys):
 
 
 def test_nobody_is_let_in_when_the_keys_cannot_be_read(path):
-    """What is remembered may have been revoked meanwhile."""
+    """A remembered key may have been revoked meanwhile."""
     clock = Clock()
     keys = Keys(path, clock)
     secret, _ = keys.create("alice")
@@ -330,7 +330,7 @@ def test_what_was_not_charged_is_given_back(dated, wall):
 
 
 def test_a_budget_holds_for_all_processes_together(path):
-    """Several threads with connections of their own spend no more than there is."""
+    """Several threads, each with its own connection, spend no more than there is."""
     first = Keys(path)
     _, key_id = first.create("alice", limits=KeyLimits(total_budget_nano=50))
     spent = []

@@ -89,7 +89,7 @@ def test_a_change_to_any_parameter_is_refused(credentials, change):
 
 
 def test_a_parameter_that_is_missing_is_refused(credentials):
-    """Whatever is left out."""
+    """Any of the parts may be missing."""
     signed = credentials.sign_params(PARAMS)
     for left_out in signed:
         assert not credentials.allows_params({k: v for k, v in signed.items() if k != left_out})

@@ -271,9 +271,9 @@ def test_a_key_that_is_revoked_signs_and_endorses_no_more(keys, tmp_path):
     third = keys.revoke(second.kid, "a stolen laptop")
     assert third.kid not in (first.kid, second.kid)
     assert keys.market() == first.kid
-    told = {key.kid: key for key in keys.public_keys()}
-    assert told[second.kid].revoked_at_s > 0
-    assert told[third.kid].may_sign_for(first.kid)
+    by_id = {key.kid: key for key in keys.public_keys()}
+    assert by_id[second.kid].revoked_at_s > 0
+    assert by_id[third.kid].may_sign_for(first.kid)
     other = SigningKeys(tmp_path / "home")
     assert other.revoke(first.kid, "as well").kid == third.kid
     assert keys.market() == third.kid

@@ -56,7 +56,7 @@ def test_a_growth_exponent_is_the_power():
 
 
 def test_the_power_law_meets_both_of_the_papers_points():
-    """What lies between is between."""
+    """A value between two points is between their results."""
     assert hosting.paper_seconds(255) == pytest.approx((0.67, 0.078))
     assert hosting.paper_seconds(3774) == pytest.approx((14.71, 0.296))
     assert 0.67 < hosting.paper_seconds(1000)[0] < 14.71

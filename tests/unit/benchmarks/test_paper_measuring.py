@@ -112,7 +112,7 @@ def test_equal_answers_are_identical_only_to_the_last_bit():
 
 
 def test_a_divergence_names_step_tokens_and_gap_and_ends_the_comparison():
-    """What comes behind it answers another prompt, and is not compared."""
+    """Later tokens answer another prompt, and are not compared."""
     first = answer([5, 6, 7], {5: -0.1}, {6: -1.0, 8: -1.25}, {7: -0.1})
     second = answer([5, 8, 7], {5: -0.1}, {6: -1.3, 8: -1.2}, {7: -9.0})
     found = compare(first, second)

@@ -80,7 +80,7 @@ def test_no_policy_hits_more_than_belady_and_all_that_fits_is_kept(paths, budget
 @settings(max_examples=40, deadline=None)
 @given(PATHS, st.integers(1, 6))
 def test_a_store_of_documents_keeps_its_budget_and_its_books(policy, paths, budget):
-    """After every read: no more chunks than the budget, each counted for whoever holds it."""
+    """After every read: no more chunks than the budget, each counted for all who hold it."""
     store = DocumentStore(policy, budget, 256, Tariff())
     for number, path in enumerate(paths):
         store.read(number, Read(float(number), path))
@@ -91,7 +91,7 @@ def test_a_store_of_documents_keeps_its_budget_and_its_books(policy, paths, budg
 
 @pytest.mark.parametrize("policy", PUBLISHED)
 def test_published_policies_keep_what_is_read_again(policy):
-    """What is read twice outlives a scan of what is read once; LRU loses it."""
+    """A chunk read twice outlives a scan of chunks read once; LRU loses it."""
     scan = [(100 + at,) for at in range(22)]
     paths = [(1,), *scan[:3], (1,), *scan[3:6], (1,), *scan[6:22], (1,)]
     assert replay(workload(*paths), policy, 10).matched[-1] == 1
@@ -172,7 +172,7 @@ def test_a_population_is_what_its_figures_say():
 
 
 def test_chunks_follow_the_same_chunks_everywhere():
-    """What has the same number has the same chunks before it: they are prefixes."""
+    """Chunks with the same number have the same chunks before them: they are prefixes."""
     before: dict[int, tuple[int, ...]] = {}
     for read in Population(name="p", reads=500, documents=100).generate().reads:
         for depth, chunk in enumerate(read.path):

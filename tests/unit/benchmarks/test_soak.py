@@ -39,7 +39,7 @@ def a_receipt(**changed):
 
 
 def judged(asked, *receipts):
-    """What is found wrong with a request and its receipts."""
+    """The problems found with a request and its receipts."""
     story = Story(prices={"kvd_1": {NANO // 2}})
     for receipt in receipts:
         money.check_receipt(receipt, asked, story)
@@ -74,7 +74,7 @@ def test_a_request_that_was_charged_as_it_says_is_right():
         (a_request(), [a_receipt(lines=())]),
     ],
     ids=[
-        *("doubled", "lost", "had for nothing", "not told", "refused and charged"),
+        *("doubled", "lost", "had for nothing", "not named", "refused and charged"),
         *("left and charged", "without funds", "somebody else's", "never", "above its limit"),
         *("price never offered", "amount", "usage", "nobody's", "no lines"),
     ],

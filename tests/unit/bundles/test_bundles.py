@@ -127,7 +127,7 @@ def test_an_exporter_whom_nobody_trusts_is_refused(seller, bundle, tmp_path):
 
 
 def test_a_home_trusts_itself_also_after_a_rotation(seller, bundle):
-    """What this market exported, it takes back."""
+    """A market imports its own export."""
     SigningKeys(seller.home).rotate()
     (listing,) = seller.catalogue.listings()
     seller.delist(listing.document_id)
@@ -303,7 +303,7 @@ def test_chunks_that_gc_takes_meanwhile_are_stored_again(buyer, bundle, tmp_path
 
 
 def test_a_bundle_that_changes_while_it_is_read_is_refused(buyer, bundle):
-    """What is stored is compared with what was signed, not what was compared before."""
+    """The stored chunk is compared with the signature, not with an earlier comparison."""
 
     def change(done, total):
         content = bytearray(bundle.read_bytes())
@@ -378,7 +378,7 @@ def test_a_long_document_travels(seller, buyer, tmp_path):
 
 
 def test_a_home_with_an_object_store_exports_and_imports(seller, bundle, tmp_path):
-    """What is in the bucket only is fetched for exporting; what is imported goes to the bucket."""
+    """An export fetches chunks that only the bucket has; an import uploads its chunks."""
     options = {"object_store_url": (tmp_path / "bucket").as_uri()}
     key = SigningKeys(seller.home).current().public
     with open_market(tmp_path / "first", **options) as market:

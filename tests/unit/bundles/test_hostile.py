@@ -108,7 +108,7 @@ def test_nothing_may_follow(good, refused, garbage):
 
 @pytest.mark.parametrize("where", ["end", "padding"])
 def test_nothing_is_hidden_in_padding(good, refused, where):
-    """What is not signed must be zero."""
+    """Unsigned bytes must be zero."""
     content = bytearray(good.read_bytes())
     size = len(members(good)[0][1])
     content[-1 if where == "end" else 512 + size] = 1
@@ -233,7 +233,7 @@ def test_a_manifest_of_any_size_costs_no_memory(refused, tmp_path, size):
     ],
 )
 def test_a_manifest_that_is_none_is_refused(refused, tmp_path, manifest):
-    """Whatever stands in its place."""
+    """Anything else in its place is refused."""
     parts = [member(MANIFEST, manifest), member(SIGNATURE, bytes(SIGNATURE_BYTES))]
     refused(pack(tmp_path / "odd.kvb", parts), "unreadable manifest")
 
@@ -339,7 +339,7 @@ def test_what_is_no_file_is_refused(refused, tmp_path):
 @settings(deadline=None)  # a busy machine is no failure
 @given(content=st.binary(max_size=3000), position=st.integers(0, 2000))
 def test_any_bytes_are_refused_in_words(seller, buyer, content, position):
-    """Whatever a file holds, alone or in a good bundle's place, the answer is a BundleError."""
+    """Any other content, alone or in place of a good bundle, is a BundleError."""
     key = SigningKeys(seller).current().public
     path = seller / "fuzz.kvb"
     good = (seller / "good.kvb").read_bytes()

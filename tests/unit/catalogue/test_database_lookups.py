@@ -79,7 +79,7 @@ def test_rows_that_are_missing_are_found(path):
 
 
 def test_a_database_that_cannot_be_read_is_said_once(path, caplog):
-    """Waiting for it gives what memory has; the future tells whoever must know."""
+    """Waiting for it gives memory's answer; the future holds the error."""
     with Catalogue.open(path, chunks_in_memory=3) as catalogue:
         publish(catalogue, DOCUMENT)
         publish(catalogue, other := tokens(700, 1))
@@ -107,7 +107,7 @@ def test_writers_do_not_hold_up_who_matches(path):
 
 
 def test_closing_ends_what_waits_and_leaves_nothing_open(path, monkeypatch):
-    """What is being matched is finished; threads and descriptors go."""
+    """A running match is finished; threads and descriptors go."""
     Catalogue.open(path).close()
     before = len(list(Path("/proc/self/fd").iterdir()))
     catalogue = Catalogue.open(path, chunks_in_memory=0)

@@ -59,7 +59,7 @@ def test_length_is_worth_more_than_its_bytes():
 
 
 def test_what_a_reuse_earns_counts():
-    """Like documents are told apart by what they bring in."""
+    """Among equal documents the income decides."""
     cheap, dear = candidate("b"), candidate("a", uses=4, earned_nano=40_000_000)
     assert names(order([dear, cheap], "value", NOW_S)) == "ba"
     often = demand(1.0, 0.0, 0.0, 60.0)
@@ -68,7 +68,7 @@ def test_what_a_reuse_earns_counts():
 
 
 def test_lru_goes_by_the_last_use_alone():
-    """Whatever a document is worth."""
+    """A document's worth does not matter."""
     old = candidate("b", score=99.0, last_used_s=1.0)
     new = candidate("a", score=0.1, last_used_s=2.0)
     assert names(order([new, old], "lru", NOW_S)) == "ba"
@@ -77,7 +77,7 @@ def test_lru_goes_by_the_last_use_alone():
 
 @pytest.mark.parametrize("policy", ["value", "lru"])
 def test_paid_ones_go_after_the_others_and_pinned_ones_never(policy):
-    """Unless one is told to take them too: then they are the very last."""
+    """Unless they are asked for, too: then they are the very last."""
     all_ = [
         candidate("a", pinned=True, score=0.0, last_used_s=0.0),
         candidate("b", paid_for=True, score=0.0, last_used_s=0.0),
@@ -209,7 +209,7 @@ def test_demand_is_a_number_for_every_history(score, age_s, share, pace):
 
 @pytest.mark.parametrize("scale", [1e-3, 1.0, 50.0])
 def test_the_order_does_not_depend_on_the_scale_of_time(scale):
-    """What goes first in a market of minutes goes first in one of hours; days are told by score."""
+    """The order in a market of minutes is that in one of hours; over days the score decides."""
     chosen = random.Random(3)
     facts = [(chosen.uniform(1, 9), chosen.uniform(0, 400), chosen.random()) for _ in range(60)]
 

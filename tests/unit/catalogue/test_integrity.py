@@ -1,4 +1,4 @@
-"""What the catalogue keeps: damage and healing, what can be read of it, the database itself."""
+"""Damage and healing, listings and their filters, the database itself."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ DOCUMENT = tokens(700)
 
 
 def test_a_damaged_chunk_ends_the_match_until_it_is_healed(catalogue):
-    """What lies before it still matches in every listing that holds it; healing brings it back."""
+    """The chunks before it still match in every listing that holds it; healing brings it back."""
     stem = tokens(600)
     one = publish(catalogue, [*stem, *tokens(300, seed=1)])
     two = publish(catalogue, [*stem, *tokens(300, seed=2)])
@@ -145,7 +145,7 @@ def test_a_market_keeps_the_chunk_size_it_was_made_with(path):
 
 
 def test_a_locked_database_is_a_catalogue_error(path, monkeypatch):
-    """Who cannot write in time is told; whoever reads and matches is not held up."""
+    """A writer that waits too long gets an error; readers and matches are not held up."""
     monkeypatch.setattr(sqlite, "BUSY_TIMEOUT_MS", 20)
     with Catalogue.open(path) as catalogue:
         live = publish(catalogue, DOCUMENT)

@@ -125,7 +125,7 @@ def test_the_tree_answers_as_a_comparison_with_every_document(actions, requests)
             if argument not in published.documents:
                 published.put(argument)
         elif action == "put first":
-            # A place in front of all others: whoever was listed first must notice at every depth.
+            # A place in front of all others: the first listing changes at every depth.
             if argument not in published.documents:
                 published.put(argument, place=-published.places)
         elif documents:

@@ -76,15 +76,15 @@ def test_what_another_process_changes_is_seen_within_a_second(path):
 
 READ_UNTIL_TOLD = """
 import threading
-told = threading.Event()
-threading.Thread(target=lambda: (sys.stdin.readline(), told.set()), daemon=True).start()
+stopping = threading.Event()
+threading.Thread(target=lambda: (sys.stdin.readline(), stopping.set()), daemon=True).start()
 documents = [tokens(2000, seed) for seed in range(30)]
 halves = seen = 0
 with Catalogue.open(home / "market.sqlite") as catalogue:
     print("ready", flush=True)
     last = False
     while not last:
-        last = told.is_set()
+        last = stopping.is_set()
         catalogue.refresh()
         for document in documents:
             match = catalogue.match(NAMESPACE, document)
@@ -112,7 +112,7 @@ def test_another_process_never_sees_half_a_listing(path):
 
 
 def test_several_processes_may_publish_at_once(path):
-    """Each one's listings are there in the end, and each has a place in line of its own."""
+    """Each one's listings are there in the end, and each has its own place in line."""
     script = """
 with Catalogue.open(home / "market.sqlite") as catalogue:
     for index in range(15):
@@ -193,7 +193,7 @@ def test_matching_goes_on_while_listings_come_and_go(path):
 
 
 def test_a_database_that_is_gone_is_reported_and_watched_for(path, caplog):
-    """What was read stays matchable, the error is there to see, and all is well once it is back."""
+    """Listings already read still match, the error is visible, and all is well once it is back."""
     with Catalogue.open(path) as catalogue:
         listing = publish(catalogue, DOCUMENT)
         catalogue.watch(interval_s=0.01)

@@ -55,7 +55,7 @@ def test_a_live_document_is_not_published_again(catalogue):
 
 
 def test_commit_needs_a_begin(catalogue):
-    """What was never begun, has failed, or was delisted is not put on offer."""
+    """A listing that was never begun, has failed, or was delisted is not put on offer."""
     listing = listing_of(DOCUMENT)
     with pytest.raises(CatalogueError, match="unknown, not being published"):
         catalogue.commit(listing.document_id, 0)
@@ -269,7 +269,7 @@ def test_a_delisted_document_matches_no_more_but_what_others_share_does(catalogu
 
 
 def test_delisting_while_publishing_stops_the_commit(catalogue):
-    """Who delists a document that is on its way does not see it appear."""
+    """A document that is delisted on its way does not appear."""
     listing = catalogue.begin(listing_of(DOCUMENT), chunks_of(DOCUMENT))
     catalogue.delist(listing.document_id)
     with pytest.raises(CatalogueError, match="delisted"):

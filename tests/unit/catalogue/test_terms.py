@@ -171,12 +171,12 @@ def test_ends_are_told_once_and_in_order(notes):
     for name, end in notes:
         expiries.note(name, end)
         expected[name] = end
-    told = []
+    ended_names = []
     for now in range(10):
         due = expiries.take_due(now)
         assert {expected[name] for name in due} <= {now}
-        told += due
-    assert sorted(told) == sorted(name for name, end in expected.items() if end is not None)
+        ended_names += due
+    assert sorted(ended_names) == sorted(name for name, end in expected.items() if end is not None)
 
 
 # Pins
@@ -318,13 +318,13 @@ def test_what_a_dead_process_was_publishing_is_given_up(catalogue, path, was):
 
 
 def owner_of(catalogue, request) -> str:
-    """Whose the first token of a request is."""
+    """The listing that a request's first token belongs to."""
     return catalogue.match(NAMESPACE, request).segments[0].listing.document_id
 
 
 @pytest.mark.parametrize("leave", ["delist", "evict", "expire", "damage"])
 def test_a_publisher_keeps_its_place_when_its_document_comes_back(catalogue, leave):
-    """Whatever took it off the market: what a later document repeats is the first one's again."""
+    """However it left: the tokens that a later document repeats are the first one's again."""
     first = publish(catalogue, DOCUMENT)
     longer = [*DOCUMENT, *tokens(100, seed=5)]
     later = publish(catalogue, longer, publisher="someone else")

@@ -1,4 +1,4 @@
-"""What the catalogue knows for the store: what is used, what may be deleted, what was audited."""
+"""The catalogue's facts for the store: uses, chunks that may be deleted, audits."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ def test_what_went_comes_back_with_its_history(catalogue):
 
 
 def test_a_candidate_is_what_can_go(catalogue):
-    """Documents on offer, with their bytes by estimate, and what is shared told apart."""
+    """Documents on offer, with their estimated bytes, shared ones counted separately."""
     stem = tokens(512)
     one = publish(catalogue, [*stem, *tokens(256, seed=1)], created_at_s=NOW_S)
     two = publish(catalogue, [*stem, *tokens(100, seed=2)], created_at_s=NOW_S, paid_for=True)
@@ -167,7 +167,7 @@ def test_many_chunks_are_asked_for_at_once(catalogue, monkeypatch):
 
 
 def test_damage_of_released_chunks_is_no_news(catalogue):
-    """Who finds a chunk gone that no listing holds marks nothing."""
+    """A missing chunk that no listing holds marks nothing."""
     gone = publish(catalogue, DOCUMENT)
     catalogue.evict(gone.document_id, "no room")
     catalogue.report_damage(gone.chunk_keys[0])

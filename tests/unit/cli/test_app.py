@@ -151,7 +151,7 @@ def test_an_interrupt_is_one_line(run, monkeypatch):
 
 
 def test_a_message_of_several_lines_becomes_one(monkeypatch, run):
-    """Whatever an error says, stderr gets one line that a terminal does not obey."""
+    """For any error, stderr gets one line without control characters for a terminal."""
 
     def fail(*_):
         raise KVMarketError("first\n  second\x1b[31m")

@@ -70,7 +70,7 @@ def test_trust_may_be_given_once(run, run_json, bundle, other, key_file):
 
 
 def test_trust_is_listed_and_removed(run, run_json, bundle, other, key_file):
-    """What was trusted is shown by its id, and refused after it was removed."""
+    """A trusted key is shown by its id, and refused after it was removed."""
     kid = json.loads(key_file.read_text())["kid"]
     assert run_json("trust", "add", key_file, *other)["added"] == 1
     assert "trusted already" in run("trust", "add", key_file, *other).out
@@ -101,7 +101,7 @@ def test_a_tampered_bundle_is_refused_with_the_reason(run, run_json, bundle, oth
 
 
 def test_a_delisted_document_needs_relist(run, run_json, bundle, sold):
-    """A home takes back what it exported, when it is told to."""
+    """A home imports its own export, when it is asked to."""
     run("document", "delist", sold.document_id)
     assert "--relist" in run("bundle", "import", bundle, code=1).err
     assert run_json("bundle", "import", bundle, "--relist")["state"] == "live"

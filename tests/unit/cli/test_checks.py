@@ -88,7 +88,7 @@ def test_the_environments_problems_say_what_to_do(run_json, monkeypatch, tmp_pat
     ],
 )
 def test_an_unsupported_vllm_is_a_problem(monkeypatch, run, versions, problem):
-    """What is missing or of another version is named with its remedy."""
+    """A missing package, or one of another version, is named with its remedy."""
     monkeypatch.setattr(environment, "version", versions.get)
     done = run("env", code=1)
     assert problem in done.out.partition("wrong: ")[2]

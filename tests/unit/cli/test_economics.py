@@ -33,7 +33,7 @@ def test_the_defaults_reproduce_the_papers_abstract():
 
 
 def test_the_exact_figures_behind_the_abstract():
-    """What the abstract rounds, to the nano-unit."""
+    """The abstract's rounded numbers, to the nano-unit."""
     total = Economics().total
     assert total.prefill_nano == 1_509_600 * NANO
     assert total.reuse_nano == 30_374_245_472_837

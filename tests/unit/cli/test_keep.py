@@ -118,7 +118,7 @@ def damaged(sold, home):
 
 
 def test_without_a_model_nothing_can_be_computed(run, run_json, damaged, repairs):
-    """What is damaged is told, and marked; no engine is started."""
+    """Damage is reported, and marked; no engine is started."""
     failed = run_json("store", "repair", code=1)["failed"]
     assert failed == {damaged.document_id: "it has to be computed again: give --model"}
     assert repairs == []

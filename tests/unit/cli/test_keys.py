@@ -101,7 +101,7 @@ def test_every_command_that_writes_is_recorded():
         *("ledger show", "ledger statement", "ledger check", "receipt list", "receipt show"),
         *("receipt verify", "log checkpoint", "log prove", "log consistency", "log verify"),
         *("log admin", "key show", "trust list", "store check", "store codecs", "economics"),
-        # They need no market, or make one of their own.
+        # They need no market, or make their own.
         *("env", "demo", "backup restore"),
     }
     assert {command.name for command in cli.commands() if not command.changes} == looking

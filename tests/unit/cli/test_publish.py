@@ -110,7 +110,7 @@ def test_a_file_without_text_is_found_before_an_engine_starts(
     ],
 )
 def test_an_engine_that_does_not_start_is_one_line(run, tmp_path, monkeypatch, error, message):
-    """Whatever vLLM raises, the user gets one line with what to do."""
+    """For any error of vLLM's, the user gets one line with what to do."""
 
     def open_llm(*_, **__):
         raise error

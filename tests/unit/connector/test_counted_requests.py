@@ -1,4 +1,4 @@
-"""What the scheduler half counts of whole requests, called as vLLM's scheduler calls it."""
+"""The scheduler half's figures of whole requests, called as vLLM's scheduler calls it."""
 
 from __future__ import annotations
 
@@ -72,16 +72,16 @@ def test_a_bought_request_is_counted_and_its_money_when_it_is_booked(half, marke
     figures = Figures(half)
     answer = serve(half, [*DOCUMENT, 7, 8], market.params("alice"))["kvmarket"]
     assert (answer["reused_tokens"], answer["charge_nano"]) == (CACHED, CACHED * 500)
-    told = figures.wait_for("receipts")
-    assert told["matched_tokens"] == 600
-    assert told["reused_tokens"] == CACHED
-    assert told["loaded_tokens"] == 0
-    assert told["recomputed_tokens/other"] == 600 - CACHED
-    assert told["charged_nano/reuse"] == CACHED * 500
+    counted = figures.wait_for("receipts")
+    assert counted["matched_tokens"] == 600
+    assert counted["reused_tokens"] == CACHED
+    assert counted["loaded_tokens"] == 0
+    assert counted["recomputed_tokens/other"] == 600 - CACHED
+    assert counted["charged_nano/reuse"] == CACHED * 500
     receipt = market.receipt(answer["receipt_id"])
-    assert told["royalties_nano"] == receipt.royalty_nano
-    assert told["ledger_commit_seconds_count"] >= 2
-    assert not any(name.startswith("declined") for name in told)
+    assert counted["royalties_nano"] == receipt.royalty_nano
+    assert counted["ledger_commit_seconds_count"] >= 2
+    assert not any(name.startswith("declined") for name in counted)
 
 
 @pytest.mark.parametrize(
@@ -102,11 +102,11 @@ def test_declined_reuse_is_counted_once_by_its_reason(half, market, params, reas
     figures = Figures(half)
     answer = serve(half, [*DOCUMENT, 7, 8], params(market))["kvmarket"]
     assert answer["declined"]
-    told = figures.wait_for("matched_tokens")
-    declined = {name: number for name, number in told.items() if name.startswith("declined")}
+    counted = figures.wait_for("matched_tokens")
+    declined = {name: number for name, number in counted.items() if name.startswith("declined")}
     assert declined == {f"declined_requests/{reason}": 1}
-    assert told["recomputed_tokens/declined"] == told["matched_tokens"] == 600
-    assert not {"reused_tokens", "receipts", "charged_nano/reuse"} & set(told)
+    assert counted["recomputed_tokens/declined"] == counted["matched_tokens"] == 600
+    assert not {"reused_tokens", "receipts", "charged_nano/reuse"} & set(counted)
     assert market.ledger.account("alice").debits_posted == 0
 
 

@@ -107,7 +107,7 @@ def test_what_nobody_published_goes_on_with_vllms_own_cache(new_half, market):
 
 
 @pytest.mark.parametrize(
-    ("params", "told"),
+    ("params", "reason"),
     [
         (lambda _: {}, "names no account"),
         (lambda market: market.params("poor"), "poor"),
@@ -116,15 +116,15 @@ def test_what_nobody_published_goes_on_with_vllms_own_cache(new_half, market):
         (lambda _: wish(nonsense=1), "malformed"),
     ],
 )
-def test_who_may_not_reuse_it_has_it_from_no_cache(new_half, market, params, told):
-    """What vLLM had found before the database answered is not taken either."""
+def test_who_may_not_reuse_it_has_it_from_no_cache(new_half, market, params, reason):
+    """Blocks that vLLM found before the database answered are not taken either."""
     half = new_half(0)
     request = request_of(PROMPT, params(market))
     half.arrived(request)
     assert admitted(half, request) == (0, 0)
     assert request.skip_reading_prefix_cache
     _, answer = end(half, request)
-    assert told in answer["declined"]
+    assert reason in answer["declined"]
     assert (answer["reused_tokens"], answer["charge_nano"]) == (0, 0)
     assert market.ledger.account("alice").debits_posted == 0
 
@@ -134,7 +134,7 @@ def wish(**fields):
 
 
 def test_nothing_is_decided_while_the_lookup_is_under_way(new_half, market, monkeypatch):
-    """Whatever vLLM has cached: it is asked again until the database has answered."""
+    """vLLM's cached blocks do not matter: it asks again until the database has answered."""
     half = new_half(0)
     catalogue = half._market.catalogue
     found: Future = Future()

@@ -42,7 +42,7 @@ def test_kvmarket_is_the_only_connector_under_its_own_name(given):
 
 
 def test_what_does_not_use_kvmarket_is_left_alone():
-    """Whatever other connectors are there."""
+    """Other connectors change nothing."""
     given = transfer("MultiConnector", kv_connector_extra_config={"connectors": [{"a": 1}]})
     prepare(given, serving=True)
     assert given.kv_load_failure_policy == "fail"

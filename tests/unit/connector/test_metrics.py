@@ -64,9 +64,9 @@ def test_an_engine_without_steps_does_not_hoard():
     for _ in range(MAX_DURATIONS + 5):
         tally.took("ledger_commit_seconds", 0.001)
         tally.count("receipts")
-    told = tally.take().reduce()
-    assert told["ledger_commit_seconds_count"] == MAX_DURATIONS
-    assert told["receipts"] == MAX_DURATIONS + 5
+    counted = tally.take().reduce()
+    assert counted["ledger_commit_seconds_count"] == MAX_DURATIONS
+    assert counted["receipts"] == MAX_DURATIONS + 5
 
 
 def test_ranks_and_steps_add_up():

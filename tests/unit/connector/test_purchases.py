@@ -1,4 +1,4 @@
-"""Who shares a purchase: samples and retries, and nobody else; on a real market, without an
+"""Samples and retries share a purchase, and nobody else does; on a real market, without an
 engine.
 """
 
@@ -146,7 +146,7 @@ def test_the_same_id_again_is_another_request(market, purchases):
 
 
 def test_samples_of_another_prompt_share_nothing(market, purchases):
-    """What was loaded for one prompt would be wrong for the other."""
+    """One prompt's blocks would be wrong for the other."""
     one = purchases.join(request("0_x"), "alice", matching())
     other = purchases.join(request("1_x", prompt=[*PROMPT, 1]), "alice", matching())
     assert one[0] is not other[0]

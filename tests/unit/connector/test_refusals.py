@@ -107,7 +107,7 @@ def test_what_can_be_reserved_is_sold(market, half, named):
 def test_a_dear_addition_does_not_keep_a_buyer_with_a_price_cap_from_the_rest(
     market, half, has_cap, reused
 ):
-    """What was there before is sold as before, also to a request that must reuse."""
+    """Older documents are sold as before, also to a request that must reuse."""
     tariff = market.config.tariff.terms()
     store_and_list(
         market,

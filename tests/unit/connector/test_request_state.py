@@ -66,7 +66,7 @@ def request_of(prompt, output=0):
 
 
 def admit(state, local, most=10_000):
-    """What the scheduler does: ask, then admit with what it was told."""
+    """Act as the scheduler does: ask, then admit with the answer."""
     return state.allocated(external_tokens(state, local, most))
 
 
@@ -119,7 +119,7 @@ def test_a_plan_covers_what_lies_behind_the_local_hit(match, local, most, expect
 
 @given(match=st.integers(1, 250), local=st.integers(0, 15), most=st.integers(1, 400))
 def test_each_page_goes_into_the_block_of_its_tokens(match, local, most):
-    """Whatever the boundaries: no block twice, none left out, none in front of the local hit."""
+    """At all boundaries: no block twice, none left out, none in front of the local hit."""
     state = asking(match)
     end = min(match, most)
     if not admit(state, local * BLOCK, most):
@@ -168,7 +168,7 @@ def test_an_admission_counts_once_for_a_question():
 
 
 def test_a_whole_load_is_counted_from_store_and_paged_cache():
-    """What was loaded and what lay there add up to what is charged."""
+    """Loaded tokens and cached tokens add up to the charged ones."""
     state = asking(100)
     admit(state, 32)
     assert usage_of(state, 0).reused == 0, "nothing is charged before it has arrived"
@@ -241,7 +241,7 @@ def test_a_preempted_request_pays_for_its_best_admission():
 
 
 def test_a_request_without_a_match_computes_all():
-    """What only publishes, or may not reuse, has a usage too."""
+    """A request that only publishes, or may not reuse, has a usage too."""
     usage = usage_of(Reuse(request_of(400), None), 9)
     assert (usage.matched, usage.reused, usage.computed, usage.output) == (0, 0, 400, 9)
 

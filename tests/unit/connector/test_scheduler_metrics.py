@@ -1,4 +1,4 @@
-"""What the scheduler half counts, on a real ledger, catalogue and store."""
+"""The scheduler half's figures, on a real ledger, catalogue and store."""
 
 from __future__ import annotations
 
@@ -36,12 +36,12 @@ def meter(market):
 
 
 def written(market: Market) -> None:
-    """Wait until the ledger has written, and told the meter of it."""
+    """Wait until the ledger has written, and the meter knows it."""
     for _ in range(2):
         market.ledger.submit([]).result()
 
 
-def told(meter: SchedulerMetrics) -> dict[str, int | float]:
+def reported(meter: SchedulerMetrics) -> dict[str, int | float]:
     stats = meter.take()
     if stats is None:
         return {}
@@ -73,7 +73,7 @@ def test_money_is_counted_once_and_when_the_ledger_has_booked_it(market, meter):
         receipt = each.settle(USAGE)
         meter.bought(each)
         written(market)
-        figures = told(meter)
+        figures = reported(meter)
         assert figures.get("charged_nano/reuse") == (None if number else receipt.charge_nano)
         assert figures.get("royalties_nano") == (None if number else receipt.royalty_nano)
         assert figures.get("receipts") == (None if number else 1)
@@ -89,20 +89,20 @@ def test_what_the_ledger_refuses_is_no_charge(market, meter):
     purchase.settle(USAGE)
     meter.bought(purchase)
     written(market)
-    figures = told(meter)
+    figures = reported(meter)
     assert figures["charges_refused"] == 1
     assert not {"charged_nano/reuse", "receipts", "royalties_nano"} & set(figures)
 
 
 def test_what_publishers_pay_is_counted_apart(market, meter):
-    """Storing has a price of its own, and no receipt of a reuse."""
+    """Storing has a separate price, and no receipt of a reuse."""
     market.deposit("pat", NANO, "d2")
     charge = market.reserve(StorageItem("pat", "kvd_x", 7), key="w", account="pat")
     written(market)
     charge.settle()
     meter.bought(charge)
     written(market)
-    figures = told(meter)
+    figures = reported(meter)
     assert figures["charged_nano/publish"] == 7
     assert "receipts" not in figures
 
@@ -124,7 +124,7 @@ def test_every_matched_token_was_reused_or_computed(
     """But for a request that ended before it was computed."""
     usage = Usage(600, reused, reused, 0, min(failed, 600 - reused), 610 - reused, output)
     meter.used(usage, declined=bool(declined))
-    figures = told(meter)
+    figures = reported(meter)
     assert figures["matched_tokens"] == 600
     assert figures.get("reused_tokens", 0) == figures.get("loaded_tokens", 0) == reused
     name = "recomputed_tokens/"
@@ -140,21 +140,21 @@ def test_every_matched_token_was_reused_or_computed(
 def test_gauges_say_what_is_there(market, meter):
     """Documents, chunks and bytes, the provider's money and what is reserved; then silence."""
     meter.look()
-    figures = told(meter)
+    figures = reported(meter)
     assert (figures["documents"], figures["chunks"]) == (1, 3)
     assert figures["stored_bytes/chunks"] == market.store.disk.bytes_used() > 0
     assert figures["stored_bytes/quarantine"] == 0
     assert figures["provider_balance_nano"] == figures["reserved_nano"] == 0
     meter.look()
-    assert set(told(meter)) <= {"ledger_queue_batches"}
+    assert set(reported(meter)) <= {"ledger_queue_batches"}
     buy(market)
     meter.look()
-    assert told(meter)["reserved_nano"] == 600 * 500
+    assert reported(meter)["reserved_nano"] == 600 * 500
     market.ledger.transact(
         plain(id="t", debit="alice", credit=PROVIDER, amount_nano=5, code="test")
     )
     meter.look()
-    assert told(meter)["provider_balance_nano"] == 5
+    assert reported(meter)["provider_balance_nano"] == 5
 
 
 def test_what_is_set_aside_is_told_apart(market, meter):
@@ -169,22 +169,22 @@ def test_what_is_set_aside_is_told_apart(market, meter):
     path.write_bytes(content)
     assert market.store.disk.quarantine(key, 0, 1, "for a test")
     meter.look()
-    figures = told(meter)
+    figures = reported(meter)
     assert figures["stored_bytes/quarantine"] == size
     assert figures["stored_bytes/chunks"] == before - size
 
 
 def test_commits_are_timed_and_looking_is_none(market, meter):
-    """The ledger's writer is told of; an engine at rest writes nothing."""
-    told(meter)
+    """The ledger's writer is measured; an engine at rest writes nothing."""
+    reported(meter)
     buy(market)
-    assert told(meter)["ledger_commit_seconds_count"] >= 1
+    assert reported(meter)["ledger_commit_seconds_count"] >= 1
     written(market)
-    told(meter)
+    reported(meter)
     for _ in range(3):
         assert market.ledger.expire_pending() == 0
         meter.look()
-    assert "ledger_commit_seconds_count" not in told(meter)
+    assert "ledger_commit_seconds_count" not in reported(meter)
 
 
 def test_the_queue_is_told_while_the_writer_is_held_up(market, meter, monkeypatch):
@@ -202,13 +202,13 @@ def test_the_queue_is_told_while_the_writer_is_held_up(market, meter, monkeypatc
     futures = [market.ledger.submit([]) for _ in range(6)]
     time.sleep(0.05)  # the writer has taken the first ones
     meter.declined("no_funds")
-    waiting = told(meter)["ledger_queue_batches"]
+    waiting = reported(meter)["ledger_queue_batches"]
     assert 1 <= waiting <= 6
     gate.set()
     for future in futures:
         future.result()
     meter.look()
-    assert told(meter)["ledger_queue_batches"] == 0
+    assert reported(meter)["ledger_queue_batches"] == 0
 
 
 def test_housekeeping_takes_the_gauges_at_once(market, meter):
@@ -222,4 +222,4 @@ def test_housekeeping_takes_the_gauges_at_once(market, meter):
             time.sleep(0.01)
     finally:
         keeping.close()
-    assert told(meter)["documents"] == 1
+    assert reported(meter)["documents"] == 1

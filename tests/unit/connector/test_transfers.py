@@ -101,7 +101,7 @@ def test_one_bad_chunk_does_not_spoil_the_others(bench):
 
 
 def test_a_damaged_chunk_leaves_host_memory_too(bench):
-    """What is not sold any more need not be kept."""
+    """A chunk that is not sold any more is released."""
     chunk = stored(bench)
     bench.load(into(chunk, 20))
     bench.load(into(chunk, 20))
@@ -240,7 +240,7 @@ def test_a_chunk_that_is_nowhere_is_missing(tmp_path, objects):
 
 
 def test_an_object_store_that_does_not_answer_costs_one_deadline(tmp_path, objects):
-    """What is on this machine is loaded meanwhile and counts; blocks that were given back are not
+    """Chunks on this machine are loaded meanwhile and count; blocks that were given back are not
     written to when the object arrives after all."""
     with Bench(tmp_path, objects=objects, threads=2, timeout_s=0.4) as bench:
         far = [stored(bench, seed, first_block=4 * seed) for seed in range(6)]
@@ -317,7 +317,7 @@ def test_a_load_waits_for_the_chunk_that_is_being_read_ahead(tmp_path, objects):
 
 
 def test_a_load_takes_its_chunks_off_the_queue_of_reading_ahead(tmp_path, objects):
-    """What is loaded is not read a second time; nothing is begun while a load is under way."""
+    """A loaded chunk is not read a second time; nothing is begun while a load is under way."""
     with Bench(tmp_path, objects=objects, host_bytes=PLENTY, threads=1) as bench:
         first, second = stored(bench, 1), stored(bench, 2, first_block=4)
         on_this_disk_no_more(bench, first, second)

@@ -1,4 +1,4 @@
-"""What the worker stores, what it finds when it compares, and how its reports add up."""
+"""The worker stores and compares chunks, and its reports add up."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def bench(tmp_path):
 
 
 def test_a_full_store_is_reported_as_full(tmp_path):
-    """What fitted is there, a prefix of the document, and loads go on."""
+    """The chunks that fitted are stored, a prefix of the document, and loads go on."""
     with Bench(tmp_path / "measured") as bench:
         size = bench.save(chunk_save(1, CHUNK_TOKENS, range(4))).stored_bytes
     with Bench(tmp_path / "small", quota_bytes=int(2.9 * size)) as bench:

@@ -119,7 +119,7 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path, name, content, message):
 
 @pytest.mark.parametrize("source", ["{", "[1]", "/no/such/file.toml", "/", "a\0b", "x" * 5000])
 def test_a_text_that_is_neither_json_nor_a_file_is_an_error_of_one_line(source):
-    """Whatever stands behind --config, the answer is one ConfigError."""
+    """Any wrong value of --config is one ConfigError."""
     with pytest.raises(ConfigError) as caught:
         load(source)
     assert "\n" not in str(caught.value)
@@ -155,7 +155,7 @@ configs = st.builds(
 
 @given(configs)
 def test_a_configuration_survives_the_way_through_json(chosen):
-    """What to_mapping gives, load takes back, also as the JSON that crosses a process boundary."""
+    """load() reads what to_mapping() gives, also as JSON from another process."""
     assert load(to_mapping(chosen)) == chosen
     assert load(json.dumps(to_mapping(chosen))) == chosen
 

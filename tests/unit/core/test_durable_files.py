@@ -19,7 +19,7 @@ OLD, NEW = b"old" * 400, b"new" * 700
 
 @pytest.mark.parametrize("is_ordered", [True, False])
 def test_a_power_cut_at_any_step_leaves_the_old_file_or_the_new_one(tmp_path, is_ordered):
-    """What `write_durably` returned from survives; before that, nothing is half written."""
+    """A file survives once `write_durably` returned; before that, nothing is half written."""
     seen = set()
     for step in range(1, 12):
         for seed in range(20):

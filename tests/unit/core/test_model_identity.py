@@ -259,7 +259,7 @@ def test_unchanged_weights_are_not_read_again(tmp_path, cache):
 
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"x": 1}', "null"])
 def test_a_broken_digest_cache_only_costs_reading(tmp_path, cache, content):
-    """Whatever the cache file holds, the digest is that of the weights."""
+    """With any content of the cache file, the digest is that of the weights."""
     folder = model(tmp_path / "tiny", seed=1)
     good = weights_digest(folder, cache)
     cache.write_text(content)

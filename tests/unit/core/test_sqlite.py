@@ -15,7 +15,7 @@ def modes(folder):
 
 
 def test_a_database_and_its_companions_are_private(tmp_path):
-    """Whatever the umask is; the write-ahead log holds rows too."""
+    """With any umask; the write-ahead log holds rows too."""
     before = os.umask(0)
     try:
         with contextlib.closing(sqlite.connect(tmp_path / "new" / "m.sqlite")) as db:

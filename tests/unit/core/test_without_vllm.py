@@ -1,4 +1,4 @@
-"""The core in an environment of its own: the wheel and its hard dependencies, nothing else."""
+"""The core in a separate environment: the wheel and its hard dependencies, nothing else."""
 
 import json
 import os

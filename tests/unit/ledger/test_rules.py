@@ -299,7 +299,7 @@ def test_one_refusal_anywhere_undoes_its_batch(books, place):
 
 
 def test_operations_that_are_not_linked_stand_alone(books):
-    """What is refused says why, and stops nothing before or behind it."""
+    """A refused operation says why, and stops nothing before or behind it."""
     batch = [pay("a", 60), pay("b", 60), pay("c", 1), pay("a", 60)]
     results = apply(books, batch, 0, linked=False)
     outcomes = [Outcome.OK, Outcome.EXCEEDS_CREDITS, Outcome.OK, Outcome.EXISTS]
@@ -344,7 +344,7 @@ RENEWALS = [
 
 
 def test_a_hold_is_renewed_while_it_stands(books):
-    """Who is alive keeps the hold; a renewal moves nothing, and what is over cannot be renewed."""
+    """A live engine keeps its hold; a renewal moves nothing; an ended hold cannot be renewed."""
     for number, (now_s, operation, outcome, detail, due_at_s) in enumerate(RENEWALS):
         before = dict(books.accounts)
         (result,) = apply(books, [operation], now_s)
@@ -380,7 +380,7 @@ def test_the_longest_hold_can_be_renewed_and_expired(books):
 
 
 def test_a_late_settlement_takes_the_funds_or_makes_a_debt(books):
-    """What was sold is paid although its hold has expired: once, and as a debt without funds."""
+    """A sale is paid although its hold has expired: once, and as a debt without funds."""
     apply(books, [hold("h", 60), hold("g", 40)], 0)
     apply(books, [expire(id=f"{id}:e", pending_id=id) for id in "hg"], 120)
     apply(books, [pay("elsewhere", 50, credit="pat")], 121)

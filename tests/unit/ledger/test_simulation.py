@@ -27,7 +27,7 @@ class Crash(BaseException):
 
 
 class Disk:
-    """What outlives a crash: books to which a group is added whole or not at all."""
+    """The part that outlives a crash: books to which a group is added whole or not at all."""
 
     def __init__(self, chance):
         self.books = MemoryBooks(
@@ -101,7 +101,7 @@ class Request:
         self.refused = False
 
     def operations(self):
-        """What comes next, and its receipt; the same again until it is answered."""
+        """The next operations, and their receipt; the same again until they are answered."""
         held = f"{self.key}:reserve"
         if self.plan[0] == "reserve":
             names = {"debit": "alice", "credit": "provider", "code": "reuse"}

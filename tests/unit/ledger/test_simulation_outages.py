@@ -204,7 +204,7 @@ class Simulation:
             engine.writer.step()
 
     def go_on(self, engine, request):
-        """What an engine does for a request: it serves only what is reserved."""
+        """Handle a request as an engine does: serve only what is reserved."""
         chance = self.chance
         if request.state == "new":
             names = {"debit": "alice", "credit": "provider", "code": "reuse"}

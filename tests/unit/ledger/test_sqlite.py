@@ -102,7 +102,7 @@ def test_the_audit_names_transfers_out_of_nothing(ledger, place):
 
 
 def test_a_locked_database_is_told_and_got_over(place, monkeypatch):
-    """Who waits too long for another process' transaction gets LedgerError, and may try again."""
+    """A wait too long for another process' transaction is a LedgerError, and may be repeated."""
     monkeypatch.setattr(sqlite, "BUSY_TIMEOUT_MS", 50)
     with funded_ledger(place) as ledger:
         other = apsw.Connection(str(place))
@@ -156,7 +156,7 @@ def test_a_full_disk_is_told_and_got_over(place, monkeypatch):
 
 
 def test_a_database_that_is_none_is_told(place):
-    """Whatever lies under that name, the answer is one of ours."""
+    """Any other file under that name is one of our errors."""
     place.write_text("no database at all, and long enough to be looked at" * 100)
     with pytest.raises(LedgerError, match="cannot be used"):
         Ledger.open(place)
@@ -201,7 +201,7 @@ def test_due_holds_are_found_by_an_index(ledger, place):
 
 
 def test_a_url_of_postgresql_needs_its_driver(monkeypatch):
-    """Who did not install it is told how; SQLite works without it."""
+    """The error says how to install it; SQLite works without it."""
     monkeypatch.setitem(sys.modules, "psycopg", None)
     monkeypatch.delitem(sys.modules, "vllm_kvmarket.ledger.postgres", raising=False)
     with pytest.raises(LedgerError, match=r"pip install vllm-kvmarket\[postgres\]"):

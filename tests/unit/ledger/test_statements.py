@@ -55,7 +55,7 @@ def test_a_publisher_sees_its_sales_and_royalties(market):
 
 
 def test_a_buyer_sees_deposits_and_purchases(market):
-    """What is reserved and not charged is not there."""
+    """A reservation without a charge is not listed."""
     receipt = sell(market, "p1", 256)
     payout(market.ledger, "alice", "refund 7", 5)
     made = statement(market.ledger, "alice")
@@ -182,7 +182,7 @@ def test_what_is_reserved_is_not_paid_out(market):
 
 
 def test_two_payouts_at_once_are_one(ledger):
-    """Under one reference, from many threads: one transfer, and everyone is told of it."""
+    """Under one reference, from many threads: one transfer, and everyone gets it."""
     answers = []
     threads = [
         threading.Thread(target=lambda: answers.append(payout(ledger, "pat", "bank 1")))

@@ -157,7 +157,7 @@ def test_without_a_quota_nothing_is_evicted(market):
 
 
 def test_a_cache_makes_room_by_itself(tmp_path):
-    """What is in the bucket need not leave the market for the disk's sake."""
+    """A document in the bucket stays on the market when the disk is full."""
     (tmp_path / "bucket").mkdir()
     config = {"object_store_url": (tmp_path / "bucket").as_uri(), "disk_quota_bytes": 100_000}
     with Market.open(tmp_path / "a", config) as market:
@@ -182,7 +182,7 @@ def test_the_end_of_a_document_can_be_set(market):
 
 
 def test_a_check_tells_what_is_wrong_and_changes_nothing(market, home):
-    """Damage, a missing file, books that do not add up; progress is told; quarantine is shown."""
+    """Damage, a missing file, wrong books; progress is reported; quarantine is shown."""
     good, bad = store(market, 1), store(market, 2)
     steps: list[tuple[int, int]] = []
     report = check_and_repair.check(market, on_progress=lambda *step: steps.append(step))

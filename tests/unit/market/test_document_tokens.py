@@ -1,4 +1,4 @@
-"""What a document's text may be."""
+"""Texts that a document may have."""
 
 from __future__ import annotations
 

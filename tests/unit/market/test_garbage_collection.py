@@ -74,7 +74,7 @@ os._exit(1)
 
 
 def test_a_publisher_keeps_its_chunks_until_it_dies(market, home):
-    """What is on its way is needed; what was left on its way is not."""
+    """Chunks of a running publication are needed; those of an abandoned one are not."""
     process = start_process(PUBLISH_HALF, home)
     assert heard(process) == "begun"
     assert garbage_collection.collect_garbage(market).chunks_deleted == 0

@@ -59,7 +59,7 @@ def test_an_account_of_another_kind_earns_royalties_too(tmp_path):
 
 
 def test_a_publisher_has_a_limited_number_of_documents(tmp_path):
-    """What is on its way counts; what is withdrawn does not; others are not touched."""
+    """Running publications count; withdrawn documents do not; others are not touched."""
     with Market.open(tmp_path, {"publisher_max_documents": 2}) as market:
         first = publish(market, 1)
         begin(market, 2)
@@ -78,7 +78,7 @@ def test_a_publisher_has_a_limited_number_of_documents(tmp_path):
 
 
 def test_a_publisher_has_a_limited_number_of_bytes(tmp_path):
-    """What is stored and what the new document needs must fit together."""
+    """Stored documents and the new one must fit together."""
     with Market.open(tmp_path, {"publisher_max_bytes": 5000}) as market:
         publish(market, 1, stored_bytes=3000)
         assert begin(market, 2, needed_bytes=2000).state == "publishing"

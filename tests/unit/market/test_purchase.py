@@ -140,7 +140,7 @@ def test_what_the_ledger_does_not_settle_is_logged_and_not_charged(ledger, caplo
 
 
 def test_a_settlement_that_cannot_be_written_is_logged(ledger, caplog):
-    """Here the ledger was closed under it; the answer is out, and the operator is told."""
+    """Here the ledger was closed under it; the answer is out, and the log says so."""
     purchase = buy(ledger)
     assert purchase.state() is PurchaseState.RESERVED
     ledger.close()
@@ -177,7 +177,7 @@ def test_a_void_behind_a_reservation_under_way_releases_it(ledger):
     [("poor", "has not enough funds"), ("nobody", "no account 'nobody'"), ("provider", "refused")],
 )
 def test_a_refused_reservation_says_why_and_leaves_nothing(ledger, account, reason):
-    """What the account lacks; and anything else in the ledger's words."""
+    """The missing amount; and any other refusal in the ledger's words."""
     ledger.create_account("poor", "buyer")
     purchase = buy(ledger, account=account)
     assert purchase.state() is PurchaseState.REFUSED
@@ -242,7 +242,7 @@ def test_storing_that_the_ledger_does_not_settle_is_logged(ledger, caplog):
     ],
 )
 def test_a_publisher_who_cannot_pay_is_told_the_true_reason(ledger, publisher, amount_nano, reason):
-    """Only who lacks funds is told to make a deposit."""
+    """Only an account without funds is asked to make a deposit."""
     charge = store(ledger, publisher, amount_nano)
     assert charge.state() is PurchaseState.REFUSED
     refusal = charge.refusal
@@ -314,7 +314,7 @@ def test_a_key_whose_hold_is_gone_is_reserved_and_paid_anew(ledger, clock, end):
 def test_a_key_is_paid_once_also_where_its_first_hold_ended_before_the_settlement(
     ledger, clock, caplog, late_first
 ):
-    """An engine was cut off; the retry ran elsewhere on a hold of its own; then both settle."""
+    """An engine was cut off; the retry ran elsewhere on another hold; then both settle."""
     cut_off = buy(ledger)
     assert answered(cut_off) is PurchaseState.RESERVED
     clock.now_s += 2 * TIMEOUT_S

@@ -1,4 +1,4 @@
-"""Who is paid for a match, and how much: each range of tokens pays who offered it first."""
+"""The publishers paid for a match: each range of tokens pays the one that offered it first."""
 
 from __future__ import annotations
 
@@ -170,7 +170,7 @@ def test_a_price_cap_buys_what_lies_before_the_first_dearer_segment():
 
 
 def test_a_named_document_is_sold_whole_however_short_its_own_part(tmp_path):
-    """What a buyer has named is wanted; whoever only matches is not sold a few tokens."""
+    """A named document is wanted; a request that only matches is not sold a few tokens."""
     document = tokens(700)
     edition = [*document, 5, 6, 7]
     with Market.open(tmp_path) as market:

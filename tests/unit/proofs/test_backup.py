@@ -96,7 +96,7 @@ def secrets_of(home):
 
 
 def test_a_backup_without_a_passphrase_has_no_secret_key(market, folder, tmp_path):
-    """Restored, it verifies old receipts and has the same log; a new key signs a log of its own."""
+    """Restored, it verifies old receipts and has the same log; a new key signs another log."""
     receipt = sell(market, "p1")
     jws = signed_receipt(market, receipt.id).jws
     log = TransparencyLog(market.ledger, market.home)

@@ -53,7 +53,7 @@ def entries(ledger):
 
 
 def change(home, statement):
-    """What an operator with an editor would do to the books, past the schema's triggers."""
+    """Change the books as an operator with an editor could, past the schema's triggers."""
     db = apsw.Connection(str(home / "market.sqlite"))
     rows = db.execute("SELECT name FROM sqlite_master WHERE type = 'trigger'").fetchall()
     for (trigger,) in rows:
@@ -156,7 +156,7 @@ def test_checkpoints_of_before_a_rotation_verify(ledger, log):
 @pytest.mark.parametrize("file", ["hashes", "head.json"])
 @pytest.mark.parametrize("harm", ["gone", "empty", "garbage", "short"])
 def test_lost_files_are_made_anew_from_the_transfers(ledger, log, file, harm):
-    """Whatever a crash leaves of them: the root is the same, and was signed before."""
+    """A crash may leave any part of them: the root is the same, and was signed before."""
     fill(ledger, 9)
     before = log.checkpoint()
     path = log.folder / file
@@ -298,8 +298,8 @@ with Ledger.open(home / "market.sqlite") as ledger:
 
 @pytest.mark.slow
 def test_a_killed_signer_leaves_a_log_that_goes_on(ledger, log, tmp_path):
-    """kill -9 at any moment: whatever was told is kept, and everything signed is one history."""
-    told = set()
+    """kill -9 at any moment: every reported size is kept, and everything signed is one history."""
+    reported = set()
     rng = random.Random(4)
     for attempt in range(4):
         signer = subprocess.Popen(
@@ -308,13 +308,13 @@ def test_a_killed_signer_leaves_a_log_that_goes_on(ledger, log, tmp_path):
             stdout=subprocess.PIPE,
             text=True,
         )
-        told.add(int(signer.stdout.readline()))
+        reported.add(int(signer.stdout.readline()))
         time.sleep(rng.random() / 20)
         signer.kill()
-        told.update(int(line) for line in signer.communicate()[0].splitlines())
+        reported.update(int(line) for line in signer.communicate()[0].splitlines())
     log.checkpoint()
     sizes = [notes.read_checkpoint(each.note).size for each in log.checkpoints()]
-    assert told <= set(sizes)
+    assert reported <= set(sizes)
     assert sizes == sorted(sizes)
     report = check_ledger(ledger, tmp_path)
     assert (report.problems, report.checkpoints) == ([], len(sizes))

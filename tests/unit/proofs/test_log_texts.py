@@ -86,7 +86,7 @@ def test_a_note_with_other_signatures_verifies(log):
     ],
 )
 def test_a_changed_checkpoint_is_refused(log, harm):
-    """Whatever was changed: the reason, no crash."""
+    """Any change gives a reason, and no crash."""
     note = log.checkpoint().note
     with pytest.raises(ProofError):
         verify_checkpoint(harm(note), log.public_keys())

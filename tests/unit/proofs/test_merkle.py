@@ -119,7 +119,7 @@ def test_a_changed_inclusion_proof_is_refused_as_the_other_implementation_does(d
     root = merkle.root(tree.read, size)
     path = merkle.inclusion_path(tree.read, index, size)
     said = data.draw(st.integers(0, size - 1))
-    told = data.draw(st.integers(1, 45))
+    claimed = data.draw(st.integers(1, 45))
     change = data.draw(st.sampled_from(["nothing", "cut", "longer", "bit", "swap"]))
     wrong = list(path)
     if change == "cut":
@@ -131,13 +131,13 @@ def test_a_changed_inclusion_proof_is_refused_as_the_other_implementation_does(d
     elif change == "swap":
         wrong.reverse()
     entry = tree.entries[index]
-    theirs = scitt_cose.verify_inclusion(entry.hex(), said, told, hexes(wrong), root.hex())
+    theirs = scitt_cose.verify_inclusion(entry.hex(), said, claimed, hexes(wrong), root.hex())
     try:
-        ours = merkle.root_of_path(merkle.leaf_hash(entry), said, told, wrong) == root
+        ours = merkle.root_of_path(merkle.leaf_hash(entry), said, claimed, wrong) == root
     except ProofError:
         ours = False
     assert ours == theirs
-    if (said, told, wrong) == (index, size, path):
+    if (said, claimed, wrong) == (index, size, path):
         assert ours
 
 

@@ -196,7 +196,7 @@ def test_a_signed_receipt_that_contradicts_itself_is_refused(sold, keys, path, v
     "text", ["", "a.b", "a.b.c", "..", "!.!.!", "a" * 200_000, "x.y.z.w", "\0", '{"format": "jws"}']
 )
 def test_what_is_no_receipt_is_refused_with_a_reason(keys, text):
-    """Whatever a file may hold."""
+    """Any content of a file."""
     keys.current()
     with pytest.raises(ProofError):
         verify(read_jws(text), keys.public_keys())

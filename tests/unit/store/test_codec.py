@@ -144,7 +144,7 @@ def test_numbers_like_a_models_become_smaller(dtype: str, least: float) -> None:
 
 
 def test_heads_get_tables_of_their_own() -> None:
-    """Numbers of different scales at different places of a page are told apart by the page size."""
+    """Numbers of different scales at different places of a page are separated by the page size."""
     pages, run = 16, 2048
     wide = kv_bytes("bfloat16", pages * run, channels=1).reshape(pages, -1)
     # The other half of each page is 2**40 times as large.
@@ -198,7 +198,7 @@ def test_the_format_is_what_its_description_says(dtype: str) -> None:
     st.integers(-3, 3),
 )
 def test_bytes_that_are_no_layer(dtype: str, position: int, junk: bytes, extra: int) -> None:
-    """Whatever is not what was stored is a ValueError, or other numbers, but never worse."""
+    """Changed bytes are a ValueError, or other numbers, but never worse."""
     layer = kv_bytes(dtype if dtype in NUMBERS else "float16", 600)
     stored = encoded(dtype, layer, 300).tobytes()
     position %= len(stored)

@@ -274,7 +274,7 @@ def test_destinations_that_do_not_fit_are_left_alone(store):
 
 @pytest.mark.parametrize("tag", [VEC, AMX, HND, NHD])
 def test_the_canonical_form_is_token_head_content(tag):
-    """What an audit compares: the slots of real tokens, whatever the packing."""
+    """An audit compares the slots of real tokens, in any packing."""
     chunk = chunk_of(MODEL, 100)
     layout = MODEL.layout(64, tag)
     for index, pages in enumerate(pages_of(chunk, layout)):

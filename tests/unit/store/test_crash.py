@@ -74,7 +74,7 @@ class World:
             self.run(seed)
 
     def put_all(self) -> None:
-        """What publishing again does after a crash."""
+        """Publish again after a crash."""
         for number in range(KEYS):
             self.put(number, 0)
 
@@ -181,7 +181,7 @@ def kill_then_cut_power(world: World, rng: random.Random) -> None:
 @pytest.mark.parametrize("seed", range(2))
 @pytest.mark.parametrize("end", [cut_power, kill_then_cut_power])
 def test_a_crash_at_every_step(tmp_path: Path, end, seed: int, is_ordered: bool) -> None:
-    """Whatever was reported as stored is whole after a crash; all else is absent or detected."""
+    """Chunks reported as stored are whole after a crash; all others are absent or detected."""
     rounds = 0
     for world, rng in every_crash(tmp_path, seed, is_ordered=is_ordered):
         end(world, rng)

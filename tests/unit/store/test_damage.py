@@ -129,7 +129,7 @@ def test_a_block_that_the_disk_lost(store: DiskStore, page_bytes: int, value: in
 
 @Sizes
 def test_a_truncated_file(store: DiskStore, page_bytes: int) -> None:
-    """Whatever is missing at the end, down to one byte, is detected when the chunk is opened."""
+    """A truncated end, by one byte or more, is detected when the chunk is opened."""
     chunk, path = stored(store, page_bytes)
     size = path.stat().st_size
     for length in sorted({*range(0, size, 61), 1, 8, 23, 24, 25, 4095, 4096, 4097, size - 1}):

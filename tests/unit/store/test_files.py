@@ -1,4 +1,4 @@
-"""What is in the store: finding, counting, checking and removing chunks."""
+"""Finding, counting, checking and removing the store's chunks."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def test_files_that_are_none_of_ours_are_left_alone(store: DiskStore, name: str)
 
 
 def test_verify_checks_every_ranks_file(store: DiskStore) -> None:
-    """verify() finds damage in any share, whoever is asked to load it."""
+    """verify() finds damage in any share, also in those of other ranks."""
     shares = [sample(layout_of(rank=rank, world_size=2)) for rank in (0, 1)]
     for share in shares:
         share.put(store)

@@ -129,7 +129,7 @@ def test_an_allocation_that_fails_is_no_room():
 
 
 def test_a_filling_that_fails_leaves_nothing():
-    """What was not kept is not there, its room is free, and someone else may bring it."""
+    """A chunk that was not kept is absent, its room is free, and another load may bring it."""
     tier = HostTier(100)
 
     def fail() -> None:

@@ -1,4 +1,4 @@
-"""What was stored comes back bit for bit, whole or in part, wherever the caller wants it."""
+"""A stored chunk comes back bit for bit, whole or in part, in any memory."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ def test_the_size_is_known_before_anything_is_written(
 
 
 def test_a_codec_that_is_not_exact_stores_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What does not decode to what it was, as on a machine with bad memory, is never written."""
+    """A chunk that decodes to something else, as with bad memory, is never written."""
     chunk = kv_sample()
     facts = {
         "key": chunk.key,
@@ -235,7 +235,7 @@ def chunks(draw: st.DrawFn) -> tuple[Sample, int, int]:
 @settings(max_examples=120, deadline=None)
 @given(chunks(), st.sampled_from(CODECS))
 def test_any_range_of_pages_of_any_layout(drawn: tuple[Sample, int, int], codec: str) -> None:
-    """Whatever sizes and codec, each range of pages is what was stored, and no byte beside it."""
+    """With any sizes and codec, each range of pages is as stored, and no byte beside it."""
     chunk, first, last = drawn
     with tempfile.TemporaryDirectory() as folder:
         store = DiskStore(Path(folder), codec=codec)
@@ -331,7 +331,7 @@ def test_another_namespace_is_refused(store: DiskStore) -> None:
 
 
 def test_ranks_keep_their_shares_apart(store: DiskStore) -> None:
-    """With several ranks each has a file of its own under the same key."""
+    """With several ranks each has its own file under the same key."""
     shares = [sample(layout_of(rank=rank, world_size=2), seed=0) for rank in (0, 1)]
     for share in shares:
         share.pages[0][0, 0] = share.layout.rank

@@ -47,7 +47,7 @@ def there(store: DiskStore, *seeds: int) -> list[int]:
 
 
 def test_a_full_store_refuses_and_keeps_what_it_has(tmp_path: Path) -> None:
-    """What does not fit is refused with the quota's name; after a delete it fits."""
+    """A chunk that does not fit is refused with the quota's name; after a delete it fits."""
     store = store_of(tmp_path, 3)
     for seed in range(3):
         assert chunk_of(seed).put(store) == SIZE
@@ -123,7 +123,7 @@ def test_a_cache_deletes_what_was_not_used_for_the_longest_time(tmp_path: Path) 
 
 
 def test_a_chunk_larger_than_a_cache_empties_nothing(tmp_path: Path) -> None:
-    """What can never fit is refused without deleting anything."""
+    """A chunk that can never fit is refused without deleting anything."""
     cache = store_of(tmp_path, 2, is_cache=True)
     chunk_of(0).put(cache)
     with pytest.raises(StoreFullError):
@@ -289,7 +289,7 @@ def small_device(tmp_path: Path) -> Iterator[Path]:
 
 
 def free_bytes(folder: Path) -> int:
-    """What the device of a folder still has."""
+    """The free bytes of a folder's device."""
     device = os.statvfs(folder)
     return device.f_bavail * device.f_frsize
 

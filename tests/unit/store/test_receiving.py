@@ -40,7 +40,7 @@ def take(
 
 
 def test_a_whole_file_takes_its_place(store: DiskStore, content: bytes) -> None:
-    """What was received can be loaded, and is byte for byte what was sent."""
+    """A received chunk can be loaded, and has the bytes that were sent."""
     chunk = sample()
     take(store, chunk.key, content)
     chunk.load(store)

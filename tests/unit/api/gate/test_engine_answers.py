@@ -29,10 +29,10 @@ def test_a_streams_last_event_has_this_requests_receipts_only(app, client, alice
     app.state.engine_client.answers = [{"receipt_id": None}, {"receipt_id": own.id}]
     headers = alice | {"x-request-id": "twice"}
     for _ in range(2):
-        told = client.post("/v1/completions", json={"stream": True}, headers=headers).text
-        event = json.loads(told.rsplit("data: ", 1)[1])
+        reply = client.post("/v1/completions", json={"stream": True}, headers=headers).text
+        event = json.loads(reply.rsplit("data: ", 1)[1])
         assert [each["id"] for each in event["receipts"]] == [own.id] == event["receipt_ids"]
-        assert earlier.id not in told
+        assert earlier.id not in reply
 
 
 @pytest.mark.parametrize("status", [402, 404, 409])
@@ -41,10 +41,10 @@ def test_a_refusal_by_the_engine_is_the_response(app, client, alice, status, str
     """With its status, also of a stream: nothing was sent of it before."""
     error = {"status": status, "code": "insufficient_funds", "message": "make a deposit"}
     app.state.engine_client.answers = [{"error": error}]
-    told = client.post("/v1/completions", json={"stream": stream}, headers=alice)
-    assert (told.status_code, told.json()["error"]["code"]) == (status, "insufficient_funds")
-    assert told.headers["content-type"] == "application/json"
-    assert "kv_transfer_params" not in told.text and "data:" not in told.text
+    reply = client.post("/v1/completions", json={"stream": stream}, headers=alice)
+    assert (reply.status_code, reply.json()["error"]["code"]) == (status, "insufficient_funds")
+    assert reply.headers["content-type"] == "application/json"
+    assert "kv_transfer_params" not in reply.text and "data:" not in reply.text
     app.state.engine_client.answers = []
     assert client.post("/v1/completions", json={}, headers=alice).status_code == 200
 

@@ -72,7 +72,7 @@ def signed(market, got):
 def test_every_generating_route_is_told_the_account_by_the_server_alone(
     client, market, alice, path
 ):
-    """What the client wrote there is gone; the salt is the account's."""
+    """The client's own value is removed; the salt is the account's."""
     theirs = {"kvmarket": {"account": "bob"}, "prompt_token_ids": [1]}
     body = {"kv_transfer_params": theirs, "cache_salt": "x", "ec_transfer_params": {"a": 1}}
     body |= {"prompt": "a", "vllm_xargs": {"kv_transfer_params": "x", "mine": 1}}
@@ -91,7 +91,7 @@ def test_every_generating_route_is_told_the_account_by_the_server_alone(
 
 @pytest.mark.parametrize("path", GENERATING)
 def test_without_a_key_no_route_is_told_an_account(client, path):
-    """And each request has a salt of its own, long enough that nobody meets another's."""
+    """And each request has its own salt, too long to meet another's."""
     body = {"kv_transfer_params": {"kvmarket": {"account": "alice"}}, "cache_salt": "x"}
     salts = set()
     for _ in range(3):
@@ -167,10 +167,10 @@ def ask(client, headers, prompt, **wish):
 
 def test_what_is_wanted_of_reuse_is_read_from_one_field(client, alice):
     """And does not reach the route."""
-    for wish, told in (({"reuse": "never"}, False), ({"reuse": "prefer"}, True), ({}, True)):
+    for wish, buys in (({"reuse": "never"}, False), ({"reuse": "prefer"}, True), ({}, True)):
         got = reached(ask(client, alice, [1], **wish))
         assert "kvmarket" not in got
-        if told:
+        if buys:
             assert got["kv_transfer_params"]["kvmarket"]["account"] == "alice"
         else:
             assert got["kv_transfer_params"] == {"kvmarket": {"declined": "never"}}
@@ -214,9 +214,9 @@ def test_only_known_fields_go_with_a_document(client, alice, market, path, field
     if path != "/v1/completions":
         body |= {"sampling_params": {"max_tokens": 5, "n": 2}}
     reached(client.post(path, json=body, headers=alice))
-    told = client.post(path, json=body | field, headers=alice)
+    reply = client.post(path, json=body | field, headers=alice)
     (name_of_field,) = field.get("sampling_params", field)
-    assert (told.status_code, told.json()["error"]["param"]) == (400, name_of_field)
+    assert (reply.status_code, reply.json()["error"]["param"]) == (400, name_of_field)
 
 
 @pytest.mark.parametrize("path", GENERATING)
@@ -288,8 +288,8 @@ def test_a_document_that_is_not_on_offer_is_not_placed(client, alice, market):
     name = store_and_list(market, tokens(300)).document_id
     reached(ask(client, alice, [1], document=name))
     market.delist(name)
-    told = ask(client, alice, [1], document=name)
-    assert (told.status_code, told.json()["error"]["code"]) == (404, "document_not_on_offer")
+    reply = ask(client, alice, [1], document=name)
+    assert (reply.status_code, reply.json()["error"]["code"]) == (404, "document_not_on_offer")
 
 
 def test_reuse_has_a_limit(client, alice, market):
@@ -297,14 +297,14 @@ def test_reuse_has_a_limit(client, alice, market):
     prompt = [*tokens(300), 1]
     name = store_and_list(market, prompt[:-1]).document_id
     price = 300 * 500
-    for most, told in ((price, True), (price - 1, False)):
+    for most, buys in ((price, True), (price - 1, False)):
         got = reached(ask(client, alice, prompt, max_price_nano=most))["kv_transfer_params"]
-        assert (got == {"kvmarket": {"declined": "max_price"}}) is not told
-        assert ("account" in got["kvmarket"]) is told
+        assert (got == {"kvmarket": {"declined": "max_price"}}) is not buys
+        assert ("account" in got["kvmarket"]) is buys
     reached(ask(client, alice, prompt, reuse="require", max_price_nano=price))
-    told = ask(client, alice, prompt, reuse="require", max_price_nano=price - 1)
-    assert told.status_code == 402
-    assert told.json()["quote"] == {
+    reply = ask(client, alice, prompt, reuse="require", max_price_nano=price - 1)
+    assert reply.status_code == 402
+    assert reply.json()["quote"] == {
         "document_id": name,
         "prompt_tokens": 301,
         "matched_tokens": 300,
@@ -322,8 +322,8 @@ def test_a_server_may_refuse_whoever_cannot_pay(tmp_path, keys):
         store_and_list(market, prompt[:-1])
         client = TestClient(make_app(market, keys))
         poor = {"authorization": f"Bearer {keys.create('poor')[0]}"}
-        told = ask(client, poor, prompt)
-        assert (told.status_code, told.json()["error"]["code"]) == (402, "insufficient_funds")
+        reply = ask(client, poor, prompt)
+        assert (reply.status_code, reply.json()["error"]["code"]) == (402, "insufficient_funds")
         reached(ask(client, poor, [1, 2]))
         reached(ask(client, poor, prompt, reuse="never"))
 
@@ -368,9 +368,9 @@ def test_amounts_of_money_leave_the_metrics(tmp_path, keys, alice):
             app.mount("/metrics", metrics)
             client = TestClient(app)
             for headers in ({}, alice, {"accept-encoding": "gzip"}):
-                told = client.get("/metrics/", headers=headers).text
-                assert ("charged_nano" in told) is ("balance_nano" in told) is shown
-                assert "vllm:kvmarket_reused_tokens_total 7.0" in told
+                reply = client.get("/metrics/", headers=headers).text
+                assert ("charged_nano" in reply) is ("balance_nano" in reply) is shown
+                assert "vllm:kvmarket_reused_tokens_total 7.0" in reply
             assert client.get("/metrics/", headers=admin).text == METRICS
 
 
@@ -410,9 +410,9 @@ def test_a_document_is_reserved_or_refused(client, alice, market):
     duty = {"document": name, "document_tokens": 300, "must_reserve": True}
     assert got == {"account": "alice", **duty}
     for most, status in ((300 * 500, 200), (300 * 500 - 1, 402), (0, 402)):
-        told = ask(client, alice, [1, 2], document=name, max_price_nano=most)
-        assert told.status_code == status, told.text
-    assert told.json()["quote"]["document_id"] == name
+        reply = ask(client, alice, [1, 2], document=name, max_price_nano=most)
+        assert reply.status_code == status, reply.text
+    assert reply.json()["quote"]["document_id"] == name
     got = signed(market, reached(ask(client, alice, [*tokens(300), 1], reuse="require")))
     assert got["must_reserve"] is True and "document" not in got
 
@@ -423,8 +423,8 @@ def test_a_document_is_quoted_without_what_lies_behind_it(client, alice, market)
     name = store_and_list(market, document).document_id
     store_and_list(market, [*document, *tokens(200, 1)])
     prompt = [*tokens(200, 1), 1]
-    told = ask(client, alice, prompt, document=name, max_price_nano=300 * 500)
-    assert told.status_code == 200
+    reply = ask(client, alice, prompt, document=name, max_price_nano=300 * 500)
+    assert reply.status_code == 200
 
 
 @pytest.mark.parametrize(
@@ -472,8 +472,8 @@ def test_a_keys_budget_is_charged_with_what_was_sold(app, client, keys, market):
     reached(ask(client, key, prompt))
     got = reached(ask(client, key, prompt))
     assert got["kv_transfer_params"] == {"kvmarket": {"declined": "max_price"}}
-    told = ask(client, key, prompt, reuse="require")
-    assert (told.status_code, told.json()["error"]["code"]) == (402, "budget_exhausted")
+    reply = ask(client, key, prompt, reuse="require")
+    assert (reply.status_code, reply.json()["error"]["code"]) == (402, "budget_exhausted")
     assert left() == 10
 
 
@@ -492,8 +492,8 @@ def test_retries_are_one_purchase(client, alice, keys, market):
     first = purchase(alice, "k", body)
     assert first and purchase(alice, "k", body) == first
     assert len({first, purchase(bob, "k", body), purchase(alice, "other", body)}) == 3
-    told = send(alice, "k", {"prompt": [1, 3]})
-    assert (told.status_code, told.json()["error"]["code"]) == (409, "idempotency_key_reused")
+    reply = send(alice, "k", {"prompt": [1, 3]})
+    assert (reply.status_code, reply.json()["error"]["code"]) == (409, "idempotency_key_reused")
     codes = {send(alice, "k", body).json().get("error", {}).get("code") for _ in range(4)}
     assert codes == {None, "idempotency_key_used_up"}
     for wrong in ("a b", "a" * 256):
@@ -506,9 +506,9 @@ def test_retries_are_one_purchase(client, alice, keys, market):
 def test_more_requests_than_the_gate_can_prepare_are_sent_away(app, client, alice):
     """At once, with the time to come again; what does not generate is served."""
     app.state.kvmarket_service.gate_queue = Queue(0, "the gate")
-    told = client.post("/v1/completions", json={"prompt": "a"}, headers=alice)
-    assert (told.status_code, told.json()["error"]["code"]) == (503, "server_busy")
-    assert int(told.headers["retry-after"]) > 0 and app.state.reached == []
+    reply = client.post("/v1/completions", json={"prompt": "a"}, headers=alice)
+    assert (reply.status_code, reply.json()["error"]["code"]) == (503, "server_busy")
+    assert int(reply.headers["retry-after"]) > 0 and app.state.reached == []
     assert client.get("/health").status_code == 200
 
 
@@ -519,8 +519,8 @@ def test_a_request_has_one_id_that_its_receipts_have_too(client, alice):
     made = client.post("/v1/completions", json={}, headers=alice)
     assert len(dict(made.json()["headers"])["x-request-id"]) == 32
     for wrong in ("a b", "a" * 300):
-        told = client.post("/v1/completions", json={}, headers=alice | {"x-request-id": wrong})
-        assert told.status_code == 400
+        reply = client.post("/v1/completions", json={}, headers=alice | {"x-request-id": wrong})
+        assert reply.status_code == 400
 
 
 def test_responses_are_not_stored(client, alice):
@@ -528,15 +528,15 @@ def test_responses_are_not_stored(client, alice):
     got = reached(client.post("/v1/responses", json={"input": "a", "store": True}, headers=alice))
     assert got["store"] is False
     for field in ({"previous_response_id": "resp_1"}, {"background": True}):
-        told = client.post("/v1/responses", json={"input": "a", **field}, headers=alice)
-        assert told.status_code == 400
+        reply = client.post("/v1/responses", json={"input": "a", **field}, headers=alice)
+        assert reply.status_code == 400
 
 
 def test_a_stream_has_one_more_event_at_its_end(client, alice):
     """For an account; what came before is as it was."""
-    told = client.post("/v1/completions", json={"stream": True}, headers=alice).text
-    assert told.startswith("data: {}\n\ndata: [DONE]\n\nevent: kvmarket\ndata: ")
-    event = json.loads(told.rsplit("data: ", 1)[1])
+    reply = client.post("/v1/completions", json={"stream": True}, headers=alice).text
+    assert reply.startswith("data: {}\n\ndata: [DONE]\n\nevent: kvmarket\ndata: ")
+    event = json.loads(reply.rsplit("data: ", 1)[1])
     assert (event["type"], event["receipts"]) == ("kvmarket", [])
     assert client.post("/v1/completions", json={"stream": True}).text == (
         "data: {}\n\ndata: [DONE]\n\n"
@@ -546,7 +546,7 @@ def test_a_stream_has_one_more_event_at_its_end(client, alice):
 def test_errors_have_the_shape_of_the_api_that_was_asked(client):
     """OpenAI's, and Anthropic's for messages."""
     headers = {"x-api-key": "kvm_wrong"}
-    told = client.post("/v1/chat/completions", json={}, headers=headers).json()
-    assert set(told["error"]) == {"message", "type", "param", "code"}
-    told = client.post("/v1/messages", json={}, headers=headers).json()
-    assert (told["type"], told["error"]["type"]) == ("error", "authentication_error")
+    reply = client.post("/v1/chat/completions", json={}, headers=headers).json()
+    assert set(reply["error"]) == {"message", "type", "param", "code"}
+    reply = client.post("/v1/messages", json={}, headers=headers).json()
+    assert (reply["type"], reply["error"]["type"]) == ("error", "authentication_error")

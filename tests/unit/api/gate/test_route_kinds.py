@@ -35,7 +35,7 @@ def test_every_generating_route_is_known_by_its_own_path(app):
 
 
 def test_a_route_that_is_not_known_is_closed(app):
-    """Whatever its method: what it shows is not known either."""
+    """With any method: its answer is unknown too."""
     assert kind(app, "POST", "/v9/dream") is Kind.ADMIN
     assert kind(app, "GET", "/v9/dream") is Kind.ADMIN
     assert listed("/server_info", "GET") is Kind.ADMIN

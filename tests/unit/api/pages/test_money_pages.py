@@ -74,8 +74,8 @@ def test_the_signed_receipt_is_a_file_that_verifies(server):
     assert answer.headers["content-disposition"].startswith("attachment")
     checked = verify(answer.text.strip(), SigningKeys(server.market.home).public_keys())
     assert checked.payload.kvmarket.charge_nano == str(sold.charge_nano)
-    told = Visitor(server.app).get("/keys.jwks").json()
-    assert [key["kid"] for key in told["keys"]] == [checked.kid]
+    reply = Visitor(server.app).get("/keys.jwks").json()
+    assert [key["kid"] for key in reply["keys"]] == [checked.kid]
 
 
 def test_a_receipt_that_does_not_hold_is_called_so(server, monkeypatch):
@@ -164,6 +164,6 @@ def test_what_makes_no_sense_is_refused(server, query):
 
 @pytest.mark.parametrize("id", ["", "x" * 600, "../../etc", "<b>", "kvr_\0"])
 def test_a_receipt_that_never_was_is_missing(server, id):
-    """Whatever its name."""
+    """Any name is possible."""
     answer = visitor_of(server, "bea").get("/money/receipt", id=id)
     assert answer.status_code in (400, 404) and "<b>" not in answer.text

@@ -50,7 +50,7 @@ def table_of(page, name):
 
 
 def test_the_page_is_for_admins(server):
-    """Publishers and buyers are told that they may not; who is not signed in may sign in."""
+    """Publishers and buyers are refused; a visitor without a session may sign in."""
     for name in ("pat", "bea"):
         visitor = Visitor(server.app)
         visitor.sign_in(server.keys[name])
@@ -171,12 +171,12 @@ def test_counters_are_read_by_name_and_label():
 
 
 def test_faults_are_told_by_reason(admin, monkeypatch):
-    """What failed to load and why, what is in quarantine, and reasons are no markup."""
+    """Failed loads with their reasons, and the quarantine; a reason is no markup."""
     registry = registry_of(monkeypatch)
     failures = Counter("vllm:kvmarket_load_failures", "x", ["reason"], registry=registry)
     failures.labels("<missing>").inc(4)
     Counter("vllm:kvmarket_chunks_quarantined", "x", registry=registry).inc(2)
     page = admin.get("/provider")
-    told = {row[0]: row[1:] for row in table_of(page, "faults")}
-    assert told["Chunks that could not be loaded"] == ["&lt;missing&gt;", "4"]
-    assert told["Damaged chunks taken out of the store"] == ["all", "2"]
+    rows = {row[0]: row[1:] for row in table_of(page, "faults")}
+    assert rows["Chunks that could not be loaded"] == ["&lt;missing&gt;", "4"]
+    assert rows["Damaged chunks taken out of the store"] == ["all", "2"]

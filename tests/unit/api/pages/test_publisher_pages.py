@@ -57,7 +57,7 @@ def test_a_document_is_published_and_goes_live(server, pat):
 
 
 def test_a_failure_is_shown_with_its_reason(server, pat):
-    """What the engine declined is failed, and why stands on the page, escaped."""
+    """A document that the engine declined has failed, and the page shows why, escaped."""
     server.engine.declines = "the store is <full>"
     sent = pat.send("/publish", "publish", title="Whales", text=text_of(60))
     page = watched(pat, place_of(sent))
@@ -128,7 +128,7 @@ def test_what_was_written_is_what_is_published(server, pat):
 
 
 def test_terms_are_changed_and_a_document_is_taken_off(server, pat):
-    """Price and time to live as told; delisted, it is in no catalogue."""
+    """Price and time to live as written; delisted, it is in no catalogue."""
     made = publish(server, title="Whales", text=text_of(60))
     place = f"/offers/{made['id']}"
     assert place_of(pat.send(place, "terms", price="0.125", ttl="2")) == place

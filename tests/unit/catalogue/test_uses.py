@@ -207,7 +207,7 @@ def test_an_error_while_deleting_is_raised_on(catalogue):
     publish(catalogue, DOCUMENT)
 
 
-def test_releasing_beside_publishers_loses_nothing(path, tmp_path):
+def test_releasing_beside_publishers_loses_nothing(path):
     """Processes publish and delist while one collects: no document on offer misses a chunk."""
     script = """
 import random
@@ -235,10 +235,10 @@ with Catalogue.open(home / "market.sqlite") as catalogue:
         except NotFoundError as error:
             assert "delisted already" in str(error)
 """
-    folder = tmp_path / "chunks"
-    folder.mkdir()
+    folder = path.parent / "chunks"
+    folder.mkdir(parents=True)
     with Catalogue.open(path) as catalogue:
-        processes = [start_process(script, tmp_path, number) for number in range(2)]
+        processes = [start_process(script, path.parent, number) for number in range(2)]
         released = 0
         while any(process.poll() is None for process in processes):
             keys = [bytes.fromhex(file.name) for file in folder.iterdir()]

@@ -31,11 +31,10 @@ def main():
         receipts = [get(market, f"/receipts/{name}") for name in names]
         keys = [PublicKey.of_jwk(each) for each in get(market, "/jwks")["keys"]]
         available = get(market, "/accounts/me")["available_nano"]
-    # From here on nothing is asked of the server: these are kept, and checked by whoever doubts.
+    # From here on nothing is asked of the server: these are kept, and checked by anyone who doubts.
     for receipt in receipts:
-        signed = verify(receipt["signed"]["signature"], keys).payload.kvmarket
-        assert signed.receipt_id == receipt["id"]
-        assert int(signed.charge_nano) == receipt["charge_nano"]
+        signed = verify(receipt["signed"]["signature"], keys).payload.kvmarket.receipt
+        assert (signed.id, signed.charge_nano) == (receipt["id"], receipt["charge_nano"])
     paid = sum(receipt["charge_nano"] for receipt in receipts)
     computing = sum(receipt["recompute_nano"] for receipt in receipts)
     print(f"paid {amount(paid)}, saved {amount(computing - paid)}, left {amount(available)}")

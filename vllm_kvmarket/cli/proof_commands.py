@@ -91,29 +91,29 @@ def receipt_show(args: argparse.Namespace) -> None:
         print(receipt.jws)
         return
     document = {
-        "payload": msgspec.to_builtins(receipt.payload),
+        "payload": receipt.payload.claims(),
         "kid": receipt.kid,
         **receipt.x402(),
     }
     emit(args, document, lambda where: _show_receipt(where, receipt))
 
 
-def _show_receipt(where: Console, receipt: proofs.SignedReceipt) -> None:
-    sale = receipt.payload.kvmarket
+def _show_receipt(where: Console, signed: proofs.SignedReceipt) -> None:
+    sale, receipt = signed.payload.kvmarket, signed.payload.kvmarket.receipt
     pairs(
         where,
         [
-            ("receipt", sale.receipt_id),
-            ("issued", moment(receipt.payload.issuedAt)),
-            ("payer", receipt.payload.payer),
-            ("document", f"{sale.document.id} {sale.document.title}"),
-            ("publisher", sale.document.publisher),
-            ("tokens", f"{sale.tokens.reused} reused, {sale.tokens.computed} computed"),
-            ("charge", f"{format_nano(int(sale.charge_nano))} {sale.tariff.currency}"),
-            ("royalty", f"{format_nano(int(sale.royalty_nano))} {sale.tariff.currency}"),
+            ("receipt", receipt.id),
+            ("issued", moment(receipt.created_at_s)),
+            ("payer", receipt.account),
+            ("document", f"{receipt.document_id} {receipt.title}"),
+            ("publisher", receipt.publisher),
+            ("tokens", f"{receipt.tokens_reused} reused, {receipt.tokens_computed} computed"),
+            ("charge", f"{format_nano(receipt.charge_nano)} {sale.currency}"),
+            ("royalty", f"{format_nano(receipt.royalty_nano)} {sale.currency}"),
             *((f"leaf {each.log_index}", each.id) for each in sale.transfers),
-            ("log", sale.log.origin),
-            ("signed by", receipt.kid),
+            ("log", sale.log),
+            ("signed by", signed.kid),
         ],
     )
 
@@ -148,7 +148,7 @@ def receipt_verify(args: argparse.Namespace) -> int:
     document = {
         "valid": True,
         "kid": receipt.kid,
-        "payload": msgspec.to_builtins(receipt.payload),
+        "payload": receipt.payload.claims(),
         "in_log": logged,
     }
 

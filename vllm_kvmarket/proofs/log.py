@@ -16,7 +16,6 @@ asked something, and hashes new transfers only.
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import time
 from collections.abc import Iterable, Iterator
@@ -86,13 +85,12 @@ class Epoch(msgspec.Struct, frozen=True, kw_only=True):
     common_size: int | None
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class LoggedTransfer:
-    """Where in the log a transfer is."""
+class LoggedTransfer(msgspec.Struct, frozen=True):
+    """Where in the log a transfer is; the hash in hexadecimal."""
 
     id: str
     log_index: int
-    leaf_hash: bytes
+    leaf_hash: str
 
 
 class StoredHashes:
@@ -241,7 +239,7 @@ class TransparencyLog:
         """Find a transfer's place in the log. Raises NotFoundError."""
         index = self.indexes_of([transfer_id])[transfer_id]
         leaf = merkle.leaf_hash(entry_of(self._ledger.transfer(transfer_id)))
-        return LoggedTransfer(transfer_id, index, leaf)
+        return LoggedTransfer(transfer_id, index, leaf.hex())
 
     def prove(self, transfer_id: str) -> InclusionProof:
         """Prove that a transfer is in the log as it stands. Raises NotFoundError and ProofError."""

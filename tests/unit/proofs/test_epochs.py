@@ -47,7 +47,7 @@ def test_a_rolled_back_market_signs_nothing_until_an_epoch_is_opened(tmp_path):
         assert epoch.signed_size - epoch.common_size == 3  # the hold, the charge, the royalty
         assert log.origin == f"{old_origin}/2"
         signed = signed_receipt(market, other.id)
-        assert signed.payload.kvmarket.log.origin == log.origin
+        assert signed.payload.kvmarket.log == log.origin
         charge = signed.payload.kvmarket.transfers[0]
         assert charge.log_index in {each.log_index for each in lost.payload.kvmarket.transfers}
         keys = log.public_keys()
@@ -66,5 +66,5 @@ def test_a_leaf_is_signed_before_a_receipt_names_it(tmp_path):
         (signed,) = log.checkpoints()
         size = int(signed.note.splitlines()[1])
         assert size > max(each.log_index for each in receipt.payload.kvmarket.transfers)
-        signed_receipt(market, receipt.payload.kvmarket.receipt_id)
+        signed_receipt(market, receipt.payload.kvmarket.receipt.id)
         assert len(log.checkpoints()) == 1

@@ -338,4 +338,4 @@ def test_a_sale_is_two_leaves(tmp_path):
         log = TransparencyLog(market.ledger, market.home)
         charge, royalty = (log.locate(each) for each in receipt.transfer_ids)
         assert royalty.log_index == charge.log_index + 1
-        assert merkle.leaf_hash(log.prove(charge.id).entry) == charge.leaf_hash
+        assert merkle.leaf_hash(log.prove(charge.id).entry).hex() == charge.leaf_hash

@@ -55,20 +55,20 @@ def joined(key, header, body):
 
 def forged(keys, sold, path, value):
     """The same receipt with another value, signed by the market: what a liar would give out."""
-    payload = msgspec.to_builtins(sold.payload)
+    payload = sold.payload.claims()
     place = payload
     *way, last = path.split(".")
     for step in way:
         place = place[int(step) if step.isdigit() else step]
     place[last] = value
     header, _, _ = parts(sold.jws)
-    return joined(keys.current(), header, json.dumps(payload).encode())
+    return joined(keys.current(), header, msgspec.json.encode(payload))
 
 
 def test_a_receipt_says_what_was_sold_as_x402_would(market, sold):
     """x402's fields at the top, ours beneath; every amount exact, every transfer with its leaf."""
     receipt = market.ledger.receipts()[0]
-    payload = msgspec.to_builtins(sold.payload)
+    payload = sold.payload.claims()
     sale = payload.pop("kvmarket")
     assert payload.keys() == {
         "version",
@@ -81,9 +81,9 @@ def test_a_receipt_says_what_was_sold_as_x402_would(market, sold):
     assert (payload["payer"], payload["transaction"]) == ("alice", receipt.transfer_ids[0])
     assert payload["network"].startswith("kvmarket:") and len(payload["network"]) <= 41
     listing = market.catalogue.get(receipt.document_id)
-    assert sale["document"]["digest"] == listing.chunk_keys[-1].hex()
-    assert sale["tokens"]["reused"] == 600
-    assert sale["charge_nano"] == str(receipt.charge_nano)
+    assert sale["digest"] == listing.chunk_keys[-1].hex()
+    assert sale["receipt"]["tokens_reused"] == 600
+    assert sale["receipt"]["charge_nano"] == str(receipt.charge_nano)
     assert [each["id"] for each in sale["transfers"]] == list(receipt.transfer_ids)
     assert sold.x402() == {"format": "jws", "signature": sold.jws}
 
@@ -94,7 +94,7 @@ def test_another_implementation_verifies_a_receipt(sold, keys):
     """joserfc takes our JWS with our JWK set, and we take joserfc's."""
     known = KeySet.import_key_set(keys.jwks())
     taken = joserfc_jws.deserialize_compact(sold.jws, known, algorithms=["EdDSA"])
-    assert msgspec.json.decode(taken.payload, type=signed_receipts.Payload) == sold.payload
+    assert signed_receipts.read_claims(taken.payload) == sold.payload
     assert taken.headers() == {
         "alg": "EdDSA",
         "kid": keys.current().kid,
@@ -109,15 +109,15 @@ def test_another_implementation_verifies_a_receipt(sold, keys):
 
 def test_a_receipt_is_the_same_each_time(market, sold):
     """So that two copies are known to be one receipt."""
-    assert signed_receipt(market, sold.payload.kvmarket.receipt_id).jws == sold.jws
+    assert signed_receipt(market, sold.payload.kvmarket.receipt.id).jws == sold.jws
     sell(market, "p2")
-    assert signed_receipt(market, sold.payload.kvmarket.receipt_id).jws == sold.jws
+    assert signed_receipt(market, sold.payload.kvmarket.receipt.id).jws == sold.jws
 
 
 def test_receipts_of_before_a_rotation_verify(market, sold, keys):
     """With the JWK set of today; the new key alone does not do."""
     keys.rotate()
-    again = signed_receipt(market, sold.payload.kvmarket.receipt_id)
+    again = signed_receipt(market, sold.payload.kvmarket.receipt.id)
     assert again.payload == sold.payload
     assert again.kid != sold.kid
     for receipt in (sold, again):
@@ -166,24 +166,29 @@ def test_a_header_that_no_receipt_has_is_refused(sold, keys, header, reason):
         ("network", "kvmarket:other", "different markets"),
         ("resourceUrl", "urn:kvmarket:document:kvd_0", "resourceUrl and document differ"),
         ("transaction", "other", "not the first transfer"),
-        ("kvmarket.charge_nano", "1", "do not add up to its charge"),
-        ("kvmarket.lines.0.charge_nano", "1", "charge 1 is not the price of 600 tokens"),
-        ("kvmarket.lines.0.royalty_nano", "0", "not the publisher's share"),
-        ("kvmarket.lines.0.end", 599, "599 tokens, not the 600"),
-        ("kvmarket.lines.0.start", 1, "do not follow each other"),
-        ("kvmarket.lines.0.publisher", "bob", "not those of its last line"),
-        ("kvmarket.charge_nano", "-1", "no whole number"),
-        ("kvmarket.charge_nano", "9" * 30, "no whole number"),
-        ("kvmarket.royalty_nano", "0", "do not add up to its royalty"),
-        ("kvmarket.recompute_nano", "1", "not the price of computing them"),
-        ("kvmarket.tokens.reused", 10**15, "overflow|not those loaded"),
-        ("kvmarket.tokens.loaded", 599, "not those loaded"),
-        ("kvmarket.tokens.computed", -1, "below 0"),
-        ("kvmarket.tariff.royalty_ppm", 1, "not those of its last line"),
-        ("kvmarket.document.digest", "00" * 32, "not that of its id"),
-        ("kvmarket.transfers", [], "not the first transfer"),
-        ("kvmarket.charge_nano", 1, "no receipt of version 1"),
-        ("kvmarket.document", None, "no receipt of version 1"),
+        ("kvmarket.receipt.charge_nano", "1", "do not add up to its charge"),
+        ("kvmarket.receipt.lines.0.charge_nano", "1", "charge 1 is not the price of 600 tokens"),
+        ("kvmarket.receipt.lines.0.royalty_nano", "0", "not the publisher's share"),
+        ("kvmarket.receipt.lines.0.end", 599, "599 tokens, not the 600"),
+        ("kvmarket.receipt.lines.0.start", 1, "do not follow each other"),
+        ("kvmarket.receipt.lines.0.publisher", "bob", "publisher is not that of its last line"),
+        ("kvmarket.receipt.charge_nano", "-1", "below 0"),
+        ("kvmarket.receipt.charge_nano", "9" * 30, "beyond int64|no receipt of version 1"),
+        ("kvmarket.receipt.royalty_nano", "0", "do not add up to its royalty"),
+        ("kvmarket.receipt.recompute_nano", "1", "not the price of computing them"),
+        ("kvmarket.receipt.tokens_reused", 10**15, "overflow|not those loaded"),
+        ("kvmarket.receipt.tokens_loaded", 599, "not those loaded"),
+        ("kvmarket.receipt.tokens_computed", -1, "below 0"),
+        ("kvmarket.receipt.royalty_ppm", 1, "royalty_ppm is not that of its last line"),
+        ("kvmarket.digest", "00" * 32, "not that of its id"),
+        ("kvmarket.transfers", [], "transfers are not the receipt's"),
+        ("kvmarket.receipt.transfer_ids", [], "transfers are not the receipt's"),
+        ("payer", "bob", "payer or issuedAt"),
+        ("issuedAt", 1, "payer or issuedAt"),
+        ("kvmarket.receipt.created_at_s", 1e300, "no time"),
+        ("kvmarket.receipt.charge_nano", "+1", "no receipt of version 1"),
+        ("kvmarket.receipt.charge_nano", 1, "no receipt of version 1"),
+        ("kvmarket.receipt", None, "no receipt of version 1"),
     ],
 )
 def test_a_signed_receipt_that_contradicts_itself_is_refused(sold, keys, path, value, reason):
@@ -244,8 +249,8 @@ def test_a_publisher_checks_that_its_royalties_count_the_sales_that_buyers_show(
             assert verify_with_proof(receipt, proof, keys) == number
         charge, royalty = sale.transfers
         line = on_statement[royalty.id]
-        assert (line.log_index, line.amount_nano) == (royalty.log_index, int(sale.royalty_nano))
-        assert (line.receipt_id, line.sale_nano) == (sale.receipt_id, int(sale.charge_nano))
+        assert (line.log_index, line.amount_nano) == (royalty.log_index, sale.receipt.royalty_nano)
+        assert (line.receipt_id, line.sale_nano) == (sale.receipt.id, sale.receipt.charge_nano)
         earned += line.amount_nano
         # Proofs are of one transfer each.
         other = read_inclusion(proofs[transfers[-1] if charge.log_index < 8 else transfers[0]])
@@ -275,20 +280,17 @@ def test_a_market_that_booked_otherwise_is_found_out(market, sold, keys):
         with pytest.raises(ProofError, match=reason):
             verify_with_proof(receipt, proof, known)
     sale = sold.payload.kvmarket
-    lines = (msgspec.structs.replace(sale.lines[0], publisher="bob"),)
-    document = msgspec.structs.replace(sale.document, publisher="bob")
+    lines = (msgspec.structs.replace(sale.receipt.lines[0], publisher="bob"),)
     for facts, shown, reason in (
-        ({"lines": lines, "document": document}, proof, "to pat, not what the receipt says"),
+        ({"lines": lines, "publisher": "bob"}, proof, "to pat, not what the receipt says"),
         ({"model": "a better one"}, log.prove(charge.id), "booked with another receipt"),
     ):
-        lying = msgspec.structs.replace(
-            sold.payload, kvmarket=msgspec.structs.replace(sale, **facts)
-        )
+        changed = msgspec.structs.replace(sale.receipt, **facts)
+        lying = signed_receipts.Payload.of(msgspec.structs.replace(sale, receipt=changed))
         receipt = verify(signed_receipts.sign(lying, keys.current()), known)
         with pytest.raises(ProofError, match=reason):
             verify_with_proof(receipt, shown, known)
-    other = msgspec.structs.replace(sold.payload.kvmarket.log, origin=f"{log.origin}/2")
-    sale = msgspec.structs.replace(sold.payload.kvmarket, log=other)
+    sale = msgspec.structs.replace(sold.payload.kvmarket, log=f"{log.origin}/2")
     lying = msgspec.structs.replace(sold.payload, kvmarket=sale)
     receipt = verify(signed_receipts.sign(lying, keys.current()), known)
     with pytest.raises(ProofError, match="not the receipt's"):
@@ -319,5 +321,5 @@ def test_what_a_revoked_key_signed_no_longer_verifies(market, sold, keys):
         verify(sold.jws, keys.public_keys())
     with pytest.raises(ProofError, match="revoked"):
         verify_checkpoint(checkpoint.note, keys.public_keys())
-    again = signed_receipt(market, sold.payload.kvmarket.receipt_id)
+    again = signed_receipt(market, sold.payload.kvmarket.receipt.id)
     assert verify(again.jws, keys.public_keys()) == again

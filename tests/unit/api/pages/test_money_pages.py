@@ -73,7 +73,7 @@ def test_the_signed_receipt_is_a_file_that_verifies(server):
     answer = visitor.get("/money/receipt.jws", id=sold.id)
     assert answer.headers["content-disposition"].startswith("attachment")
     checked = verify(answer.text.strip(), SigningKeys(server.market.home).public_keys())
-    assert checked.payload.kvmarket.charge_nano == str(sold.charge_nano)
+    assert checked.payload.kvmarket.receipt.charge_nano == sold.charge_nano
     reply = Visitor(server.app).get("/keys.jwks").json()
     assert [key["kid"] for key in reply["keys"]] == [checked.kid]
 

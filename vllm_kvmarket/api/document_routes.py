@@ -124,13 +124,11 @@ async def documents(
     def read() -> Page[Document]:
         market = service.market
         found = market.catalogue.page(wanted, limit + 1, after=last)
-        more = len(found) > limit
-        listing, number = found[:limit][-1] if found else (None, 0)
-        return Page(
-            data=[describe(market, each) for each, _ in found[:limit]],
-            has_more=more,
-            next_cursor=encode((sort, number, listing.document_id)) if more and listing else None,
-        )
+        cursor = None
+        if len(found) > limit:
+            listing, number = found[limit - 1]
+            cursor = encode((sort, number, listing.document_id))
+        return Page.of([describe(market, each) for each, _ in found[:limit]], cursor)
 
     return await run_in_threadpool(read)
 

@@ -4,13 +4,23 @@ epoch.
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Generic, Literal, Self, TypeVar
+from typing import Annotated, Any, Generic, Literal, Self, TypeVar, get_args, get_origin
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
+import msgspec
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    StringConstraints,
+    create_model,
+    model_validator,
+)
 
 from vllm_kvmarket.auth.api_keys import Scope
 from vllm_kvmarket.auth.operator_tokens import ACCOUNT_PATTERN
 from vllm_kvmarket.core.pricing import INT64_MAX, PPM
+from vllm_kvmarket.ledger import Receipt, Transfer
+from vllm_kvmarket.ledger.statements import Statement
 
 MAX_TITLE = 512
 MAX_TTL_S = 10 * 366 * 86_400
@@ -63,6 +73,11 @@ class Page(BaseModel, Generic[Item]):
     data: list[Item]
     has_more: bool
     next_cursor: str | None
+
+    @classmethod
+    def of(cls, data: list[Item], next_cursor: str | None = None) -> Self:
+        """A page with these items."""
+        return cls(data=data, has_more=next_cursor is not None, next_cursor=next_cursor)
 
 
 class Message(Body):
@@ -341,104 +356,45 @@ class NewDeposit(Body):
     ]
 
 
-class TransferModel(BaseModel):
-    """A transfer: immutable. A post, void, renew or expire names its pending transfer."""
+def model_of(struct: type[msgspec.Struct], name: str, **more: Any) -> type[BaseModel]:
+    """A model with the fields of one of our structs, so that a field has one definition.
 
-    id: str
-    object: Literal["kvmarket.transfer"] = "kvmarket.transfer"
-    kind: str
-    debit: str
-    credit: str
-    amount_nano: int
-    pending_id: str
-    code: str
-    user_data: str
-    created_at: float
+    `more` are further fields as pydantic's create_model takes them; None leaves a field out.
+    """
+    fields: dict[str, Any] = {
+        field.name: (_model_type(field.type), ...) for field in msgspec.structs.fields(struct)
+    }
+    fields = {key: value for key, value in {**fields, **more}.items() if value is not None}
+    return create_model(name, __doc__=struct.__doc__, **fields)
 
 
-class StatementLine(BaseModel):
-    """One movement, positive for what came in, or a sale that moved nothing."""
-
-    at_s: float
-    kind: str
-    transfer_id: str
-    counterparty: str
-    amount_nano: int
-    balance_nano: int
-    reference: str
-    document_id: str
-    title: str
-    receipt_id: str
-    tokens_reused: int
-    sale_nano: int
-    log_index: int | None
+def _model_type(kind: Any) -> Any:
+    """The type of a struct's field, with models in the place of structs in a list."""
+    inner = get_args(kind)[:1]
+    if get_origin(kind) in (list, tuple) and issubclass(inner[0], msgspec.Struct):
+        return list.__class_getitem__(model_of(inner[0], f"{inner[0].__name__}Model"))
+    return kind
 
 
-class StatementModel(BaseModel):
-    """An account over a period: closing = brought forward + the lines' amounts."""
-
-    object: Literal["kvmarket.statement"] = "kvmarket.statement"
-    account: str
-    account_kind: str
-    currency: str
-    from_s: float | None
-    to_s: float | None
-    brought_forward_nano: int
-    closing_nano: int
-    sales: int
-    tokens_sold: int
-    sold_nano: int
-    totals_nano: dict[str, int]
-    lines: list[StatementLine]
-    debt_nano: int
+def page_of(item: type[BaseModel]) -> type[BaseModel]:
+    """The model of a page of such items."""
+    return Page[item]  # type: ignore[valid-type]
 
 
-class ReceiptLineModel(BaseModel):
-    """One listing's part of a sale: the tokens from `start` up to, and without, `end`."""
-
-    document_id: str
-    title: str
-    publisher: str
-    start: int
-    end: int
-    cache_read_nano_per_mtok: int
-    royalty_ppm: int
-    charge_nano: int
-    royalty_nano: int
-
-
-class ReceiptModel(BaseModel):
-    """The reuse of one request, and its charge."""
-
-    id: str
-    object: Literal["kvmarket.receipt"] = "kvmarket.receipt"
-    request_id: str
-    account: str
-    document_id: str
-    title: str
-    publisher: str
-    tokens_matched: int
-    tokens_reused: int
-    tokens_loaded: int
-    tokens_from_paged_cache: int
-    tokens_failed: int
-    tokens_computed: int
-    tokens_output: int
-    input_nano_per_mtok: int
-    cache_read_nano_per_mtok: int
-    royalty_ppm: int
-    charge_nano: int
-    royalty_nano: int
-    recompute_nano: int
-    reservation_id: str
-    transfer_ids: list[str]
-    created_at_s: float
-    model: str
-    namespace: str
-    lines: list[ReceiptLineModel] = []
-
-
-class SignedReceiptModel(ReceiptModel):
-    """A receipt, and its signed form (a JWS; see `kvmarket receipt verify` and /jwks)."""
-
-    signed: dict[str, Any] | None
+_SIGNED = {"object": (Literal["kvmarket.receipt"], "kvmarket.receipt")}
+ReceiptModel = model_of(Receipt, "ReceiptModel", **_SIGNED)
+# With its signed form: a JWS; see `kvmarket receipt verify` and /jwks.
+SignedReceiptModel = model_of(
+    Receipt, "SignedReceiptModel", **_SIGNED, signed=(dict[str, Any] | None, ...)
+)
+StatementModel = model_of(
+    Statement, "StatementModel", object=(Literal["kvmarket.statement"], "kvmarket.statement")
+)
+TransferModel = model_of(
+    Transfer,
+    "TransferModel",
+    object=(Literal["kvmarket.transfer"], "kvmarket.transfer"),
+    timeout_s=None,
+    created_at_s=None,
+    created_at=(float, ...),
+)

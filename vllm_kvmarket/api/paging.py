@@ -11,6 +11,7 @@ from fastapi import Query
 
 from vllm_kvmarket.api.errors import invalid
 from vllm_kvmarket.core.errors import NotFoundError
+from vllm_kvmarket.ledger import Ledger, Receipt, Transfer
 
 Item = TypeVar("Item")
 Limit = Annotated[int, Query(ge=1, le=100, description="most items on a page")]
@@ -44,6 +45,32 @@ def decode_place(cursor: str, order: str) -> tuple[float, str]:
     if made_for != order:
         raise invalid(f"after: this cursor is of a list by {made_for}, not by {order}", "after")
     return number, name
+
+
+def receipts_page(
+    ledger: Ledger, account: str | None, limit: int, after: str | None
+) -> tuple[list[Receipt], str | None]:
+    """A page of an account's receipts, or of all. Raises ApiError."""
+    return newest_first(
+        lambda count, last: ledger.receipts(account=account, limit=count, before=last),
+        ledger.receipt,
+        lambda receipt: receipt.id,
+        limit,
+        after,
+    )
+
+
+def transfers_page(
+    ledger: Ledger, account: str | None, limit: int, after: str | None
+) -> tuple[list[Transfer], str | None]:
+    """A page of an account's transfers, or of all. Raises ApiError."""
+    return newest_first(
+        lambda count, last: ledger.transfers(account, count, last),
+        ledger.transfer,
+        lambda transfer: transfer.id,
+        limit,
+        after,
+    )
 
 
 def newest_first(

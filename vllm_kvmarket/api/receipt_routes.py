@@ -13,7 +13,7 @@ from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import PlainTextResponse
 from pydantic import BaseModel
 
-from vllm_kvmarket.api.account_routes import transfer_model
+from vllm_kvmarket.api.account_routes import describe
 from vllm_kvmarket.api.auth import ADMIN, Caller
 from vllm_kvmarket.api.bodies import MarketRoute
 from vllm_kvmarket.api.errors import invalid, not_found
@@ -23,8 +23,9 @@ from vllm_kvmarket.api.models import (
     ReceiptModel,
     SignedReceiptModel,
     TransferModel,
+    page_of,
 )
-from vllm_kvmarket.api.paging import After, Limit, newest_first
+from vllm_kvmarket.api.paging import After, Limit, receipts_page, transfers_page
 from vllm_kvmarket.api.service import CallerOf, ServiceOf
 from vllm_kvmarket.auth.signing_keys import SigningKeys
 from vllm_kvmarket.core.errors import KVMarketError, NotFoundError
@@ -64,27 +65,20 @@ class Jwks(BaseModel):
     keys: list[dict[str, str | dict[str, str | int]]]
 
 
-@router.get("/receipts", response_model=Page[ReceiptModel])
+@router.get("/receipts", response_model=page_of(ReceiptModel))
 async def receipts(
     service: ServiceOf,
     caller: CallerOf,
     limit: Limit = 20,
     after: After = None,
     account: AccountQuery = None,
-) -> Page[ReceiptModel]:
+) -> Page[object]:
     """List receipts, the newest first. Needs any key; only admins see those of others."""
     whose = _whose(caller, account)
-    ledger = service.market.ledger
     page, cursor = await run_in_threadpool(
-        newest_first,
-        lambda count, last: ledger.receipts(account=whose, limit=count, before=last),
-        ledger.receipt,
-        lambda receipt: receipt.id,
-        limit,
-        after,
+        receipts_page, service.market.ledger, whose, limit, after
     )
-    found = [ReceiptModel(**msgspec.to_builtins(each)) for each in page]
-    return Page(data=found, has_more=cursor is not None, next_cursor=cursor)
+    return Page.of(msgspec.to_builtins(page), cursor)
 
 
 @router.get("/receipts/{receipt_id}", response_model=SignedReceiptModel)
@@ -94,7 +88,7 @@ async def receipt(
     ],
     service: ServiceOf,
     caller: CallerOf,
-) -> SignedReceiptModel:
+) -> dict[str, Any]:
     """Look at a receipt, by its id or its request's, with its signed form. Needs any key."""
     whose = _whose(caller, None)
     deadline = time.monotonic() + PATIENCE_S
@@ -102,33 +96,26 @@ async def receipt(
         found = await run_in_threadpool(_find, service.market, receipt_id, whose)
         if found is not None:
             signed = await run_in_threadpool(_signed, service.market, found.id)
-            return SignedReceiptModel(**msgspec.to_builtins(found), signed=signed)
+            return {**msgspec.to_builtins(found), "signed": signed}
         if time.monotonic() > deadline:
             raise not_found("there is no such receipt of this account; nothing was charged")
         await asyncio.sleep(POLL_S)
 
 
-@router.get("/transfers", response_model=Page[TransferModel])
+@router.get("/transfers", response_model=page_of(TransferModel))
 async def transfers(
     service: ServiceOf,
     caller: CallerOf,
     limit: Limit = 20,
     after: After = None,
     account: AccountQuery = None,
-) -> Page[TransferModel]:
+) -> Page[object]:
     """List transfers, the newest first. Needs any key; only admins see those of others."""
     whose = _whose(caller, account)
-    ledger = service.market.ledger
     page, cursor = await run_in_threadpool(
-        newest_first,
-        lambda count, last: ledger.transfers(whose, count, last),
-        ledger.transfer,
-        lambda transfer: transfer.id,
-        limit,
-        after,
+        transfers_page, service.market.ledger, whose, limit, after
     )
-    found = [transfer_model(each) for each in page]
-    return Page(data=found, has_more=cursor is not None, next_cursor=cursor)
+    return Page.of([describe(each) for each in page], cursor)
 
 
 @router.get(

@@ -238,7 +238,7 @@ def test_receipts_and_the_log_are_proven_by_the_published_keys(server):
     before = verify_checkpoint(get(server, "/log/checkpoint").text, keys)
     found = get(server, f"/receipts/{buy(server, name, 'bea', 'r')}", "bea").json()
     signed = verify(found["signed"]["signature"], keys)
-    assert signed.payload.kvmarket.receipt_id == found["id"]
+    assert signed.payload.kvmarket.receipt.id == found["id"]
     proof = read_inclusion(get(server, "/log/proof", "bea", transfer=found["transfer_ids"][0]).text)
     assert proof.verify(keys).amount_nano == str(found["charge_nano"])
     reply = get(server, "/log/proof", old=before.size).json()

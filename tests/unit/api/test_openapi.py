@@ -22,7 +22,6 @@ OPERATIONS = {
     ("GET", "/accounts"): "admin",
     ("POST", "/accounts"): "admin",
     ("GET", "/accounts/me"): KEY,
-    ("GET", "/accounts/me/statement"): KEY,
     ("GET", "/accounts/{account_id}"): KEY,
     ("GET", "/accounts/{account_id}/statement"): KEY,
     ("POST", "/accounts/{account_id}/deposits"): "admin",

@@ -1,21 +1,65 @@
-"""The charts of the pages: break-even, reuse and revenue over time, time to the first token."""
+"""The charts of the pages: break-even, reuse and revenue over time, time to the first token.
+
+They are inline SVG in the page's light or dark colours: colours are classes of the style sheet, and
+series differ in dash or pattern too. Every chart has a title and a description for people who
+cannot see it, and a table with the same numbers.
+"""
 
 from __future__ import annotations
 
 import math
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from markupsafe import Markup
 
 from vllm_kvmarket.api.models import Document
-from vllm_kvmarket.api.pages import formatting
+from vllm_kvmarket.api.pages.formatting import count, exactly, money, seconds, share
 from vllm_kvmarket.api.pages.server_metrics import quantile
-from vllm_kvmarket.api.pages.svg import Figure, Series, columns, lines
 from vllm_kvmarket.ledger import Receipt
 
 DAY_S = 86_400
 HOUR_S = 3600
 MOST_COLUMNS = 31
 BREAK_EVEN_READS = 10
+WIDTH, HEIGHT = 640, 300
+LEFT, RIGHT, TOP, BOTTOM = 76, 30, 16, 52
+LABEL_GAP = 14
+# The width of a letter in the style sheet's 15 px text. Labels are at least one letter apart.
+LETTER = 9.5
+
+Text = Callable[[float], str]
+
+
+@dataclass(frozen=True, slots=True)
+class Series:
+    """The values of one line or one kind of column; `kind` is a class of the style sheet."""
+
+    kind: str
+    name: str
+    values: Sequence[float]
+
+
+@dataclass(frozen=True, slots=True)
+class Figure:
+    """A chart with its table: `head` and `rows` have everything that the picture shows."""
+
+    id: str
+    title: str
+    description: str
+    picture: Picture
+    series: Sequence[Series]
+    head: Sequence[str]
+    rows: Sequence[Sequence[str]]
+
+    @property
+    def svg(self) -> Markup:
+        """The picture, for the page."""
+        return Markup(
+            '<svg viewBox="0 0 {0} {1}" role="img" aria-labelledby="{2}-title {2}-description">'
+            '<title id="{2}-title">{3}</title><desc id="{2}-description">{4}</desc>{5}</svg>'
+        ).format(WIDTH, HEIGHT, self.id, self.title, self.description, self.picture.drawn())
 
 
 def break_even(shown: Document) -> Figure:
@@ -23,163 +67,108 @@ def break_even(shown: Document) -> Figure:
     once, charge = shown.recompute_nano, shown.charge_nano
     even = shown.break_even_reuses
     reads = BREAK_EVEN_READS if even is None else max(BREAK_EVEN_READS, min(2 * even, 1000))
-    computed = [(read, read * once) for read in (0, reads)]
-    reused = [(read, once + read * charge) for read in (0, reads)]
-    if even is None:
-        title = "Reuse costs as much as computing: it never pays back"
-        mark = None
-    else:
+    title = "Reuse costs as much as computing: it never pays back"
+    if even is not None:
         title = f"Reuse has paid back from read {even} on"
-        mark = (float(even), float(even * once), f"read {even}")
     description = (
         f"After {reads} reads, computing the document each time has cost "
-        f"{formatting.exactly(reads * once)}; computing it once and reusing it has cost "
-        f"{formatting.exactly(once + reads * charge)}."
+        f"{exactly(reads * once)}; computing it once and reusing it has cost "
+        f"{exactly(once + reads * charge)}."
     )
-    picture = lines(
-        "break-even",
-        title,
-        description,
-        [Series("Computed for every read", "other", computed), Series("Reused", "main", reused)],
-        x_name="reads",
-        y_name="cost",
-        x_text=lambda value: f"{value:g}",
-        y_text=lambda value: formatting.money(round(value)),
-        mark=mark,
-    )
+    series = [
+        Series("other", "computed for every read", [0, reads * once]),
+        Series("main", "computed once, then reused", [once, once + reads * charge]),
+    ]
+    picture = Picture(reads, max(series[0].values[1], series[1].values[1]))
+    ticks = [(value, f"{value:g}") for value in _ticks(reads) if value <= reads]
+    picture.axes(ticks, "reads", lambda value: money(round(value)))
+    for each in series:
+        picture.line(f"stroke {each.kind}", (0, each.values[0]), (reads, each.values[1]))
+    if even is not None:
+        picture.mark(even, even * once, f"read {even}")
     steps = sorted({0, 1, 2, reads // 2, reads, *([even] if even else [])})
     rows = [
-        [str(read), formatting.exactly(read * once), formatting.exactly(once + read * charge)]
+        [str(read), exactly(read * once), exactly(once + read * charge)]
         for read in steps
         if read <= reads
     ]
-    legend = [("other", "computed for every read"), ("main", "computed once, then reused")]
     head = ["Reads", "Computed for every read", "Computed once, then reused"]
-    return Figure("break-even", title, description, picture, legend, head, rows)
+    return Figure("break-even", title, description, picture, series, head, rows)
 
 
 def reuse_over_time(receipts: Sequence[Receipt], now_s: float) -> Figure:
     """How many tokens of a document were reused, by day or by hour."""
-    labels, places = _periods(receipts, now_s)
-    reuses, tokens = [0] * len(labels), [0] * len(labels)
-    for receipt in receipts:
-        place = places(receipt.created_at_s)
-        if place is not None:
-            reuses[place] += 1
-            tokens[place] += receipt.tokens_reused
-    title = "Tokens reused over time"
+    labels, (tokens, reuses) = _by_period(
+        receipts, now_s, lambda each: each.tokens_reused, lambda _: 1
+    )
     description = (
-        f"{formatting.count(sum(tokens))} tokens in {formatting.count(sum(reuses))} reuses, "
+        f"{count(sum(tokens))} tokens in {count(sum(reuses))} reuses, "
         f"from {labels[0]} to {labels[-1]}."
     )
-    points = [(float(place), float(number)) for place, number in enumerate(tokens)]
-    picture = columns(
-        "reuse",
-        title,
-        description,
-        labels,
-        [Series("Tokens reused", "main", points)],
-        x_name="time, UTC",
-        y_name="tokens",
-        y_text=_short,
-    )
     rows = [
-        [label, formatting.count(number), formatting.count(saved)]
+        [label, count(number), count(saved)]
         for label, number, saved in zip(labels, reuses, tokens, strict=True)
         if number
     ]
-    return Figure(
-        "reuse",
-        title,
-        description,
-        picture,
-        [("main", "tokens reused")],
-        ["Time (UTC)", "Reuses", "Tokens reused"],
-        rows,
-    )
+    series = [Series("main", "tokens reused", tokens)]
+    picture = _columns(labels, series, "time, UTC", _short)
+    head = ["Time (UTC)", "Reuses", "Tokens reused"]
+    return Figure("reuse", "Tokens reused over time", description, picture, series, head, rows)
 
 
 def revenue_over_time(receipts: Sequence[Receipt], now_s: float) -> Figure:
     """Revenue from reuse, and the publishers' part of it, by day or by hour."""
-    labels, places = _periods(receipts, now_s)
-    kept, royalties = [0] * len(labels), [0] * len(labels)
-    for receipt in receipts:
-        place = places(receipt.created_at_s)
-        if place is not None:
-            kept[place] += receipt.charge_nano - receipt.royalty_nano
-            royalties[place] += receipt.royalty_nano
-    title = "Revenue and royalties over time"
-    description = (
-        f"Reuse brought {formatting.exactly(sum(kept) + sum(royalties))}, of which publishers had "
-        f"{formatting.exactly(sum(royalties))}, from {labels[0]} to {labels[-1]}."
+    labels, (kept, royalties) = _by_period(
+        receipts,
+        now_s,
+        lambda each: each.charge_nano - each.royalty_nano,
+        lambda each: each.royalty_nano,
     )
-    picture = columns(
-        "revenue",
-        title,
-        description,
-        labels,
-        [
-            Series("Kept", "main", [(float(at), float(nano)) for at, nano in enumerate(kept)]),
-            Series(
-                "Royalties",
-                "other",
-                [(float(at), float(nano)) for at, nano in enumerate(royalties)],
-            ),
-        ],
-        x_name="time, UTC",
-        y_name="amount",
-        y_text=lambda value: formatting.money(round(value)),
+    description = (
+        f"Reuse brought {exactly(sum(kept) + sum(royalties))}, of which publishers had "
+        f"{exactly(sum(royalties))}, from {labels[0]} to {labels[-1]}."
     )
     rows = [
-        [
-            label,
-            formatting.exactly(own + theirs),
-            formatting.exactly(theirs),
-            formatting.exactly(own),
-        ]
+        [label, exactly(own + theirs), exactly(theirs), exactly(own)]
         for label, own, theirs in zip(labels, kept, royalties, strict=True)
         if own or theirs
     ]
-    legend = [("main", "kept by the provider"), ("other", "royalties to publishers")]
+    series = [
+        Series("main", "kept by the provider", kept),
+        Series("other", "royalties to publishers", royalties),
+    ]
+    title = "Revenue and royalties over time"
+    picture = _columns(labels, series, "time, UTC", lambda value: money(round(value)))
     head = ["Time (UTC)", "Charged", "Royalties", "Kept"]
-    return Figure("revenue", title, description, picture, legend, head, rows)
+    return Figure("revenue", title, description, picture, series, head, rows)
 
 
 def first_tokens(buckets: Sequence[tuple[float, int]]) -> Figure | None:
     """How long answers took to their first token, by bucket; None if there were none."""
-    total = sum(count for _, count in buckets)
+    total = sum(number for _, number in buckets)
     if not total:
         return None
-    used = [number for number, (_, count) in enumerate(buckets) if count]
+    used = [place for place, (_, number) in enumerate(buckets) if number]
     shown = buckets[used[0] : used[-1] + 1]
-    labels = [formatting.seconds(end) if math.isfinite(end) else "more" for end, _ in shown]
-    half, most = (formatting.seconds(quantile(buckets, share)) for share in (0.5, 0.95))
-    title = "Time to the first token"
-    description = f"{formatting.count(total)} answers: half within {half}, 95% within {most}."
-    picture = columns(
-        "ttft",
-        title,
-        description,
-        labels,
-        [Series("Answers", "main", [(float(at), float(n)) for at, (_, n) in enumerate(shown)])],
-        x_name="first token within",
-        y_name="answers",
-        y_text=_short,
-    )
+    labels = [seconds(end) if math.isfinite(end) else "more" for end, _ in shown]
+    half, most = (seconds(quantile(buckets, part)) for part in (0.5, 0.95))
     rows = [
-        [label, formatting.count(count), formatting.share(count / total)]
-        for label, (_, count) in zip(labels, shown, strict=True)
+        [label, count(number), share(number / total)]
+        for label, (_, number) in zip(labels, shown, strict=True)
     ]
+    description = f"{count(total)} answers: half within {half}, 95% within {most}."
+    series = [Series("main", "answers", [number for _, number in shown])]
+    picture = _columns(labels, series, "first token within", _short)
     head = ["First token within", "Answers", "Share"]
-    return Figure("ttft", title, description, picture, [("main", "answers")], head, rows)
+    return Figure("ttft", "Time to the first token", description, picture, series, head, rows)
 
 
-def _periods(
-    receipts: Sequence[Receipt], now_s: float
-) -> tuple[list[str], Callable[[float], int | None]]:
-    """The columns from the first receipt to now: days, or hours while the first is not long ago.
+def _by_period(
+    receipts: Sequence[Receipt], now_s: float, *sums: Callable[[Receipt], int]
+) -> tuple[list[str], list[list[int]]]:
+    """Labels from the first receipt to now, at most MOST_COLUMNS, and each sum by period.
 
-    At most MOST_COLUMNS, the last ones. The function gives a time's column.
+    Periods are days, or hours while the first receipt is not long ago.
     """
     first_s = min((each.created_at_s for each in receipts), default=now_s)
     is_young = now_s - first_s < 2 * DAY_S
@@ -187,15 +176,103 @@ def _periods(
     last = int(now_s // width_s)
     start = max(min(int(first_s // width_s), last - 6), last - MOST_COLUMNS + 1)
     form = "%d %b %H:00" if is_young else "%d %b"
-    labels = [
-        time.strftime(form, time.gmtime(number * width_s)) for number in range(start, last + 1)
+    labels = [time.strftime(form, time.gmtime(at * width_s)) for at in range(start, last + 1)]
+    totals = [[0] * len(labels) for _ in sums]
+    for receipt in receipts:
+        place = int(receipt.created_at_s // width_s) - start
+        if 0 <= place < len(labels):
+            for total, of in zip(totals, sums, strict=True):
+                total[place] += of(receipt)
+    return labels, totals
+
+
+def _columns(labels: Sequence[str], series: Sequence[Series], x_name: str, y_text: Text) -> Picture:
+    """Columns side by side, one for each label, with the series stacked."""
+    stacks = list(zip(*(each.values for each in series), strict=True))
+    picture = Picture(len(labels), max(map(sum, stacks)))
+    longest = max(map(len, labels))
+    fitting = int((WIDTH - LEFT - RIGHT) / ((longest + 1) * LETTER))
+    every = math.ceil(len(labels) / max(fitting, 1))
+    ticks = [
+        (place + 0.5, labels[place])
+        for place in range(0, len(labels), every)
+        if picture.x(place + 0.5) + longest * LETTER / 2 <= WIDTH
     ]
+    picture.axes(ticks, x_name, y_text)
+    for place, stack in enumerate(stacks):
+        below = 0.0
+        for each, value in zip(series, stack, strict=True):
+            if value > 0:
+                picture.column(each.kind, place, below, below + value)
+            below += value
+    return picture
 
-    def place(at_s: float) -> int | None:
-        number = int(at_s // width_s) - start
-        return number if 0 <= number < len(labels) else None
 
-    return labels, place
+class Picture:
+    """A picture under way; turns values into places."""
+
+    def __init__(self, x_max: float, y_max: float) -> None:
+        self._x_max, self._y_max = x_max, _nice(y_max or 1.0)
+        self._parts: list[Markup] = []
+
+    def x(self, value: float) -> float:
+        """Pixels from the left."""
+        return LEFT + (WIDTH - LEFT - RIGHT) * value / self._x_max
+
+    def y(self, value: float) -> float:
+        """Pixels from the top."""
+        return HEIGHT - BOTTOM - (HEIGHT - TOP - BOTTOM) * value / self._y_max
+
+    def axes(self, x_ticks: Sequence[tuple[float, str]], x_name: str, y_text: Text) -> None:
+        """Draw the grid, the ticks and the name of the axis."""
+        for value in _ticks(self._y_max):
+            self.line("grid", (0, value), (self._x_max, value))
+            self._text(LEFT - 8, self.y(value) + 4, y_text(value), "end")
+        for value, text in x_ticks:
+            self._text(self.x(value), HEIGHT - BOTTOM + 24, text)
+        self.line("axis", (0, 0), (self._x_max, 0))
+        self._text((LEFT + WIDTH - RIGHT) / 2, HEIGHT - 6, x_name, kind="name")
+
+    def line(self, kind: str, start: tuple[float, float], end: tuple[float, float]) -> None:
+        """Draw a line between two points."""
+        places = [place for x, y in (start, end) for place in (self.x(x), self.y(y))]
+        path = Markup('<path class="{}" d="M{:.1f} {:.1f} L{:.1f} {:.1f}"/>')
+        self._parts.append(path.format(kind, *places))
+
+    def column(self, kind: str, place: int, bottom: float, top: float) -> None:
+        """Draw a part of a column."""
+        width, height = self.x(1) - LEFT, self.y(bottom) - self.y(top)
+        rect = Markup(
+            '<rect class="column {}" x="{:.1f}" y="{:.1f}" width="{:.1f}" height="{:.1f}"/>'
+        )
+        x = self.x(place) + width * 0.14
+        self._parts.append(rect.format(kind, x, self.y(top), width * 0.72, max(height, 0.5)))
+
+    def mark(self, x: float, y: float, text: str) -> None:
+        """Draw a point with a word above it."""
+        dot = Markup('<circle class="dot mark" cx="{:.1f}" cy="{:.1f}" r="4"/>')
+        self._parts.append(dot.format(self.x(x), self.y(y)))
+        self._text(self.x(x), self.y(y) - LABEL_GAP, text, kind="strong")
+
+    def _text(self, x: float, y: float, text: str, anchor: str = "middle", kind: str = "") -> None:
+        tag = Markup('<text class="{}" x="{:.1f}" y="{:.1f}" text-anchor="{}">{}</text>')
+        self._parts.append(tag.format(kind, x, y, anchor, text))
+
+    def drawn(self) -> Markup:
+        """Everything that was drawn."""
+        return Markup("").join(self._parts)
+
+
+def _nice(value: float) -> float:
+    """The next of 1, 2, 2.5 and 5 times a power of ten, from `value` (above 0) up."""
+    power = 10.0 ** math.floor(math.log10(value))
+    return next(step * power for step in (1, 2, 2.5, 5, 10) if step * power >= value * 0.999999)
+
+
+def _ticks(most: float) -> list[float]:
+    """Four to six round values from 0 to `most`."""
+    step = _nice(most / 5)
+    return [number * step for number in range(int(most / step + 1e-6) + 1)]
 
 
 def _short(value: float) -> str:

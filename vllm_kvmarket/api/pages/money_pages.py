@@ -12,7 +12,7 @@ from fastapi.concurrency import run_in_threadpool
 from vllm_kvmarket.api.errors import ApiError, not_found
 from vllm_kvmarket.api.models import WHOLE_ACCOUNT
 from vllm_kvmarket.api.pages.page import HEADERS, PageRoute, Visitor, VisitorOf
-from vllm_kvmarket.api.paging import After, newest_first
+from vllm_kvmarket.api.paging import After, receipts_page, transfers_page
 from vllm_kvmarket.auth.signing_keys import SigningKeys
 from vllm_kvmarket.core.errors import KVMarketError, NotFoundError
 from vllm_kvmarket.ledger import Account, Ledger, Receipt, Transfer
@@ -120,20 +120,8 @@ def _facts(
     except NotFoundError:
         # A key may be made before its account is opened.
         account = Account(whose, "buyer")
-    transfers, more_transfers = newest_first(
-        lambda count, last: ledger.transfers(whose, count, last),
-        ledger.transfer,
-        lambda each: each.id,
-        PAGE_ROWS,
-        transfers_after,
-    )
-    receipts, more_receipts = newest_first(
-        lambda count, last: ledger.receipts(account=whose, limit=count, before=last),
-        ledger.receipt,
-        lambda each: each.id,
-        PAGE_ROWS,
-        receipts_after,
-    )
+    transfers, more_transfers = transfers_page(ledger, whose, PAGE_ROWS, transfers_after)
+    receipts, more_receipts = receipts_page(ledger, whose, PAGE_ROWS, receipts_after)
     newest = ledger.transfers(whose, MOST_TRANSFERS)
     return {
         "money": account,

@@ -31,7 +31,7 @@ import numpy as np
 
 from benchmarks.machine import describe_machine
 from vllm_kvmarket.connector.chunk_io import Chunks
-from vllm_kvmarket.connector.messages import ChunkLoad, ChunkSave
+from vllm_kvmarket.connector.messages import ChunkLoad, ChunkSave, GroupPages
 from vllm_kvmarket.connector.metrics import Tally
 from vllm_kvmarket.core.model_identity import ROOT, chunk_keys, pack_tokens
 from vllm_kvmarket.store import ChunkLayout, DiskStore, LayerLayout, aligned_empty
@@ -90,6 +90,7 @@ class PlainCache:
             ),
         )
         self.layer_count = len(layers)
+        self.group_of = [0] * len(layers)
         self._rows = []
         for pages in layers:
             rows = aligned_empty(pages.nbytes).reshape(pages.shape)
@@ -129,11 +130,11 @@ class Bench:
                 key,
                 keys[n - 1] if n else ROOT,
                 packed[n * width : (n + 1) * width],
-                tuple(range(n * pages, (n + 1) * pages)),
+                (GroupPages(0, tuple(range(n * pages, (n + 1) * pages))),),
             )
             for n, key in enumerate(keys)
         ]
-        self.loads = [ChunkLoad(chunk.key, 0, chunk.block_ids) for chunk in self.saves]
+        self.loads = [ChunkLoad(chunk.key, chunk.groups) for chunk in self.saves]
         self._copy = [aligned_empty(pages.nbytes) for pages in kv]
         self._source = [pages.reshape(-1).copy() for pages in kv]
         for layer in self._copy:

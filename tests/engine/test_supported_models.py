@@ -100,6 +100,29 @@ def test_without_kvmarket_they_are_none_of_our_business(refused_model):
     EngineArgs(model=str(folder), max_model_len=1024).create_engine_config()
 
 
+@pytest.mark.parametrize(
+    ("transfer", "options", "complaint"),
+    [
+        ({"kv_role": "kv_producer"}, {}, "kv_both"),
+        ({"kv_role": "kv_consumer"}, {}, "kv_both"),
+        ({}, {"tensor_parallel_size": 4, "decode_context_parallel_size": 2}, "context parallelism"),
+    ],
+)
+def test_engines_that_hold_a_part_of_the_tokens_are_refused(
+    tiny, tmp_path, transfer, options, complaint
+):
+    """Of a request or of a block: in one line, before an engine starts."""
+    with Market.open(tmp_path) as market:
+        arguments = EngineArgs(
+            model=str(tiny(1)),
+            kv_transfer_config=KVTransferConfig(**market.transfer_config() | transfer),
+            **options,
+        )
+        with pytest.raises(ConfigError, match=complaint) as refusal:
+            arguments.create_engine_config()
+    assert "\n" not in str(refusal.value)
+
+
 def test_a_model_of_full_attention_is_taken_with_and_without_prefix_caching(tiny, tmp_path):
     """An operator may turn vLLM's prefix caching off; that alone is no reason to refuse."""
     with Market.open(tmp_path) as market:

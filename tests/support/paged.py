@@ -12,10 +12,12 @@ from typing import Any
 import numpy as np
 import torch
 
+from vllm_kvmarket.connector.cache_groups import CacheGroup, GroupKind
 from vllm_kvmarket.connector.messages import (
     AuditReport,
     ChunkLoad,
     ChunkSave,
+    GroupPages,
     LoadPlan,
     LoadReport,
     SavePlan,
@@ -37,6 +39,17 @@ PLENTY = 1 << 24  # bytes of host memory
 DEADLINE_S = 60.0
 
 
+def one_group(layers: Sequence[str], block_tokens: int = 16) -> CacheGroup:
+    """The only group of a plain model."""
+    return CacheGroup(GroupKind.FULL, block_tokens, tuple(layers), 1 << 16)
+
+
+def blocks_of(chunk: ChunkLoad | ChunkSave) -> tuple[int, ...]:
+    """The blocks of a chunk of a plain model."""
+    (pages,) = chunk.groups
+    return pages.block_ids
+
+
 def paged_cache(
     block_tokens: int = 16, blocks: int = 64, layers: int = 3, dtype: torch.dtype = torch.float32
 ) -> PagedCache:
@@ -44,11 +57,11 @@ def paged_cache(
     config: Any = SimpleNamespace(
         model_config=SimpleNamespace(dtype=dtype, get_head_size=lambda: HEAD_DIM),
         cache_config=SimpleNamespace(cache_dtype="auto"),
-        parallel_config=SimpleNamespace(world_size=1),
+        parallel_config=SimpleNamespace(rank=0, world_size=1),
     )
     shape = (blocks, HEADS, block_tokens, 2 * HEAD_DIM)
     tensors = {f"layer.{n}": torch.zeros(shape, dtype=dtype) for n in range(layers)}
-    return PagedCache(config, tensors, block_tokens, 0, 1)
+    return PagedCache(config, tensors, [one_group(list(tensors), block_tokens)], blocks)
 
 
 def fill(cache: PagedCache, blocks: Sequence[int], seed: int) -> None:
@@ -77,7 +90,8 @@ def same(first: Sequence[np.ndarray], second: Sequence[np.ndarray]) -> bool:
 def chunk_save(seed: int, tokens: int, blocks: Sequence[int], parent: bytes = ROOT) -> ChunkSave:
     """A chunk of `tokens` tokens that no other seed has."""
     packed = pack_tokens([seed * 10_000 + n for n in range(tokens)])
-    return ChunkSave(chunk_key(NAMESPACE, parent, packed), parent, packed, tuple(blocks))
+    pages = (GroupPages(0, tuple(blocks)),)
+    return ChunkSave(chunk_key(NAMESPACE, parent, packed), parent, packed, pages)
 
 
 class Bench:
@@ -183,21 +197,21 @@ def stored(
     """A chunk that is stored from blocks of random numbers."""
     pages = bench.cache.layout.page_count(tokens)
     chunk = chunk_save(seed, tokens, range(first_block, first_block + pages))
-    fill(bench.cache, chunk.block_ids, seed)
+    fill(bench.cache, blocks_of(chunk), seed)
     assert bench.save(chunk).stored_bytes > 0
     return chunk
 
 
 def into(chunk: ChunkSave, first_block: int, first_page: int = 0) -> ChunkLoad:
     """Load a chunk into other blocks, in another order."""
-    blocks = range(first_block, first_block + len(chunk.block_ids) - first_page)
-    return ChunkLoad(chunk.key, first_page, tuple(reversed(blocks)))
+    blocks = range(first_block, first_block + len(blocks_of(chunk)) - first_page)
+    return ChunkLoad(chunk.key, (GroupPages(first_page, tuple(reversed(blocks))),))
 
 
 def assert_loaded(bench: Bench, chunk: ChunkSave, load: ChunkLoad) -> None:
     """Check that a load's blocks hold what the chunk's blocks hold."""
-    expected = content(bench.cache, chunk.block_ids[load.first_page :], CHUNK_TOKENS)
-    assert same(content(bench.cache, load.block_ids, CHUNK_TOKENS), expected)
+    expected = content(bench.cache, blocks_of(chunk)[load.groups[0].first_page :], CHUNK_TOKENS)
+    assert same(content(bench.cache, blocks_of(load), CHUNK_TOKENS), expected)
 
 
 class GatedObjects(ObjectTier):

@@ -12,6 +12,7 @@ from typing import Any
 from vllm.v1.request import RequestStatus
 
 from tests.support.catalogue_documents import NAMESPACE, store_and_list, tokens
+from tests.support.paged import one_group
 from vllm_kvmarket.connector import scheduler
 from vllm_kvmarket.connector.request_state import EngineFacts
 from vllm_kvmarket.core.config import load
@@ -20,6 +21,7 @@ from vllm_kvmarket.market.market import Market
 
 DOCUMENT = tokens(600)
 BLOCK_TOKENS = 128
+FACTS = EngineFacts("e", (one_group(["a", "b", "c"], BLOCK_TOKENS),), 256, 1)
 # What vLLM finds in its own prefix cache.
 CACHED = 600 // BLOCK_TOKENS * BLOCK_TOKENS
 
@@ -42,7 +44,7 @@ def half_of(market: Market, monkeypatch: Any, **settings: Any) -> scheduler.Sche
     monkeypatch.setattr(scheduler, "Namespaces", lambda *_: known)
     engine: Any = SimpleNamespace(model_config=SimpleNamespace(model="m", max_model_len=4096))
     config = load({"home": str(market.home), "trust_requests": True} | settings)
-    return scheduler.SchedulerHalf(engine, config, EngineFacts("e", BLOCK_TOKENS, 1 << 16, 3))
+    return scheduler.SchedulerHalf(engine, config, FACTS)
 
 
 def request_of(

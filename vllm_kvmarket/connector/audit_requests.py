@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from vllm_kvmarket.catalogue import Audit, Match
@@ -64,12 +65,12 @@ class AuditRequest:
         """Everything is computed."""
         return Lookup.MISS
 
-    def finished(self, block_ids: list[int]) -> Ended:
+    def finished(self, block_ids: Sequence[Sequence[int]]) -> Ended:
         """Have the chosen chunks compared with the request's blocks."""
         answer = self.reuse.answer()
         if self._request.status not in ANSWERED:
             return Ended(answer)
-        chunks = chunk_pages(self._document, block_ids, self._engine.facts.block_tokens)
+        chunks = chunk_pages(self._document, block_ids, self._engine.facts.groups)
         chosen = tuple(chunks[index] for index in self._wanted.chunks)
         namespace = self._document.namespace
         return Ended(answer, compares=SavePlan(self._request.request_id, namespace, chosen))

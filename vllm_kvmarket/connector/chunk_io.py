@@ -213,37 +213,58 @@ class Chunks:
 
     def _copy_in_place(self, source: _Straight | _Converted, chunk: ChunkLoad) -> None:
         """Read pages from a file into the paged cache, without host memory where that can be."""
-        first, last = chunk.first_page, chunk.first_page + len(chunk.block_ids)
-        if self._cache.on_host:
-            pages = [self._cache.host_pages(layer, chunk.block_ids) for layer in self._layers]
-            source.copy(first, last, pages)
+        spans = {(pages.first_page, pages.last_page) for pages in chunk.groups}
+        if self._cache.on_host and len(spans) == 1:
+            ((first, last),) = spans
+            places = [self._cache.host_pages(*place) for place in self._wanted(chunk)]
+            source.copy(first, last, places)
             return
         if isinstance(source, _Converted):
             buffer = aligned_empty(source.page_count * self._page_bytes)
             self._read(source, buffer)
             self._fill(buffer, chunk)
             return
-        staging = self._staging()
-        for layer in self._layers:
-            buffer = staging.buffer(layer, last - first)
-            source.stored.copy_pages(layer, first, last, [buffer])
-            staging.upload(layer, chunk.block_ids)
-        staging.finish()
+        staging = None if self._cache.on_host else self._staging()
+        for layer, blocks in self._wanted(chunk):
+            pages = chunk.groups[self._cache.group_of[layer]]
+            place = (
+                self._cache.host_pages(layer, blocks)
+                if staging is None
+                else [staging.buffer(layer, len(blocks))]
+            )
+            source.stored.copy_pages(layer, pages.first_page, pages.last_page, place)
+            if staging is not None:
+                staging.upload(layer, blocks)
+        if staging is not None:
+            staging.finish()
+
+    def _wanted(self, chunk: ChunkLoad | ChunkSave) -> list[tuple[int, tuple[int, ...]]]:
+        """The layers of which a chunk has pages to copy, each with the blocks of these pages."""
+        groups = self._cache.group_of
+        wanted = [(layer, chunk.groups[groups[layer]].block_ids) for layer in self._layers]
+        return [(layer, blocks) for layer, blocks in wanted if blocks]
+
+    def loaded_bytes(self, chunk: ChunkLoad) -> int:
+        """The bytes of a chunk's pages that are wanted."""
+        layers = self._cache.layout.layers
+        wanted = self._wanted(chunk)
+        return sum(len(blocks) * layers[layer].page_bytes for layer, blocks in wanted)
 
     def _fill(self, buffer: Bytes, chunk: ChunkLoad) -> None:
         """Copy pages of a whole chunk in host memory into the paged cache."""
         layout = self._cache.layout
-        first, last = chunk.first_page, chunk.first_page + len(chunk.block_ids)
-        for layer, pages in enumerate(layers_of(buffer, layout, buffer.nbytes // self._page_bytes)):
+        layers = layers_of(buffer, layout, buffer.nbytes // self._page_bytes)
+        for layer, blocks in self._wanted(chunk):
             page_bytes = layout.layers[layer].page_bytes
-            wanted = pages[first * page_bytes : last * page_bytes]
+            first = chunk.groups[self._cache.group_of[layer]].first_page
+            wanted = layers[layer][first * page_bytes :][: len(blocks) * page_bytes]
             if not self._cache.on_host:
                 staging = self._staging()
-                np.copyto(staging.buffer(layer, last - first), wanted)
-                staging.upload(layer, chunk.block_ids)
+                np.copyto(staging.buffer(layer, len(blocks)), wanted)
+                staging.upload(layer, blocks)
                 continue
             start = 0
-            for run in self._cache.host_pages(layer, chunk.block_ids):
+            for run in self._cache.host_pages(layer, blocks):
                 np.copyto(run, wanted[start : start + run.nbytes])
                 start += run.nbytes
         if not self._cache.on_host:
@@ -331,9 +352,9 @@ class Chunks:
     def computed(self, chunk: ChunkSave) -> list[list[Bytes]]:
         """A chunk's pages as they lie in the paged cache: for each layer, runs of pages."""
         if self._cache.on_host:
-            return [self._cache.host_pages(layer, chunk.block_ids) for layer in self._layers]
+            return [self._cache.host_pages(*place) for place in self._wanted(chunk)]
         staging = self._staging()
-        return [[staging.download(layer, chunk.block_ids)] for layer in self._layers]
+        return [[staging.download(*place)] for place in self._wanted(chunk)]
 
     def stored(self, namespace: bytes, key: bytes) -> list[Bytes]:
         """A chunk's pages as they are stored, verified: for each layer, uint8 (bytes,).

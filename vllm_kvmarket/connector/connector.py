@@ -17,16 +17,15 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 from vllm.v1.metrics.cache_hit_source import CacheHitSource
 
 from vllm_kvmarket.connector import refusals
+from vllm_kvmarket.connector.cache_groups import groups_of
 from vllm_kvmarket.connector.flags import check_prepared
 from vllm_kvmarket.connector.messages import Instructions
 from vllm_kvmarket.connector.metrics import MarketPromMetrics, MarketStats
 from vllm_kvmarket.connector.request_params import Refusal
 from vllm_kvmarket.connector.request_state import EngineFacts
 from vllm_kvmarket.connector.scheduler import SchedulerHalf
-from vllm_kvmarket.connector.supported_models import check_layers
 from vllm_kvmarket.connector.worker import WorkerHalf
 from vllm_kvmarket.core.config import load
-from vllm_kvmarket.core.errors import ConfigError
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -50,33 +49,6 @@ if TYPE_CHECKING:
 SWITCH_INTERVAL_S = 0.0002
 
 
-def block_tokens_of(kv_cache_config: KVCacheConfig, chunk_tokens: int) -> int:
-    """Tokens a block, of the only group of layers. Raises ConfigError where chunks do not fit."""
-    block_tokens = int(kv_cache_config.kv_cache_groups[0].kv_cache_spec.block_size)
-    if chunk_tokens % block_tokens:
-        raise ConfigError(
-            f"chunk_tokens {chunk_tokens} is no multiple of the block size {block_tokens}; "
-            f"set --block-size to a divisor of {chunk_tokens}"
-        )
-    return block_tokens
-
-
-def engine_facts(
-    vllm_config: VllmConfig, kv_cache_config: KVCacheConfig, block_tokens: int
-) -> EngineFacts:
-    """Facts about this engine's KV memory for the scheduler half."""
-    # Request ids repeat from one run of an offline engine to the next; ledger ids must not.
-    rank_bytes = sum(tensor.size for tensor in kv_cache_config.kv_cache_tensors)
-    return EngineFacts(
-        id=uuid.uuid4().hex[:12],
-        block_tokens=block_tokens,
-        block_bytes=rank_bytes
-        * vllm_config.parallel_config.world_size
-        // max(kv_cache_config.num_blocks, 1),
-        layers=len(kv_cache_config.kv_cache_groups[0].layer_names),
-    )
-
-
 class KVMarketConnector(KVConnectorBase_V1):
     """Built once in the scheduler's process and once in each worker's."""
 
@@ -91,18 +63,19 @@ class KVMarketConnector(KVConnectorBase_V1):
         sys.setswitchinterval(min(sys.getswitchinterval(), SWITCH_INTERVAL_S))
         config = load(self._kv_transfer_config.kv_connector_extra_config)
         check_prepared(self._kv_transfer_config, config)
-        check_layers(kv_cache_config)
-        block_tokens = block_tokens_of(kv_cache_config, config.chunk_tokens)
+        groups = groups_of(kv_cache_config, config.chunk_tokens)
         self._scheduler: SchedulerHalf | None = None
         self._worker: WorkerHalf | None = None
         self._idle = False
         if role is KVConnectorRole.SCHEDULER:
             refusals.install()
-            self._scheduler = SchedulerHalf(
-                vllm_config, config, engine_facts(vllm_config, kv_cache_config, block_tokens)
-            )
+            # Request ids repeat from one run of an offline engine to the next; ledger ids must not.
+            name = uuid.uuid4().hex[:12]
+            ranks = vllm_config.parallel_config.world_size
+            facts = EngineFacts(name, groups, config.chunk_tokens, ranks)
+            self._scheduler = SchedulerHalf(vllm_config, config, facts)
         else:
-            self._worker = WorkerHalf(vllm_config, config, block_tokens)
+            self._worker = WorkerHalf(vllm_config, config, groups, kv_cache_config.num_blocks)
 
     @property
     def scheduler(self) -> SchedulerHalf:
@@ -153,6 +126,12 @@ class KVMarketConnector(KVConnectorBase_V1):
 
     def request_finished(
         self, request: Request, block_ids: list[int]
+    ) -> tuple[bool, dict[str, Any] | None]:
+        """End a request of a model with one group; see `request_finished_all_groups`."""
+        return self.scheduler.finished(request, (block_ids,))
+
+    def request_finished_all_groups(
+        self, request: Request, block_ids: tuple[list[int], ...]
     ) -> tuple[bool, dict[str, Any] | None]:
         """End a request; returns whether its blocks are still needed, and its answer's object."""
         return self.scheduler.finished(request, block_ids)

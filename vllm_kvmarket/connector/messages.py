@@ -25,12 +25,27 @@ _AUDIT_ORDER: tuple[AuditResult, ...] = ("exact", "close", "unread", "different"
 
 
 @dataclass(frozen=True, slots=True)
+class GroupPages:
+    """Pages `first_page`, `first_page + 1`, ... of a chunk, and the blocks that they lie in.
+
+    One KV cache group's: a block id means another block in each group.
+    """
+
+    first_page: int = 0
+    block_ids: tuple[int, ...] = ()
+
+    @property
+    def last_page(self) -> int:
+        """The page behind the last one."""
+        return self.first_page + len(self.block_ids)
+
+
+@dataclass(frozen=True, slots=True)
 class ChunkLoad:
-    """Copy pages `first_page`, `first_page + 1`, ... of a stored chunk into `block_ids`."""
+    """Copy pages of a stored chunk into blocks; `groups` has one entry for each KV cache group."""
 
     key: bytes
-    first_page: int
-    block_ids: tuple[int, ...]
+    groups: tuple[GroupPages, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,12 +67,15 @@ class ChunkPrefetch:
 
 @dataclass(frozen=True, slots=True)
 class ChunkSave:
-    """Store a chunk from `block_ids`; `tokens` are little-endian uint32."""
+    """Store a chunk from blocks; `tokens` are little-endian uint32.
+
+    `groups` has one entry for each KV cache group, with all pages of the chunk.
+    """
 
     key: bytes
     parent: bytes
     tokens: bytes
-    block_ids: tuple[int, ...]
+    groups: tuple[GroupPages, ...]
 
     @property
     def token_count(self) -> int:

@@ -16,13 +16,15 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from vllm.logger import init_logger
+from vllm.v1.kv_cache_interface import group_kernel_blocks
 
+from vllm_kvmarket.connector.cache_groups import CacheGroup, is_plain
 from vllm_kvmarket.core.errors import LayoutMismatchError
 from vllm_kvmarket.store import ChunkLayout, LayerLayout
 from vllm_kvmarket.store.packings import CPU_PACKINGS, TOKENS, canonical
 
 if TYPE_CHECKING:
-    from vllm.config import ParallelConfig, VllmConfig
+    from vllm.config import VllmConfig
 
 Bytes = npt.NDArray[np.uint8]
 logger = init_logger("vllm.kvmarket.layouts")
@@ -86,18 +88,11 @@ def layout_tag(
     parallel = vllm_config.parallel_config
     if parallel.world_size == 1:
         return tag
-    if _context_parallel(parallel):
-        # Each rank then holds some of the tokens, not some of the heads.
-        return f"{tag}/context-parallel"
     total = vllm_config.model_config.get_total_num_kv_heads()
     ranks = parallel.tensor_parallel_size
     if any(tensor.shape[1] != max(1, total // ranks) for tensor in tensors):
         return f"{tag}/heads-vary"
     return tag if total >= ranks else f"{tag}/x{ranks // total}"
-
-
-def _context_parallel(parallel: ParallelConfig) -> bool:
-    return parallel.decode_context_parallel_size > 1 or parallel.prefill_context_parallel_size > 1
 
 
 def _cpu_packing(
@@ -173,15 +168,23 @@ class PagedCache:
         self,
         vllm_config: VllmConfig,
         kv_caches: dict[str, torch.Tensor],
-        block_tokens: int,
-        rank: int,
-        world_size: int,
+        groups: Sequence[CacheGroup],
+        num_blocks: int,
     ) -> None:
-        # Layers that share their KV (cross-layer sharing) are one entry.
-        unique = {tensor.data_ptr(): (name, tensor) for name, tensor in kv_caches.items()}
+        number = {name: index for index, group in enumerate(groups) for name in group.layers}
+        # Layers of one group at one address share their KV and are one entry. Layers of different
+        # groups lie at one address too, and are different.
+        unique = {
+            (number[name], tensor.data_ptr()): (name, group_kernel_blocks(tensor, num_blocks))
+            for name, tensor in kv_caches.items()
+            if name in number
+        }
+        self.group_of = [group for group, _ in unique]
+        self.is_plain = is_plain(groups)
         self.rows = [byte_rows(name, tensor) for name, tensor in unique.values()]
         first = next(iter(unique.values()))[1]
         self.device = first.device
+        block_tokens = groups[0].block_tokens
         self.layout = ChunkLayout(
             tag=layout_tag(vllm_config, dict(unique.values()), block_tokens),
             dtype=str(first.dtype).removeprefix("torch."),
@@ -194,8 +197,8 @@ class PagedCache:
                 )
                 for name, tensor in unique.values()
             ),
-            rank=rank,
-            world_size=world_size,
+            rank=vllm_config.parallel_config.rank,
+            world_size=vllm_config.parallel_config.world_size,
         )
         self._host: list[Bytes] | None = None
         if self.device.type == "cpu":

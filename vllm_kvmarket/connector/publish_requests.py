@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from vllm.logger import init_logger
 
 from vllm_kvmarket.catalogue import Listing, Match
+from vllm_kvmarket.connector.cache_groups import CacheGroup
 from vllm_kvmarket.connector.messages import ChunkSave, SavePlan, SaveReport
 from vllm_kvmarket.connector.purchases import ledger_key
 from vllm_kvmarket.connector.request_params import PublishParams
@@ -108,7 +109,7 @@ class PublishRequest:
             return str(error)
         return self.charge.refusal if self.charge else ""
 
-    def finished(self, block_ids: list[int]) -> Ended:
+    def finished(self, block_ids: Sequence[Sequence[int]]) -> Ended:
         """Have every chunk of the document stored from the request's blocks; mutates.
 
         Also chunks that the catalogue calls stored: they may have gone since, or be damaged. The
@@ -120,7 +121,7 @@ class PublishRequest:
             self._end(self._declined or "the publishing request was aborted")
             return Ended(answer)
         document = self._document
-        chunks = chunk_pages(document, block_ids, self._engine.facts.block_tokens)
+        chunks = chunk_pages(document, block_ids, self._engine.facts.groups)
         return Ended(answer, saves=SavePlan(self._request.request_id, document.namespace, chunks))
 
     def transferred(self) -> None:
@@ -175,19 +176,22 @@ def log_failure(done: Future[None]) -> None:
 
 def _file_bytes(tokens: int, chunks: int, engine: EngineFacts) -> int:
     """The most bytes that so many new tokens take in the store, headers included."""
-    overhead = chunks * (engine.layers + 2) * _ALIGNMENT
-    return -(-tokens // engine.block_tokens) * engine.block_bytes + overhead
+    layers = sum(len(group.layers) for group in engine.groups)
+    return engine.stored_bytes(tokens) + chunks * (layers + 2) * _ALIGNMENT
 
 
 def chunk_pages(
-    document: DocumentChunks, block_ids: Sequence[int], block_tokens: int
+    document: DocumentChunks, block_ids: Sequence[Sequence[int]], groups: Sequence[CacheGroup]
 ) -> tuple[ChunkSave, ...]:
-    """Each chunk of a prompt with its blocks; all but the last chunk are whole."""
+    """Each chunk of a prompt with its blocks in each group; all but the last chunk are whole."""
     chunks = []
     start = 0
     for key, parent, packed in zip(document.keys, document.parents, document.tokens, strict=True):
-        count = -(-(len(packed) // TOKEN_BYTES) // block_tokens)
-        pages = tuple(block_ids[start : start + count])
-        chunks.append(ChunkSave(key=key, parent=parent, tokens=packed, block_ids=pages))
-        start += count
+        stop = start + len(packed) // TOKEN_BYTES
+        pages = tuple(
+            group.pages(blocks, start, stop, start)
+            for group, blocks in zip(groups, block_ids, strict=True)
+        )
+        chunks.append(ChunkSave(key=key, parent=parent, tokens=packed, groups=pages))
+        start = stop
     return tuple(chunks)

@@ -12,6 +12,7 @@ from vllm.sampling_params import RequestOutputKind
 from vllm.v1.request import RequestStatus
 
 from vllm_kvmarket.catalogue import Match
+from vllm_kvmarket.connector.cache_groups import CacheGroup, is_plain
 from vllm_kvmarket.connector.messages import ChunkLoad, LoadPlan, LoadReport, SavePlan
 from vllm_kvmarket.connector.pins import PinnedBlocks
 from vllm_kvmarket.connector.purchases import Charge, Purchases
@@ -42,12 +43,27 @@ class Lookup(enum.Enum):
 
 @dataclass(frozen=True, slots=True)
 class EngineFacts:
-    """The engine's own measures; `block_bytes` is a block on all ranks."""
+    """The engine's own measures."""
 
     id: str
-    block_tokens: int
-    block_bytes: int
-    layers: int
+    groups: tuple[CacheGroup, ...]
+    chunk_tokens: int
+    world_size: int
+
+    @property
+    def block_tokens(self) -> int:
+        """Tokens in the largest block."""
+        return max(group.block_tokens for group in self.groups)
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether all layers keep all tokens, in one block table."""
+        return is_plain(self.groups)
+
+    def stored_bytes(self, tokens: int) -> int:
+        """The bytes that so many tokens take on all ranks."""
+        pages = ((-(-tokens // group.block_tokens), group) for group in self.groups)
+        return self.world_size * sum(count * group.page_bytes for count, group in pages)
 
 
 class PrefixCacheSwitch:
@@ -170,37 +186,41 @@ class Reuse:
             self._count()
         return external > 0
 
-    def load_plan(self, block_ids: Sequence[int], block_tokens: int, chunk_tokens: int) -> LoadPlan:
-        """The pages that cover tokens local .. local + external, chunk by chunk."""
+    def load_plan(self, block_ids: Sequence[Sequence[int]], facts: EngineFacts) -> LoadPlan:
+        """The pages of tokens local .. local + external that are still read, chunk by chunk.
+
+        `block_ids` are the request's blocks in each group.
+        """
         assert self.match is not None
-        end = self.local + self.external
-        first_block, last_block = self.local // block_tokens, -(-end // block_tokens)
-        pages_per_chunk = chunk_tokens // block_tokens
+        end, size = self.local + self.external, facts.chunk_tokens
         loads: list[ChunkLoad] = []
-        for index in range(self.local // chunk_tokens, -(-end // chunk_tokens)):
-            chunk_start = index * pages_per_chunk
-            start = max(first_block, chunk_start)
-            stop = min(last_block, chunk_start + pages_per_chunk)
-            loads.append(
-                ChunkLoad(
-                    key=self.match.chunks[index].key,
-                    first_page=start - chunk_start,
-                    block_ids=tuple(block_ids[start:stop]),
-                )
+        for index in range(self.local // size, -(-end // size)):
+            start, stop = max(self.local, index * size), min(end, (index + 1) * size)
+            pages = tuple(
+                group.pages(blocks, max(start, group.first_token(end)), stop, index * size)
+                for group, blocks in zip(facts.groups, block_ids, strict=True)
             )
+            if any(group.block_ids for group in pages):
+                loads.append(ChunkLoad(self.match.chunks[index].key, pages))
         return LoadPlan(self.request.request_id, self.match.listing.namespace, tuple(loads))
 
-    def load_ended(self, report: LoadReport, chunk_tokens: int) -> None:
-        """Count what was loaded whole: everything in front of the first chunk that failed."""
+    def load_ended(self, report: LoadReport, facts: EngineFacts) -> None:
+        """Count what was loaded whole: everything in front of the first chunk that failed.
+
+        Where a model has several groups, vLLM keeps nothing of such a load, and asks again.
+        """
         assert self.match is not None
         if report.failures:
             keys = [chunk.key for chunk in self.match.chunks]
             first = min(keys.index(key) for key in report.failures if key in keys)
             end = self.local + self.external
-            good = max(self.local, min(end, first * chunk_tokens))
+            self.limit = min(self.limit, first * facts.chunk_tokens)
+            if not facts.is_plain:
+                self.failed = max(self.failed, end - self.limit)
+                return
+            good = max(self.local, min(end, first * facts.chunk_tokens))
             self.failed += end - good
             self.external = good - self.local
-            self.limit = min(self.limit, first * chunk_tokens)
             if self.prefill is not None:
                 # vLLM counted when the load was planned.
                 self.prefill.set(self.request.num_prompt_tokens, self.local, self.external)

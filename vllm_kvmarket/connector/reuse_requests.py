@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Self
 
 from vllm_kvmarket.catalogue import Match
@@ -128,7 +129,7 @@ class ReuseRequest:
         found = self.reuse.lookup()
         return Lookup.PENDING if found is Lookup.HIT and self.declined else found
 
-    def finished(self, block_ids: list[int]) -> Ended:
+    def finished(self, block_ids: Sequence[Sequence[int]]) -> Ended:
         """Settle what was reused for an answer, or release the reservation. Mutates."""
         charge = None
         if self.purchase is not None:
@@ -157,14 +158,16 @@ class PreloadRequest:
         """There is nothing to wait for."""
         return self.reuse.lookup()
 
-    def finished(self, block_ids: list[int]) -> Ended:
+    def finished(self, block_ids: Sequence[Sequence[int]]) -> Ended:
         """Pin the document if it is to be pinned. Mutates."""
         answer = self.reuse.answer(self.declined)
         pin(self._engine, self.reuse, block_ids, answer)
         return Ended(answer)
 
 
-def pin(engine: Engine, reuse: Reuse, block_ids: list[int], answer: dict[str, Any]) -> None:
+def pin(
+    engine: Engine, reuse: Reuse, block_ids: Sequence[Sequence[int]], answer: dict[str, Any]
+) -> None:
     """Pin the blocks of a document that is to be pinned and was reused whole; mutates."""
     listing = reuse.match.whole if reuse.match else None
     if listing is None or not listing.pinned:
@@ -174,7 +177,10 @@ def pin(engine: Engine, reuse: Reuse, block_ids: list[int], answer: dict[str, An
         return
     # The last token of a prompt is computed, also of one that is just the document.
     if reuse.reused >= listing.token_count - 1:
-        reason = engine.pins.pin(listing.document_id, listing.token_count, block_ids)
+        if len(block_ids) == 1:
+            reason = engine.pins.pin(listing.document_id, listing.token_count, block_ids[0])
+        else:
+            reason = "this model keeps several kinds of KV cache, which cannot be pinned yet"
         if reason:
             answer["not_pinned"] = reason
         else:

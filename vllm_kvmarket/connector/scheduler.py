@@ -7,6 +7,7 @@ ledger or the database is a future that it looks at.
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -253,12 +254,8 @@ class SchedulerHalf:
             return
         self._waiting.pop(request.request_id, None)
         if made.reuse.allocated(external):
-            (block_ids,) = blocks.get_block_ids()
-            self._next.loads.append(
-                made.reuse.load_plan(
-                    block_ids, self._engine.facts.block_tokens, self._config.chunk_tokens
-                )
-            )
+            plan = made.reuse.load_plan(blocks.get_block_ids(), self._engine.facts)
+            self._next.loads.append(plan)
 
     def take_instructions(self) -> Instructions:
         """This step's plans for the worker half; the next step starts empty."""
@@ -317,7 +314,7 @@ class SchedulerHalf:
         return taken
 
     def finished(
-        self, request: Request, block_ids: list[int]
+        self, request: Request, block_ids: Sequence[Sequence[int]]
     ) -> tuple[bool, dict[str, Any] | None]:
         """End a request; returns whether its blocks are still needed, and the answer's object."""
         made = self._requests.pop(request.request_id, None)
@@ -360,7 +357,7 @@ class SchedulerHalf:
             self._market.report_damage(key)
         made = self._requests.get(request_id)
         if made is not None and not isinstance(made, DatabaseLookup):
-            made.reuse.load_ended(load, self._config.chunk_tokens)
+            made.reuse.load_ended(load, self._engine.facts)
 
 
 def _log_lost_holds(renewed: Future[list[Result]]) -> None:

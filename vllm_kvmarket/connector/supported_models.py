@@ -1,39 +1,29 @@
 """Which models kvmarket may serve: only those whose reuse was shown to give the same tokens.
 
-A model that is refused here ends the start in one line. The first check runs before an engine
-starts, on what vLLM's configuration says; the second runs in the engine, on its KV cache's layers.
+A model that is refused here ends the start in one line, before an engine starts, by what vLLM's
+configuration says. `cache_groups.groups_of` checks again in the engine, by its KV cache's layers.
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from vllm.v1.kv_cache_interface import (
-    FullAttentionSpec,
-    MLAAttentionSpec,
-    UniformTypeKVCacheSpecs,
-)
-
+from vllm_kvmarket.connector.cache_groups import LATENT, RECURRENT
 from vllm_kvmarket.core.errors import ConfigError
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
-    from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheSpec
 
-RECURRENT = (
-    "this model has layers with a recurrent state (Mamba and others), which kvmarket cannot store "
-    "yet; start it without kvmarket"
-)
 ONLY_WINDOWS = (
     "this model attends through sliding windows only, and kvmarket cannot reuse a part of a "
     "document there yet; start it with --disable-sliding-window (the context is then as long as "
     "the window) or without kvmarket"
 )
-LATENT = (
-    "this model keeps a compressed KV cache (multi-head latent attention, as DeepSeek does), with "
-    "which kvmarket gave wrong tokens on a CPU and was not tried elsewhere; start it without "
-    "kvmarket"
+CONTEXT_PARALLEL = (
+    "context parallelism spreads a block's tokens over ranks, which kvmarket cannot store; leave "
+    "--decode-context-parallel-size and --prefill-context-parallel-size at 1"
 )
+ONE_ROLE = 'kvmarket publishes and reuses in every engine: give kv_role "kv_both"'
 CACHING_TURNED_OFF = (
     "vLLM turns prefix caching off for this model on this machine, so kvmarket must not reuse its "
     "KV cache either; start it without kvmarket"
@@ -47,6 +37,11 @@ def check_model(vllm_config: VllmConfig, *, caching_refused: bool) -> None:
     """
     model = vllm_config.model_config
     cache = vllm_config.cache_config
+    parallel, transfer = vllm_config.parallel_config, vllm_config.kv_transfer_config
+    if parallel.decode_context_parallel_size > 1 or parallel.prefill_context_parallel_size > 1:
+        raise ConfigError(CONTEXT_PARALLEL)
+    if transfer is not None and transfer.kv_role != "kv_both":
+        raise ConfigError(f"{ONE_ROLE}, not {transfer.kv_role!r}")
     if model.is_hybrid or model.is_attention_free or model.has_inner_state:
         raise ConfigError(RECURRENT)
     # vLLM gives the whole cache a window only where every layer has it.
@@ -56,38 +51,3 @@ def check_model(vllm_config: VllmConfig, *, caching_refused: bool) -> None:
         raise ConfigError(LATENT)
     if not cache.enable_prefix_caching and not caching_refused:
         raise ConfigError(CACHING_TURNED_OFF)
-
-
-def check_layers(kv_cache_config: KVCacheConfig) -> None:
-    """Raise ConfigError for KV cache layers whose reuse was not shown to be exact.
-
-    For engines whose configuration did not pass `check_model`, and for what only layers know.
-    """
-    groups = kv_cache_config.kv_cache_groups
-    if len(groups) != 1:
-        raise ConfigError(
-            f"this model keeps {len(groups)} kinds of KV cache (recurrent or cross-attention "
-            "layers); kvmarket supports models with one"
-        )
-    for spec in _layer_specs(groups[0].kv_cache_spec):
-        if not isinstance(spec, FullAttentionSpec):
-            raise ConfigError(
-                f"this model's KV cache is a {type(spec).__name__}, and kvmarket supports full "
-                "attention; a model with sliding windows only starts with --disable-sliding-window"
-            )
-        if isinstance(spec, MLAAttentionSpec):
-            raise ConfigError(LATENT)
-        # The exact type: vLLM derives others from it, which were not tried.
-        if type(spec) is not FullAttentionSpec:
-            raise ConfigError(
-                f"kvmarket was not tried with a KV cache of {type(spec).__name__}; "
-                "start this model without kvmarket"
-            )
-        if spec.non_causal:
-            raise ConfigError(CACHING_TURNED_OFF)
-
-
-def _layer_specs(spec: KVCacheSpec) -> list[KVCacheSpec]:
-    if isinstance(spec, UniformTypeKVCacheSpecs):
-        return list(spec.kv_cache_specs.values())
-    return [spec]

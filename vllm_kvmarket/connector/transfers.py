@@ -85,11 +85,13 @@ class _Audit:
 
 @dataclass(slots=True)
 class Finished:
-    """The transfers that ended since the last call: ids, blocks without content, reports."""
+    """The transfers that ended since the last call, by request."""
 
     received: set[str] = field(default_factory=set)
     sent: set[str] = field(default_factory=set)
+    # What could not be loaded: blocks of a plain model, else whole requests.
     bad_blocks: set[int] = field(default_factory=set)
+    failed: set[str] = field(default_factory=set)
     report: WorkerReport = field(default_factory=WorkerReport)
 
 
@@ -198,7 +200,6 @@ class Transfers:
         self._prefetcher = Prefetcher(self._read_ahead, threads if has_objects else 1)
         # It hears of no loads, and does not wait for their end: it gives way to them.
         self._hot_chunks = Prefetcher(self._keep_hot, 1, gives_way=True)
-        self._page_bytes = sum(layer.page_bytes for layer in cache.layout.layers)
         self._changed = threading.Condition()
         self._under_way = 0
         self._awaiting: list[_Load] = []
@@ -346,7 +347,7 @@ class Transfers:
         report = load.report
         load.left -= 1
         if failure is None:
-            size = len(chunk.block_ids) * self._page_bytes
+            size = self._chunks.loaded_bytes(chunk)
             report.loaded_bytes += size
             self._tally.count("chunks_loaded", tier)
             self._tally.count("loaded_bytes", tier, size)
@@ -356,7 +357,10 @@ class Transfers:
             report.reasons[reason] = report.reasons.get(reason, 0) + 1
             if reason in {"damaged", "missing"}:
                 report.damaged.add(chunk.key)
-            load.bad_blocks.update(chunk.block_ids)
+            if self._cache.is_plain:
+                load.bad_blocks.update(chunk.groups[0].block_ids)
+            else:
+                self._finished.failed.add(load.plan.request_id)
             self._tally.count("load_failures", reason)
         if load.left == 0:
             report.seconds = time.perf_counter() - load.started_s

@@ -6,11 +6,13 @@ engine: a chunk that cannot be loaded is reported, and its tokens are recomputed
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorTransferResults
 
+from vllm_kvmarket.connector.cache_groups import CacheGroup
 from vllm_kvmarket.connector.messages import Instructions, WorkerReport
 from vllm_kvmarket.connector.metrics import MarketStats
 from vllm_kvmarket.connector.paged_cache import Bytes, PagedCache
@@ -43,20 +45,24 @@ def pinned_empty(size: int) -> Bytes:
 class WorkerHalf:
     """One rank's transfers; called on the model's thread only."""
 
-    def __init__(self, vllm_config: VllmConfig, config: MarketConfig, block_tokens: int) -> None:
+    def __init__(
+        self,
+        vllm_config: VllmConfig,
+        config: MarketConfig,
+        groups: Sequence[CacheGroup],
+        num_blocks: int,
+    ) -> None:
         self._vllm_config = vllm_config
         self._config = config
-        self._block_tokens = block_tokens
+        self._groups = groups
+        self._num_blocks = num_blocks
         self._store: Tiers | None = None
         self._transfers: Transfers | None = None
         self._taken = Finished()
 
     def register(self, kv_caches: dict[str, torch.Tensor]) -> None:
         """Take vLLM's KV memory: one tensor a layer. Raises LayoutMismatchError."""
-        parallel = self._vllm_config.parallel_config
-        cache = PagedCache(
-            self._vllm_config, kv_caches, self._block_tokens, parallel.rank, parallel.world_size
-        )
+        cache = PagedCache(self._vllm_config, kv_caches, self._groups, self._num_blocks)
         allocate = aligned_empty if cache.on_host else pinned_empty
         self._store = store_of(self._config)
         self._transfers = Transfers(
@@ -85,7 +91,9 @@ class WorkerHalf:
         if self._transfers is not None:
             self._taken = self._transfers.take(IDLE_WAIT_S if idle else 0.0)
         return KVConnectorTransferResults(
-            finished_sending=self._taken.sent, finished_recving=self._taken.received
+            finished_sending=self._taken.sent,
+            finished_recving=self._taken.received,
+            failed_recving=self._taken.failed,
         )
 
     def bad_blocks(self) -> set[int]:

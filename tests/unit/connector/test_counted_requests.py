@@ -64,7 +64,7 @@ def serve(half, prompt, params, status=RequestStatus.FINISHED_STOPPED, output=5)
     blocks = SimpleNamespace(get_block_ids=lambda: (list(range(1, 6)),))
     half.allocated(request, blocks, 0)
     half.take_instructions()
-    return half.finished(request, [1, 2, 3, 4, 5])[1]
+    return half.finished(request, [[1, 2, 3, 4, 5]])[1]
 
 
 def test_a_bought_request_is_counted_and_its_money_when_it_is_booked(half, market):

@@ -63,7 +63,7 @@ def end(half, request, external=0):
     blocks = SimpleNamespace(get_block_ids=lambda: (list(range(1, 6)),))
     half.allocated(request, blocks, external)
     loads = half.take_instructions().loads
-    return loads, (half.finished(request, [1, 2, 3, 4, 5])[1] or {}).get("kvmarket", {})
+    return loads, (half.finished(request, [[1, 2, 3, 4, 5]])[1] or {}).get("kvmarket", {})
 
 
 @pytest.mark.parametrize("chunks", [0, 3])
@@ -175,7 +175,7 @@ def test_an_aborted_request_leaves_nothing(new_half, market, monkeypatch):
     half.arrived(request)
     assert asked(half, request) is None
     request.status = RequestStatus.FINISHED_ABORTED
-    assert half.finished(request, []) == (False, None)
+    assert half.finished(request, [[]]) == (False, None)
     assert waiting.cancelled()
     assert half._requests == {}
     assert half._engine.purchases.held() == []

@@ -9,6 +9,7 @@ import pytest
 from vllm.v1.request import RequestStatus
 
 from tests.support.catalogue_documents import tokens
+from tests.support.paged import blocks_of
 from tests.support.scheduler_half import BLOCK_TOKENS, half_of, opened_market, request_of
 from vllm_kvmarket.connector.messages import SaveReport, WorkerReport
 from vllm_kvmarket.core.errors import CatalogueError
@@ -48,10 +49,10 @@ def begun(half, publisher="pat"):
 def stored(half, request, **report):
     """The request ends, and its chunks are stored as the report says; the answer."""
     blocks = list(range(-(-len(NEW) // BLOCK_TOKENS)))
-    waits, answer = half.finished(request, blocks)
+    waits, answer = half.finished(request, [blocks])
     if waits:
         (plan,) = half.take_instructions().saves
-        assert [len(chunk.block_ids) for chunk in plan.chunks] == [2, 2, 1]
+        assert [len(blocks_of(chunk)) for chunk in plan.chunks] == [2, 2, 1]
         saves = {request.request_id: SaveReport(**report)}
         half.worker_reported(
             SimpleNamespace(

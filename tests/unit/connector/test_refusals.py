@@ -84,7 +84,7 @@ def test_what_cannot_be_reserved_is_ended_with_a_reason(
     assert (external, refusal.code, refusal.status) == (None, code, status)
     assert refusal.message
     request.status = RequestStatus.FINISHED_ABORTED
-    half.finished(request, [])
+    half.finished(request, [[]])
     assert half._requests == {}
     market.ledger.submit([]).result()
     for account in ("alice", "poor"):
@@ -142,7 +142,7 @@ def buy(half, prompt, **fields):
     assert refusal is None
     made = half._requests[request.request_id]
     sold = [(line.listing.terms.publisher, line.end) for line in lines_of(half, made)]
-    half.finished(request, [])
+    half.finished(request, [[]])
     return external + CACHED, sold
 
 

@@ -9,10 +9,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from vllm.v1.metrics.stats import PrefillStats
 
+from tests.support.paged import one_group
 from vllm_kvmarket.catalogue import Listing, Match, MatchedChunk, Segment
 from vllm_kvmarket.connector.messages import LoadReport
 from vllm_kvmarket.connector.purchases import client_request_id, ledger_key, purchase_group
-from vllm_kvmarket.connector.request_state import Reuse
+from vllm_kvmarket.connector.request_state import EngineFacts, Reuse
 from vllm_kvmarket.core.listing_terms import ListingTerms
 from vllm_kvmarket.core.model_identity import ROOT, chunk_keys, pack_tokens
 
@@ -21,6 +22,7 @@ NAMESPACE = b"n" * 32
 DOCUMENT = list(range(1000, 1250))  # 3 whole chunks of 64 tokens and one of 58
 KEYS = chunk_keys(NAMESPACE, DOCUMENT, CHUNK)
 BLOCK_IDS = list(range(500, 530))
+FACTS = EngineFacts("e", (one_group(["layer"], BLOCK),), CHUNK, 1)
 
 
 def matching(count):
@@ -82,11 +84,12 @@ def usage_of(state, output):
 
 
 def planned(state):
-    plan = state.load_plan(BLOCK_IDS, BLOCK, CHUNK)
+    plan = state.load_plan([BLOCK_IDS], FACTS)
     assert plan.namespace == NAMESPACE
     return [
-        (KEYS.index(chunk.key), chunk.first_page, [each - BLOCK_IDS[0] for each in chunk.block_ids])
+        (KEYS.index(chunk.key), pages.first_page, [each - BLOCK_IDS[0] for each in pages.block_ids])
         for chunk in plan.chunks
+        for pages in chunk.groups
     ]
 
 
@@ -140,12 +143,12 @@ def test_a_preempted_request_pays_no_token_more_than_was_quoted():
         state = asking(128, prompt=128)
         assert external_tokens(state, 0, 127) == 127
         state.allocated(127)
-        state.load_ended(LoadReport(), CHUNK)
+        state.load_ended(LoadReport(), FACTS)
         assert usage_of(state, 1).reused == 127
         assert external_tokens(state, local, 130) == external, "with three tokens of output"
         state.allocated(external)
         if external:
-            state.load_ended(LoadReport(), CHUNK)
+            state.load_ended(LoadReport(), FACTS)
         assert usage_of(state, 4).reused == 127
 
 
@@ -172,7 +175,7 @@ def test_a_whole_load_is_counted_from_store_and_paged_cache():
     state = asking(100)
     admit(state, 32)
     assert usage_of(state, 0).reused == 0, "nothing is charged before it has arrived"
-    state.load_ended(LoadReport(), CHUNK)
+    state.load_ended(LoadReport(), FACTS)
     usage = usage_of(state, 3)
     assert (usage.reused, usage.loaded, usage.from_paged_cache, usage.failed) == (100, 68, 32, 0)
     assert usage.computed == 300
@@ -196,7 +199,7 @@ def test_only_what_lies_in_front_of_a_failure_counts(local, failed, expected):
     admit(state, local)
     state.prefill = PrefillStats()
     state.prefill.set(400, local, 240 - local)
-    state.load_ended(LoadReport(failures={KEYS[chunk]: "bad" for chunk in failed}), CHUNK)
+    state.load_ended(LoadReport(failures={KEYS[chunk]: "bad" for chunk in failed}), FACTS)
     assert state.prefill.num_cached_tokens == expected[0], "the answer's usage says what was reused"
     usage = usage_of(state, 0)
     counted = (usage.reused, usage.loaded, usage.from_paged_cache, usage.failed, state.limit)
@@ -211,9 +214,9 @@ def test_a_later_failure_takes_nothing_back():
     """A second load fails further in front: what was reused once has not failed."""
     state = asking(240)
     admit(state, 0)
-    state.load_ended(LoadReport(failures={KEYS[3]: "bad"}), CHUNK)
+    state.load_ended(LoadReport(failures={KEYS[3]: "bad"}), FACTS)
     admit(state, 0)
-    state.load_ended(LoadReport(failures={KEYS[1]: "bad"}), CHUNK)
+    state.load_ended(LoadReport(failures={KEYS[1]: "bad"}), FACTS)
     usage = usage_of(state, 0)
     assert (usage.reused, usage.failed, state.limit) == (192, 240 - 192, 64)
 
@@ -222,7 +225,7 @@ def test_what_a_request_computed_after_a_failure_is_not_sold_to_it():
     """Preempted, it finds its own blocks in vLLM's prefix cache."""
     state = asking(240)
     admit(state, 0)
-    state.load_ended(LoadReport(failures={KEYS[1]: "bad"}), CHUNK)
+    state.load_ended(LoadReport(failures={KEYS[1]: "bad"}), FACTS)
     assert not admit(state, 240)
     assert usage_of(state, 0).reused == 64
 
@@ -231,12 +234,12 @@ def test_a_preempted_request_pays_for_its_best_admission():
     """Loading again is not reusing twice, and a worse second time takes nothing back."""
     state = asking(100)
     admit(state, 0)
-    state.load_ended(LoadReport(), CHUNK)
+    state.load_ended(LoadReport(), FACTS)
     admit(state, 64)
-    state.load_ended(LoadReport(), CHUNK)
+    state.load_ended(LoadReport(), FACTS)
     assert (state.reused, state.loaded, state.cached) == (100, 100, 0)
     admit(state, 0, most=50)
-    state.load_ended(LoadReport(), CHUNK)
+    state.load_ended(LoadReport(), FACTS)
     assert usage_of(state, 0).reused == 100
 
 

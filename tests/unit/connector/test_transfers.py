@@ -14,6 +14,7 @@ from tests.support.paged import (
     Bench,
     GatedObjects,
     assert_loaded,
+    blocks_of,
     chunk_save,
     content,
     fill,
@@ -23,7 +24,7 @@ from tests.support.paged import (
     stored,
     until,
 )
-from vllm_kvmarket.connector.messages import ChunkLoad, ChunkPrefetch
+from vllm_kvmarket.connector.messages import ChunkLoad, ChunkPrefetch, GroupPages
 
 
 @pytest.fixture
@@ -41,7 +42,7 @@ def test_what_was_saved_is_loaded_bit_for_bit(bench, tokens):
     assert report.failures == {}
     assert_loaded(bench, chunk, load)
     page_bytes = sum(layer.page_bytes for layer in bench.cache.layout.layers)
-    assert report.loaded_bytes == page_bytes * len(load.block_ids)
+    assert report.loaded_bytes == page_bytes * len(blocks_of(load))
     assert bench.count("chunks_loaded/disk") == 1
     assert bench.count("chunks_saved") == 1
 
@@ -70,15 +71,15 @@ def test_a_damaged_chunk_is_quarantined_and_its_blocks_reported(bench, place):
         path.unlink()
         path.mkdir()
     load = into(chunk, 20)
-    fill(bench.cache, load.block_ids, seed=9)
-    untouched = content(bench.cache, load.block_ids, CHUNK_TOKENS)
+    fill(bench.cache, blocks_of(load), seed=9)
+    untouched = content(bench.cache, blocks_of(load), CHUNK_TOKENS)
     report = bench.load(load)
     assert report.reasons == {"damaged": 1}
     assert report.damaged == {chunk.key} == set(report.failures)
-    assert bench.bad_blocks == set(load.block_ids)
+    assert bench.bad_blocks == set(blocks_of(load))
     assert bench.count("chunks_quarantined") == 1
     assert not path.exists()
-    now = content(bench.cache, load.block_ids, CHUNK_TOKENS)
+    now = content(bench.cache, blocks_of(load), CHUNK_TOKENS)
     assert same(now, untouched) or not any(layer.any() for layer in now)
     assert bench.load(load).reasons == {"missing": 1}
     assert bench.save(chunk).stored_bytes > 0
@@ -91,12 +92,12 @@ def test_one_bad_chunk_does_not_spoil_the_others(bench):
     good, missing, damaged = stored(bench, 1), stored(bench, 2, first_block=4), stored(bench, 3)
     bench.store.disk.delete(missing.key)
     bench.store.disk.path(damaged.key).write_bytes(b"nonsense")
-    fill(bench.cache, good.block_ids, 1)
+    fill(bench.cache, blocks_of(good), 1)
     loads = [into(good, 20), into(missing, 30), into(damaged, 40)]
     report = bench.load(*loads)
     assert report.reasons == {"missing": 1, "damaged": 1}
     assert report.damaged == {missing.key, damaged.key}
-    assert bench.bad_blocks == {*loads[1].block_ids, *loads[2].block_ids}
+    assert bench.bad_blocks == {*blocks_of(loads[1]), *blocks_of(loads[2])}
     assert_loaded(bench, good, loads[0])
 
 
@@ -117,12 +118,12 @@ def test_a_chunk_of_another_block_size_is_converted(tmp_path, theirs, ours, toke
     """From the disk, and from host memory once it is there; saving it again writes nothing."""
     with Bench(tmp_path, paged_cache(theirs)) as publisher:
         chunk = stored(publisher, tokens=tokens)
-        expected = content(publisher.cache, chunk.block_ids, tokens)
+        expected = content(publisher.cache, blocks_of(chunk), tokens)
     with Bench(tmp_path, paged_cache(ours), host_bytes=PLENTY) as buyer:
         blocks = tuple(range(5, 5 + buyer.cache.layout.page_count(tokens)))
         for _ in range(3):
             fill(buyer.cache, blocks, seed=9)
-            assert buyer.load(ChunkLoad(chunk.key, 0, blocks)).failures == {}
+            assert buyer.load(ChunkLoad(chunk.key, (GroupPages(0, blocks),))).failures == {}
             assert same(content(buyer.cache, blocks, tokens), expected)
         assert buyer.count("chunks_converted") == 2
         assert buyer.count("chunks_loaded/host") == 1
@@ -139,7 +140,7 @@ def test_a_layout_that_cannot_be_converted_is_a_miss_with_its_reason(tmp_path):
         report = buyer.load(load)
         assert report.reasons == {"layout": 1}
         assert report.damaged == set()
-        assert buyer.bad_blocks == set(load.block_ids)
+        assert buyer.bad_blocks == set(blocks_of(load))
         assert buyer.store.has(chunk.key)
         assert buyer.count("load_failures/layout") == 1
         assert buyer.save(chunk).stored_bytes > 0
@@ -234,7 +235,7 @@ def test_a_damaged_file_is_fetched_again(tmp_path, objects):
 def test_a_chunk_that_is_nowhere_is_missing(tmp_path, objects):
     """Not an error of the object store."""
     with Bench(tmp_path, objects=objects) as bench:
-        report = bench.load(ChunkLoad(bytes(32), 0, (1, 2)))
+        report = bench.load(ChunkLoad(bytes(32), (GroupPages(0, (1, 2)),)))
         assert report.reasons == {"missing": 1}
         assert report.damaged == {bytes(32)}
 

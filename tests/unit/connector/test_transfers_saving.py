@@ -12,13 +12,20 @@ from tests.support.paged import (
     NAMESPACE,
     PLENTY,
     Bench,
+    blocks_of,
     chunk_save,
     content,
     into,
     paged_cache,
     stored,
 )
-from vllm_kvmarket.connector.messages import ChunkLoad, LoadReport, SavePlan, WorkerReport
+from vllm_kvmarket.connector.messages import (
+    ChunkLoad,
+    GroupPages,
+    LoadReport,
+    SavePlan,
+    WorkerReport,
+)
 
 RESULTS = ("exact", "close", "different", "unread")
 
@@ -69,8 +76,8 @@ def test_a_store_that_has_gone_fails_the_save_with_the_reason(tmp_path):
 def test_an_audit_finds_equal_pages_exact_whatever_lies_behind_the_last_token(bench):
     """The last page of a document is partly filled; what is in its other slots means nothing."""
     whole, short = stored(bench, 1), stored(bench, 2, tokens=37, first_block=8)
-    page = bench.cache.rows[0].numpy()[short.block_ids[-1]].view(np.float32)
-    tokens = content(bench.cache, short.block_ids, 48)[0][37:].view(np.float32)
+    page = bench.cache.rows[0].numpy()[blocks_of(short)[-1]].view(np.float32)
+    tokens = content(bench.cache, blocks_of(short), 48)[0][37:].view(np.float32)
     page[np.isin(page, tokens)] = 5.0
     report = bench.audit(whole, short)
     assert [report.count(result) for result in RESULTS] == [2, 0, 0, 0]
@@ -85,7 +92,7 @@ def test_an_audit_finds_equal_pages_exact_whatever_lies_behind_the_last_token(be
 def test_an_audit_tells_rounding_from_poison(bench, change, result):
     """Rounding is far below a layer's largest value, poison is not; the difference is reported."""
     chunk = stored(bench)
-    bench.cache.rows[1].numpy()[chunk.block_ids[2]].view(np.float32)[7] += change
+    bench.cache.rows[1].numpy()[blocks_of(chunk)[2]].view(np.float32)[7] += change
     report = bench.audit(chunk)
     assert report.chunks[chunk.key].result == result
     assert report.count(result) == 1
@@ -102,7 +109,7 @@ def test_an_audit_compares_across_block_sizes(tmp_path):
         chunk = stored(publisher, tokens=37)
     with Bench(tmp_path, paged_cache(16)) as auditor:
         blocks = (3, 4, 5)
-        auditor.load(ChunkLoad(chunk.key, 0, blocks))
+        auditor.load(ChunkLoad(chunk.key, (GroupPages(0, blocks),)))
         again = chunk_save(1, 37, blocks)
         assert auditor.audit(again).count("exact") == 1
         auditor.cache.rows[0].numpy()[3].view(np.float32)[:] += 1

@@ -1,0 +1,109 @@
+"""Which groups of KV cache layers are taken, and which pages of each a reuse reads."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from vllm.v1.kv_cache_interface import (
+    ChunkedLocalAttentionSpec,
+    FullAttentionSpec,
+    KVCacheConfig,
+    KVCacheGroupSpec,
+    MambaSpec,
+    MLAAttentionSpec,
+    SinkFullAttentionSpec,
+    SlidingWindowSpec,
+)
+
+from vllm_kvmarket import ConfigError
+from vllm_kvmarket.connector.cache_groups import CacheGroup, GroupKind, groups_of, is_plain
+
+SHAPE = {"block_size": 16, "num_kv_heads": 2, "head_size": 32, "dtype": torch.float32}
+PAGE = 2 * 2 * 16 * 32 * 4
+FULL = FullAttentionSpec(**SHAPE)
+WINDOW = SlidingWindowSpec(**SHAPE, sliding_window=64)
+LOCAL = ChunkedLocalAttentionSpec(**SHAPE, attention_chunk_size=128)
+
+
+def cache_of(*specs):
+    groups = [KVCacheGroupSpec([f"a{i}", f"b{i}"], spec) for i, spec in enumerate(specs)]
+    return KVCacheConfig(num_blocks=8, kv_cache_tensors=[], kv_cache_groups=groups)
+
+
+@pytest.mark.parametrize(
+    ("specs", "complaint"),
+    [
+        ([MLAAttentionSpec(**{**SHAPE, "num_kv_heads": 1})], "multi-head latent attention"),
+        ([FullAttentionSpec(**SHAPE, non_causal=True)], "turns prefix caching off"),
+        ([FULL, SlidingWindowSpec(**SHAPE, sliding_window=64, extra_retained_tokens=3)], "Sliding"),
+        ([SinkFullAttentionSpec(**SHAPE, sink_len=4)], "SinkFullAttentionSpec"),
+        ([FULL, MambaSpec(16, shapes=((2, 3),), dtypes=(torch.float32,))], "recurrent state"),
+        ([FullAttentionSpec(**{**SHAPE, "block_size": 96})], "--block-size"),
+    ],
+)
+def test_layers_that_were_not_shown_to_be_exact_are_refused(specs, complaint):
+    """In one line that says which kind of layer it is."""
+    with pytest.raises(ConfigError, match=complaint) as refusal:
+        groups_of(cache_of(*specs), 256)
+    assert "\n" not in str(refusal.value)
+
+
+def test_groups_of_a_draft_model_and_in_host_memory_are_refused():
+    """Neither was tried."""
+    for fact in ({"is_eagle_group": True}, {"host_resident": True}, {"enable_kv_transfer": False}):
+        config = cache_of(FULL)
+        config.kv_cache_groups.append(KVCacheGroupSpec(["draft"], FULL, **fact))
+        with pytest.raises(ConfigError, match="speculative decoding or in host memory"):
+            groups_of(config, 256)
+
+
+@pytest.mark.parametrize("spec", [FULL, FullAttentionSpec(**SHAPE, sliding_window=64)])
+def test_full_attention_is_plain(spec):
+    """Also with a window where vLLM keeps every block, as with its hybrid manager off."""
+    groups = groups_of(cache_of(spec), 256)
+    assert groups == (CacheGroup(GroupKind.FULL, 16, ("a0", "b0"), 2 * PAGE),)
+    assert is_plain(groups)
+
+
+def test_windows_and_local_attention_are_groups_of_their_own():
+    """With how far a token looks back."""
+    groups = groups_of(cache_of(FULL, WINDOW, LOCAL), 256)
+    assert [(group.kind, group.reach) for group in groups] == [
+        (GroupKind.FULL, 0),
+        (GroupKind.WINDOW, 64),
+        (GroupKind.LOCAL, 128),
+    ]
+    assert not is_plain(groups)
+    assert not is_plain(groups_of(cache_of(WINDOW), 256))
+
+
+@given(st.sampled_from([FULL, WINDOW, LOCAL]), st.integers(1, 900))
+def test_a_reuse_reads_exactly_the_blocks_that_vllm_keeps(spec, computed):
+    """vLLM's own managers say how many tokens in front are read no more."""
+    from vllm.v1.core.single_type_kv_cache_manager import (
+        ChunkedLocalAttentionManager,
+        FullAttentionManager,
+        SlidingWindowManager,
+    )
+
+    managers = {
+        FullAttentionSpec: FullAttentionManager,
+        SlidingWindowSpec: SlidingWindowManager,
+        ChunkedLocalAttentionSpec: ChunkedLocalAttentionManager,
+    }
+    manager = object.__new__(managers[type(spec)])
+    for name in ("sliding_window", "extra_retained_tokens", "attention_chunk_size"):
+        setattr(manager, name, getattr(spec, name, None))
+    (group,) = groups_of(cache_of(spec), 256)
+    assert group.first_token(computed) == manager.get_num_skipped_tokens(computed)
+
+
+def test_pages_are_counted_from_the_chunk_and_blocks_from_the_request():
+    """Tokens 300 .. 600 of a request lie in blocks 18 .. 37; chunk 1 begins with block 16."""
+    group = CacheGroup(GroupKind.FULL, 16, ("a",), PAGE)
+    pages = group.pages(range(100, 200), 300, 512, 256)
+    assert (pages.first_page, pages.last_page) == (2, 16)
+    assert pages.block_ids == tuple(range(118, 132))
+    assert group.pages(range(100, 200), 512, 512, 256).block_ids == ()

@@ -49,6 +49,12 @@ class MemoryBooks:
     def put_due_at_s(self, pending_id, due_at_s):
         self.dues[pending_id] = due_at_s
 
+    def begin(self):
+        self.before = dict(self.accounts), dict(self.transfers), dict(self.dues)
+
+    def undo(self):
+        self.accounts, self.transfers, self.dues = self.before
+
     # What the state machine asks of every kind of books
 
     def apply(self, operations, now_s, *, linked=True):

@@ -22,7 +22,7 @@ from vllm_kvmarket.core.errors import (
     LedgerPostponedError,
     LedgerUnavailableError,
 )
-from vllm_kvmarket.ledger.model import Outcome, Result
+from vllm_kvmarket.ledger.model import Outcome, Result, void
 from vllm_kvmarket.ledger.outbox import Outbox
 from vllm_kvmarket.ledger.storage import Batch, MalformedBatchError, Storage
 
@@ -61,7 +61,7 @@ class Writer:
         self._kept: list[Batch] = []  # taken from the queue, but the database was away
         # Batches without an answer, and since when they wait. Who takes one out answers it.
         self._waiting: dict[Batch, float] = {}
-        self._impatient: dict[Batch, None] = {}
+        self._give_up_at_s = float("inf")  # no waiting batch gives up before
         self._in_outbox: set[Batch] = set()
         self._is_behind = False  # the oldest batch waits for long: the ledger is away, or slow
         self._some_wait = threading.Event()
@@ -85,24 +85,23 @@ class Writer:
         A batch that must be booked is in the outbox on return. While the ledger is away it is
         durable there: then this waits for the disk, unless the caller syncs many at once.
         """
-        now_s = self._monotonic()
+        now_s, must_be_booked = self._monotonic(), batch.must_be_booked
         with self._queue_lock:
             if self._closing.is_set():
-                if batch.must_be_booked and self._outbox is not None and self._outbox.add(batch):
+                if must_be_booked and self._outbox is not None and self._outbox.add(batch):
                     self._sync_outbox()
                     return postponed()
                 return LedgerUnavailableError("the ledger is closed")
-            if self._queue.qsize() >= MAX_QUEUED and not batch.must_be_booked:
+            if not must_be_booked and self._queue.qsize() >= MAX_QUEUED:
                 return LedgerBusyError(
                     f"the ledger is {MAX_QUEUED} batches behind; see whether its database works"
                 )
-            if self._outbox is not None and batch.must_be_booked and self._outbox.add(batch):
+            if must_be_booked and self._outbox is not None and self._outbox.add(batch):
                 self._in_outbox.add(batch)
-            if not batch.must_be_booked:
-                self._impatient[batch] = None
             self._waiting[batch] = now_s
+            self._give_up_at_s = min(self._give_up_at_s, batch.give_up_at_s)
             self._queue.put(batch)
-        if sync and self._is_behind and batch.must_be_booked:
+        if must_be_booked and sync and self._is_behind:
             self._sync_outbox()
         if not self._some_wait.is_set():
             self._some_wait.set()
@@ -160,7 +159,6 @@ class Writer:
     def _answer(self, batch: Batch, answer: Answer) -> None:
         """Answer a batch once; undo it where its caller cannot know whether it took effect."""
         waited = self._waiting.pop(batch, None) is not None
-        self._impatient.pop(batch, None)
         away = isinstance(answer, LedgerUnavailableError)
         if batch in self._in_outbox and not away:
             self._in_outbox.discard(batch)
@@ -184,8 +182,11 @@ class Writer:
 
     def _undo(self, batch: Batch) -> None:
         future: Future[list[Result]] = Future()
-        undone = Batch(batch.undo, False, None, future, batch.at_s, float("inf"))
-        self.enqueue(undone)  # once closed: the next process of this home does it
+        undone = tuple(
+            void(id=f"{each.id}:unknown", pending_id=each.id) for each in batch.operations
+        )
+        # Once closed: the next process of this home does it.
+        self.enqueue(Batch(undone, False, None, future, batch.at_s, float("inf")))
 
     def _watch(self) -> None:
         while self._thread.is_alive():
@@ -199,9 +200,14 @@ class Writer:
     def watch(self) -> None:
         """Answer the callers whose patience is over; sync the outbox while the ledger is away."""
         now_s = self._monotonic()
-        for batch in list(self._impatient):
-            if now_s >= batch.give_up_at_s:
-                self._answer(batch, unavailable(TimeoutError("the database did not answer")))
+        if now_s >= self._give_up_at_s:
+            with self._queue_lock:
+                waiting = list(self._waiting)
+                left = [each.give_up_at_s for each in waiting if each.give_up_at_s > now_s]
+                self._give_up_at_s = min(left, default=float("inf"))
+            for batch in waiting:
+                if now_s >= batch.give_up_at_s:
+                    self._answer(batch, unavailable(TimeoutError("the database did not answer")))
         try:
             oldest_s = next(iter(self._waiting.values()), now_s)
         except RuntimeError:  # it changed meanwhile, so the writer makes progress

@@ -39,7 +39,6 @@ from vllm_kvmarket.ledger.model import (
     expire,
     plain,
     renew,
-    void,
 )
 from vllm_kvmarket.ledger.outbox import Outbox, batch_of
 from vllm_kvmarket.ledger.storage import Batch, Storage
@@ -154,10 +153,10 @@ class Ledger:
         future: Future[list[Result]] = Future()
         # A batch in the queue will be written: a running future cannot be cancelled.
         future.set_running_or_notify_cancel()
-        batch_operations, undo = tuple(operations), tuple[Operation, ...]()
-        if [type(each) is Operation and each.kind for each in batch_operations] == ["pending"]:
-            held = batch_operations[0].id
-            undo = () if shared else (void(id=f"{held}:unknown", pending_id=held),)
+        batch_operations, undo = tuple(operations), False
+        first = batch_operations[0] if len(batch_operations) == 1 else None
+        if type(first) is Operation and first.kind == "pending":
+            undo = not shared
             patience_s = self._reservation_patience_s if patience_s is None else patience_s
         batch = Batch(
             batch_operations,

@@ -125,7 +125,7 @@ class Transfer(Operation, frozen=True, gc=False):
     created_at_s: float = 0.0
 
 
-class ReceiptLine(msgspec.Struct, frozen=True, kw_only=True):
+class ReceiptLine(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """One listing's part of a sale: the tokens from `start` up to, and without, `end`."""
 
     document_id: str
@@ -139,7 +139,7 @@ class ReceiptLine(msgspec.Struct, frozen=True, kw_only=True):
     royalty_nano: int
 
 
-class Receipt(msgspec.Struct, frozen=True, kw_only=True):
+class Receipt(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """What one request reused, at which prices, and the transfers that paid for it.
 
     `tokens_reused` = `tokens_loaded` (from the store) + `tokens_from_paged_cache` is charged;

@@ -16,8 +16,15 @@ from vllm_kvmarket.core import sqlite
 from vllm_kvmarket.core.errors import LedgerError, LedgerUnavailableError
 from vllm_kvmarket.ledger import postgres_schema
 from vllm_kvmarket.ledger.group_commit import malformed, unavailable
-from vllm_kvmarket.ledger.model import GRACE_S, Account, Receipt, Result, Transfer, encode_receipt
-from vllm_kvmarket.ledger.storage import Batch, Everything, KeyedRequest, apply_group, wanted
+from vllm_kvmarket.ledger.model import GRACE_S, Account, Receipt, Result, Transfer
+from vllm_kvmarket.ledger.storage import (
+    Batch,
+    Everything,
+    KeyedRequest,
+    NewReceipt,
+    apply_group,
+    wanted,
+)
 from vllm_kvmarket.ledger.working_set import Found, GroupBooks
 
 try:
@@ -120,11 +127,11 @@ class PostgresStorage:
                 books.new_transfers,
                 list(books.changed_accounts.values()),
                 books.changed_dues,
-                [_receipt_row(receipt) for receipt in receipts],
+                [_receipt_row(each) for each in receipts],
                 [
-                    {"document_id": line.document_id, "receipt_id": receipt.id}
-                    for receipt in receipts
-                    for line in receipt.lines
+                    {"document_id": line.document_id, "receipt_id": each.receipt.id}
+                    for each in receipts
+                    for line in each.receipt.lines
                 ],
                 found.now_s,
             )
@@ -346,14 +353,15 @@ def _receipts(
     return [msgspec.json.decode(body, type=Receipt) for (body,) in rows]
 
 
-def _receipt_row(receipt: Receipt) -> dict[str, Any]:
+def _receipt_row(new: NewReceipt) -> dict[str, Any]:
+    receipt = new.receipt
     return {
         "id": receipt.id,
         "request_id": receipt.request_id,
         "account": receipt.account,
         "document_id": receipt.document_id,
         "charge_nano": receipt.charge_nano,
-        "body": encode_receipt(receipt).decode(),
+        "body": new.body.decode(),
     }
 
 

@@ -62,50 +62,11 @@ class Books(Protocol):
     def put_due_at_s(self, pending_id: str, due_at_s: float | None) -> None:
         """Write when a pending transfer is due; None when it is resolved."""
 
+    def begin(self) -> None:
+        """Begin a batch: what is written from here on stands, or `undo` takes it back."""
 
-class Draft:
-    """Books on top of other books: changes stay here until `commit`."""
-
-    def __init__(self, below: Books) -> None:
-        self._below = below
-        self._accounts: dict[str, Account] = {}
-        self._transfers: dict[str, Transfer] = {}
-        self._resolutions: dict[str, Transfer] = {}
-        self._dues: dict[str, float | None] = {}
-
-    def account(self, account_id: str) -> Account | None:
-        return self._accounts.get(account_id) or self._below.account(account_id)
-
-    def transfer(self, transfer_id: str) -> Transfer | None:
-        return self._transfers.get(transfer_id) or self._below.transfer(transfer_id)
-
-    def due_at_s(self, pending_id: str) -> float | None:
-        if pending_id in self._dues:
-            return self._dues[pending_id]
-        return self._below.due_at_s(pending_id)
-
-    def resolution(self, pending_id: str) -> Transfer | None:
-        return self._resolutions.get(pending_id) or self._below.resolution(pending_id)
-
-    def put_account(self, account: Account) -> None:
-        self._accounts[account.id] = account
-
-    def put_transfer(self, transfer: Transfer) -> None:
-        self._transfers[transfer.id] = transfer
-        if transfer.kind in ENDS:
-            self._resolutions[transfer.pending_id] = transfer
-
-    def put_due_at_s(self, pending_id: str, due_at_s: float | None) -> None:
-        self._dues[pending_id] = due_at_s
-
-    def commit(self) -> None:
-        """Write every change; mutates the books below."""
-        for account in self._accounts.values():
-            self._below.put_account(account)
-        for transfer in self._transfers.values():
-            self._below.put_transfer(transfer)
-        for pending_id, due_at_s in self._dues.items():
-            self._below.put_due_at_s(pending_id, due_at_s)
+    def undo(self) -> None:
+        """Take back everything that was written since `begin`."""
 
 
 def apply(
@@ -123,16 +84,16 @@ def apply(
 
 
 def _apply_linked(books: Books, operations: Sequence[Operation], now_s: float) -> list[Result]:
-    draft = Draft(books)
+    books.begin()
     results: list[Result] = []
     for operation in operations:
-        result = _apply_one(draft, operation, now_s)
+        result = _apply_one(books, operation, now_s)
         if not result.outcome.good:
+            books.undo()
             others = Result(Outcome.LINKED_FAILED, f"{operation.id} was refused")
             behind = len(operations) - len(results) - 1
             return [others] * len(results) + [result] + [others] * behind
         results.append(result)
-    draft.commit()
     return results
 
 

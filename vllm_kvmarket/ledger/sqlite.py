@@ -22,13 +22,21 @@ from vllm_kvmarket.ledger.model import (
     Receipt,
     Result,
     Transfer,
-    encode_receipt,
 )
-from vllm_kvmarket.ledger.storage import Batch, Everything, KeyedRequest, apply_group, wanted
+from vllm_kvmarket.ledger.storage import (
+    Batch,
+    Everything,
+    KeyedRequest,
+    NewReceipt,
+    apply_group,
+    wanted,
+)
 from vllm_kvmarket.ledger.working_set import Found, GroupBooks, Memory, Wanted
 
 WRITER_CACHE_KIB = 65_536  # a group touches pages all over the indexes of random ids
 CHECKPOINT_PAGES = 4000  # a page that many groups change is copied to the file once
+# The clock's row is a page more to sync: the last transfer's time stands for it meanwhile.
+CLOCK_ROW_S = 0.5
 ROOM = "ledger"
 SCHEMA = """
 CREATE TABLE account (
@@ -106,28 +114,30 @@ CREATE INDEX receipt_account ON receipt (account);
 CREATE INDEX receipt_request ON receipt (request_id);
 CREATE INDEX receipt_document ON receipt (document_id);
 -- INSERT OR REPLACE deletes without asking the other triggers: those BEFORE INSERT ask first.
-CREATE TRIGGER transfer_is_new BEFORE INSERT ON transfer
-    WHEN EXISTS (SELECT 1 FROM transfer WHERE id = NEW.id)
-        OR EXISTS (SELECT 1 FROM transfer WHERE sequence = NEW.sequence)
-    BEGIN SELECT RAISE (ABORT, 'transfers are never replaced'); END;
+-- One trigger for all that an insert must fulfil: each is a program to start, a row.
+CREATE TRIGGER transfer_fits BEFORE INSERT ON transfer BEGIN
+    SELECT CASE
+        WHEN EXISTS (SELECT 1 FROM transfer WHERE id = NEW.id)
+            OR EXISTS (SELECT 1 FROM transfer WHERE sequence = NEW.sequence)
+            THEN RAISE (ABORT, 'transfers are never replaced')
+        WHEN (SELECT currency FROM account WHERE id = NEW.debit)
+            <> (SELECT currency FROM account WHERE id = NEW.credit)
+            THEN RAISE (ABORT, 'both accounts of a transfer have one currency')
+        WHEN NEW.pending_id IS NOT NULL AND (
+            coalesce((SELECT kind FROM transfer WHERE pending_id = NEW.pending_id
+                AND kind IN ('post', 'void', 'expire')), 'open')
+                <> iif(NEW.kind = 'late', 'expire', 'open')
+            OR NOT EXISTS (
+                SELECT 1 FROM transfer WHERE id = NEW.pending_id AND kind = 'pending'
+                AND debit = NEW.debit AND credit = NEW.credit
+                AND NEW.amount_nano <= iif(NEW.kind IN ('post', 'late'), amount_nano, 0)))
+            THEN RAISE (ABORT, 'what names a pending transfer fits it, while it is open')
+    END;
+END;
 CREATE TRIGGER transfer_is_final BEFORE UPDATE ON transfer
     BEGIN SELECT RAISE (ABORT, 'transfers never change'); END;
 CREATE TRIGGER transfer_stays BEFORE DELETE ON transfer
     BEGIN SELECT RAISE (ABORT, 'transfers are never deleted'); END;
-CREATE TRIGGER transfer_names_an_open_hold BEFORE INSERT ON transfer
-    WHEN NEW.pending_id IS NOT NULL AND (
-        coalesce((SELECT kind FROM transfer WHERE pending_id = NEW.pending_id
-            AND kind IN ('post', 'void', 'expire')), 'open')
-            <> iif(NEW.kind = 'late', 'expire', 'open')
-        OR NOT EXISTS (
-            SELECT 1 FROM transfer WHERE id = NEW.pending_id AND kind = 'pending'
-            AND debit = NEW.debit AND credit = NEW.credit
-            AND NEW.amount_nano <= iif(NEW.kind IN ('post', 'late'), amount_nano, 0)))
-    BEGIN SELECT RAISE (ABORT, 'what names a pending transfer fits it, while it is open'); END;
-CREATE TRIGGER transfer_has_one_currency BEFORE INSERT ON transfer
-    WHEN (SELECT currency FROM account WHERE id = NEW.debit)
-        <> (SELECT currency FROM account WHERE id = NEW.credit)
-    BEGIN SELECT RAISE (ABORT, 'both accounts of a transfer have one currency'); END;
 CREATE TRIGGER receipt_is_new BEFORE INSERT ON receipt
     WHEN EXISTS (SELECT 1 FROM receipt WHERE id = NEW.id OR sequence = NEW.sequence)
     BEGIN SELECT RAISE (ABORT, 'receipts are never replaced'); END;
@@ -183,7 +193,10 @@ class SqliteStorage:
         self._connections: weakref.WeakSet[apsw.Connection] = weakref.WeakSet()
         self._connections_lock = threading.Lock()
         self._clock = clock
-        self._mark: Mark | None = None  # the clock's row, while no other connection wrote
+        # The time of the last group, while no other connection wrote; and the clock's row.
+        self._mark: Mark | None = None
+        self._written: Mark | None = None
+        self._floor_s = 0.0  # the ledger's time never goes back below this
         self._memory = Memory()
         self._data_version: object = None
         with self._reported():
@@ -216,9 +229,14 @@ class SqliteStorage:
         try:
             books = GroupBooks(self._find(db, looked_for))
             mark = advance(self._mark, self._clock())
+            if mark.at_s < self._floor_s:
+                mark = msgspec.structs.replace(mark, at_s=self._floor_s)
             answers, receipts = apply_group(books, group, mark.at_s)
             if books.new_transfers:
-                _write(db, books, receipts, mark)
+                _write(db, books, receipts)
+                if _is_old(self._written, mark):
+                    _write_mark(db, mark)
+                    self._written = mark
             db.execute("COMMIT")
             self._memory.learn(books)
             self._mark = mark
@@ -239,7 +257,10 @@ class SqliteStorage:
             self._memory.forget()
             self._mark = None
         if self._mark is None:
-            self._mark = _mark(db)
+            self._mark = self._written = _mark(db)
+            # Groups of other processes since then have their transfers' times.
+            last = "SELECT created_at_s FROM transfer ORDER BY sequence DESC LIMIT 1"
+            self._floor_s = db.execute(last).get or 0.0
         known, left = self._memory.divide(looked_for)
         found = _find(db, left)
         return Found(
@@ -408,7 +429,7 @@ def _transfers(
 
 def _find(db: apsw.Connection, wanted: Wanted) -> Found:
     """Everything that the rules look up for a group."""
-    transfers = _transfers(db, wanted.transfer_ids)
+    transfers = _transfers(db, wanted.transfer_ids) if wanted.transfer_ids else []
     dues: dict[str, float] = {}
     resolutions: list[Transfer] = []
     accounts = set(wanted.account_ids)
@@ -420,7 +441,7 @@ def _find(db: apsw.Connection, wanted: Wanted) -> Found:
         closed = [each.id for each in held if each.id not in dues]
         if closed:
             resolutions = _transfers(db, closed, "pending_id", IS_AN_END)
-    return Found(_accounts(db, accounts), transfers, dues, resolutions)
+    return Found(_accounts(db, accounts) if accounts else [], transfers, dues, resolutions)
 
 
 def _dues(db: apsw.Connection, pending_ids: Iterable[str] | None = None) -> dict[str, float]:
@@ -438,8 +459,25 @@ def _mark(db: apsw.Connection) -> Mark | None:
     return Mark(*row) if row else None
 
 
-def _write(db: apsw.Connection, books: GroupBooks, receipts: Sequence[Receipt], mark: Mark) -> None:
-    """Write what a group changed, and the time of the group."""
+def _is_old(written: Mark | None, mark: Mark) -> bool:
+    """Whether the clock's row must be written with this group."""
+    return (
+        written is None
+        or written.boot_id != mark.boot_id
+        or mark.uptime_s - written.uptime_s >= CLOCK_ROW_S
+    )
+
+
+def _write_mark(db: apsw.Connection, mark: Mark) -> None:
+    db.execute(
+        "INSERT INTO clock VALUES (1, ?, ?, ?) ON CONFLICT (only_one) DO UPDATE SET "
+        "at_s = excluded.at_s, uptime_s = excluded.uptime_s, boot_id = excluded.boot_id",
+        msgspec.structs.astuple(mark),
+    )
+
+
+def _write(db: apsw.Connection, books: GroupBooks, receipts: Sequence[NewReceipt]) -> None:
+    """Write what a group changed; each statement that has nothing to do would cost, too."""
     _insert(db, INSERT_TRANSFER, map(msgspec.structs.astuple, books.new_transfers))
     db.executemany(
         "UPDATE account SET debits_pending = ?5, credits_pending = ?6, debits_posted = ?7, "
@@ -448,27 +486,23 @@ def _write(db: apsw.Connection, books: GroupBooks, receipts: Sequence[Receipt], 
     )
     changed = books.changed_dues.items()
     _insert(db, INSERT_HOLD, [(id, due_at_s) for id, due_at_s in changed if due_at_s is not None])
-    db.execute(
-        "DELETE FROM hold WHERE pending_id IN (SELECT value FROM json_each(?))",
-        (_json(id for id, due_at_s in changed if due_at_s is None),),
-    )
-    new = _new(db, receipts)
+    ended = [id for id, due_at_s in changed if due_at_s is None]
+    if ended:
+        db.execute(
+            "DELETE FROM hold WHERE pending_id IN (SELECT value FROM json_each(?))", (_json(ended),)
+        )
+    new = _new(db, receipts) if receipts else []
     _insert(db, INSERT_RECEIPT, map(_receipt_row, new))
     _insert(
         db,
         INSERT_RECEIPT_LINE,
-        [(line.document_id, receipt.id) for receipt in new for line in receipt.lines],
-    )
-    db.execute(
-        "INSERT INTO clock VALUES (1, ?, ?, ?) ON CONFLICT (only_one) DO UPDATE SET "
-        "at_s = excluded.at_s, uptime_s = excluded.uptime_s, boot_id = excluded.boot_id",
-        msgspec.structs.astuple(mark),
+        [(line.document_id, each.receipt.id) for each in new for line in each.receipt.lines],
     )
 
 
-def _new(db: apsw.Connection, receipts: Sequence[Receipt]) -> list[Receipt]:
+def _new(db: apsw.Connection, receipts: Sequence[NewReceipt]) -> list[NewReceipt]:
     """Receipts under new ids: the first receipt with an id stays."""
-    by_id = {receipt.id: receipt for receipt in reversed(receipts)}
+    by_id = {new.receipt.id: new for new in reversed(receipts)}
     known = db.execute(
         "SELECT id FROM receipt WHERE id IN (SELECT value FROM json_each(?))", (_json(by_id),)
     )
@@ -477,15 +511,15 @@ def _new(db: apsw.Connection, receipts: Sequence[Receipt]) -> list[Receipt]:
     return list(reversed(by_id.values()))
 
 
-def _receipt_row(receipt: Receipt) -> Row:
-    body = encode_receipt(receipt).decode()
+def _receipt_row(new: NewReceipt) -> Row:
+    receipt = new.receipt
     return (
         receipt.id,
         receipt.request_id,
         receipt.account,
         receipt.document_id,
         receipt.charge_nano,
-        body,
+        new.body.decode(),
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
@@ -19,7 +20,7 @@ from vllm_kvmarket.ledger.model import (
     Receipt,
     Result,
     Transfer,
-    digest_of,
+    encode_receipt,
 )
 from vllm_kvmarket.ledger.rules import Books, apply
 from vllm_kvmarket.ledger.working_set import Wanted
@@ -33,8 +34,8 @@ class Batch(msgspec.Struct, frozen=True, eq=False):
     """Operations that take effect together, and the future that answers them.
 
     `at_s` is None for the database's time at the moment of writing. `give_up_at_s` is a moment of
-    time.monotonic(); a batch that never gives up is kept in the outbox until it is booked. `undo`
-    is written when the caller gave up and the batch may have taken effect.
+    time.monotonic(); a batch that never gives up is kept in the outbox until it is booked. A lone
+    reservation may be undone: it is voided when the caller gave up and it may have taken effect.
     """
 
     operations: tuple[Operation, ...]
@@ -43,7 +44,7 @@ class Batch(msgspec.Struct, frozen=True, eq=False):
     future: Future[list[Result]]
     at_s: float | None
     give_up_at_s: float
-    undo: tuple[Operation, ...] = ()
+    undo: bool = False
 
     @property
     def must_be_booked(self) -> bool:
@@ -57,6 +58,13 @@ class KeyedRequest(msgspec.Struct, frozen=True):
     purchase_key: str
     body_digest: str
     uses: int
+
+
+class NewReceipt(msgspec.Struct, frozen=True, gc=False):
+    """A receipt to store, and its encoding, which its charge commits to."""
+
+    receipt: Receipt
+    body: bytes
 
 
 class Everything(msgspec.Struct, frozen=True):
@@ -151,7 +159,7 @@ def _storable(ids: set[str]) -> list[str]:
 
 def apply_group(
     books: Books, group: Sequence[Batch], now_s: float
-) -> tuple[list[list[Result]], list[Receipt]]:
+) -> tuple[list[list[Result]], list[NewReceipt]]:
     """Apply every batch by the rules; return the answers, and the receipts to store.
 
     A receipt is stored when all of its batch is good and any of it is new. The charge, which is
@@ -160,22 +168,26 @@ def apply_group(
     answers, receipts = [], []
     for batch in group:
         at_s = now_s if batch.at_s is None else batch.at_s
-        receipt, operations = batch.receipt, batch.operations
-        if receipt is not None:
-            receipt = msgspec.structs.replace(receipt, created_at_s=at_s)
-            operations = _with_digest(operations, receipt) if batch.linked else operations
+        if batch.receipt is None:
+            answers.append(apply(books, batch.operations, at_s, linked=batch.linked))
+            continue
+        receipt = msgspec.structs.replace(batch.receipt, created_at_s=at_s)
+        new, operations = NewReceipt(receipt, encode_receipt(receipt)), batch.operations
+        if batch.linked:
+            operations = _with_digest(operations, new)
         results = apply(books, operations, at_s, linked=batch.linked)
         answers.append(results)
-        if receipt is not None:
-            outcomes = [result.outcome for result in results]
-            if Outcome.OK in outcomes and max(outcomes).good:
-                receipts.append(receipt)
+        outcomes = [result.outcome for result in results]
+        if Outcome.OK in outcomes and max(outcomes).good:
+            receipts.append(new)
     return answers, receipts
 
 
-def _with_digest(operations: tuple[Operation, ...], receipt: Receipt) -> tuple[Operation, ...]:
-    digest, charge = digest_of(receipt), receipt.transfer_ids[:1]
-    return tuple(
-        msgspec.structs.replace(each, receipt_digest=digest) if each.id in charge else each
-        for each in operations
-    )
+def _with_digest(operations: tuple[Operation, ...], new: NewReceipt) -> tuple[Operation, ...]:
+    charge = new.receipt.transfer_ids[0] if new.receipt.transfer_ids else None
+    for place, operation in enumerate(operations):
+        if operation.id == charge:
+            digest = hashlib.sha256(new.body).hexdigest()
+            charged = msgspec.structs.replace(operation, receipt_digest=digest)
+            return (*operations[:place], charged, *operations[place + 1 :])
+    return operations

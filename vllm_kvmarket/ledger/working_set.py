@@ -48,6 +48,12 @@ class GroupBooks:
         self.changed_accounts: dict[str, Account] = {}
         self.changed_dues: dict[str, float | None] = {}
         self.new_transfers: list[Transfer] = []
+        # What the batch under way replaced: accounts (and as they had changed before it), due
+        # times, resolutions. Reading goes straight to the books, which is most of the work.
+        self._old_accounts: list[tuple[str, Account, Account | None]] = []
+        self._old_dues: list[tuple[str, float | None, bool]] = []
+        self._old_resolutions: list[tuple[str, Transfer | None]] = []
+        self._first_new = 0
 
     def account(self, account_id: str) -> Account | None:
         return self._accounts.get(account_id)
@@ -62,16 +68,48 @@ class GroupBooks:
         return self._resolutions.get(pending_id)
 
     def put_account(self, account: Account) -> None:
-        self._accounts[account.id] = self.changed_accounts[account.id] = account
+        id = account.id
+        self._old_accounts.append((id, self._accounts[id], self.changed_accounts.get(id)))
+        self._accounts[id] = self.changed_accounts[id] = account
 
     def put_transfer(self, transfer: Transfer) -> None:
         self._transfers[transfer.id] = transfer
         self.new_transfers.append(transfer)
         if transfer.kind in ENDS:
-            self._resolutions[transfer.pending_id] = transfer
+            held = transfer.pending_id
+            self._old_resolutions.append((held, self._resolutions.get(held)))
+            self._resolutions[held] = transfer
 
     def put_due_at_s(self, pending_id: str, due_at_s: float | None) -> None:
+        changed = pending_id in self.changed_dues
+        self._old_dues.append((pending_id, self._dues.get(pending_id), changed))
         self._dues[pending_id] = self.changed_dues[pending_id] = due_at_s
+
+    def begin(self) -> None:
+        self._old_accounts, self._old_dues, self._old_resolutions = [], [], []
+        self._first_new = len(self.new_transfers)
+
+    def undo(self) -> None:
+        for id, account, changed in reversed(self._old_accounts):
+            self._accounts[id] = account
+            if changed is None:
+                self.changed_accounts.pop(id, None)
+            else:
+                self.changed_accounts[id] = changed
+        for id, due_at_s, was_changed in reversed(self._old_dues):
+            self._dues[id] = due_at_s
+            if was_changed:
+                self.changed_dues[id] = due_at_s
+            else:
+                del self.changed_dues[id]
+        for id, resolution in reversed(self._old_resolutions):
+            if resolution is None:
+                del self._resolutions[id]
+            else:
+                self._resolutions[id] = resolution
+        for transfer in self.new_transfers[self._first_new :]:
+            del self._transfers[transfer.id]
+        del self.new_transfers[self._first_new :]
 
 
 class Memory:

@@ -35,6 +35,28 @@ def test_a_new_ledger_starts_with_the_wall_clock():
     assert advance(None, Reading(1_764_000_000.0, 5.0, "boot")).at_s == 1_764_000_000.0
 
 
+def test_time_never_goes_back_between_processes(tmp_path):
+    """The clock's row is not written with each group: the transfers' times stand for it."""
+    place, now = tmp_path / "ledger.sqlite", [0.0, 0.0]
+
+    def clock():
+        return Reading(1_000.0 + now[0], 100.0 + now[1], "boot")
+
+    booked = []
+    with (
+        Ledger(SqliteStorage(place, clock)) as ledger,
+        Ledger(SqliteStorage(place, clock)) as other,
+    ):
+        ledger.create_account("alice", "buyer")
+        # The wall clock runs ahead of the uptime, and falls back.
+        for number, (wall_s, passed_s) in enumerate([(0, 0), (5, 0.4), (0, 0.41), (-5, 0.42)]):
+            now[:] = wall_s, passed_s
+            moved = (ledger, other)[number % 2].deposit("alice", 1, f"d{number}")
+            booked.append(moved.created_at_s)
+    assert booked == sorted(booked)
+    assert booked[2] >= booked[1] > booked[0]
+
+
 def test_a_fast_clock_expires_nobodys_holds(tmp_path):
     """Every process of the machine shares the stored time: none jumps ahead of it."""
     now = {"wall": 10_000.0, "up": 100.0}

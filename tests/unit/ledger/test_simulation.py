@@ -61,7 +61,7 @@ class Disk:
         for transfer in changed.new_transfers:
             self.books.put_transfer(transfer)
         self.books.dues |= changed.changed_dues
-        self.receipts |= {each.id: each for each in receipts}
+        self.receipts |= {each.receipt.id: each.receipt for each in receipts}
         if fault == "crash after":
             raise Crash
         if fault == "answer lost":

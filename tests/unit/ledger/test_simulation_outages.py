@@ -90,7 +90,7 @@ class Database:
             self.books.put_transfer(transfer)
             self.note(transfer)
         self.books.dues |= books.changed_dues
-        self.receipts |= {each.id: each for each in receipts}
+        self.receipts |= {each.receipt.id: each.receipt for each in receipts}
         self.mark = mark
         self.largest_debt = max(self.largest_debt, self.books.account("alice").debt_nano)
         if fault == "after":
@@ -135,10 +135,10 @@ class Engine:
             raise unavailable(OSError("no route"))
         return self.database.write(group)
 
-    def submit(self, operations, kept=None, patience_s=1.0, *, linked=True, undo=()):
+    def submit(self, operations, kept=None, patience_s=1.0, *, linked=True, undo=False):
         future = Future()
         give_up_at_s = self.database.true_s + patience_s
-        one = Batch(tuple(operations), linked, kept, future, None, give_up_at_s, tuple(undo))
+        one = Batch(tuple(operations), linked, kept, future, None, give_up_at_s, undo)
         assert self.writer.enqueue(one) is None
         return future
 
@@ -209,8 +209,7 @@ class Simulation:
         if request.state == "new":
             names = {"debit": "alice", "credit": "provider", "code": "reuse"}
             held = pending(id=request.held, amount_nano=request.most, timeout_s=TIMEOUT_S, **names)
-            undo = [void(id=f"{request.held}:unknown", pending_id=request.held)]
-            request.future = engine.submit([held], undo=undo)
+            request.future = engine.submit([held], undo=True)
             request.state = "reserving"
         elif request.state == "reserving" and request.future.done():
             good = not request.future.exception() and request.future.result()[0].outcome.good

@@ -90,7 +90,7 @@ def test_the_audit_names_transfers_out_of_nothing(ledger, place):
     """Whoever takes the schema's guards down and forges rows is found, not crashed on."""
     db = apsw.Connection(str(place))
     db.execute(
-        "DROP TRIGGER transfer_names_an_open_hold; INSERT INTO transfer (id, kind, debit, credit, "
+        "DROP TRIGGER transfer_fits; INSERT INTO transfer (id, kind, debit, credit, "
         "amount_nano, pending_id, timeout_s, code, user_data, receipt_digest, created_at_s) VALUES "
         "('p', 'post', 'ghost', 'alice', 1, 'gone', 0, '', '', '', 0)"
     )

@@ -241,7 +241,7 @@ def import_(
                 made = dataclasses.replace(listing, stored_bytes=sum(stored.values()))
                 market.catalogue.adopt(made, document, force=relist)
         except BaseException:
-            market.catalogue.release(list(stored), market.store.disk.delete)
+            market.catalogue.leftovers.release(list(stored), market.store.disk.delete)
             raise
         _store_again(market, reader, files)
     shared_bucket.offer(market.store, market.catalogue, listing.document_id)

@@ -9,15 +9,15 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
-from itertools import islice
 from pathlib import Path
 from typing import Literal, Self
 
 import apsw
 
-from vllm_kvmarket.catalogue import queries
+from vllm_kvmarket.catalogue import queries, use_queries
 from vllm_kvmarket.catalogue.eviction_policy import Candidate
 from vllm_kvmarket.catalogue.index import Index, Sellable
+from vllm_kvmarket.catalogue.leftovers import Leftovers
 from vllm_kvmarket.catalogue.listing import (
     NEEDED,
     ON_OFFER,
@@ -43,8 +43,6 @@ from vllm_kvmarket.core.model_identity import CHUNK_TOKENS, unpack_tokens
 
 OWNERS_FOLDER = "publishing"
 EXPIRED_REASON = "its time to live is over"
-# Files that are deleted in one transaction: publishers wait for it.
-_RELEASED_AT_ONCE = 32
 # From this number of chunks on, reading all that are needed is quicker than asking for each.
 _MANY = 1000
 
@@ -69,6 +67,7 @@ class Catalogue:
         self._owner = Owner(path.parent / OWNERS_FOLDER)
         self._db = Connections(path)
         self.store_record = StoreRecord(self._db)
+        self.leftovers = Leftovers(self._db, self._owner)
         with self._db.transaction() as db:
             chosen = queries.fix_chunk_tokens(db, chunk_tokens)
         if chosen != chunk_tokens:
@@ -245,7 +244,7 @@ class Catalogue:
         """
         chunks = self._check(listing, document)
         fresh = dataclasses.replace(listing, state="publishing", reason="", stored_bytes=0)
-        with self._changing() as db:
+        with self.leftovers.undisturbed(document.keys, self._changing) as db:
             if limits is not None and not queries.is_listed(db, listing.document_id):
                 queries.check_limits(db, listing, limits, needed_bytes)
             begun = self._start(db, fresh, chunks)
@@ -284,7 +283,7 @@ class Catalogue:
         name = listing.document_id
         chunks = self._check(listing, document)
         fresh = dataclasses.replace(listing, state="publishing", reason="")
-        with self._changing() as db:
+        with self.leftovers.undisturbed(document.keys, self._changing) as db:
             existing = queries.find_listing(db, name)
             if existing is not None and (
                 existing.state in ON_OFFER or (existing.state == "delisted" and not force)
@@ -405,7 +404,7 @@ class Catalogue:
             listing = self._read(db, document_id)
             if listing.state not in ON_OFFER or listing.pinned:
                 return False
-            queries.remember_uses(db, document_id)
+            use_queries.remember_uses(db, document_id)
             queries.set_state(db, document_id, "evicted", reason)
             return True
 
@@ -493,10 +492,12 @@ class Catalogue:
             return queries.count(db, wanted, time.time())
 
     def tokens_of(self, document_id: str) -> list[int]:
-        """Return a document's token ids. Raises NotFoundError."""
+        """Return a document's token ids. Raises NotFoundError, also when they were removed."""
         with self._db.snapshot() as db:
             self._read(db, document_id)
             chunks = queries.chunks_of(db, document_id)
+        if not chunks:
+            raise NotFoundError(f"the tokens of {document_id} were removed; publish its text again")
         return unpack_tokens(b"".join(chunk.tokens for chunk in chunks))
 
     def chunk_is_listed(self, key: bytes) -> bool:
@@ -507,13 +508,20 @@ class Catalogue:
     def needed_chunks(self, keys: Iterable[bytes]) -> set[bytes]:
         """Return those of `keys` that a listing on offer or being published holds.
 
-        Only `release` may delete the others: a listing may begin to need them at any moment.
+        Only `leftovers.release` may delete the others: a listing may begin to need them meanwhile.
         """
         asked = set(keys)
         with self._db.snapshot() as db:
             if len(asked) > _MANY:
                 return asked & queries.all_held(db, NEEDED)
             return {key for key in asked if queries.is_held(db, key, NEEDED)}
+
+    def needed_bytes(self, *, fixed: bool = False) -> int:
+        """Return the bytes that documents on offer or on their way have stored; if `fixed`, only
+        those that are pinned or on their way.
+        """
+        with self._db.snapshot() as db:
+            return queries.needed_bytes(db, fixed=fixed)
 
     # Damage
 
@@ -550,24 +558,7 @@ class Catalogue:
     def candidates(self) -> list[Candidate]:
         """Return every document on offer as the eviction policies see it, in order of their ids."""
         with self._db.snapshot() as db:
-            return queries.candidates(db)
-
-    def release(self, keys: Iterable[bytes], delete: Callable[[bytes], object]) -> int:
-        """Call `delete` for each chunk that no listing on offer or on its way holds; how many.
-
-        No publication can begin meanwhile: one that began before keeps its chunks, and one that
-        begins afterwards finds them gone. `delete` must be quick and must not use the catalogue;
-        its errors pass through.
-        """
-        released = 0
-        waiting = iter(keys)
-        while batch := list(islice(waiting, _RELEASED_AT_ONCE)):
-            with self._db.transaction() as db:
-                for key in batch:
-                    if not queries.is_held(db, key, NEEDED):
-                        delete(key)
-                        released += 1
-        return released
+            return use_queries.candidates(db)
 
     # Uses and audits
 
@@ -578,12 +569,12 @@ class Catalogue:
         """
         if uses:
             with self._db.transaction() as db:
-                queries.note_uses(db, uses)
+                use_queries.note_uses(db, uses)
 
     def usage_of(self, document_id: str) -> Usage:
         """Return what is known of a document's reuses. Raises NotFoundError."""
         with self._db.snapshot() as db:
-            usage = queries.usage_of(db, document_id)
+            usage = use_queries.usage_of(db, document_id)
         if usage is None:
             raise NotFoundError(f"there is no document {document_id}; see `kvmarket document list`")
         return usage
@@ -592,9 +583,9 @@ class Catalogue:
         """Keep an audit's result with its listing; mutates the database. Raises NotFoundError."""
         with self._db.transaction() as db:
             self._read(db, audit.document_id)
-            queries.record_audit(db, audit)
+            use_queries.record_audit(db, audit)
 
     def audits_of(self, document_id: str) -> list[Audit]:
         """Return a document's audits, newest first; none for an unknown document."""
         with self._db.snapshot() as db:
-            return queries.audits_of(db, document_id)
+            return use_queries.audits_of(db, document_id)

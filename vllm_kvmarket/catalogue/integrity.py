@@ -9,7 +9,7 @@ from math import inf
 import apsw
 
 from vllm_kvmarket.catalogue import queries
-from vllm_kvmarket.catalogue.listing import Listing
+from vllm_kvmarket.catalogue.listing import NEEDED, Listing
 from vllm_kvmarket.catalogue.prefix_tree import Node, PrefixTree
 from vllm_kvmarket.core.document_chunks import DocumentChunks
 from vllm_kvmarket.core.model_identity import TOKEN_BYTES, unpack_tokens
@@ -48,6 +48,9 @@ def _listing_problems(
     *,
     whole: bool,
 ) -> Iterator[str]:
+    if not chunks and listing.state not in NEEDED:
+        # Its tokens were removed.
+        return
     tokens = unpack_tokens(b"".join(chunk.tokens for chunk in chunks))
     if len(tokens) != listing.token_count:
         yield f"{len(tokens)} tokens stored, {listing.token_count} listed"

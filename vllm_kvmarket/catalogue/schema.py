@@ -107,7 +107,23 @@ STORE_SCHEMA = """
 ALTER TABLE catalogue ADD COLUMN store_url TEXT;
 ALTER TABLE catalogue ADD COLUMN store_id TEXT;
 """
-MIGRATIONS = (SCHEMA, STORE_SCHEMA)
+# Chunks whose files are being deleted, and by which process. A listing is `stored` until what only
+# it needs may be deleted, and `purged` when its tokens are gone; `ended_at_s` is when it left.
+LEFTOVERS_SCHEMA = """
+CREATE TABLE releasing (
+    key BLOB PRIMARY KEY CHECK (length(key) = 32),
+    owner TEXT NOT NULL
+) STRICT, WITHOUT ROWID;
+ALTER TABLE listing ADD COLUMN stored INTEGER NOT NULL DEFAULT 1 CHECK (stored IN (0, 1));
+ALTER TABLE listing ADD COLUMN purged INTEGER NOT NULL DEFAULT 0 CHECK (purged IN (0, 1));
+ALTER TABLE listing ADD COLUMN ended_at_s REAL;
+UPDATE listing SET ended_at_s = created_at_s
+WHERE state NOT IN ('live', 'damaged', 'publishing');
+CREATE INDEX listing_left ON listing (state)
+    WHERE stored AND state NOT IN ('live', 'damaged', 'publishing');
+CREATE INDEX listing_end ON listing (ended_at_s) WHERE ended_at_s IS NOT NULL AND NOT purged;
+"""
+MIGRATIONS = (SCHEMA, STORE_SCHEMA, LEFTOVERS_SCHEMA)
 
 # Made only where documents may not fit into memory: a chunk takes about five kilobytes here.
 BEYOND_ROOM = "catalogue_beyond"

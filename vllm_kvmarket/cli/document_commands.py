@@ -30,7 +30,7 @@ from vllm_kvmarket.cli.command import (
 from vllm_kvmarket.cli.output import clean, emit, moment, pairs, progress, size, table
 from vllm_kvmarket.core.errors import NotPublishableError, PublishFailedError
 from vllm_kvmarket.core.pricing import PPM, format_nano
-from vllm_kvmarket.market import eviction
+from vllm_kvmarket.market import eviction, garbage_collection
 from vllm_kvmarket.market.market import Market
 
 if TYPE_CHECKING:
@@ -317,6 +317,35 @@ def document_delist(args: argparse.Namespace) -> None:
         market.delist(args.document_id)
         document = describe(market, market.catalogue.get(args.document_id))
     emit(args, document, lambda where: where.print(f"delisted {document['document_id']}"))
+
+
+@command(
+    argument("document_ids", metavar="ID", nargs="*", help="documents, kvd_..."),
+    argument(
+        "--older-than",
+        type=span_s,
+        help="without IDs: all that were delisted, expired or failed so long ago, for example 30d "
+        "(default: the configuration's retention_s)",
+    ),
+    changes=True,
+)
+def document_purge(args: argparse.Namespace) -> None:
+    """Remove the tokens of documents that left the market; receipts and titles stay."""
+    if args.document_ids and args.older_than is not None:
+        raise UsageError("give documents or --older-than, not both")
+    with open_market(args) as market:
+        age_s = market.config.retention_s if args.older_than is None else args.older_than
+        chosen = args.document_ids
+        if not chosen:
+            if age_s is None:
+                raise UsageError("name the documents, or give --older-than")
+            chosen = market.catalogue.leftovers.overdue(time.time() - age_s)
+        purged = garbage_collection.purge(market, chosen)
+    emit(
+        args,
+        {"purged": purged, "document_ids": chosen},
+        lambda where: where.print(f"removed the tokens of {purged} documents"),
+    )
 
 
 @command(

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from functools import partial
 
 from vllm.logger import init_logger
 
 from vllm_kvmarket.connector.scheduler_metrics import SchedulerMetrics
+from vllm_kvmarket.market.garbage_collection import purge
 from vllm_kvmarket.market.market import Market
 from vllm_kvmarket.market.shared_bucket import Directory
 
@@ -31,6 +33,7 @@ class Housekeeping:
             "expiring reservations": market.ledger.expire_pending,
             "noting uses": market.flush_uses,
             "following the object store": directory.sync,
+            "removing old documents' tokens": partial(purge, market),
             "taking metrics": metrics.look,
         }
         self._problems: dict[str, str] = {}

@@ -203,12 +203,26 @@ class MarketConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
             "`region`, `allow_http`; give credentials by the environment"
         ),
     ] = msgspec.field(default_factory=dict)
+    object_store_quota_bytes: Annotated[
+        Annotated[int, msgspec.Meta(ge=0)] | None,
+        msgspec.Meta(
+            description="most bytes of documents in the object store; beyond, documents are "
+            "evicted; null: no limit"
+        ),
+    ] = None
     object_store_timeout_s: Annotated[
         float,
         msgspec.Meta(
             gt=0, le=300, description="longest time to load a chunk; then it is computed instead"
         ),
     ] = 10.0
+    retention_s: Annotated[
+        Annotated[int, msgspec.Meta(ge=0)] | None,
+        msgspec.Meta(
+            description="seconds after which the tokens of a document that was delisted, expired "
+            "or failed are removed from the database; null: they are kept"
+        ),
+    ] = None
     refresh_interval_s: Annotated[
         float,
         msgspec.Meta(

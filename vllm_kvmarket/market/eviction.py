@@ -11,44 +11,100 @@ from vllm_kvmarket.catalogue import Listing, eviction_policy
 from vllm_kvmarket.catalogue.eviction_policy import Candidate
 from vllm_kvmarket.catalogue.listing import ON_OFFER
 from vllm_kvmarket.market import shared_bucket
-from vllm_kvmarket.market.garbage_collection import bytes_on_disk, release_unneeded
+from vllm_kvmarket.market.garbage_collection import bytes_on_disk, release_leftovers
 
 if TYPE_CHECKING:
     from vllm_kvmarket.market.market import Market
 
 
 def make_room(market: Market, needed_bytes: int, protect: Collection[str] = frozenset()) -> int:
-    """Make `needed_bytes` fit under the disk quota; how many bytes are free then.
+    """Make `needed_bytes` fit under the store's quota; how many bytes are free then.
 
     Chunks that no listing needs are deleted first. Then whole documents are evicted, in the order
     of the configured policy, until it fits. Documents in `protect` and pinned ones are never
     evicted, and those whose publisher paid for storage come last. When the bytes cannot fit at all,
-    nothing is evicted. Nothing is done without a quota, or with an object store behind the disk,
-    which then evicts by itself. Raises CatalogueError, StoreError.
+    nothing is evicted. Nothing is done without a quota. With an object store, its quota counts, and
+    the disk evicts by itself. No folder is scanned unless the disk's quota is used up. Raises
+    CatalogueError, StoreError.
     """
-    usage = market.store.disk.usage()
-    quota = usage.quota_bytes
-    if usage.free_bytes >= needed_bytes or quota is None or market.store.objects is not None:
-        return usage.free_bytes
-    market.catalogue.expire()
-    release_unneeded(market, market.store.disk.keys())
-    usage = market.store.disk.usage()
-    if usage.free_bytes >= needed_bytes:
-        return usage.free_bytes
-    if needed_bytes > quota - _bytes_that_stay(market, protect):
-        return usage.free_bytes
+    space = _Bucket(market) if market.store.objects is not None else _Disk(market)
+    free = space.free_bytes()
+    if free >= needed_bytes or not space.has_quota:
+        return free
+    for document_id in market.catalogue.expire():
+        shared_bucket.withdraw(market.store, document_id)
+    space.release()
+    free = space.free_bytes()
+    if free >= needed_bytes or needed_bytes > space.bytes_that_can_be_free(protect):
+        return free
     reason = f"the store needed {needed_bytes} bytes"
     victims = _victims(market, protect)
-    while usage.free_bytes < needed_bytes:
-        chosen = list(_enough(victims, needed_bytes - usage.free_bytes))
+    while free < needed_bytes:
+        chosen = list(_enough(victims, needed_bytes - free))
         if not chosen:
             break
         for victim in chosen:
             if market.catalogue.evict(victim.document_id, reason):
-                keys = market.catalogue.get(victim.document_id).chunk_keys
-                release_unneeded(market, keys)
-        usage = market.store.disk.usage()
-    return usage.free_bytes
+                shared_bucket.withdraw(market.store, victim.document_id)
+        space.release()
+        free = space.free_bytes()
+    return free
+
+
+class _Disk:
+    """The chunks folder; what is counted are its bytes."""
+
+    def __init__(self, market: Market) -> None:
+        self._market = market
+        self.has_quota = market.store.disk.quota_bytes is not None
+
+    def free_bytes(self) -> int:
+        return self._market.store.disk.free_bytes()
+
+    def release(self) -> None:
+        release_leftovers(self._market)
+
+    def bytes_that_can_be_free(self, protect: Collection[str]) -> int:
+        keys = {
+            key
+            for listing in self._market.catalogue.listings()
+            if _stays(listing, protect)
+            for key in listing.chunk_keys
+        }
+        quota = self._market.store.disk.quota_bytes or 0
+        return quota - bytes_on_disk(self._market, keys)
+
+
+class _Bucket:
+    """The object store; what is counted are the bytes of the documents that need it.
+
+    Objects that none of them needs are left to `kvmarket store gc`: another market may need them.
+    """
+
+    def __init__(self, market: Market) -> None:
+        self._market = market
+        self._quota = market.config.object_store_quota_bytes or 0
+        self.has_quota = market.config.object_store_quota_bytes is not None
+
+    def free_bytes(self) -> int:
+        return self._quota - self._market.catalogue.needed_bytes()
+
+    def release(self) -> None:
+        """The bytes of a document that left are not counted any more."""
+
+    def bytes_that_can_be_free(self, protect: Collection[str]) -> int:
+        catalogue = self._market.catalogue
+        protected = (catalogue.get(each) for each in protect)
+        stay = sum(
+            each.stored_bytes for each in protected if each.state in ON_OFFER and not each.pinned
+        )
+        return self._quota - stay - catalogue.needed_bytes(fixed=True)
+
+
+def _stays(listing: Listing, protect: Collection[str]) -> bool:
+    return listing.state == "publishing" or (
+        listing.state in ON_OFFER and (listing.pinned or listing.document_id in protect)
+    )
 
 
 def _victims(market: Market, protect: Collection[str]) -> Iterator[Candidate]:
@@ -76,17 +132,6 @@ def _enough(victims: Iterator[Candidate], missing: int) -> Iterator[Candidate]:
         missing -= victim.bytes
         if missing <= 0:
             return
-
-
-def _bytes_that_stay(market: Market, protect: Collection[str]) -> int:
-    keys = {
-        key
-        for listing in market.catalogue.listings()
-        if listing.state == "publishing"
-        or (listing.state in ON_OFFER and (listing.pinned or listing.document_id in protect))
-        for key in listing.chunk_keys
-    }
-    return bytes_on_disk(market, keys)
 
 
 def set_time_to_live(market: Market, document_id: str, expires_at_s: float | None) -> Listing:

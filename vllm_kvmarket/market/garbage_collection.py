@@ -80,6 +80,26 @@ def _expected_garbage(market: Market) -> GcReport:
     )
 
 
+def release_leftovers(market: Market) -> tuple[int, int]:
+    """Delete chunks of documents that left the market, as `release_unneeded`; scans no folder."""
+    left = market.catalogue.leftovers.documents()
+    return release_unneeded(market, market.catalogue.leftovers.keys_of(left))
+
+
+def purge(market: Market, document_ids: Iterable[str] | None = None) -> int:
+    """Remove the tokens of documents that left the market, and what only they need on the disk.
+
+    Without `document_ids`, those that were delisted, expired or failed longer ago than the
+    configuration's retention. Returns how many documents had tokens. Raises as Leftovers.purge.
+    """
+    leftovers, kept_s = market.catalogue.leftovers, market.config.retention_s
+    if document_ids is None:
+        if kept_s is None:
+            return 0
+        document_ids = leftovers.overdue(time.time() - kept_s)
+    return leftovers.purge(document_ids, market.store.disk.delete)
+
+
 def release_unneeded(market: Market, keys: Iterable[bytes]) -> tuple[int, int]:
     """Delete those chunks that no listing needs; how many, and how many bytes they had."""
     keys = list(keys)
@@ -93,7 +113,9 @@ def release_unneeded(market: Market, keys: Iterable[bytes]) -> tuple[int, int]:
         freed += size
 
     # Asked again under the catalogue's lock, one by one; most are needed and need not be.
-    released = market.catalogue.release((key for key in keys if key not in needed), delete)
+    released = market.catalogue.leftovers.release(
+        (key for key in keys if key not in needed), delete
+    )
     return released, freed
 
 

@@ -25,6 +25,7 @@ from vllm_kvmarket.core.errors import (
     LedgerUnavailableError,
     NotFoundError,
     StoreError,
+    StoreFullError,
 )
 from vllm_kvmarket.ledger import Account, Ledger, Receipt, Transfer
 from vllm_kvmarket.market import engine_operations, shared_bucket
@@ -276,7 +277,14 @@ class Market:
         limits = limits_of(self.config, publisher)
         begun = self.catalogue.begin(listing, document, limits, needed_bytes)
         if begun.state == "publishing" and needed_bytes:
-            make_room(self, needed_bytes, {listing.document_id})
+            free = make_room(self, needed_bytes, {listing.document_id})
+            if free < needed_bytes and self.config.object_store_quota_bytes is not None:
+                reason = (
+                    f"no space for {needed_bytes} bytes in the object store, of whose quota {free} "
+                    "are free; raise object_store_quota_bytes, or delist documents"
+                )
+                self.catalogue.fail(listing.document_id, reason)
+                raise StoreFullError(reason)
         return begun
 
     def commit_listing(

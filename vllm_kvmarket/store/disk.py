@@ -301,21 +301,30 @@ class DiskStore:
         with self._reporting(self.root):
             return self._quarantine.entries()
 
+    @property
+    def quota_bytes(self) -> int | None:
+        """The limit of the folder; None is no limit."""
+        return self._quota.quota_bytes
+
     def usage(self) -> StoreUsage:
         """What the folder contains and what still fits. Raises StoreError."""
         quarantined = self.quarantined()
-        with self._locked() as count:
-            used = count.used
-            free = self._quota.free_bytes(used - sum(entry.bytes for entry in quarantined))
         return StoreUsage(
-            bytes_used=used,
+            bytes_used=self.bytes_counted(),
             quota_bytes=self._quota.quota_bytes,
-            free_bytes=free,
+            free_bytes=self.free_bytes(),
             chunk_files=sum(1 for _ in self._chunk_files()),
             quarantined_files=len(quarantined),
             quarantined_bytes=sum(entry.bytes for entry in quarantined),
             drafts=sum(1 for _ in self.root.glob(f"??/{DRAFT_PREFIX}*")),
         )
+
+    def free_bytes(self) -> int:
+        """Bytes that still fit, as in `usage`; looks at no chunk file. Raises StoreError."""
+        with self._locked() as count:
+            # What is in quarantine is deleted when space is needed.
+            spare = sum(entry.bytes for entry in self._quarantine.entries())
+            return self._quota.free_bytes(count.used - spare)
 
     def bytes_used(self) -> int:
         """Bytes of all chunk files; `usage` tells what the quota counts."""

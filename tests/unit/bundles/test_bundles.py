@@ -255,7 +255,7 @@ def test_a_killed_import_lists_nothing(buyer, bundle):
     assert subprocess.run(command, env=environment, check=False).returncode == -signal.SIGKILL
     assert len(files_in(buyer.store.disk.root)) == 2
     buyer.store.disk.sweep_temporary()
-    buyer.catalogue.release(list(buyer.store.disk.keys()), buyer.store.disk.delete)
+    buyer.catalogue.leftovers.release(list(buyer.store.disk.keys()), buyer.store.disk.delete)
     assert_nothing_left(buyer)
     assert take(buyer, bundle).state == "live"
 
@@ -294,7 +294,9 @@ def test_chunks_that_gc_takes_meanwhile_are_stored_again(buyer, bundle, tmp_path
 
         def collect(done, total):
             if done == total:
-                other.catalogue.release(list(other.store.disk.keys()), other.store.disk.delete)
+                other.catalogue.leftovers.release(
+                    list(other.store.disk.keys()), other.store.disk.delete
+                )
 
         listing = take(buyer, bundle, on_progress=collect)
     assert listing.state == "live"

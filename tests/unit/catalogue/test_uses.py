@@ -149,7 +149,7 @@ def test_only_chunks_that_nobody_needs_are_released(catalogue):
     catalogue.report_damage(live.chunk_keys[0])
     deleted: list[bytes] = []
     keys = [*live.chunk_keys, *begun.chunk_keys, *gone.chunk_keys, b"?" * 32]
-    assert catalogue.release(keys * 20, deleted.append) == 60
+    assert catalogue.leftovers.release(keys * 20, deleted.append) == 3
     assert set(deleted) == {*gone.chunk_keys, b"?" * 32}
 
 
@@ -195,7 +195,7 @@ def test_a_publisher_begins_before_a_release_or_after_it(catalogue, path):
 
     thread = threading.Thread(target=begin)
     thread.start()
-    assert catalogue.release(gone.chunk_keys, delete) == 3
+    assert catalogue.leftovers.release(gone.chunk_keys, delete) == 3
     thread.join()
     assert events == ["deleted"] * 3 + ["begun"]
 
@@ -203,7 +203,9 @@ def test_a_publisher_begins_before_a_release_or_after_it(catalogue, path):
 def test_an_error_while_deleting_is_raised_on(catalogue):
     """And the database is usable afterwards."""
     with pytest.raises(OSError, match="disk"):
-        catalogue.release([b"?" * 32], lambda _: exec("raise OSError('the disk is gone')"))
+        catalogue.leftovers.release(
+            [b"?" * 32], lambda _: exec("raise OSError('the disk is gone')")
+        )
     publish(catalogue, DOCUMENT)
 
 
@@ -242,7 +244,7 @@ with Catalogue.open(home / "market.sqlite") as catalogue:
         released = 0
         while any(process.poll() is None for process in processes):
             keys = [bytes.fromhex(file.name) for file in folder.iterdir()]
-            released += catalogue.release(
+            released += catalogue.leftovers.release(
                 keys, lambda key: (folder / key.hex()).unlink(missing_ok=True)
             )
         assert [ended(process) for process in processes] == [0, 0]

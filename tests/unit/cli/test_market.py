@@ -46,6 +46,18 @@ def test_delisting_takes_a_document_off_the_market(run, run_json, sold):
     assert "no document kvd_nothing" in run("document", "delist", "kvd_nothing", code=1).err
 
 
+def test_purging_removes_the_tokens_of_a_delisted_document(run, run_json, sold):
+    """By name, or by how long ago it left; what is on offer is refused."""
+    assert "delist it first" in run("document", "purge", sold.document_id, code=1).err
+    assert "give --older-than" in run("document", "purge", code=2).err
+    run("document", "delist", sold.document_id)
+    assert run_json("document", "purge", "--older-than", "1d")["purged"] == 0
+    assert run_json("document", "purge", "--older-than", "0s")["purged"] == 1
+    assert run_json("document", "purge", sold.document_id)["purged"] == 0
+    assert run_json("document", "show", sold.document_id)["token_count"] == sold.token_count
+    assert run_json("store", "check")["ok"]
+
+
 def test_a_title_cannot_command_the_terminal(run, home, list_document):
     """Escape sequences and markup in a publisher's title are shown, not obeyed."""
     with Market.open(home) as market:

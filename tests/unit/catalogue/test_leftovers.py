@@ -1,0 +1,199 @@
+"""What documents leave behind: files that are deleted outside transactions, and tokens that go."""
+
+from __future__ import annotations
+
+import threading
+import time
+from pathlib import Path
+
+import apsw
+import pytest
+
+from tests.support.catalogue_documents import (
+    chunks_of,
+    ended,
+    heard,
+    listing_of,
+    publish,
+    start_process,
+    tell,
+    tokens,
+)
+from vllm_kvmarket.catalogue import Catalogue, Use
+from vllm_kvmarket.catalogue import leftovers as module
+from vllm_kvmarket.core.errors import (
+    CatalogueRefusedError,
+    CatalogueUnavailableError,
+    NotFoundError,
+)
+from vllm_kvmarket.core.model_identity import pack_tokens
+
+DOCUMENT = tokens(600)
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "market.sqlite"
+
+
+@pytest.fixture
+def catalogue(path: Path):
+    with Catalogue.open(path) as catalogue:
+        yield catalogue
+        assert catalogue.check_integrity() == []
+
+
+def test_nobody_waits_for_files_that_are_deleted(catalogue, path):
+    """Another process writes meanwhile; only a publisher of those very chunks waits."""
+    gone = publish(catalogue, DOCUMENT)
+    catalogue.delist(gone.document_id)
+    begun, may_end = threading.Event(), threading.Event()
+
+    def delete(_key: bytes) -> None:
+        begun.set()
+        assert may_end.wait(30)
+
+    releasing = threading.Thread(target=catalogue.leftovers.release, args=(gone.chunk_keys, delete))
+    releasing.start()
+    assert begun.wait(30)
+    waited = threading.Event()
+    with Catalogue.open(path) as other:
+        other.note_uses([Use(gone.document_id, 600, 1, time.time())])
+        catalogue.note_uses([Use(gone.document_id, 600, 1, time.time())])
+        assert publish(other, tokens(600, seed=1)).state == "live"
+
+        def republish() -> None:
+            publish(other, DOCUMENT)
+            waited.set()
+
+        publishing = threading.Thread(target=republish)
+        publishing.start()
+        assert not waited.wait(0.3), "its chunks are still being deleted"
+        may_end.set()
+        releasing.join()
+        publishing.join()
+    assert catalogue.get(gone.document_id).state == "live"
+
+
+def test_a_publisher_does_not_wait_for_ever(catalogue, monkeypatch):
+    """A store that hangs is an error that says so."""
+    gone = publish(catalogue, DOCUMENT)
+    catalogue.delist(gone.document_id)
+    monkeypatch.setattr(module, "_PATIENCE_S", 0.05)
+    refused: list[Exception] = []
+
+    def delete(_key: bytes) -> None:
+        with pytest.raises(CatalogueUnavailableError, match="being deleted; try again") as error:
+            catalogue.begin(listing_of(DOCUMENT), chunks_of(DOCUMENT))
+        refused.append(error.value)
+
+    catalogue.leftovers.release(gone.chunk_keys[:1], delete)
+    assert len(refused) == 1
+
+
+DIE_WHILE_DELETING = """
+catalogue = Catalogue.open(home)
+listing = publish(catalogue, tokens(600))
+catalogue.delist(listing.document_id)
+
+def delete(key):
+    print("deleting", flush=True)
+    sys.stdin.readline()
+    os._exit(1)
+
+catalogue.leftovers.release(listing.chunk_keys, delete)
+"""
+
+
+def test_the_marks_of_a_process_that_died_mean_nothing(catalogue, path):
+    """Its document can be published at once."""
+    process = start_process(DIE_WHILE_DELETING, path)
+    assert heard(process) == "deleting"
+    tell(process)
+    ended(process)
+    started_s = time.monotonic()
+    assert publish(catalogue, DOCUMENT).state == "live"
+    assert time.monotonic() - started_s < module._PATIENCE_S / 2
+    left = apsw.Connection(str(path)).execute("SELECT count(*) FROM releasing").fetchall()
+    assert left == [(0,)]
+
+
+def test_documents_that_left_are_found_without_looking_at_files(catalogue):
+    """Each once; one that was published again is none."""
+    leaves = {
+        "delisted": catalogue.delist,
+        "evicted": lambda name: catalogue.evict(name, "no space"),
+        "expired": lambda name: catalogue.set_expiry(name, 1.0),
+    }
+    names = {}
+    for seed, (state, leave) in enumerate(leaves.items()):
+        names[state] = publish(catalogue, tokens(600, seed)).document_id
+        leave(names[state])
+    catalogue.expire()
+    failed = catalogue.begin(listing_of(tokens(600, 7)), chunks_of(tokens(600, 7)))
+    catalogue.fail(failed.document_id, "the store is full")
+    publish(catalogue, tokens(600, 8))
+    assert publish(catalogue, tokens(600, 0)).document_id == names["delisted"]
+    found = catalogue.leftovers.documents()
+    assert sorted(found) == sorted([names["evicted"], names["expired"], failed.document_id])
+    assert catalogue.leftovers.documents() == []
+    catalogue.delist(names["delisted"])
+    assert catalogue.leftovers.documents() == [names["delisted"]]
+    assert len(catalogue.leftovers.keys_of(found)) == 9
+
+
+# Tokens
+
+
+def test_the_tokens_of_a_delisted_document_leave_the_database(catalogue, path):
+    """What another document needs stays; the listing stays, and can be published again."""
+    shared = DOCUMENT[:512]
+    gone = publish(catalogue, DOCUMENT, title="kept")
+    kept = publish(catalogue, [*shared, 1, 2, 3])
+    with pytest.raises(CatalogueRefusedError, match="is live; delist it first"):
+        catalogue.leftovers.purge([gone.document_id], lambda _: None)
+    catalogue.delist(gone.document_id)
+    deleted: list[bytes] = []
+    assert catalogue.leftovers.purge([gone.document_id], deleted.append) == 1
+    assert deleted == [gone.chunk_keys[-1]]
+    assert catalogue.leftovers.purge([gone.document_id], deleted.append) == 0
+    with pytest.raises(NotFoundError, match="were removed; publish its text again"):
+        catalogue.tokens_of(gone.document_id)
+    assert catalogue.get(gone.document_id).terms.title == "kept"
+    assert catalogue.tokens_of(kept.document_id)[:512] == shared
+    assert publish(catalogue, DOCUMENT).state == "live"
+    assert catalogue.tokens_of(gone.document_id) == DOCUMENT
+
+
+def test_tokens_that_were_removed_are_not_in_the_file(path):
+    """They are overwritten, not only unlinked."""
+    kept, gone = tokens(600), tokens(256 * 20, seed=1)
+    with Catalogue.open(path) as catalogue:
+        publish(catalogue, kept)
+        listing = publish(catalogue, gone)
+        catalogue.delist(listing.document_id)
+        catalogue.leftovers.purge([listing.document_id], lambda _: None)
+    content = path.read_bytes()
+    assert not path.with_name("market.sqlite-wal").exists()
+    assert pack_tokens(kept[:256]) in content
+    left = [start for start in range(0, len(gone), 16) if _packed(gone, start) in content]
+    assert left == []
+
+
+def _packed(token_ids: list[int], start: int) -> bytes:
+    return pack_tokens(token_ids[start : start + 16])
+
+
+def test_only_what_left_long_ago_is_overdue(catalogue):
+    """Evicted documents stay: they can be computed again from their tokens."""
+    old, evicted, live = (publish(catalogue, tokens(600, seed)).document_id for seed in range(3))
+    before_s = time.time()
+    catalogue.delist(old)
+    catalogue.evict(evicted, "no space")
+    assert catalogue.leftovers.overdue(before_s) == []
+    assert catalogue.leftovers.overdue(time.time() + 1) == [old]
+    catalogue.leftovers.purge([old], lambda _: None)
+    assert catalogue.leftovers.overdue(time.time() + 1) == []
+    assert catalogue.get(live).state == "live"
+    with pytest.raises(NotFoundError, match="there is no document"):
+        catalogue.leftovers.purge(["kvd_none"], lambda _: None)

@@ -1,0 +1,180 @@
+"""What documents leave behind when they leave the market: files of chunks, and tokens.
+
+No file is deleted inside a transaction. A chunk that nothing needs is first marked as being
+deleted; publishing a document with such a chunk waits until the files are gone and the mark with
+them. A mark of a process that has died means nothing.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Collection, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from itertools import islice
+
+import apsw
+
+from vllm_kvmarket.catalogue import queries
+from vllm_kvmarket.catalogue.listing import NEEDED
+from vllm_kvmarket.catalogue.publisher_locks import Owner
+from vllm_kvmarket.catalogue.schema import Connections
+from vllm_kvmarket.core.errors import (
+    CatalogueRefusedError,
+    CatalogueUnavailableError,
+    NotFoundError,
+)
+
+# Chunks that are marked at once: a publisher may wait for all of them.
+_AT_ONCE = 32
+# How long a publisher waits until its document's old chunks are gone.
+_PATIENCE_S = 60.0
+_PAUSE_S = 0.01
+# Documents whose tokens are removed in one transaction.
+_PURGED_AT_ONCE = 100
+_GONE = "state NOT IN ('live', 'damaged', 'publishing')"
+
+
+class Leftovers:
+    """Deletes what no document needs; thread-safe."""
+
+    def __init__(self, connections: Connections, owner: Owner) -> None:
+        self._db = connections
+        self._owner = owner
+        self._lock = threading.Lock()
+
+    # Files
+
+    def documents(self) -> list[str]:
+        """Return documents that left the market since this was asked; mutates the database.
+
+        What only they needed can be released now. Others find files that are overlooked, in a
+        process that ends before it has released them, by looking at all files.
+        """
+        statement = f"UPDATE listing SET stored = 0 WHERE stored AND {_GONE} RETURNING document_id"  # noqa: S608  # a text of ours
+        with self._db.transaction() as db:
+            return [document_id for (document_id,) in queries.rows(db, statement)]
+
+    def keys_of(self, document_ids: Iterable[str]) -> list[bytes]:
+        """Return the chunks of some documents, each once."""
+        with self._db.snapshot() as db:
+            chunks = (queries.chunks_of(db, each) for each in document_ids)
+            return list(dict.fromkeys(chunk.key for found in chunks for chunk in found))
+
+    def release(self, keys: Iterable[bytes], delete: Callable[[bytes], object]) -> int:
+        """Call `delete` for each chunk that no listing on offer or on its way holds; how many.
+
+        No publication of a chunk can begin while it is being deleted: one that began before keeps
+        it, and one that begins afterwards finds it gone. Nobody else waits. `delete` must not
+        publish; its errors pass through.
+        """
+        released = 0
+        waiting = iter(dict.fromkeys(keys))
+        with self._lock:
+            while batch := list(islice(waiting, _AT_ONCE)):
+                marked = self._mark(batch)
+                try:
+                    for key in marked:
+                        delete(key)
+                        released += 1
+                finally:
+                    self._unmark()
+        return released
+
+    def _mark(self, batch: list[bytes]) -> list[bytes]:
+        with self._db.transaction() as db:
+            self._owner.announce()
+            free = [key for key in batch if not queries.is_held(db, key, NEEDED)]
+            marks = [(key, self._owner.name) for key in free]
+            db.executemany("INSERT INTO releasing VALUES (?, ?) ON CONFLICT DO NOTHING", marks)
+            return free
+
+    def _unmark(self) -> None:
+        with self._db.transaction() as db:
+            db.execute("DELETE FROM releasing WHERE owner = ?", (self._owner.name,))
+
+    @contextmanager
+    def undisturbed(
+        self,
+        keys: Collection[bytes],
+        changing: Callable[[], AbstractContextManager[apsw.Connection]],
+    ) -> Iterator[apsw.Connection]:
+        """Begin a transaction by `changing` while nobody deletes one of these chunks.
+
+        Raises CatalogueUnavailableError when deleting them takes too long.
+        """
+        until_s = time.monotonic() + _PATIENCE_S
+        while True:
+            with changing() as db:
+                if not self._are_being_deleted(db, keys):
+                    yield db
+                    return
+            if time.monotonic() > until_s:
+                raise CatalogueUnavailableError(
+                    "old chunks of the document are still being deleted; try again"
+                )
+            time.sleep(_PAUSE_S)
+
+    def _are_being_deleted(self, db: apsw.Connection, keys: Iterable[bytes]) -> bool:
+        """Say whether a living process is deleting one of these chunks; forgets dead ones."""
+        found: set[str] = set()
+        for key in keys:
+            statement = "SELECT owner FROM releasing WHERE key = ?"
+            found.update(owner for (owner,) in queries.rows(db, statement, (key,)))
+        dead = {owner for owner in found if not self._owner.is_alive(owner)}
+        db.executemany("DELETE FROM releasing WHERE owner = ?", [(owner,) for owner in dead])
+        return found != dead
+
+    # Tokens
+
+    def purge(self, document_ids: Iterable[str], delete: Callable[[bytes], object]) -> int:
+        """Remove the tokens of documents that left the market, and the files that only they need.
+
+        Their listings stay, for receipts and statistics. Returns how many documents had tokens;
+        mutates the database. Raises NotFoundError, and CatalogueRefusedError for a document that is
+        on offer or on its way; those before it are purged then.
+        """
+        purged = 0
+        waiting = iter(document_ids)
+        while batch := list(islice(waiting, _PURGED_AT_ONCE)):
+            with self._db.snapshot() as db:
+                for document_id in batch:
+                    _check_gone(db, document_id)
+            self.release(self.keys_of(batch), delete)
+            with self._db.transaction() as db:
+                # What is deleted is overwritten with zeros.
+                db.pragma("secure_delete", True)
+                for document_id in batch:
+                    # Somebody may have published it again.
+                    _check_gone(db, document_id)
+                    purged += _purge(db, document_id)
+        return purged
+
+    def overdue(self, ended_before_s: float) -> list[str]:
+        """Return documents with tokens that were delisted, expired or failed before then."""
+        statement = (
+            "SELECT document_id FROM listing WHERE ended_at_s < ? "
+            "AND state IN ('delisted', 'expired', 'failed') AND NOT purged"
+        )
+        with self._db.snapshot() as db:
+            return [name for (name,) in queries.rows(db, statement, (ended_before_s,))]
+
+
+def _check_gone(db: apsw.Connection, document_id: str) -> None:
+    found = queries.rows(db, "SELECT state FROM listing WHERE document_id = ?", (document_id,))
+    if not found:
+        raise NotFoundError(f"there is no document {document_id}; see `kvmarket document list`")
+    if found[0][0] in NEEDED:
+        raise CatalogueRefusedError(f"{document_id} is {found[0][0]}; delist it first")
+
+
+def _purge(db: apsw.Connection, document_id: str) -> bool:
+    keys = [(chunk.key,) for chunk in queries.chunks_of(db, document_id)]
+    db.execute("DELETE FROM listing_chunk WHERE document_id = ?", (document_id,))
+    db.executemany(
+        "DELETE FROM chunk WHERE key = ?1 "
+        "AND NOT EXISTS (SELECT 1 FROM listing_chunk WHERE key = ?1)",
+        keys,
+    )
+    db.execute("UPDATE listing SET purged = 1 WHERE document_id = ?", (document_id,))
+    return bool(keys)

@@ -1,0 +1,177 @@
+"""Statements on the uses of listings, what eviction makes of them, and audits."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Iterable
+from dataclasses import astuple, replace
+from math import inf, isnan
+
+import apsw
+
+from vllm_kvmarket.catalogue.eviction_policy import Candidate, recompute_tokens, reused
+from vllm_kvmarket.catalogue.listing import NEEDED, Audit, Usage, Use
+from vllm_kvmarket.catalogue.queries import rows
+
+
+def note_uses(db: apsw.Connection, uses: Iterable[Use]) -> None:
+    """Add uses to what is known of their documents; those of unknown documents are ignored."""
+    by_document: dict[str, list[Use]] = defaultdict(list)
+    for use in uses:
+        by_document[use.document_id].append(use)
+    for document_id, fresh in by_document.items():
+        found = rows(
+            db,
+            "SELECT token_count, created_at_s, uses, tokens_reused, earned_nano, score, "
+            "last_used_s, first_used_s FROM listing LEFT JOIN listing_use USING (document_id) "
+            "WHERE document_id = ?",
+            (document_id,),
+        )
+        if not found:
+            continue
+        token_count, created_at_s, *known = found[0]
+        count, tokens, earned_nano, score, at_s, first_s = _usage(created_at_s, known)
+        whole = recompute_tokens(token_count)
+        for use in fresh:
+            count, tokens, earned_nano = (
+                count + 1,
+                tokens + use.tokens,
+                earned_nano + use.earned_nano,
+            )
+            share = min(1.0, recompute_tokens(use.tokens) / whole)
+            score, at_s = reused(score, at_s, share, use.at_s)
+        _write(db, document_id, (count, tokens, earned_nano, score, at_s, first_s))
+
+
+def remember_uses(db: apsw.Connection, document_id: str) -> None:
+    """Keep what is known of a document that goes, for the day when it is published again."""
+    statement = (
+        "SELECT created_at_s, uses, tokens_reused, earned_nano, score, last_used_s, first_used_s "
+        "FROM listing LEFT JOIN listing_use USING (document_id) WHERE document_id = ?"
+    )
+    for created_at_s, *known in rows(db, statement, (document_id,)):
+        _write(db, document_id, _usage(created_at_s, known))
+
+
+def _write(
+    db: apsw.Connection, document_id: str, usage: tuple[int, int, int, float, float, float]
+) -> None:
+    db.execute(
+        "INSERT OR REPLACE INTO listing_use (document_id, uses, tokens_reused, earned_nano, "
+        "score, last_used_s, first_used_s) VALUES (?, ?, ?, ?, ?, ?, ?)",
+        (document_id, *usage),
+    )
+
+
+def _usage(
+    created_at_s: float, known: list[int | float | None]
+) -> tuple[int, int, int, float, float, float]:
+    """Complete a row of listing_use: publishing counts as a reuse of the whole document.
+
+    Or what was published last would be the first to go.
+    """
+    uses, tokens, earned_nano, score, last_used_s, first_used_s = known
+    if last_used_s is None:
+        return 0, 0, 0, 1.0, created_at_s, created_at_s
+    score, at_s = float(score or 0.0), last_used_s
+    if created_at_s > at_s:
+        score, at_s = reused(score, at_s, 1.0, created_at_s)
+    first_s = min(at_s, created_at_s if first_used_s is None else first_used_s)
+    return int(uses or 0), int(tokens or 0), int(earned_nano or 0), score, at_s, first_s
+
+
+def usage_of(db: apsw.Connection, document_id: str) -> Usage | None:
+    """Return what is known of a document's uses, None for no document."""
+    found = rows(
+        db,
+        "SELECT created_at_s, uses, tokens_reused, earned_nano, score, last_used_s, first_used_s "
+        "FROM listing LEFT JOIN listing_use USING (document_id) WHERE document_id = ?",
+        (document_id,),
+    )
+    if not found:
+        return None
+    created_at_s, *known = found[0]
+    return Usage(*_usage(created_at_s, known)[:-1])
+
+
+def candidates(db: apsw.Connection) -> list[Candidate]:
+    """Return every document on offer as the eviction policies see it.
+
+    The bytes of a chunk are estimated: its tokens at what the document of its namespace that wrote
+    most wrote for a token. Which go first depends on their ratio only.
+    """
+    held: dict[str, list[tuple[bytes, int]]] = defaultdict(list)
+    holders: Counter[bytes] = Counter()
+    fixed: set[bytes] = set()
+    # All chunks but a document's last have the same length: theirs need not be looked up.
+    statement = (
+        "SELECT document_id, state, key, min(c.chunk_tokens, token_count - position * "  # noqa: S608  # only question marks are put in
+        "c.chunk_tokens) FROM catalogue AS c, listing JOIN listing_chunk USING (document_id) "
+        f"WHERE state IN ({', '.join('?' * len(NEEDED))})"
+    )
+    for document_id, state, key, tokens in db.execute(statement, NEEDED):
+        if state == "publishing":
+            fixed.add(key)
+        else:
+            held[document_id].append((key, tokens))
+            holders[key] += 1
+    rates = _bytes_per_token(db)
+    found = rows(
+        db,
+        "SELECT document_id, namespace, token_count, pinned, paid_for, created_at_s, uses, "
+        "tokens_reused, earned_nano, score, last_used_s, first_used_s "
+        "FROM listing LEFT JOIN listing_use USING (document_id) "
+        "WHERE state IN ('live', 'damaged') ORDER BY document_id",
+    )
+    made = []
+    for document_id, namespace, token_count, pinned, paid_for, created_at_s, *known in found:
+        uses, _, earned_nano, score, last_used_s, first_used_s = _usage(created_at_s, known)
+        rate = rates.get(namespace, 0.0)
+        chunks = [(key, tokens) for key, tokens in held[document_id] if key not in fixed]
+        made.append(
+            Candidate(
+                document_id=document_id,
+                bytes=round(rate * sum(tokens for key, tokens in chunks if holders[key] == 1)),
+                tokens=token_count,
+                score=score,
+                last_used_s=last_used_s,
+                first_used_s=first_used_s,
+                earned_nano=earned_nano,
+                uses=uses,
+                pinned=bool(pinned),
+                paid_for=bool(paid_for),
+                shared=tuple(
+                    (key, round(rate * tokens)) for key, tokens in chunks if holders[key] > 1
+                ),
+            )
+        )
+    return made
+
+
+def _bytes_per_token(db: apsw.Connection) -> dict[bytes, float]:
+    # SQLite takes the other columns from the row that has the maximum.
+    statement = "SELECT namespace, token_count, max(stored_bytes) FROM listing GROUP BY namespace"
+    return {
+        namespace: stored_bytes / token_count
+        for namespace, token_count, stored_bytes in rows(db, statement)
+    }
+
+
+def record_audit(db: apsw.Connection, audit: Audit) -> None:
+    """Keep an audit's result."""
+    worst = inf if isnan(audit.worst_difference) else audit.worst_difference
+    db.execute(
+        "INSERT INTO audit (document_id, at_s, engine, chunks, result, worst_difference, detail) "
+        "VALUES (?, ?, ?, ?, ?, ?, ?)",
+        # SQLite has no NaN, which is as different as values can be.
+        astuple(replace(audit, worst_difference=worst)),
+    )
+
+
+def audits_of(db: apsw.Connection, document_id: str) -> list[Audit]:
+    """Return a document's audits, newest first."""
+    statement = (
+        "SELECT document_id, at_s, engine, chunks, result, worst_difference, detail FROM audit "
+        "WHERE document_id = ? ORDER BY at_s DESC, id DESC"
+    )
+    return [Audit(*row) for row in rows(db, statement, (document_id,))]

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
+
+import psutil
 import pytest
+from vllm.sampling_params import RequestOutputKind
 
 from tests.support.engines import words
 from vllm_kvmarket import Market, NotPublishableError
@@ -143,3 +148,52 @@ def test_a_document_published_as_chat_is_hit_by_chat_requests(llm, market):
         messages, add_generation_prompt=True, return_dict=False
     )
     compare(llm, market, prompt, listing.token_count)
+
+
+def test_threads_that_copy_may_use_every_core(llm, market):
+    """OpenMP pins the worker's main thread to one core; those made from it must not inherit it."""
+    market.publish(llm, token_ids=words(40, 700))
+    compare(llm, market, words(40, 700) + QUESTION, 700)
+    masks = {}
+    for process in psutil.Process().children(recursive=True):
+        for task in Path(f"/proc/{process.pid}/task").iterdir():
+            name = (task / "comm").read_text().strip()
+            if name.startswith(("kvmarket-load", "kvmarket-prefet")):
+                masks[name, task.name] = os.sched_getaffinity(int(task.name))
+    assert len({name for name, _ in masks}) > 1, masks
+    assert set(map(frozenset, masks.values())) == {frozenset(os.sched_getaffinity(0))}, masks
+
+
+def test_a_load_runs_beside_the_forward_pass_of_others(llm, market):
+    """While another request decodes, a reuse waits for few of its steps: the load starts before a
+    step's forward pass, and has ended behind it."""
+    document = words(41, 300)
+    market.publish(llm, token_ids=document)
+    expected = compare(llm, market, document + QUESTION, 300)
+    waited = []
+    for number in range(8):
+        empty_prefix_cache(llm)
+        engine = llm.llm_engine
+        sampling = llm.get_default_sampling_params()
+        sampling.temperature, sampling.max_tokens, sampling.min_tokens = 0.0, 200, 200
+        sampling.output_kind = RequestOutputKind.DELTA
+        engine.add_request(f"other-{number}", {"prompt_token_ids": words(42, 20)}, sampling)
+        for _ in range(20):
+            engine.step()
+        buyer = sampling.clone()
+        buyer.max_tokens = buyer.min_tokens = len(expected.token_ids)
+        buyer.extra_args = market.params("alice")
+        prompt = {"prompt_token_ids": document + QUESTION}
+        engine.add_request(f"buyer-{number}", prompt, buyer)
+        others, answer = 0, []
+        while len(answer) < len(expected.token_ids):
+            of_buyer = [o for o in engine.step() if o.request_id == f"buyer-{number}"]
+            answer += [token for output in of_buyer for token in output.outputs[0].token_ids]
+            others += not answer
+        assert tuple(answer) == expected.token_ids
+        waited.append(others)
+        engine.abort_request([f"other-{number}"])
+        while engine.has_unfinished_requests():
+            engine.step()
+    # Its arrival, its reservation, its load.
+    assert min(waited) <= 3, waited

@@ -64,9 +64,9 @@ class KVMarketConnector(KVConnectorBase_V1):
         config = load(self._kv_transfer_config.kv_connector_extra_config)
         check_prepared(self._kv_transfer_config, config)
         groups = groups_of(kv_cache_config, config.chunk_tokens)
+        self._starts_early = not kv_cache_config.needs_kv_cache_zeroing
         self._scheduler: SchedulerHalf | None = None
         self._worker: WorkerHalf | None = None
-        self._idle = False
         if role is KVConnectorRole.SCHEDULER:
             refusals.install()
             # Request ids repeat from one run of an offline engine to the next; ledger ids must not.
@@ -118,7 +118,7 @@ class KVMarketConnector(KVConnectorBase_V1):
 
     def build_connector_meta(self, scheduler_output: SchedulerOutput) -> KVConnectorMetadata:
         """This step's plans for the worker half."""
-        return self.scheduler.take_instructions()
+        return self.scheduler.take_instructions(scheduler_output.num_scheduled_tokens)
 
     def update_connector_output(self, connector_output: KVConnectorOutput) -> None:
         """Take in what the workers have done."""
@@ -150,12 +150,21 @@ class KVMarketConnector(KVConnectorBase_V1):
         """Take vLLM's KV memory."""
         self.worker.register(kv_caches)
 
+    def handle_preemptions(self, kv_connector_metadata: KVConnectorMetadata) -> None:
+        """Start this step's loads and saves before its forward pass, so that they run beside it.
+
+        vLLM calls `start_load_kv` behind the pass. But it may zero new blocks in between.
+        """
+        assert isinstance(kv_connector_metadata, Instructions)
+        if self._starts_early:
+            self.worker.start(kv_connector_metadata)
+
     def start_load_kv(self, forward_context: ForwardContext, **kwargs: Any) -> None:
-        """Start this step's loads and saves."""
+        """Start this step's loads and saves where blocks are zeroed first."""
         instructions = self._get_connector_metadata()
         assert isinstance(instructions, Instructions)
-        self._idle = forward_context.attn_metadata is None
-        self.worker.start(instructions)
+        if not self._starts_early:
+            self.worker.start(instructions)
 
     def wait_for_layer_load(self, layer_name: str) -> None:
         """Nothing: loads end before their request is scheduled."""
@@ -174,7 +183,7 @@ class KVMarketConnector(KVConnectorBase_V1):
 
     def get_transfer_results(self, finished_req_ids: set[str]) -> KVConnectorTransferResults:
         """Which requests' loads and saves have ended."""
-        return self.worker.collect(self._idle)
+        return self.worker.collect()
 
     def get_block_ids_with_load_errors(self) -> set[int]:
         """Blocks that could not be loaded; vLLM computes them."""

@@ -96,12 +96,13 @@ class SavePlan:
 
 @dataclass
 class Instructions(KVConnectorMetadata):
-    """Scheduler half to worker half."""
+    """Scheduler half to worker half; `idle`: this step has no forward pass."""
 
     loads: list[LoadPlan] = field(default_factory=list)
     saves: list[SavePlan] = field(default_factory=list)
     prefetches: list[ChunkPrefetch] = field(default_factory=list)
     audits: list[SavePlan] = field(default_factory=list)
+    idle: bool = False
 
 
 @dataclass(slots=True)

@@ -13,6 +13,7 @@ from vllm.v1.request import RequestStatus
 
 from vllm_kvmarket.catalogue import Match
 from vllm_kvmarket.connector.cache_groups import CacheGroup, is_plain
+from vllm_kvmarket.connector.idle_time import IdleTime
 from vllm_kvmarket.connector.messages import ChunkLoad, LoadPlan, LoadReport, SavePlan
 from vllm_kvmarket.connector.pins import PinnedBlocks
 from vllm_kvmarket.connector.purchases import Charge, Purchases
@@ -120,6 +121,7 @@ class Engine:
     prefix_cache: PrefixCacheSwitch
     # Requests that vLLM's scheduler must end, by its ids.
     refusals: dict[str, Refusal] = field(default_factory=dict)
+    idle_time: IdleTime = field(default_factory=IdleTime)
 
 
 @dataclass(frozen=True, slots=True)

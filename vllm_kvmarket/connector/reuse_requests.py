@@ -119,6 +119,7 @@ class ReuseRequest:
     def ready(self) -> Lookup:
         """Wait for the reservation; a refused one declines. Mutates."""
         if self.purchase is not None and not self.declined:
+            self._engine.idle_time.wait_for(self.purchase)
             state = self.purchase.state()
             if state is PurchaseState.RESERVING:
                 return Lookup.PENDING

@@ -7,7 +7,7 @@ ledger or the database is a future that it looks at.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -257,8 +257,13 @@ class SchedulerHalf:
             plan = made.reuse.load_plan(blocks.get_block_ids(), self._engine.facts)
             self._next.loads.append(plan)
 
-    def take_instructions(self) -> Instructions:
-        """This step's plans for the worker half; the next step starts empty."""
+    def take_instructions(self, scheduled: Collection[str] = ()) -> Instructions:
+        """This step's plans for the worker half; the next step starts empty.
+
+        `scheduled`: the requests whose tokens the step computes.
+        """
+        self._engine.idle_time.step_ended(scheduled)
+        self._next.idle = not scheduled
         self._engine.prefix_cache.step_ended()
         self._prefetch()
         self._renew()
@@ -317,6 +322,7 @@ class SchedulerHalf:
         self, request: Request, block_ids: Sequence[Sequence[int]]
     ) -> tuple[bool, dict[str, Any] | None]:
         """End a request; returns whether its blocks are still needed, and the answer's object."""
+        self._engine.idle_time.request_ended(request.request_id)
         made = self._requests.pop(request.request_id, None)
         if isinstance(made, DatabaseLookup):
             made.found.cancel()

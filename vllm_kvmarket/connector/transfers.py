@@ -2,8 +2,9 @@
 
 A request's loads are tasks of one chunk each; a request is done when all of its chunks are. Saves
 and audits go chunk by chunk, and queue again after each, so that loads need not wait for a whole
-document. What may have to wait for the object store has threads of its own, and a load that waits
-longer than the deadline ends without what has not come. Hot chunks are brought into host memory by
+document. Saves, and what may have to wait for the object store, have threads of their own. A load
+that waits longer than the deadline, for the object store or for a disk that has stalled, ends
+without what has not come. Hot chunks are brought into host memory by
 a thread that gives way to all others. An error ends its chunk only, and is reported, never raised
 into the engine.
 """
@@ -19,9 +20,11 @@ from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from vllm_kvmarket.connector.chunk_io import Chunks, NotOnThisMachineError, compare
+from vllm_kvmarket.connector.copy_threads import begin_thread
 from vllm_kvmarket.connector.messages import (
     AuditReport,
     ChunkAudit,
@@ -45,6 +48,7 @@ from vllm_kvmarket.core.errors import (
     StoreError,
     StoreFullError,
 )
+from vllm_kvmarket.store.chunk_reader import TooLateError, guarded
 from vllm_kvmarket.store.host_memory import HostTier
 from vllm_kvmarket.store.tiers import Tiers
 
@@ -54,19 +58,53 @@ MAX_QUEUED_CHUNKS = 512
 _LEAST_PRIORITY = 19
 
 
-class _TooLateError(StoreError):
-    """The load has ended without this chunk: its blocks belong to someone else."""
-
-
 @dataclass(slots=True, eq=False)
 class _Load:
     plan: LoadPlan
-    left: int
     started_s: float
-    # Chunks that are being waited for, whose blocks have not been written to.
-    awaited: set[ChunkLoad] = field(default_factory=set)
+    left: list[_ChunkTask] = field(default_factory=list)
     report: LoadReport = field(default_factory=LoadReport)
     bad_blocks: set[int] = field(default_factory=set)
+
+
+class _ChunkTask:
+    """One chunk to load, and whether its blocks may be written to; a Guard of the reader's.
+
+    A chunk that waits, for a thread, a disk or an object store, may be given up. Then its blocks
+    belong to someone else. One whose blocks are being written to may not.
+    """
+
+    def __init__(self, transfers: Transfers, load: _Load, chunk: ChunkLoad) -> None:
+        self._transfers = transfers
+        self.load = load
+        self.chunk = chunk
+        self.ended = False
+        self.writes = False
+        self.afar = False  # it is being fetched from the object store
+        # Since when a thread of its own waits for the disk; None: it is queued.
+        self.waits_since_s: float | None = None
+        self._wrote = False
+
+    def claim(self) -> None:
+        """Begin to write to the blocks. Raises TooLateError."""
+        with self._transfers.changed:
+            if self.ended:
+                raise TooLateError(self.chunk.key.hex())
+            self.writes = True
+
+    def __enter__(self) -> None:
+        with self._transfers.changed:
+            self._wrote, self.writes = self.writes, False
+            self.waits_since_s = time.monotonic()
+
+    def __exit__(self, *error: object) -> None:
+        with self._transfers.changed:
+            self.waits_since_s = time.monotonic()
+            if not self.afar:
+                self._transfers.moved_s = self.waits_since_s
+            if self._wrote and self.ended:
+                raise TooLateError(self.chunk.key.hex())
+            self.writes = self._wrote
 
 
 @dataclass(slots=True, eq=False)
@@ -103,9 +141,15 @@ class Prefetcher:
     """
 
     def __init__(
-        self, read: Callable[[bytes, bytes], None], threads: int, *, gives_way: bool = False
+        self,
+        read: Callable[[bytes, bytes], None],
+        threads: int,
+        *,
+        cores: frozenset[int] = frozenset(),
+        gives_way: bool = False,
     ) -> None:
         self._read = read
+        self._cores = cores
         self._gives_way = gives_way
         self._changed = threading.Condition()
         self._queue: OrderedDict[bytes, bytes] = OrderedDict()  # key -> namespace
@@ -159,6 +203,7 @@ class Prefetcher:
             thread.join()
 
     def _work(self) -> None:
+        begin_thread(self._cores)
         if self._gives_way:
             # A thread's own priority, on Linux. Without it the thread competes with the others.
             with contextlib.suppress(OSError):
@@ -175,7 +220,9 @@ class Prefetcher:
 class Transfers:
     """Owns the threads and what is under way; thread-safe.
 
-    `timeout_s`: a load that has waited for the object store for so long ends without the rest.
+    `timeout_s`: a load ends without what it has waited for so long, of the object store or of a
+    disk that has stalled. `cores`: those that the threads may use, where they should not just
+    inherit the caller's.
     """
 
     def __init__(
@@ -186,42 +233,55 @@ class Transfers:
         *,
         host: HostTier | None = None,
         timeout_s: float = 10.0,
+        cores: frozenset[int] = frozenset(),
     ) -> None:
         self._cache = cache
         self._host = host or HostTier(0)
         self._timeout_s = timeout_s
         self._tally = Tally()
         self._chunks = Chunks(store, cache, self._host, self._tally)
-        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="kvmarket-io")
         # Threads of a pool start when they are needed.
-        self._remote = ThreadPoolExecutor(threads, thread_name_prefix="kvmarket-remote")
-        has_objects = self._chunks.has_object_tier
-        self._slow = self._remote if has_objects else self._pool
-        self._prefetcher = Prefetcher(self._read_ahead, threads if has_objects else 1)
+        begin = partial(begin_thread, cores)
+        self._pool = ThreadPoolExecutor(threads, "kvmarket-load", begin)
+        self._remote = ThreadPoolExecutor(threads, "kvmarket-fetch", begin)
+        self._saving = ThreadPoolExecutor(threads, "kvmarket-save", begin)
+        self._prefetcher = Prefetcher(
+            self._read_ahead, threads if self._chunks.has_object_tier else 1, cores=cores
+        )
         # It hears of no loads, and does not wait for their end: it gives way to them.
-        self._hot_chunks = Prefetcher(self._keep_hot, 1, gives_way=True)
-        self._changed = threading.Condition()
+        self._hot_chunks = Prefetcher(self._keep_hot, 1, cores=cores, gives_way=True)
+        self.changed = threading.Condition()
         self._under_way = 0
-        self._awaiting: list[_Load] = []
+        self._loads: list[_Load] = []
+        # Of the threads that read this machine's disk: how many do, and when one last went on.
+        self._reading = 0
+        self.moved_s = 0.0
+        self._look_at_s = 0.0
         self._finished = Finished()
 
     def load(self, plan: LoadPlan) -> None:
         """Start to load; the plan's request turns up in `take` when it has ended."""
-        load = _Load(plan, left=len(plan.chunks), started_s=time.perf_counter())
-        self._under_way += 1
+        load = _Load(plan, started_s=time.monotonic())
+        load.left = [_ChunkTask(self, load, chunk) for chunk in plan.chunks]
+        tasks = list(load.left)
+        with self.changed:
+            self._under_way += 1
+            self._loads.append(load)
+            if not self._reading:
+                self.moved_s = load.started_s
         self._prefetcher.load_began([chunk.key for chunk in plan.chunks])
-        for chunk in plan.chunks:
-            self._pool.submit(self._run_load, load, chunk)
+        for task in tasks:
+            self._pool.submit(self._run_load, task)
 
     def save(self, plan: SavePlan) -> None:
         """Start to store; the plan's request turns up in `take` when it has ended."""
         self._under_way += 1
-        self._slow.submit(self._run_save, _Save(plan, deque(plan.chunks)))
+        self._saving.submit(self._run_save, _Save(plan, deque(plan.chunks)))
 
     def audit(self, plan: SavePlan) -> None:
         """Start to compare; the plan's request turns up in `take` when it has ended."""
         self._under_way += 1
-        self._slow.submit(self._run_audit, _Audit(plan, deque(plan.chunks)))
+        self._saving.submit(self._run_audit, _Audit(plan, deque(plan.chunks)))
 
     def prefetch(self, prefetch: ChunkPrefetch) -> None:
         """Read ahead when there is nothing else to do; the result is only counted."""
@@ -231,12 +291,14 @@ class Transfers:
 
     def take(self, wait_s: float = 0.0) -> Finished:
         """The transfers that ended since the last call; waits at most `wait_s` for one to end."""
-        with self._changed:
+        with self.changed:
             if wait_s and self._under_way:
-                self._changed.wait_for(
+                self.changed.wait_for(
                     lambda: bool(self._finished.received or self._finished.sent), wait_s
                 )
-            self._give_up(time.perf_counter() - self._timeout_s)
+            if self._loads and (now := time.monotonic()) >= self._look_at_s:
+                self._look_at_s = now + self._timeout_s / 20
+                self._give_up(now - self._timeout_s)
             finished, self._finished = self._finished, Finished()
             self._under_way -= len(finished.received) + len(finished.sent)
             return finished
@@ -254,62 +316,53 @@ class Transfers:
         # Loads move from one pool to the other: in this order none finds its pool closed.
         self._pool.shutdown(wait=True)
         self._hot_chunks.close()
-        with self._changed:
+        with self.changed:
             self._give_up(math.inf)
         self._remote.shutdown(wait=True)
+        self._saving.shutdown(wait=True)
 
     # Loading
 
-    def _run_load(self, load: _Load, chunk: ChunkLoad) -> None:
+    def _run_load(self, task: _ChunkTask) -> None:
+        with self.changed:
+            if task.ended:
+                return
+            task.waits_since_s = self.moved_s = time.monotonic()
+            self._reading += 1
         failure: Exception | None = None
         tier = ""
         try:
-            tier = self._load_chunk(load, chunk, fetch=False, claim=lambda: None)
-        except NotOnThisMachineError:
-            with self._changed:
-                if not load.awaited:
-                    self._awaiting.append(load)
-                load.awaited.add(chunk)
-            self._remote.submit(self._run_remote_load, load, chunk)
-            return
+            tier = self._load_chunk(task, fetch=False)
         except Exception as error:  # noqa: BLE001  # the engine must go on, and recompute
             failure = error
-        with self._changed:
-            self._end_chunk(load, chunk, tier, failure)
+        with self.changed:
+            self._reading -= 1
+            self.moved_s = time.monotonic()
+            if not isinstance(failure, NotOnThisMachineError):
+                self._end_chunk(task, tier, failure)
+                return
+            task.writes, task.afar = False, True
+        self._remote.submit(self._run_fetch, task)
 
-    def _run_remote_load(self, load: _Load, chunk: ChunkLoad) -> None:
-        claimed = False
-
-        def claim() -> None:
-            nonlocal claimed
-            with self._changed:
-                if chunk not in load.awaited:
-                    raise _TooLateError("its load has ended without it")
-                self._no_longer_awaited(load, {chunk})
-            claimed = True
-
+    def _run_fetch(self, task: _ChunkTask) -> None:
         failure: Exception | None = None
         tier = ""
         try:
-            if self._is_awaited(load, chunk):
-                tier = self._load_chunk(load, chunk, fetch=True, claim=claim)
+            if not task.ended:
+                tier = self._load_chunk(task, fetch=True)
         except Exception as error:  # noqa: BLE001  # the engine must go on, and recompute
             failure = error
-        with self._changed:
-            if not claimed:
-                if chunk not in load.awaited:
-                    return
-                self._no_longer_awaited(load, {chunk})
-            self._end_chunk(load, chunk, tier, failure)
+        with self.changed:
+            self._end_chunk(task, tier, failure)
 
-    def _load_chunk(
-        self, load: _Load, chunk: ChunkLoad, *, fetch: bool, claim: Callable[[], None]
-    ) -> str:
-        started_s = time.perf_counter()
-        tier, is_hot = self._chunks.load(load.plan.namespace, chunk, fetch=fetch, claim=claim)
-        self._tally.count("chunk_load_seconds", tier, time.perf_counter() - started_s)
+    def _load_chunk(self, task: _ChunkTask, *, fetch: bool) -> str:
+        started_s = time.monotonic()
+        namespace = task.load.plan.namespace
+        with guarded(task):
+            tier, is_hot = self._chunks.load(namespace, task.chunk, fetch=fetch, claim=task.claim)
+        self._tally.count("chunk_load_seconds", tier, time.monotonic() - started_s)
         if is_hot:
-            self._hot_chunks.add(load.plan.namespace, [chunk.key])
+            self._hot_chunks.add(namespace, [task.chunk.key])
         return tier
 
     def _keep_hot(self, namespace: bytes, key: bytes) -> None:
@@ -318,34 +371,35 @@ class Transfers:
         except Exception:  # noqa: BLE001  # the next load meets the same error, and reports it
             self._tally.count("prefetches", "failed")
 
-    def _is_awaited(self, load: _Load, chunk: ChunkLoad) -> bool:
-        with self._changed:
-            return chunk in load.awaited
-
-    def _no_longer_awaited(self, load: _Load, chunks: set[ChunkLoad]) -> None:
-        """The lock is held."""
-        load.awaited -= chunks
-        if not load.awaited:
-            self._awaiting.remove(load)
-
     def _give_up(self, before_s: float) -> None:
-        """End loads that wait for the object store since before then; the lock is held."""
-        for load in [late for late in self._awaiting if late.started_s < before_s]:
-            late = set(load.awaited)
-            self._no_longer_awaited(load, late)
-            failure = StoreError(
-                f"the object store did not deliver it within {self._timeout_s:g} s; "
-                "it was computed instead"
-            )
-            for chunk in late:
-                self._end_chunk(load, chunk, "", failure)
+        """End loads that have waited since before then; the lock is held.
 
-    def _end_chunk(
-        self, load: _Load, chunk: ChunkLoad, tier: str, failure: Exception | None
-    ) -> None:
-        """Note how one chunk's load went; the lock is held."""
-        report = load.report
-        load.left -= 1
+        For the object store a load waits from its beginning. A disk has stalled when one read, or
+        all threads, have not gone on for so long; loads behind others in the queue just wait.
+        """
+        for load in list(self._loads):
+            waiting = [task for task in load.left if not task.writes]
+            near = [task for task in waiting if not task.afar]
+            late = [task for task in waiting if task.afar and load.started_s < before_s]
+            stalled = any(
+                (self.moved_s if task.waits_since_s is None else task.waits_since_s) < before_s
+                for task in near
+            )
+            for task in late + (near if stalled else []):
+                where = "object store" if task.afar else "disk"
+                failure = StoreError(
+                    f"the {where} did not deliver it within {self._timeout_s:g} s; "
+                    "it was computed instead"
+                )
+                self._end_chunk(task, "", failure)
+
+    def _end_chunk(self, task: _ChunkTask, tier: str, failure: Exception | None) -> None:
+        """Note how one chunk's load went, once; the lock is held."""
+        if task.ended:
+            return
+        task.ended = True
+        load, chunk, report = task.load, task.chunk, task.load.report
+        load.left.remove(task)
         if failure is None:
             size = self._chunks.loaded_bytes(chunk)
             report.loaded_bytes += size
@@ -359,17 +413,18 @@ class Transfers:
                 report.damaged.add(chunk.key)
             if self._cache.is_plain:
                 load.bad_blocks.update(chunk.groups[0].block_ids)
-            else:
-                self._finished.failed.add(load.plan.request_id)
             self._tally.count("load_failures", reason)
-        if load.left == 0:
-            report.seconds = time.perf_counter() - load.started_s
+        if not load.left:
+            self._loads.remove(load)
+            report.seconds = time.monotonic() - load.started_s
             self._tally.took("load_seconds", report.seconds)
             self._finished.received.add(load.plan.request_id)
             self._finished.bad_blocks |= load.bad_blocks
+            if report.failures and not self._cache.is_plain:
+                self._finished.failed.add(load.plan.request_id)
             self._finished.report.loads[load.plan.request_id] = report
             self._prefetcher.load_ended()
-            self._changed.notify_all()
+            self.changed.notify_all()
 
     def _read_ahead(self, namespace: bytes, key: bytes) -> None:
         try:
@@ -383,7 +438,7 @@ class Transfers:
     def _queue_again(self, run: Callable[[Any], None], work: Any) -> bool:
         """Let others have a turn before the next chunk; False when the threads are to end."""
         try:
-            self._slow.submit(run, work)
+            self._saving.submit(run, work)
         except RuntimeError:
             return False
         return True
@@ -408,10 +463,10 @@ class Transfers:
                     self._tally.count("chunk_save_seconds", amount=seconds)
                 if save.left and self._queue_again(self._run_save, save):
                     return
-        with self._changed:
+        with self.changed:
             self._finished.sent.add(save.plan.request_id)
             self._finished.report.saves[save.plan.request_id] = report
-            self._changed.notify_all()
+            self.changed.notify_all()
 
     def _run_audit(self, audit: _Audit) -> None:
         while audit.left:
@@ -421,10 +476,10 @@ class Transfers:
             self._tally.count("chunks_audited", result.result)
             if audit.left and self._queue_again(self._run_audit, audit):
                 return
-        with self._changed:
+        with self.changed:
             self._finished.sent.add(audit.plan.request_id)
             self._finished.report.audits[audit.plan.request_id] = audit.report
-            self._changed.notify_all()
+            self.changed.notify_all()
 
     def _audit_chunk(self, namespace: bytes, chunk: ChunkSave) -> ChunkAudit:
         try:

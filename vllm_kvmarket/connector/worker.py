@@ -13,6 +13,7 @@ import torch
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorTransferResults
 
 from vllm_kvmarket.connector.cache_groups import CacheGroup
+from vllm_kvmarket.connector.copy_threads import unpinned_cores
 from vllm_kvmarket.connector.messages import Instructions, WorkerReport
 from vllm_kvmarket.connector.metrics import MarketStats
 from vllm_kvmarket.connector.paged_cache import Bytes, PagedCache
@@ -58,6 +59,7 @@ class WorkerHalf:
         self._num_blocks = num_blocks
         self._store: Tiers | None = None
         self._transfers: Transfers | None = None
+        self._idle = False
         self._taken = Finished()
 
     def register(self, kv_caches: dict[str, torch.Tensor]) -> None:
@@ -71,12 +73,15 @@ class WorkerHalf:
             self._config.io_threads,
             host=HostTier(self._config.host_cache_bytes, allocate),
             timeout_s=self._config.object_store_timeout_s,
+            # On a GPU's host, a worker that is bound to some cores is so for a reason.
+            cores=unpinned_cores() if cache.on_host else frozenset(),
         )
 
     def start(self, instructions: Instructions) -> None:
         """Start this step's loads, saves, audits and prefetches."""
         if self._transfers is None:
             return
+        self._idle = instructions.idle
         for load in instructions.loads:
             self._transfers.load(load)
         for save in instructions.saves:
@@ -86,10 +91,10 @@ class WorkerHalf:
         for prefetch in instructions.prefetches:
             self._transfers.prefetch(prefetch)
 
-    def collect(self, idle: bool) -> KVConnectorTransferResults:
-        """Which requests' transfers ended; `idle` when the step ran no forward pass."""
+    def collect(self) -> KVConnectorTransferResults:
+        """Which requests' transfers ended; waits a moment for one in a step without a forward."""
         if self._transfers is not None:
-            self._taken = self._transfers.take(IDLE_WAIT_S if idle else 0.0)
+            self._taken = self._transfers.take(IDLE_WAIT_S if self._idle else 0.0)
         return KVConnectorTransferResults(
             finished_sending=self._taken.sent,
             finished_recving=self._taken.received,

@@ -213,7 +213,10 @@ class MarketConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
     object_store_timeout_s: Annotated[
         float,
         msgspec.Meta(
-            gt=0, le=300, description="longest time to load a chunk; then it is computed instead"
+            gt=0,
+            le=300,
+            description="longest wait of a load for the object store, or for a disk that has "
+            "stalled; then its tokens are computed instead",
         ),
     ] = 10.0
     retention_s: Annotated[

@@ -11,7 +11,7 @@ import enum
 import logging
 import math
 import time
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from dataclasses import dataclass
 from functools import partial
 
@@ -271,6 +271,10 @@ class Purchase:
             if asked.done():
                 self._take(asked)
         return self._state
+
+    def wait(self, timeout_s: float) -> None:
+        """Wait for the ledger's answer, at most so long."""
+        wait([self._renewal or self._reservation], timeout_s)
 
     def _take(self, asked: Future[list[Result]]) -> None:
         """Take in what the ledger answered to the reservation, or to its renewal."""

@@ -22,7 +22,7 @@ from vllm_kvmarket.core.errors import (
     StoreError,
 )
 from vllm_kvmarket.store.chunk_format import ChunkHeader, ChunkLayout, LayerLayout, damaged
-from vllm_kvmarket.store.chunk_reader import aligned_empty
+from vllm_kvmarket.store.chunk_reader import aligned_empty, zero_unless_late
 from vllm_kvmarket.store.codec import Bytes
 from vllm_kvmarket.store.packings import (
     Elements,
@@ -193,10 +193,8 @@ def copy_converted(  # noqa: PLR0917  # the last three are those of StoredChunk.
 
     try:
         _visit(store, key, layout, namespace, convert)
-    except BaseException:
-        for destination in destinations:
-            for page in destination:
-                page.fill(0)
+    except BaseException as error:
+        zero_unless_late(error, destinations)
         raise
 
 

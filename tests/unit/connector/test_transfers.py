@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import threading
 import time
 
@@ -9,6 +11,7 @@ import pytest
 
 from tests.support.paged import (
     CHUNK_TOKENS,
+    DEADLINE_S,
     NAMESPACE,
     PLENTY,
     Bench,
@@ -24,7 +27,8 @@ from tests.support.paged import (
     stored,
     until,
 )
-from vllm_kvmarket.connector.messages import ChunkLoad, ChunkPrefetch, GroupPages
+from vllm_kvmarket.connector.messages import ChunkLoad, ChunkPrefetch, GroupPages, SavePlan
+from vllm_kvmarket.store import chunk_reader
 
 
 @pytest.fixture
@@ -337,3 +341,106 @@ def test_a_load_takes_its_chunks_off_the_queue_of_reading_ahead(tmp_path, object
         bench.wait_for_count("prefetches/done")
         time.sleep(0.05)
         assert bench.count("prefetches/done") == 1
+
+
+# A disk that stalls
+
+
+class StallingDisk:
+    """The kernel's reading calls over files that are not in its cache; `stalls` stops them."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.answers = threading.Event()
+        self.answers.set()
+        self.waiting = 0
+        self.seconds = 0.0
+        self._preadv = os.preadv
+        monkeypatch.setattr(os, "preadv", self.preadv)
+
+    def preadv(self, descriptor, buffers, offset, flags=0):
+        """Nothing is in the page cache, so RWF_NOWAIT gets nothing."""
+        if flags & os.RWF_NOWAIT:
+            raise BlockingIOError(errno.EAGAIN, "would wait")
+        self.waiting += 1
+        self.answers.wait(DEADLINE_S)
+        time.sleep(self.seconds)
+        self.waiting -= 1
+        return self._preadv(descriptor, buffers, offset)
+
+
+@pytest.fixture
+def disk(monkeypatch):
+    stalling = StallingDisk(monkeypatch)
+    yield stalling
+    stalling.answers.set()
+
+
+def test_what_a_disk_delivers_late_is_read_whole(bench, disk):
+    """Not in the page cache, but the disk answers."""
+    chunk = stored(bench)
+    load = into(chunk, 20)
+    assert bench.load(load).failures == {}
+    assert_loaded(bench, chunk, load)
+
+
+@pytest.mark.parametrize("payload", [False, True], ids=["opening", "reading"])
+def test_a_disk_that_stalls_costs_one_deadline(tmp_path, disk, monkeypatch, payload):
+    """The blocks are given back, and what the disk delivers later is not written to them. What
+    comes while all threads wait fails soon; when the disk answers again, all is as before."""
+    with Bench(tmp_path, threads=2, timeout_s=0.4) as bench:
+        chunks = [stored(bench, seed, first_block=4 * seed) for seed in range(4)]
+        if payload:
+            # Only the layers' bytes are late, when their blocks are being written to already.
+            monkeypatch.setattr(chunk_reader, "_read", reading(disk))
+        disk.answers.clear()
+        loads = [into(chunk, 20 + 4 * n) for n, chunk in enumerate(chunks)]
+        report = bench.load(*loads)
+        assert report.reasons == {"io": 4}
+        assert report.damaged == set()
+        assert report.seconds < DEADLINE_S / 4
+        assert "the disk did not deliver it within 0.4 s" in report.failures[chunks[0].key]
+        blocks = tuple(range(20, 36))
+        assert bench.bad_blocks == set(blocks)
+        assert disk.waiting == 2
+        assert bench.load(loads[3]).reasons == {"io": 1}
+        fill(bench.cache, blocks, seed=77)
+        before = content(bench.cache, blocks, 16 * 16)
+        disk.answers.set()
+        until(lambda: disk.waiting == 0)
+        assert bench.load(into(chunks[0], 40)).failures == {}
+        assert same(content(bench.cache, blocks, 16 * 16), before)
+
+
+def reading(disk):
+    """Headers are read at once, whatever the disk does."""
+
+    def read(descriptor, size, position, name):
+        return os.pread(descriptor, size, position)
+
+    return read
+
+
+def test_a_disk_that_is_slow_but_goes_on_is_waited_for(tmp_path, disk):
+    """A long queue takes longer than the deadline; each chunk in it is loaded all the same."""
+    with Bench(tmp_path, threads=1, timeout_s=0.3) as bench:
+        chunks = [stored(bench, seed, first_block=4 * seed) for seed in range(4)]
+        disk.seconds = 0.06
+        report = bench.load(*[into(chunk, 20 + 4 * n) for n, chunk in enumerate(chunks)])
+        assert report.failures == {}
+        assert report.seconds > 0.3
+
+
+def test_a_stalled_save_does_not_delay_a_load(tmp_path, monkeypatch):
+    """Saves have threads of their own."""
+    with Bench(tmp_path, threads=2) as bench:
+        chunk = stored(bench)
+        stalls = threading.Event()
+        fsync = os.fsync
+        monkeypatch.setattr(os, "fsync", lambda fd: stalls.wait(DEADLINE_S) and fsync(fd))
+        for seed in (5, 6, 7):
+            bench.transfers.save(
+                SavePlan(f"save-{seed}", NAMESPACE, (chunk_save(seed, CHUNK_TOKENS, range(4)),))
+            )
+        assert bench.load(into(chunk, 20)).failures == {}
+        assert bench.reports == {}
+        stalls.set()

@@ -85,7 +85,6 @@ def test_what_is_not_there_is_none(tier: ObjectTier, load: Download) -> None:
     """A missing object has no size and no content, and can be deleted."""
     assert tier.head("ab/x.kv") is None
     assert tier.get_bytes("ab/x.kv") is None
-    assert not tier.quarantine("ab/x.kv", None)
     assert list(tier.names()) == []
     assert tier.shares(KEY) == []
     tier.delete("ab/x.kv")
@@ -129,8 +128,6 @@ def test_an_object_that_was_replaced_is_not_mixed(tier: ObjectTier, load: Downlo
         tier.download("ab/x.kv", load.descriptor, 6, version=before.version)
     with pytest.raises(ObjectReplacedError):
         tier.download("ab/x.kv", load.descriptor, 5)
-    # Nor is what took its place set aside.
-    assert not tier.quarantine("ab/x.kv", before.version)
     assert tier.get_bytes("ab/x.kv") == b"behind"
 
 

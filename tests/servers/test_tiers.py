@@ -42,6 +42,8 @@ def test_without_an_object_store_it_is_the_disk(tmp_path: Path) -> None:
     """Everything works, nothing is fetched, and a chunk is opened as the disk opens it."""
     store = Tiers(DiskStore(tmp_path / "disk"))
     chunk = sample()
+    with pytest.raises(ChunkMissingError, match="no such chunk in the store"):
+        store.verify(chunk.key)
     assert not store.has(chunk.key) and not store.make_durable(chunk.key)
     with pytest.raises(ChunkMissingError):
         store.open(chunk.key, chunk.layout, NAMESPACE)
@@ -92,7 +94,6 @@ def test_what_is_nowhere_is_missing(machine: Machine) -> None:
         lambda: store.open(chunk.key, chunk.layout, NAMESPACE),
         lambda: store.open_share(chunk.key, 0, 1),
         lambda: store.fetch(chunk.key),
-        lambda: store.verify(chunk.key),
     ):
         with pytest.raises(ChunkMissingError, match="neither on the disk nor in the object store"):
             ask()
@@ -140,11 +141,14 @@ def test_damage_on_the_disk_is_mended_unseen(machine: Machine, how: str) -> None
     store.disk.verify(chunk.key)
     damaged_somewhere(store.disk.path(chunk.key), how)
     store.verify(chunk.key)
-    store.disk.verify(chunk.key)
+    assert not store.disk.has(chunk.key), "the next load fetches it again"
+    load(chunk, store)
 
 
-def test_a_damaged_object_is_told_set_aside_and_replaced(machine: Machine) -> None:
-    """No machine takes it; the next that publishes the chunk repairs it, also from its disk."""
+def test_a_damaged_object_is_told_and_replaced(machine: Machine) -> None:
+    """No machine takes it, and none moves it: the next that publishes the chunk repairs it, also
+    from its disk.
+    """
     first, second = machine(), machine()
     chunk = sample()
     chunk.put(first)
@@ -152,19 +156,70 @@ def test_a_damaged_object_is_told_set_aside_and_replaced(machine: Machine) -> No
     corrupt_object(first, name)
     with pytest.raises(ChunkDamagedError):
         load(chunk, second)
-    assert list(second.disk.keys()) == [] and objects_of(second).head(name) is None
-    assert list(objects_of(second).names("quarantine")) == [f"quarantine/{name}"]
-    with pytest.raises(ChunkMissingError):
-        load(chunk, second)
-    with pytest.raises(ChunkMissingError, match="on this disk only"):
-        first.verify(chunk.key)
+    assert list(second.disk.keys()) == [] and list(objects_of(second).names()) == [name]
+    for store in (first, second):
+        with pytest.raises(ChunkDamagedError, match=r"publish .* again to repair it \(s3://"):
+            store.verify(chunk.key)
+    load(chunk, first)
+    assert first.disk.has(chunk.key), "its own copy is whole"
     assert chunk.put(first) > 0
     load(chunk, second)
     first.verify(chunk.key)
+    assert chunk.put(first) == 0 and second.make_durable(chunk.key)
+
+
+def test_a_damaged_object_is_not_promised_to_others(machine: Machine) -> None:
+    """Who finds it stored already uploads its own copy, or says that it has none."""
+    first, second = machine(), machine()
+    chunk = sample()
+    chunk.put(first)
+    corrupt_object(first, chunk_name(chunk.key))
+    with pytest.raises(ChunkDamagedError):
+        second.make_durable(chunk.key)
+    assert first.make_durable(chunk.key)
+    load(chunk, second)
+
+
+def test_a_reader_with_bad_memory_takes_nothing_from_others(
+    machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What it cannot read it reports; the object stays, and others read it."""
+    first, bad, third = machine(), machine(), machine()
+    chunk = sample()
+    chunk.put(first)
+    objects = objects_of(bad)
+    download = objects.download
+
+    def flip_a_bit(name: str, descriptor: int, size: int, **more: object) -> None:
+        download(name, descriptor, size, **more)
+        last = os.pread(descriptor, 1, size - 1)
+        os.pwrite(descriptor, bytes([last[0] ^ 1]), size - 1)
+
+    monkeypatch.setattr(objects, "download", flip_a_bit)
+    for _ in range(2):
+        with pytest.raises(ChunkDamagedError):
+            load(chunk, bad)
+    load(chunk, third)
+    third.verify(chunk.key)
+
+
+def test_a_missing_ranks_share_is_found(machine: Machine) -> None:
+    """Every rank's is expected; what is left of another number of ranks does not count."""
+    store = machine()
+    ranks = [sample(layout_of(rank=rank, world_size=2)) for rank in range(2)]
+    for chunk in ranks:
+        chunk.put(store)
+    store.verify(ranks[0].key)
+    name = chunk_name(ranks[0].key, 1, 2)
+    objects_of(store).delete(name)
+    with pytest.raises(ChunkMissingError, match=name[3:]):
+        store.verify(ranks[0].key)
+    sample().put(store)
+    store.verify(ranks[0].key)
 
 
 def test_damage_on_both_sides_is_told(machine: Machine) -> None:
-    """The load fails, its memory is zeroed, and both are out of the way."""
+    """The load fails, its memory is zeroed, and the next publication repairs both."""
     store, chunk = machine(), sample()
     chunk.put(store)
     corrupt_object(store, chunk_name(chunk.key))
@@ -176,7 +231,7 @@ def test_damage_on_both_sides_is_told(machine: Machine) -> None:
     ):
         opened.copy_all_pages(0, chunk.page_count, [[layer] for layer in room])
     assert not any(layer.any() for layer in room)
-    assert not store.has(chunk.key)
+    assert not store.disk.has(chunk.key)
     assert chunk.put(store) > 0
     load(chunk, store)
 

@@ -61,6 +61,7 @@ def check(market: Market, verify: bool = True, on_progress: Progress | None = No
     """
     problems = [f"ledger: {problem}" for problem in market.ledger.check_integrity()]
     problems += [f"catalogue: {problem}" for problem in market.catalogue.check_integrity()]
+    market.identity.confirm()
     on_offer = [listing for listing in market.catalogue.listings() if listing.state in ON_OFFER]
     holders = {key: listing for listing in reversed(on_offer) for key in listing.chunk_keys}
     bad = []
@@ -111,6 +112,7 @@ def repair(
     KVMarketError that it raises goes into `failed`.
     Raises NotFoundError for an unknown document, before anything is done.
     """
+    market.identity.confirm()
     market.catalogue.fail_abandoned()
     if document_ids is None:
         chosen = [listing for listing in market.catalogue.listings() if listing.state in ON_OFFER]

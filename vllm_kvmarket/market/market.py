@@ -21,6 +21,8 @@ from vllm_kvmarket.catalogue import Audit, Catalogue, Listing, Match, Use
 from vllm_kvmarket.core.config import MarketConfig, load, to_mapping
 from vllm_kvmarket.core.document_chunks import DocumentChunks
 from vllm_kvmarket.core.errors import (
+    ChunkDamagedError,
+    ChunkMissingError,
     ConfigError,
     LedgerUnavailableError,
     NotFoundError,
@@ -312,14 +314,20 @@ class Market:
         return self._clerk.submit(self.catalogue.fail, document_id, reason)
 
     def report_damage(self, key: bytes) -> Future[None]:
-        """A stored chunk could not be loaded: it is not sold until it is stored again."""
+        """A stored chunk could not be loaded: if it cannot be read here either, it is not sold
+        until it is stored again.
+        """
         return self._clerk.submit(self._report_damage, key)
 
     def _report_damage(self, key: bytes) -> None:
-        # A damaged file is in quarantine; one that is there was stored again since it was missed.
-        # Without the object store that was added meanwhile, this process knows of its disk only.
-        if self.catalogue.store_record.is_current() and not self.store.shares(key):
-            self.catalogue.report_damage(key)
+        # Whoever reported it may have bad memory, or it was stored again since. And without the
+        # object store that was added meanwhile, this process knows of its disk only.
+        if self.catalogue.store_record.is_current():
+            self.identity.confirm()
+            try:
+                self.store.verify(key)
+            except (ChunkDamagedError, ChunkMissingError):
+                self.catalogue.report_damage(key)
 
     def note_use(self, use: Use) -> None:
         """Remember a reuse for the eviction policy; written with others, soon."""

@@ -13,7 +13,7 @@ from __future__ import annotations
 import os
 import re
 import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import accumulate
@@ -23,7 +23,12 @@ import msgspec
 import numpy as np
 import xxhash
 
-from vllm_kvmarket.core.errors import ChunkDamagedError, LayoutMismatchError, StoreError
+from vllm_kvmarket.core.errors import (
+    ChunkDamagedError,
+    ChunkMissingError,
+    LayoutMismatchError,
+    StoreError,
+)
 from vllm_kvmarket.core.model_identity import KEY_BYTES, TOKEN_BYTES, chunk_key
 from vllm_kvmarket.store import codec as codecs
 from vllm_kvmarket.store.codec import CODEC_RAW, CODECS, MAX_RATIO
@@ -375,6 +380,25 @@ def share_of(name: str) -> tuple[int, int] | None:
     rank, world_size = int(found[2] or 0), int(found[3] or 1)
     canonical = chunk_name(bytes.fromhex(found[1]), rank, world_size)[3:]
     return (rank, world_size) if rank < world_size and name == canonical else None
+
+
+def check_complete(key: bytes, shares: Collection[tuple[int, int]]) -> None:
+    """Raise ChunkMissingError unless the share of every rank is there, for one world size.
+
+    What is left of other world sizes does not count.
+    """
+    sizes = {size for _, size in shares} or {1}
+    lacking = [
+        [(rank, size) for rank in range(size) if (rank, size) not in shares] for size in sizes
+    ]
+    if first := min(lacking, key=len):
+        raise missing(key, *first[0])
+
+
+def missing(key: bytes, rank: int = 0, world_size: int = 1) -> ChunkMissingError:
+    """The error for a share of a chunk that is not there."""
+    name = chunk_name(key, rank, world_size)[3:]
+    return ChunkMissingError(f"{name}: no such chunk in the store; publish its document again")
 
 
 def damaged(name: str, what: str) -> ChunkDamagedError:

@@ -20,15 +20,14 @@ from vllm_kvmarket.core.durable_files import (
 )
 from vllm_kvmarket.core.errors import (
     ChunkDamagedError,
-    ChunkMissingError,
     StoreError,
     StoreFullError,
 )
 from vllm_kvmarket.store import chunk_format
 from vllm_kvmarket.store.chunk_format import (
-    SUFFIX,
     Bytes,
     ChunkLayout,
+    check_complete,
     chunk_name,
     is_chunk_file,
     share_of,
@@ -163,7 +162,7 @@ class DiskStore:
         with self._draft(path, size) as draft:
             yield draft.descriptor
             try:
-                _verify_share(draft.path, key, rank, world_size)
+                verify_share(draft.path, key, rank, world_size)
             except ChunkDamagedError as error:
                 # The message must name the chunk, not the draft.
                 what = str(error).replace(draft.path.name, path.name)
@@ -182,7 +181,7 @@ class DiskStore:
         ChunkMissingError, StoreError.
         """
         if not self._files_of(key):
-            raise _missing(key)
+            raise chunk_format.missing(key)
         path = self.path(key)
         with self._reporting(path):
             self._sync_names(path.parent)
@@ -263,17 +262,15 @@ class DiskStore:
         return chunk
 
     def verify(self, key: bytes) -> None:
-        """Check every byte of every share of a chunk.
+        """Check every byte of every share of a chunk, and that each rank has one.
 
         Raises ChunkMissingError, ChunkDamagedError, LayoutMismatchError (a format that this
         kvmarket does not know), StoreError.
         """
-        files = self._files_of(key)
-        if not files:
-            raise _missing(key)
-        for file in files:
+        for file in self._files_of(key):
             rank, world_size = share_of(file.name) or (-1, 0)
-            _verify_share(file, key, rank, world_size)
+            verify_share(file, key, rank, world_size)
+        check_complete(key, self.shares(key))
 
     # The folder
 
@@ -288,7 +285,7 @@ class DiskStore:
         try:
             with self._quota.locked() as count:
                 try:
-                    _verify_share(path, key, rank, world_size)
+                    verify_share(path, key, rank, world_size)
                 except ChunkDamagedError:
                     self._quarantine.add(count, path, reason)
                     return True
@@ -577,14 +574,8 @@ def _scan(folder: Path) -> list[os.DirEntry[str]]:
         return []
 
 
-def _missing(key: bytes) -> ChunkMissingError:
-    return ChunkMissingError(
-        f"{key.hex()}{SUFFIX}: no such chunk in the store; publish its document again"
-    )
-
-
-def _verify_share(path: Path, key: bytes, rank: int, world_size: int) -> None:
-    """Check every byte of a file, and whose share it is."""
+def verify_share(path: Path, key: bytes, rank: int, world_size: int) -> None:
+    """Check every byte of a file, and whose share it is. Raises what `DiskStore.verify` raises."""
     with open_chunk(path, key) as chunk:
         chunk.verify()
         _check_share(chunk, path.name, rank, world_size)

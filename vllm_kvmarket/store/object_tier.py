@@ -31,7 +31,6 @@ _SINGLE_PUT_BYTES = 32 << 20
 _SLOWEST_UPLOAD_BYTES_PER_S = 1 << 20
 # For listings and the like: a writer to the bucket must not fill our memory.
 MAX_DOCUMENT_BYTES = 64 << 20
-QUARANTINE_PREFIX = "quarantine"
 _LISTED_AT_ONCE = 1000
 
 
@@ -173,21 +172,6 @@ class ObjectTier:
         names = (facts.name for facts in self.entries(folder, after=f"{folder}/{stem}"))
         found = (share_of(name.rpartition("/")[2]) for name in names if stem in name)
         return sorted(share for share in found if share is not None)
-
-    def quarantine(self, name: str, version: str | None) -> bool:
-        """Move a damaged object below `quarantine/`, where it stays; returns whether it was moved.
-
-        It is not moved when it was replaced meanwhile.
-        """
-        facts = self.facts(name)
-        if facts is None or facts.version != version:
-            return False
-        aside = f"{QUARANTINE_PREFIX}/{name}"
-        try:
-            self._run(lambda: obstore.rename_async(self._store, name, aside), name)
-        except FileNotFoundError:
-            return False
-        return True
 
     # Anything
 

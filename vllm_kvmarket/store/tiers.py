@@ -9,6 +9,7 @@ bucket_listings.collect cleans the bucket.
 from __future__ import annotations
 
 import contextlib
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -18,11 +19,24 @@ from pathlib import Path
 from typing import NamedTuple, Self, TypeVar
 
 from vllm_kvmarket.core.config import MarketConfig
-from vllm_kvmarket.core.errors import ChunkDamagedError, ChunkMissingError, StoreError
-from vllm_kvmarket.store.chunk_format import Bytes, ChunkHeader, ChunkLayout, chunk_name
+from vllm_kvmarket.core.errors import (
+    ChunkDamagedError,
+    ChunkMissingError,
+    LayoutMismatchError,
+    StoreError,
+)
+from vllm_kvmarket.store.chunk_format import (
+    SUFFIX,
+    Bytes,
+    ChunkHeader,
+    ChunkLayout,
+    check_complete,
+    chunk_name,
+    missing,
+)
 from vllm_kvmarket.store.chunk_reader import StoredChunk
-from vllm_kvmarket.store.disk import CHUNKS_FOLDER, DiskStore
-from vllm_kvmarket.store.object_tier import ObjectFacts, ObjectReplacedError, ObjectTier
+from vllm_kvmarket.store.disk import CHUNKS_FOLDER, DiskStore, verify_share
+from vllm_kvmarket.store.object_tier import ObjectReplacedError, ObjectTier
 
 # A publisher writes an object again when it is older than this: the bucket's garbage collection
 # deletes old objects that no listing needs, and a young one is safe from it.
@@ -175,8 +189,7 @@ class Tiers:
                     return False
                 self.disk.make_durable(key)
                 return True
-            facts = self.objects.facts(share.name)
-            if facts is not None and _is_fresh(facts):
+            if _holds(self.objects, share):
                 return True
             self.fetch(*share)
         except ChunkMissingError:
@@ -193,14 +206,11 @@ class Tiers:
         return self._upload(self.objects, ShareId(key, rank, world_size), is_new=False)
 
     def _upload(self, objects: ObjectTier, share: ShareId, *, is_new: bool) -> int:
-        """Upload a whole file unless a fresh object of its size is there; returns the bytes."""
-        path = self.disk.path(*share)
+        """Upload a whole file unless a fresh, whole object is there; returns the bytes."""
         try:
-            if not is_new:
-                facts = objects.facts(share.name)
-                if facts is not None and facts.size == path.stat().st_size and _is_fresh(facts):
-                    return 0
-            return objects.upload(share.name, path)
+            if not is_new and _holds(objects, share):
+                return 0
+            return objects.upload(share.name, self.disk.path(*share))
         except FileNotFoundError:
             raise StoreError(
                 f"{share.name}: left the disk before it was uploaded; make the disk quota larger, "
@@ -305,9 +315,9 @@ class Tiers:
                 if attempt == _ATTEMPTS:
                     raise
             except ChunkDamagedError:
-                # Damaged twice: then it is the object, and not the transfer.
+                # Damaged twice: it is not the transfer. But it may be this machine's memory, so the
+                # object stays for others to judge.
                 if attempt == _ATTEMPTS:
-                    objects.quarantine(share.name, facts.version)
                     raise
             else:
                 return
@@ -337,37 +347,53 @@ class Tiers:
         return sorted({*on_disk, *self.objects.shares(key)})
 
     def verify(self, key: bytes) -> None:
-        """Check every byte of every rank's share of a chunk.
+        """Check every byte of a chunk, and that each rank has its share; as DiskStore.verify.
 
-        With an object store, a share that is missing or damaged on the disk is fetched, and a share
-        on this disk alone is a ChunkMissingError. Raises as DiskStore.verify.
+        With an object store, its objects are read: a share that is on this disk alone is a
+        ChunkMissingError. A damaged copy on the disk is moved away, to be fetched again.
         """
         if self.objects is None:
             self.disk.verify(key)
             return
-        shares = sorted({*self.disk.shares(key), *self.objects.shares(key)})
-        if not shares:
-            raise ChunkMissingError(
-                f"{key.hex()}: neither on the disk nor in the object store; "
-                "publish its document again"
-            )
-        for rank, world_size in shares:
-            with self.open_share(key, rank, world_size) as chunk:
-                chunk.verify()
-            name = chunk_name(key, rank, world_size)
-            if self.objects.head(name) is None:
-                raise ChunkMissingError(
-                    f"{name}: on this disk only, not in the object store; "
-                    "publish its document again"
-                )
+        shares = self.objects.shares(key)
+        for share in shares:
+            _verify_object(self.objects, ShareId(key, *share))
+        check_complete(key, shares)
+        for share in self.disk.shares(key):
+            self.disk.quarantine(key, *share, "damaged on the disk, whole in the object store")
 
     def quarantine(self, key: bytes, rank: int, world_size: int, reason: str) -> bool:
         """Move a damaged file on the disk away; see DiskStore.quarantine."""
         return self.disk.quarantine(key, rank, world_size, reason)
 
 
-def _is_fresh(facts: ObjectFacts) -> bool:
-    return time.time() - facts.modified_s < FRESH_S
+def _holds(objects: ObjectTier, share: ShareId) -> bool:
+    """Whether a share's object is there and whole, and young enough to rely on.
+
+    Raises StoreError when the object store does not answer.
+    """
+    facts = objects.facts(share.name)
+    if facts is None or time.time() - facts.modified_s >= FRESH_S:
+        return False
+    try:
+        _verify_object(objects, share)
+    except (ChunkDamagedError, ChunkMissingError, LayoutMismatchError, ObjectReplacedError):
+        return False
+    return True
+
+
+def _verify_object(objects: ObjectTier, share: ShareId) -> None:
+    """Read an object and check every byte. Raises as Tiers.verify, and ObjectReplacedError."""
+    facts = objects.facts(share.name)
+    if facts is None:
+        raise missing(*share)
+    with tempfile.NamedTemporaryFile(suffix=SUFFIX) as copy:
+        objects.download(share.name, copy.fileno(), facts.size, version=facts.version)
+        try:
+            verify_share(Path(copy.name), *share)
+        except ChunkDamagedError as error:
+            what = str(error).replace(Path(copy.name).name, share.name)
+            raise ChunkDamagedError(f"{what} ({objects.url})") from None
 
 
 def objects_of(config: MarketConfig) -> ObjectTier | None:

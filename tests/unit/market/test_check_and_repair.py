@@ -19,7 +19,12 @@ from tests.support.catalogue_documents import (
 )
 from vllm_kvmarket.catalogue import Listing, Use
 from vllm_kvmarket.core.document_chunks import DocumentChunks
-from vllm_kvmarket.core.errors import NotFoundError, NotPublishableError, StoreFullError
+from vllm_kvmarket.core.errors import (
+    NotFoundError,
+    NotPublishableError,
+    StoreError,
+    StoreFullError,
+)
 from vllm_kvmarket.core.listing_terms import ListingTerms
 from vllm_kvmarket.market import check_and_repair, eviction, garbage_collection
 from vllm_kvmarket.market.market import DATABASE_FILE, Market
@@ -318,3 +323,72 @@ def test_every_step_of_a_repair_is_told(market):
     steps: list[tuple[int, int]] = []
     check_and_repair.repair(market, None, market.catalogue.get, lambda *step: steps.append(step))
     assert steps == list(itertools.zip_longest(range(1, 4), [], fillvalue=3))
+
+
+# Reports of damage
+
+
+@pytest.fixture
+def on_bucket(tmp_path: Path):
+    """A market on a bucket, and its one document."""
+    (tmp_path / "bucket").mkdir()
+    config = {"object_store_url": (tmp_path / "bucket").as_uri()}
+    with Market.open(tmp_path / "home", config) as market:
+        yield market, store(market, 1), tmp_path / "bucket"
+
+
+@pytest.fixture(params=["disk", "bucket"])
+def reported(request: pytest.FixtureRequest):
+    """A market with a document, and where its chunks really are."""
+    if request.param == "bucket":
+        market, listing, bucket = request.getfixturevalue("on_bucket")
+        return market, listing, bucket
+    market = request.getfixturevalue("market")
+    return market, store(market, 1), market.store.disk.root
+
+
+def test_a_report_of_damage_is_judged_by_a_second_reader(reported):
+    """What one reader cannot read may be whole; what is damaged, or lacks a rank, is not sold."""
+    market, listing, root = reported
+    key = listing.chunk_keys[1]
+    (file,) = root.rglob(f"{key.hex()}*.kv")
+    whole = file.read_bytes()
+    market.report_damage(key).result()
+    assert market.catalogue.get(listing.document_id).state == "live"
+    file.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    market.report_damage(key).result()
+    assert market.catalogue.get(listing.document_id).state == "damaged"
+    file.write_bytes(whole)
+    assert check_and_repair.repair(market, None, market.catalogue.get).healed
+    file.rename(file.with_name(f"{key.hex()}.0of2.kv"))
+    market.report_damage(key).result()
+    assert market.catalogue.get(listing.document_id).state == "damaged"
+
+
+def test_checks_read_the_objects_and_not_their_copies(on_bucket):
+    """A bucket whose every bit is flipped is not good, though the disk's copies are."""
+    market, listing, bucket = on_bucket
+    for file in bucket.rglob("*.kv"):
+        file.write_bytes(bytes(byte ^ 255 for byte in file.read_bytes()))
+    report = check_and_repair.check(market)
+    assert (report.ok, report.chunks_damaged) == (False, 3)
+    assert market.catalogue.get(listing.document_id).state == "live"
+
+    def publish(_name: str) -> Listing:
+        return store(market, 1)
+
+    repaired = check_and_repair.repair(market, None, publish)
+    assert (repaired.chunks_damaged, repaired.repaired) == (3, [listing.document_id])
+    assert check_and_repair.check(market).ok
+
+
+def test_a_bucket_that_is_not_there_is_no_damage(on_bucket):
+    """Nothing is taken off the market because a whole bucket is empty."""
+    market, listing, bucket = on_bucket
+    for file in bucket.rglob("*.*"):
+        file.unlink()
+    with pytest.raises(StoreError, match="nothing was changed"):
+        market.report_damage(listing.chunk_keys[0]).result()
+    with pytest.raises(StoreError, match="nothing was changed"):
+        check_and_repair.repair(market, None, market.catalogue.get)
+    assert market.catalogue.get(listing.document_id).state == "live"

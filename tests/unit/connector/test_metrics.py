@@ -197,6 +197,19 @@ def test_the_dashboard_shows_every_figure_and_no_other(metrics):
     assert shown == {figure.exported(name) for name, figure in METRICS.items()}
 
 
+def test_the_alerts_ask_for_what_is_registered():
+    """Each expression names a metric, and a label's value; a rate is of a counter."""
+    exported = {figure.exported(name): figure for name, figure in METRICS.items()}
+    text = (ROOT / "docs" / "DEPLOYMENT.md").read_text().partition("## Alerts")[2]
+    asked = re.findall(rf'(\w+\()?({PREFIX}\w+)(?:{{(\w+)="(\w+)"}})?(\[\w+\]\))?', text)
+    assert len(asked) >= 8
+    for function, name, label, value_, window in asked:
+        figure = exported[name]
+        assert (label, value_) == ("", "") or (label == figure.label and value_ in figure.values)
+        assert bool(function) == bool(window)
+        assert not function or (function in ("rate(", "increase(") and figure.kind == "counter")
+
+
 def test_the_documentation_has_the_table_of_figures():
     """docs/METRICS.md ends with what is registered; every reason to decline is explained."""
     text = (ROOT / "docs" / "METRICS.md").read_text()

@@ -60,15 +60,9 @@ async def read_bounded(scope: Scope, receive: Receive, limit: int) -> bytes:
     """
     if media_type(scope) == FORM_TYPE:
         limit *= FORM_FACTOR
-    too_long = ApiError(
-        413,
-        "body_too_long",
-        f"the body is longer than {limit} bytes",
-        headers={"connection": "close"},
-    )
     length = single_header(scope, "content-length")
     if length.isascii() and length.isdigit() and (len(length) > 18 or int(length) > limit):
-        raise too_long
+        raise _too_long(limit)
     if not length and not header_values(scope, "transfer-encoding"):
         return b""
     content = bytearray()
@@ -78,9 +72,14 @@ async def read_bounded(scope: Scope, receive: Receive, limit: int) -> bytes:
             raise ClientGoneError
         content += message.get("body", b"")
         if len(content) > limit:
-            raise too_long
+            raise _too_long(limit)
         if not message.get("more_body", False):
             return bytes(content)
+
+
+def _too_long(limit: int) -> ApiError:
+    message = f"the body is longer than {limit} bytes"
+    return ApiError(413, "body_too_long", message, headers={"connection": "close"})
 
 
 def replay(body: bytes, receive: Receive) -> Receive:
@@ -168,6 +167,10 @@ async def with_body(
 class MarketRoute(APIRoute):
     """A route that parses its JSON body beside the event loop, and answers errors as JSON."""
 
+    def refuse(self, error: ApiError, request: Request) -> Response:
+        """The answer to a request that is refused."""
+        return error.answer()
+
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
         """The handler, wrapped."""
         handle = super().get_route_handler()
@@ -185,6 +188,6 @@ class MarketRoute(APIRoute):
                 refused = translate(error)
                 if refused is None:
                     raise
-                return refused.answer()
+                return self.refuse(refused, request)
 
         return wrapped

@@ -165,13 +165,14 @@ async def proof(
 async def jwks(service: ServiceOf, caller: CallerOf) -> Jwks:
     """The public keys that receipts and the log are signed with."""
     caller.need_reader()
+    return Jwks(**await run_in_threadpool(key_set, service.market))
 
-    def read() -> dict[str, Any]:
-        keys = SigningKeys(service.market.home)
-        keys.current()  # the first is made on first use
-        return keys.jwks()
 
-    return Jwks(**await run_in_threadpool(read))
+def key_set(market: Market) -> dict[str, Any]:
+    """The market's public keys as a JWK set; makes the first key on first use."""
+    keys = SigningKeys(market.home)
+    keys.current()
+    return keys.jwks()
 
 
 def _whose(caller: Caller, account: str | None) -> str | None:

@@ -12,10 +12,20 @@ from fastapi import Depends, Request
 from fastapi.concurrency import run_in_threadpool
 from fastapi.security import APIKeyHeader, HTTPBearer
 
-from vllm_kvmarket.api.auth import Caller, KeyChecker, key_in, wrong_key
+from vllm_kvmarket.api.auth import (
+    READS,
+    WRITES,
+    Caller,
+    KeyChecker,
+    Limiter,
+    Queue,
+    counted_as,
+    key_in,
+    sender_address,
+    wrong_key,
+)
 from vllm_kvmarket.api.bodies import MOST_ITEMS, Scope
 from vllm_kvmarket.api.errors import ApiError
-from vllm_kvmarket.api.rate_limits import READS, WRITES, Limiter, Queue, counted_as, sender_address
 from vllm_kvmarket.api.sessions import Sessions
 from vllm_kvmarket.auth.admin_log import AdminLog
 from vllm_kvmarket.auth.api_keys import Keys

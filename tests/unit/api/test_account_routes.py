@@ -11,8 +11,8 @@ import pytest
 
 from tests.support.api_server import NANO, as_, publish, running, text_of
 from tests.support.purchases import reserve
+from vllm_kvmarket.api.auth import Limiter, Rate
 from vllm_kvmarket.api.paging import encode, newest_first
-from vllm_kvmarket.api.rate_limits import Limiter, Rate
 from vllm_kvmarket.auth.signing_keys import PublicKey
 from vllm_kvmarket.market.purchase import PurchaseState, Usage
 from vllm_kvmarket.proofs import ConsistencyProof, read_inclusion, verify, verify_checkpoint

@@ -9,7 +9,7 @@ import pytest
 from tests.support.api_server import as_
 from tests.support.page_visitor import Forms, Visitor
 from vllm_kvmarket.api import sessions
-from vllm_kvmarket.api.rate_limits import WRONG_KEYS, Limiter
+from vllm_kvmarket.api.auth import WRONG_KEYS, Limiter
 from vllm_kvmarket.api.sessions import Sessions
 from vllm_kvmarket.auth.api_keys import Keys, Principal
 from vllm_kvmarket.auth.operator_tokens import Credentials

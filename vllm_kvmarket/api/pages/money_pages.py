@@ -36,19 +36,6 @@ router = APIRouter(prefix="/money", route_class=PageRoute)
 
 
 @dataclass(frozen=True, slots=True)
-class _Hold:
-    transfer: Transfer
-    due_at_s: float
-
-
-@dataclass(frozen=True, slots=True)
-class _Royalties:
-    document_id: str
-    sales: int
-    amount_nano: int
-
-
-@dataclass(frozen=True, slots=True)
 class Proof:
     """The result of checking a receipt; `problem` is a sentence, empty if there is none."""
 
@@ -136,26 +123,23 @@ def _facts(
     }
 
 
-def _holds(ledger: Ledger, account: Account, newest: list[Transfer]) -> list[_Hold]:
-    """The holds that are pending."""
+def _holds(
+    ledger: Ledger, account: Account, newest: list[Transfer]
+) -> list[tuple[Transfer, float]]:
+    """The holds that are pending, and when each is due."""
     if not account.debits_pending and not account.credits_pending:
         return []
-    found = []
-    for each in newest:
-        due_at_s = ledger.due_at_s(each.id) if each.kind == "pending" else None
-        if due_at_s is not None:
-            found.append(_Hold(each, due_at_s))
-    return found
+    pending = [(each, ledger.due_at_s(each.id)) for each in newest if each.kind == "pending"]
+    return [(each, due_at_s) for each, due_at_s in pending if due_at_s is not None]
 
 
-def _royalties(whose: str, newest: list[Transfer]) -> list[_Royalties]:
-    """The royalties of each document, the most first."""
+def _royalties(whose: str, newest: list[Transfer]) -> list[tuple[str, list[int]]]:
+    """Each document's royalties, the document that earned most first."""
     earned: dict[str, list[int]] = defaultdict(list)
     for each in newest:
         if each.code == "royalty" and each.credit == whose:
             earned[each.user_data].append(each.amount_nano)
-    made = [_Royalties(name, len(nano), sum(nano)) for name, nano in earned.items()]
-    return sorted(made, key=lambda each: (-each.amount_nano, each.document_id))
+    return sorted(earned.items(), key=lambda each: (-sum(each[1]), each[0]))
 
 
 def _own_receipt(visitor: Visitor, receipt_id: str) -> Receipt:
@@ -175,10 +159,8 @@ def prove(market: Market, receipt: Receipt) -> Proof:
     """Sign a receipt, then check it as its owner would: with the public keys and the log."""
     kid, text, index, size = "", "", None, None
     try:
+        text = signed_receipt(market, receipt.id).jws
         keys = SigningKeys(market.home).public_keys()
-        signed = signed_receipt(market, receipt.id)
-        text = signed.jws
-        keys = keys or SigningKeys(market.home).public_keys()
         checked = verify(text, keys)
         kid = checked.kid
         if receipt.transfer_ids:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import secrets
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import resources
 from typing import Annotated, Any
@@ -14,11 +14,10 @@ import jinja2
 from fastapi import Depends, Request, Response
 from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import HTMLResponse, PlainTextResponse, RedirectResponse
-from fastapi.routing import APIRoute
 
 from vllm_kvmarket.api.auth import PUBLISHER, Caller
-from vllm_kvmarket.api.bodies import FORM_TYPE, media_type
-from vllm_kvmarket.api.errors import ApiError, translate
+from vllm_kvmarket.api.bodies import FORM_TYPE, MarketRoute, media_type
+from vllm_kvmarket.api.errors import ApiError
 from vllm_kvmarket.api.pages import formatting
 from vllm_kvmarket.api.service import Service, ServiceOf, service_of
 from vllm_kvmarket.api.sessions import LIFETIME_S, Session
@@ -239,23 +238,12 @@ def own_page(path: str) -> str:
     return path.removeprefix(BASE) if _PAGE.fullmatch(path) and ".." not in path else "/money"
 
 
-class PageRoute(APIRoute):
+class PageRoute(MarketRoute):
     """A route that shows errors as pages, and sends visitors who need a session to sign in."""
 
-    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
-        """The handler, wrapped."""
-        handle = super().get_route_handler()
-
-        async def shown(request: Request) -> Response:
-            try:
-                return await handle(request)
-            except Exception as error:
-                refused = translate(error)
-                if refused is None:
-                    raise
-                return error_page(refused, request)
-
-        return shown
+    def refuse(self, error: ApiError, request: Request) -> Response:
+        """The page for a request that is refused."""
+        return error_page(error, request)
 
 
 def error_page(error: ApiError, request: Request) -> Response:

@@ -14,7 +14,7 @@ from vllm_kvmarket.api.errors import not_found
 from vllm_kvmarket.api.models import Document
 from vllm_kvmarket.api.pages.charts import break_even, reuse_over_time
 from vllm_kvmarket.api.pages.page import BASE, HEADERS, PageRoute, VisitorOf, asset, own_page
-from vllm_kvmarket.auth.signing_keys import SigningKeys
+from vllm_kvmarket.api.receipt_routes import key_set
 from vllm_kvmarket.catalogue import ListingFilter
 from vllm_kvmarket.ledger import Receipt
 from vllm_kvmarket.market.market import Market
@@ -83,13 +83,8 @@ def _document(market: Market, document_id: str) -> tuple[Document, list[Receipt]
 async def keys(visitor: VisitorOf) -> Response:
     """The public keys that receipts are verified with."""
     visitor.caller.need_reader()
-
-    def read() -> dict[str, list[dict[str, str]]]:
-        own = SigningKeys(visitor.service.market.home)
-        own.current()  # the first is made on first use
-        return own.jwks()
-
-    return JSONResponse(await run_in_threadpool(read), headers=HEADERS)
+    found = await run_in_threadpool(key_set, visitor.service.market)
+    return JSONResponse(found, headers=HEADERS)
 
 
 @router.get("/static/{name}")

@@ -12,8 +12,8 @@ from fastapi.testclient import TestClient
 from tests.support.catalogue_documents import store_and_list, tokens
 from tests.support.gate_app import make_app
 from vllm_kvmarket import Market
+from vllm_kvmarket.api.auth import Queue
 from vllm_kvmarket.api.gate.route_kinds import ROUTES, Kind
-from vllm_kvmarket.api.rate_limits import Queue
 from vllm_kvmarket.auth.api_keys import KeyLimits, Keys
 from vllm_kvmarket.core.errors import LedgerUnavailableError
 from vllm_kvmarket.core.pricing import Tariff

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
+from vllm_kvmarket.api.auth import Limiter, Queue, Rate, counted_as, sender_address
 from vllm_kvmarket.api.errors import ApiError
-from vllm_kvmarket.api.rate_limits import Limiter, Queue, Rate, counted_as, sender_address
 
 
 def address(client, forwarded=(), proxies=()):

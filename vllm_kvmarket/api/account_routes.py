@@ -6,7 +6,6 @@ from typing import Annotated, Any, Literal
 
 import msgspec
 from fastapi import APIRouter, Path, Query, Response
-from fastapi.concurrency import run_in_threadpool
 
 from vllm_kvmarket.api.auth import ADMIN
 from vllm_kvmarket.api.bodies import MarketRoute
@@ -65,50 +64,47 @@ def describe(transfer: Transfer) -> dict[str, Any]:
 
 
 @router.get("/me", response_model=Me)
-async def me(service: ServiceOf, caller: CallerOf) -> Me:
+def me(service: ServiceOf, caller: CallerOf) -> Me:
     """The account of the key that asks. Needs any key."""
-    account = await run_in_threadpool(service.market.ledger.account, caller.need_key())
+    account = service.market.ledger.account(caller.need_key())
     return Me(**facts_of(account), scopes=sorted(caller.scopes))
 
 
 @router.get("", response_model=Page[AccountModel])
-async def accounts(
+def accounts(
     service: ServiceOf, caller: CallerOf, limit: Limit = 20, after: After = None
 ) -> Page[AccountModel]:
     """List all accounts by id. Needs the scope admin."""
     caller.need(ADMIN)
     last = "" if after is None else decode(after, str)
-    everyone = await run_in_threadpool(service.market.ledger.accounts)
+    everyone = service.market.ledger.accounts()
     left = sorted((each for each in everyone if each.id > last), key=lambda each: each.id)
     cursor = encode(left[limit - 1].id) if len(left) > limit else None
     return Page.of([AccountModel(**facts_of(each)) for each in left[:limit]], cursor)
 
 
 @router.post("", status_code=201, response_model=AccountModel)
-async def open_account(wish: NewAccount, service: ServiceOf, caller: CallerOf) -> AccountModel:
+def open_account(wish: NewAccount, service: ServiceOf, caller: CallerOf) -> AccountModel:
     """Open an account; an existing one of the same kind is returned. Needs the scope admin."""
     caller.need(ADMIN)
     if wish.id == ME:
         raise invalid(f"id: {ME!r} stands for the caller's own account", "id")
-    await service.record(caller, "account create", wish.model_dump())
-    opened = await run_in_threadpool(service.market.create_account, wish.id, wish.kind)
-    return AccountModel(**facts_of(opened))
+    service.record(caller, "account create", wish.model_dump())
+    return AccountModel(**facts_of(service.market.create_account(wish.id, wish.kind)))
 
 
 @router.get("/{account_id}", response_model=AccountModel)
-async def account(account_id: AccountPath, service: ServiceOf, caller: CallerOf) -> AccountModel:
+def account(account_id: AccountPath, service: ServiceOf, caller: CallerOf) -> AccountModel:
     """Look at an account. Needs the scope admin, or its own key."""
     if caller.need_key() != account_id:
         caller.need(ADMIN)
-    return AccountModel(
-        **facts_of(await run_in_threadpool(service.market.ledger.account, account_id))
-    )
+    return AccountModel(**facts_of(service.market.ledger.account(account_id)))
 
 
 @router.get(
     "/{account_id}/statement", response_model=StatementModel, responses={200: {"content": CSV}}
 )
-async def account_statement(
+def account_statement(
     *,
     account_id: AccountPath,
     service: ServiceOf,
@@ -125,11 +121,11 @@ async def account_statement(
     account_id = own if account_id == ME else account_id
     if account_id != own:
         caller.need(ADMIN)
-    return await run_in_threadpool(_statement, service.market, account_id, from_, to, format)
+    return _statement(service.market, account_id, from_, to, format)
 
 
 @router.post("/{account_id}/deposits", status_code=201, response_model=TransferModel)
-async def deposit(
+def deposit(
     account_id: AccountPath, wish: NewDeposit, service: ServiceOf, caller: CallerOf
 ) -> dict[str, Any]:
     """Book money that came in, once for a transfer id. Needs the scope admin."""
@@ -137,28 +133,23 @@ async def deposit(
     # With a prefix, so that a caller's id is never the id of another kind of transfer.
     transfer_id = f"deposit:{wish.transfer_id}"
     details = {"account": account_id, **wish.model_dump()}
-    await service.record(caller, "account deposit", details)
-    booked = await run_in_threadpool(
-        service.market.deposit, account_id, wish.amount_nano, transfer_id
-    )
-    return describe(booked)
+    service.record(caller, "account deposit", details)
+    return describe(service.market.deposit(account_id, wish.amount_nano, transfer_id))
 
 
 @router.post("/{account_id}/keys", status_code=201, response_model=Key)
-async def create_key(
+def create_key(
     account_id: AccountPath, wish: NewKey, service: ServiceOf, caller: CallerOf, response: Response
 ) -> Key:
     """Make a key of an account; its secret is shown only now. Needs the scope admin."""
     caller.need(ADMIN)
-    await run_in_threadpool(service.market.ledger.account, account_id)
+    service.market.ledger.account(account_id)  # it must exist
     scopes = sorted(set(wish.scopes))
     details = {"account": account_id, **wish.model_dump()}
-    await service.record(caller, "apikey create", details)
+    service.record(caller, "apikey create", details)
     try:
         limits = KeyLimits(**wish.limits.model_dump() | {"networks": tuple(wish.limits.networks)})
-        secret, key_id = await run_in_threadpool(
-            service.keys.create, account_id, scopes, wish.label, limits
-        )
+        secret, key_id = service.keys.create(account_id, scopes, wish.label, limits)
     except ConfigError as error:
         raise invalid(str(error)) from None
     response.headers["cache-control"] = "no-store"
@@ -166,10 +157,9 @@ async def create_key(
 
 
 @router.get("/{account_id}/keys", response_model=Page[KeyFacts])
-async def keys(account_id: AccountPath, service: ServiceOf, caller: CallerOf) -> Page[KeyFacts]:
+def keys(account_id: AccountPath, service: ServiceOf, caller: CallerOf) -> Page[KeyFacts]:
     """List an account's keys, the newest first, revoked ones too. Needs the scope admin."""
     caller.need(ADMIN)
-    found = await run_in_threadpool(service.keys.listed, account_id)
     data = [
         KeyFacts(
             id=key.key_id,
@@ -183,13 +173,13 @@ async def keys(account_id: AccountPath, service: ServiceOf, caller: CallerOf) ->
             spent_today_nano=key.spent_today_nano,
             spent_nano=key.spent_nano,
         )
-        for key in found
+        for key in service.keys.listed(account_id)
     ]
     return Page.of(data)
 
 
 @router.delete("/{account_id}/keys/{key_id}", status_code=204, response_class=Response)
-async def revoke_key(
+def revoke_key(
     account_id: AccountPath,
     key_id: Annotated[str, Path(max_length=128)],
     service: ServiceOf,
@@ -197,14 +187,10 @@ async def revoke_key(
 ) -> Response:
     """Revoke a key of an account, on every server within a second. Needs the scope admin."""
     caller.need(ADMIN)
-
-    def revoke() -> None:
-        if not any(key.account == account_id for key in service.keys.listed(key_id=key_id)):
-            raise not_found(f"account {account_id} has no key {key_id}")
-        service.keys.revoke(key_id)
-
-    await service.record(caller, "apikey revoke", {"account": account_id, "key_id": key_id})
-    await run_in_threadpool(revoke)
+    service.record(caller, "apikey revoke", {"account": account_id, "key_id": key_id})
+    if not any(key.account == account_id for key in service.keys.listed(key_id=key_id)):
+        raise not_found(f"account {account_id} has no key {key_id}")
+    service.keys.revoke(key_id)
     return Response(status_code=204)
 
 

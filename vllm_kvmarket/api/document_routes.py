@@ -83,7 +83,7 @@ async def publish(
         expires_at_s=None if wish.ttl_s is None else time.time() + wish.ttl_s,
     )
     details = {"document_id": name, **msgspec.to_builtins(terms)}
-    await service.record(caller, "document publish", details)
+    await run_in_threadpool(service.record, caller, "document publish", details)
     listing = await service.publications.add(Publication(tokens, chunks, terms))
     if listing.state != "publishing":
         response.status_code = 200
@@ -92,7 +92,7 @@ async def publish(
 
 
 @router.get("", response_model=Page[Document])
-async def documents(
+def documents(
     *,
     service: ServiceOf,
     caller: CallerOf,
@@ -120,67 +120,52 @@ async def documents(
         default_price=service.market.config.tariff.terms().cache_read_nano_per_mtok,
     )
     last = None if after is None else decode_place(after, sort)
-
-    def read() -> Page[Document]:
-        market = service.market
-        found = market.catalogue.page(wanted, limit + 1, after=last)
-        cursor = None
-        if len(found) > limit:
-            listing, number = found[limit - 1]
-            cursor = encode((sort, number, listing.document_id))
-        return Page.of([describe(market, each) for each, _ in found[:limit]], cursor)
-
-    return await run_in_threadpool(read)
+    found = service.market.catalogue.page(wanted, limit + 1, after=last)
+    cursor = None
+    if len(found) > limit:
+        listing, number = found[limit - 1]
+        cursor = encode((sort, number, listing.document_id))
+    return Page.of([describe(service.market, each) for each, _ in found[:limit]], cursor)
 
 
 @router.get("/{document_id}", response_model=Document)
-async def document(document_id: DocumentPath, service: ServiceOf, caller: CallerOf) -> Document:
+def document(document_id: DocumentPath, service: ServiceOf, caller: CallerOf) -> Document:
     """Look at a document on offer, or at your own in any state."""
     caller.need_reader()
-    return await run_in_threadpool(
-        lambda: describe(service.market, _seen(service.market, document_id, caller), quoted=True)
-    )
+    return describe(service.market, _seen(service.market, document_id, caller), quoted=True)
 
 
 @router.patch("/{document_id}", response_model=Document)
-async def change(
+def change(
     document_id: DocumentPath, wish: DocumentChange, service: ServiceOf, caller: CallerOf
 ) -> Document:
     """Change the price or the time to live of your own document. Needs the scope publisher."""
     caller.need(PUBLISHER)
     _check_price(service.market, caller, wish.cache_read_nano_per_mtok, None)
-
-    def apply() -> Document:
-        market = service.market
-        _own(market, document_id, caller)
-        if "cache_read_nano_per_mtok" in wish.model_fields_set:
-            market.catalogue.set_price(document_id, wish.cache_read_nano_per_mtok)
-        if "ttl_s" in wish.model_fields_set:
-            ends = None if wish.ttl_s is None else time.time() + wish.ttl_s
-            market.catalogue.set_expiry(document_id, ends)
-        shared_bucket.offer(market.store, market.catalogue, document_id)
-        return describe(market, market.catalogue.get(document_id))
-
+    market = service.market
     details = {"document_id": document_id, **wish.model_dump(exclude_unset=True)}
-    await service.record(caller, "document change", details)
-    return await run_in_threadpool(apply)
+    service.record(caller, "document change", details)
+    _own(market, document_id, caller)
+    if "cache_read_nano_per_mtok" in wish.model_fields_set:
+        market.catalogue.set_price(document_id, wish.cache_read_nano_per_mtok)
+    if "ttl_s" in wish.model_fields_set:
+        ends = None if wish.ttl_s is None else time.time() + wish.ttl_s
+        market.catalogue.set_expiry(document_id, ends)
+    shared_bucket.offer(market.store, market.catalogue, document_id)
+    return describe(market, market.catalogue.get(document_id))
 
 
 @router.delete("/{document_id}", response_model=Deleted)
-async def withdraw(document_id: DocumentPath, service: ServiceOf, caller: CallerOf) -> Deleted:
+def withdraw(document_id: DocumentPath, service: ServiceOf, caller: CallerOf) -> Deleted:
     """Withdraw your own document at once. Needs the scope publisher.
 
     Running requests are still served and charged. The disk space is freed later.
     """
     caller.need(PUBLISHER)
-
-    def delist() -> Deleted:
-        _own(service.market, document_id, caller)
-        service.market.delist(document_id)
-        return Deleted(id=document_id)
-
-    await service.record(caller, "document delist", {"document_id": document_id})
-    return await run_in_threadpool(delist)
+    service.record(caller, "document delist", {"document_id": document_id})
+    _own(service.market, document_id, caller)
+    service.market.delist(document_id)
+    return Deleted(id=document_id)
 
 
 async def _tokens_of(service: Service, frontend: Frontend, wish: NewDocument) -> list[int]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 from collections.abc import Callable, Sequence
 from typing import Annotated, Any, TypeVar
 
@@ -10,6 +9,7 @@ import msgspec
 from fastapi import Query
 
 from vllm_kvmarket.api.errors import invalid
+from vllm_kvmarket.auth.signing_keys import decode_base64url, encode_base64url
 from vllm_kvmarket.core.errors import NotFoundError
 from vllm_kvmarket.ledger import Ledger, Receipt, Transfer
 
@@ -22,14 +22,13 @@ After = Annotated[
 
 def encode(value: Any) -> str:
     """A cursor that holds a JSON value."""
-    return base64.urlsafe_b64encode(msgspec.json.encode(value)).decode().rstrip("=")
+    return encode_base64url(msgspec.json.encode(value))
 
 
 def decode(cursor: str, kind: type[Item]) -> Item:
     """The value in a cursor. Raises ApiError."""
     try:
-        raw = base64.b64decode(cursor + "=" * (-len(cursor) % 4), altchars=b"-_", validate=True)
-        return msgspec.json.decode(raw, type=kind)
+        return msgspec.json.decode(decode_base64url(cursor), type=kind)
     except (ValueError, msgspec.DecodeError):
         raise invalid(
             "after: no cursor of this list; give `next_cursor` of the page before", "after"

@@ -23,6 +23,7 @@ from vllm_kvmarket.api.models import (
     ReceiptModel,
     SignedReceiptModel,
     TransferModel,
+    model_of,
     page_of,
 )
 from vllm_kvmarket.api.paging import After, Limit, receipts_page, transfers_page
@@ -31,7 +32,7 @@ from vllm_kvmarket.auth.signing_keys import SigningKeys
 from vllm_kvmarket.core.errors import KVMarketError, NotFoundError
 from vllm_kvmarket.ledger import Receipt
 from vllm_kvmarket.market.market import Market
-from vllm_kvmarket.proofs import ProofError, TransparencyLog, signed_receipt
+from vllm_kvmarket.proofs import ConsistencyProof, ProofError, TransparencyLog, signed_receipt
 
 # An engine answers a moment before the ledger's commit.
 PATIENCE_S = 2.0
@@ -46,17 +47,12 @@ router = APIRouter(tags=["kvmarket receipts"], route_class=MarketRoute)
 logger = logging.getLogger(__name__)
 
 
-class Consistency(BaseModel):
-    """A proof that the log only grew (RFC 9162). Hashes are base64."""
-
-    object: Literal["kvmarket.log.consistency"] = "kvmarket.log.consistency"
-    old_size: int
-    new_size: int
-    old_root: str
-    new_root: str
-    path: list[str]
-    old_checkpoint: str
-    new_checkpoint: str
+# A proof that the log only grew (RFC 9162).
+Consistency = model_of(
+    ConsistencyProof,
+    "Consistency",
+    object=(Literal["kvmarket.log.consistency"], "kvmarket.log.consistency"),
+)
 
 
 class Jwks(BaseModel):
@@ -66,7 +62,7 @@ class Jwks(BaseModel):
 
 
 @router.get("/receipts", response_model=page_of(ReceiptModel))
-async def receipts(
+def receipts(
     service: ServiceOf,
     caller: CallerOf,
     limit: Limit = 20,
@@ -74,10 +70,7 @@ async def receipts(
     account: AccountQuery = None,
 ) -> Page[object]:
     """List receipts, the newest first. Needs any key; only admins see those of others."""
-    whose = _whose(caller, account)
-    page, cursor = await run_in_threadpool(
-        receipts_page, service.market.ledger, whose, limit, after
-    )
+    page, cursor = receipts_page(service.market.ledger, _whose(caller, account), limit, after)
     return Page.of(msgspec.to_builtins(page), cursor)
 
 
@@ -103,7 +96,7 @@ async def receipt(
 
 
 @router.get("/transfers", response_model=page_of(TransferModel))
-async def transfers(
+def transfers(
     service: ServiceOf,
     caller: CallerOf,
     limit: Limit = 20,
@@ -111,10 +104,7 @@ async def transfers(
     account: AccountQuery = None,
 ) -> Page[object]:
     """List transfers, the newest first. Needs any key; only admins see those of others."""
-    whose = _whose(caller, account)
-    page, cursor = await run_in_threadpool(
-        transfers_page, service.market.ledger, whose, limit, after
-    )
+    page, cursor = transfers_page(service.market.ledger, _whose(caller, account), limit, after)
     return Page.of([describe(each) for each in page], cursor)
 
 
@@ -123,15 +113,15 @@ async def transfers(
     response_model=None,
     responses={200: {"content": TEXT, "description": "A note (c2sp.org/tlog-checkpoint)"}},
 )
-async def checkpoint(service: ServiceOf, caller: CallerOf) -> PlainTextResponse:
+def checkpoint(service: ServiceOf, caller: CallerOf) -> PlainTextResponse:
     """The signed size and root of the log of all transfers."""
     caller.need_reader()
     log = TransparencyLog(service.market.ledger, service.market.home)
-    return PlainTextResponse((await run_in_threadpool(log.checkpoint)).note)
+    return PlainTextResponse(log.checkpoint().note)
 
 
 @router.get("/log/proof", response_model=Consistency, responses={200: {"content": TEXT}})
-async def proof(
+def proof(
     service: ServiceOf,
     caller: CallerOf,
     transfer: Annotated[str | None, Query(max_length=512)] = None,
@@ -146,26 +136,25 @@ async def proof(
         raise invalid("give `transfer`, or `old` and perhaps `new`")
     if transfer is not None:
         caller.need_key()
-        name = transfer
-        found = await run_in_threadpool(service.market.ledger.transfer, name)
+        found = service.market.ledger.transfer(transfer)
         if not (caller.owns(found.debit) or caller.owns(found.credit)):
-            raise not_found(f"there is no transfer {name!r}")
-        return PlainTextResponse((await run_in_threadpool(log.prove, name)).text())
+            raise not_found(f"there is no transfer {transfer!r}")
+        return PlainTextResponse(log.prove(transfer).text())
     caller.need_reader()
     assert old is not None
-    size = await run_in_threadpool(log.update)
+    size = log.update()
     if not old <= (size if new is None else new) <= size:
         raise invalid(f"old, new: the log has {size} transfers; give sizes that it had", "old")
-    proven = await run_in_threadpool(log.prove_consistency, old, new)
-    body = {"object": "kvmarket.log.consistency", **msgspec.to_builtins(proven)}
+    proven = msgspec.to_builtins(log.prove_consistency(old, new))
+    body = {"object": "kvmarket.log.consistency", **proven}
     return Response(msgspec.json.encode(body), media_type="application/json")
 
 
 @router.get("/jwks", response_model=Jwks)
-async def jwks(service: ServiceOf, caller: CallerOf) -> Jwks:
+def jwks(service: ServiceOf, caller: CallerOf) -> Jwks:
     """The public keys that receipts and the log are signed with."""
     caller.need_reader()
-    return Jwks(**await run_in_threadpool(key_set, service.market))
+    return Jwks(**key_set(service.market))
 
 
 def key_set(market: Market) -> dict[str, Any]:

@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol, TypeVar
 
 from fastapi import Depends, Request
-from fastapi.concurrency import run_in_threadpool
 from fastapi.security import APIKeyHeader, HTTPBearer
 
 from vllm_kvmarket.api.auth import (
@@ -128,10 +127,10 @@ class Service:
         with self.tokenizing_queue.place():
             return await loop.run_in_executor(self.tokenizing, step, *args)
 
-    async def record(self, caller: Caller, action: str, details: Mapping[str, Any]) -> None:
-        """Write what an administrator is about to change; nothing for another caller."""
+    def record(self, caller: Caller, action: str, details: Mapping[str, Any]) -> None:
+        """Write what an administrator is about to change; nothing for another caller. Blocks."""
         if caller.is_admin:
-            await run_in_threadpool(self.admin_log.record, str(caller.key_id), action, details)
+            self.admin_log.record(str(caller.key_id), action, details)
 
 
 def market_settings(transfer: Any) -> Mapping[str, Any] | None:

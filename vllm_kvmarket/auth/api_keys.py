@@ -126,10 +126,6 @@ class Principal:
     key_id: str
     limits: KeyLimits = NO_LIMITS
 
-    def may(self, scope: Scope) -> bool:
-        """Whether the key has `scope`; an admin's has all, and every key may read."""
-        return scope in self.scopes or "admin" in self.scopes or scope == "read-only"
-
     def is_good(self, now_s: float, address: str) -> bool:
         """Whether the key may be used now and from this network address ("": not known)."""
         limits = self.limits
@@ -264,14 +260,13 @@ class Keys:
             )
         return [self._info(row) for row in rows]
 
-    def check(self, header: str, address: str = "") -> Principal | None:
-        """The owner of a secret, or of an Authorization header with it ("Bearer kvm_...").
+    def check(self, secret: str, address: str = "") -> Principal | None:
+        """The owner of a secret; takes microseconds.
 
         None for no key, an unknown, revoked or expired one, and for one that may not be used from
-        `address`. Takes microseconds.
+        `address`.
         """
-        secret = secret_in(header)
-        if secret is None:
+        if not _SECRET.fullmatch(secret):
             return None
         digest = _digest(secret)
         # A key that another process has just made is known at once.
@@ -317,18 +312,6 @@ class Keys:
                 "max(0, spent_of_day_nano - iif(day = ?3, ?2, 0)) WHERE key_id = ?1",
                 (key_id, amount_nano, int(self._wall_clock() // DAY_S)),
             )
-
-    def budget_left_nano(self, key_id: str) -> int | None:
-        """The most that the key may still spend today; None without a budget."""
-        listed = self.listed(key_id=key_id)
-        if not listed:
-            return 0
-        found, limits = listed[0], listed[0].limits
-        budgets = (
-            (limits.day_budget_nano, found.spent_today_nano),
-            (limits.total_budget_nano, found.spent_nano),
-        )
-        return min((most - spent for most, spent in budgets if most is not None), default=None)
 
     def write_uses(self) -> None:
         """Write the times of last use that are not written yet. Mutates the database."""
@@ -439,13 +422,6 @@ class Keys:
         return KeysUnavailableError(
             f"the keys in {self._path} cannot be used ({error}); see `kvmarket env`"
         )
-
-
-def secret_in(header: str) -> str | None:
-    """The secret in an Authorization header, or alone; None where there is no key of ours."""
-    scheme, _, rest = header.strip().partition(" ")
-    secret = rest.strip() if scheme.lower() == "bearer" and rest else header.strip()
-    return secret if _SECRET.fullmatch(secret) else None
 
 
 def _digest(secret: str) -> bytes:

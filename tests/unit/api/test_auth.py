@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from vllm_kvmarket.api.auth import Limiter, Queue, Rate, counted_as, sender_address
+from vllm_kvmarket.api.auth import Limiter, Queue, Rate, counted_as, key_in, sender_address
 from vllm_kvmarket.api.errors import ApiError
 
 
@@ -54,3 +54,17 @@ def test_a_queue_is_bounded():
         assert refused.value.status == 503 and refused.value.headers["retry-after"]
         with queue.place():
             pass
+
+
+@pytest.mark.parametrize("value", ["{}", "Bearer {}", "bearer  {} ", "BEARER {}"])
+@pytest.mark.parametrize("name", [b"authorization", b"x-api-key"])
+def test_a_key_is_found_in_either_header(name, value):
+    """With or without the word, in any case of it."""
+    headers = [(name, value.format("kvm_secret").encode())]
+    assert key_in({"headers": headers}) == "kvm_secret"
+
+
+@pytest.mark.parametrize("value", ["", "Bearer", "Basic kvm_x", "Bearer sk-other", "sk-kvm_x"])
+def test_what_is_no_key_of_ours_is_not_found(value):
+    """It may be a key of vLLM's."""
+    assert key_in({"headers": [(b"authorization", value.encode())]}) is None

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Query, Response
-from fastapi.concurrency import run_in_threadpool
 
 from vllm_kvmarket.api.errors import ApiError, not_found
 from vllm_kvmarket.api.models import WHOLE_ACCOUNT
@@ -47,7 +46,7 @@ class Proof:
 
 
 @router.get("")
-async def money(
+def money(
     visitor: VisitorOf,
     account: AccountQuery = None,
     transfers_after: After = None,
@@ -55,33 +54,30 @@ async def money(
 ) -> Response:
     """Your own account; admins may choose one."""
     whose = _whose(visitor, account)
-    facts = await run_in_threadpool(
-        _facts, visitor.service.market.ledger, whose, transfers_after, receipts_after
-    )
+    ledger = visitor.service.market.ledger
+    facts = _facts(ledger, whose, transfers_after, receipts_after)
     everyone: list[str] = []
     if visitor.caller.is_admin:
-        found = await run_in_threadpool(visitor.service.market.ledger.accounts)
-        everyone = [each.id for each in found[:MOST_ACCOUNTS]]
+        everyone = [each.id for each in ledger.accounts()[:MOST_ACCOUNTS]]
     chosen = None if whose == visitor.caller.account else whose
     return visitor.page("money.html", everyone=everyone, chosen=chosen, whose=whose, **facts)
 
 
 @router.get("/receipt")
-async def receipt(visitor: VisitorOf, id: IdQuery) -> Response:
+def receipt(visitor: VisitorOf, id: IdQuery) -> Response:
     """A receipt, and whether its signature and its place in the log hold."""
-    market = visitor.service.market
-    found = await run_in_threadpool(_own_receipt, visitor, id)
-    proof = await run_in_threadpool(prove, market, found)
+    found = _own_receipt(visitor, id)
+    proof = prove(visitor.service.market, found)
     return visitor.page(
         "receipt.html", receipt=found, proof=proof, file=f"{_file_name(found.id)}.jws"
     )
 
 
 @router.get("/receipt.jws")
-async def jws(visitor: VisitorOf, id: IdQuery) -> Response:
+def jws(visitor: VisitorOf, id: IdQuery) -> Response:
     """A receipt's signed form, as a file."""
-    found = await run_in_threadpool(_own_receipt, visitor, id)
-    proof = await run_in_threadpool(prove, visitor.service.market, found)
+    found = _own_receipt(visitor, id)
+    proof = prove(visitor.service.market, found)
     if not proof.jws:
         raise ApiError(503, "not_signed", f"this receipt cannot be signed now: {proof.problem}")
     name = f'attachment; filename="{_file_name(found.id)}.jws"'

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from fastapi import APIRouter, Response
-from fastapi.concurrency import run_in_threadpool
 
 from vllm_kvmarket.api.auth import ADMIN
 from vllm_kvmarket.api.pages.charts import first_tokens, revenue_over_time
@@ -49,11 +48,10 @@ class Top:
 
 
 @router.get("/provider")
-async def provider(visitor: VisitorOf) -> Response:
+def provider(visitor: VisitorOf) -> Response:
     """Traffic, money, storage, faults, top documents. Needs the scope admin."""
     visitor.caller.need(ADMIN)
-    facts = await run_in_threadpool(_facts, visitor.service)
-    return visitor.page("provider.html", **facts)
+    return visitor.page("provider.html", **_facts(visitor.service))
 
 
 def traffic(metrics: ServerMetrics) -> Traffic:

@@ -6,18 +6,14 @@ import time
 from typing import Annotated
 
 from fastapi import APIRouter, Query, Response
-from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import JSONResponse
 
 from vllm_kvmarket.api.document_routes import describe, find, is_on_offer
 from vllm_kvmarket.api.errors import not_found
-from vllm_kvmarket.api.models import Document
 from vllm_kvmarket.api.pages.charts import break_even, reuse_over_time
 from vllm_kvmarket.api.pages.page import BASE, HEADERS, PageRoute, VisitorOf, asset, own_page
 from vllm_kvmarket.api.receipt_routes import key_set
 from vllm_kvmarket.catalogue import ListingFilter
-from vllm_kvmarket.ledger import Receipt
-from vllm_kvmarket.market.market import Market
 
 PAGE_ROWS = 50
 # A document's chart shows this many of its newest receipts.
@@ -26,7 +22,7 @@ MOST_RECEIPTS = 2000
 router = APIRouter(route_class=PageRoute)
 
 
-async def catalogue(
+def catalogue(
     visitor: VisitorOf,
     search: Annotated[str, Query(max_length=200)] = "",
     page: Annotated[int, Query(ge=1, le=1_000_000)] = 1,
@@ -34,13 +30,10 @@ async def catalogue(
     """The documents on offer, the newest first."""
     visitor.caller.need_reader()
     market = visitor.service.market
-
-    def read() -> tuple[list[Document], int]:
-        wanted = ListingFilter(search=search)
-        found = market.catalogue.page(wanted, PAGE_ROWS, offset=(page - 1) * PAGE_ROWS)
-        return [describe(market, each) for each, _ in found], market.catalogue.count(wanted)
-
-    rows, total = await run_in_threadpool(read)
+    wanted = ListingFilter(search=search)
+    found = market.catalogue.page(wanted, PAGE_ROWS, offset=(page - 1) * PAGE_ROWS)
+    rows = [describe(market, each) for each, _ in found]
+    total = market.catalogue.count(wanted)
     return visitor.page(
         "catalogue.html",
         search=search,
@@ -54,10 +47,16 @@ async def catalogue(
 
 
 @router.get("/documents/{document_id}")
-async def document(document_id: str, visitor: VisitorOf) -> Response:
+def document(document_id: str, visitor: VisitorOf) -> Response:
     """One document: its price, its reuse, and how to use it."""
     visitor.caller.need_reader()
-    shown, receipts = await run_in_threadpool(_document, visitor.service.market, document_id)
+    market = visitor.service.market
+    listing = find(market, document_id)
+    # The same for a withdrawn document as for one that never was.
+    if listing is None or not is_on_offer(listing):
+        raise not_found("there is no such document on offer")
+    receipts = market.ledger.receipts(document_id=document_id, limit=MOST_RECEIPTS)
+    shown = describe(market, listing, quoted=True)
     url = visitor.request.url
     return visitor.page(
         "document.html",
@@ -70,21 +69,11 @@ async def document(document_id: str, visitor: VisitorOf) -> Response:
     )
 
 
-def _document(market: Market, document_id: str) -> tuple[Document, list[Receipt]]:
-    """Raises ApiError, the same for a withdrawn document as for one that never was."""
-    listing = find(market, document_id)
-    if listing is None or not is_on_offer(listing):
-        raise not_found("there is no such document on offer")
-    receipts = market.ledger.receipts(document_id=document_id, limit=MOST_RECEIPTS)
-    return describe(market, listing, quoted=True), receipts
-
-
 @router.get("/keys.jwks")
-async def keys(visitor: VisitorOf) -> Response:
+def keys(visitor: VisitorOf) -> Response:
     """The public keys that receipts are verified with."""
     visitor.caller.need_reader()
-    found = await run_in_threadpool(key_set, visitor.service.market)
-    return JSONResponse(found, headers=HEADERS)
+    return JSONResponse(key_set(visitor.service.market), headers=HEADERS)
 
 
 @router.get("/static/{name}")

@@ -27,10 +27,10 @@ router = APIRouter(route_class=PageRoute)
 
 
 @router.get("/publish")
-async def form(visitor: VisitorOf) -> Response:
+def form(visitor: VisitorOf) -> Response:
     """The form, and your documents."""
     visitor.caller.need(PUBLISHER)
-    return await _form(visitor, EMPTY)
+    return _form(visitor, EMPTY)
 
 
 @router.post("/publish")
@@ -46,16 +46,15 @@ async def publish(visitor: VisitorOf) -> Response:
         refused = _of_fields(error)
         if refused is None or refused.status in (401, 403):
             raise
-        return await _form(visitor, given, refused)
+        return await run_in_threadpool(_form, visitor, given, refused)
     return visitor.go(f"/offers/{made.id}")
 
 
 @router.get("/offers/{document_id}")
-async def offer(document_id: str, visitor: VisitorOf, wait: bool = True) -> Response:
+def offer(document_id: str, visitor: VisitorOf, wait: bool = True) -> Response:
     """Your own document in any state; the page reloads while it is being published."""
     visitor.caller.need(PUBLISHER)
-    shown = await run_in_threadpool(_own, visitor, document_id)
-    return _offer(visitor, shown, wait=wait)
+    return _offer(visitor, _own(visitor, document_id), wait=wait)
 
 
 @router.post("/offers/{document_id}/terms")
@@ -68,8 +67,9 @@ async def change(document_id: str, visitor: VisitorOf) -> Response:
         terms: dict[str, Any] = {"cache_read_nano_per_mtok": _price(fields.get("price", ""))}
         if fields.get("ttl"):
             terms["ttl_s"] = _ttl_s(fields["ttl"])
-        await document_routes.change(
-            document_id, DocumentChange(**terms), visitor.service, visitor.caller
+        wish = DocumentChange(**terms)
+        await run_in_threadpool(
+            document_routes.change, document_id, wish, visitor.service, visitor.caller
         )
     except Exception as error:
         refused = _of_fields(error)
@@ -85,21 +85,21 @@ async def delist(document_id: str, visitor: VisitorOf) -> Response:
     visitor.caller.need(PUBLISHER)
     await visitor.form()
     await run_in_threadpool(_own, visitor, document_id)
-    await document_routes.withdraw(document_id, visitor.service, visitor.caller)
+    await run_in_threadpool(document_routes.withdraw, document_id, visitor.service, visitor.caller)
     return visitor.go(f"/offers/{document_id}")
 
 
-async def _form(
-    visitor: Visitor, given: dict[str, str], problem: ApiError | None = None
-) -> Response:
-    own = await run_in_threadpool(_listed, visitor)
+def _form(visitor: Visitor, given: dict[str, str], problem: ApiError | None = None) -> Response:
+    market, account = visitor.service.market, visitor.caller.account
+    wanted = ListingFilter(publisher=account, any_state=True, seen_by=account)
+    own = market.catalogue.page(wanted, MOST_OWN)
     tariff = visitor.service.market.config.tariff
     return visitor.page(
         "publish.html",
         status=200 if problem is None else problem.status,
         given=given,
         problem=problem,
-        own=own,
+        own=[document_routes.describe(market, each) for each, _ in own],
         most=MOST_OWN,
         terms=tariff.terms(),
         write_nano_per_mtok=tariff.cache_write_nano_per_mtok,
@@ -133,13 +133,6 @@ def _own(visitor: Visitor, document_id: str) -> Document:
     if listing is None or not visitor.caller.owns(listing.terms.publisher):
         raise not_found("you have no such document")
     return document_routes.describe(market, listing)
-
-
-def _listed(visitor: Visitor) -> list[Document]:
-    market, account = visitor.service.market, visitor.caller.account
-    wanted = ListingFilter(publisher=account, any_state=True, seen_by=account)
-    own = market.catalogue.page(wanted, MOST_OWN)
-    return [document_routes.describe(market, each) for each, _ in own]
 
 
 def _new_document(given: dict[str, str]) -> NewDocument:

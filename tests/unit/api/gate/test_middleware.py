@@ -11,6 +11,7 @@ from fastapi.testclient import TestClient
 
 from tests.support.catalogue_documents import store_and_list, tokens
 from tests.support.gate_app import make_app
+from tests.support.key_budgets import budget_left_nano
 from vllm_kvmarket import Market
 from vllm_kvmarket.api.auth import Queue
 from vllm_kvmarket.api.gate.route_kinds import ROUTES, Kind
@@ -460,7 +461,7 @@ def test_a_keys_budget_is_charged_with_what_was_sold(app, client, keys, market):
     key = {"x-api-key": secret}
 
     def left():
-        return keys.budget_left_nano(key_id)
+        return budget_left_nano(keys, key_id)
 
     app.state.engine_client.answers = [{"receipt_id": "r", "charge_nano": price - 10}] * 2
     got = signed(market, reached(ask(client, key, prompt)))

@@ -109,10 +109,8 @@ def durable_file(
     With `replace=False` an existing file stays, and FileExistsError is raised. Raises OSError.
     """
     sweep_drafts(path.parent, path.name)
-    draft = draft_path(path)
-    descriptor = files.create(draft, mode)
+    draft, descriptor = _new_draft(path, mode, files)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
         yield descriptor
         files.sync(descriptor)
         if replace:
@@ -194,27 +192,44 @@ def draft_path(path: Path) -> Path:
     return path.with_name(f"{DRAFT_PREFIX}{secrets.token_hex(8)}-{path.name}")
 
 
+def _new_draft(path: Path, mode: int, files: Files) -> tuple[Path, int]:
+    """Make a draft beside `path`, and lock it."""
+    while True:
+        draft = draft_path(path)
+        descriptor = files.create(draft, mode)
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        if os.fstat(descriptor).st_nlink:
+            return draft, descriptor
+        # Another process has removed it before it was locked.
+        os.close(descriptor)
+
+
 def sweep_drafts(folder: Path, name: str | None = None) -> None:
     """Remove drafts that no process writes any more, of one file or of all. Raises nothing."""
     pattern = "*" if name is None else f"*-{glob.escape(name)}"
     for draft in folder.glob(DRAFT_PREFIX + pattern):
-        if not is_being_written(draft):
-            with contextlib.suppress(OSError):
+        with _left_over(draft) as is_left, contextlib.suppress(OSError):
+            if is_left:
                 draft.unlink()
 
 
 def is_being_written(draft: Path) -> bool:
     """Whether a living process holds the draft's lock; True when that cannot be found out."""
+    with _left_over(draft) as is_left:
+        return not is_left
+
+
+@contextlib.contextmanager
+def _left_over(draft: Path) -> Iterator[bool]:
+    """Whether nobody writes a draft; its lock is held meanwhile, so that nobody begins to."""
     flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOFOLLOW
-    try:
-        descriptor = os.open(draft, flags)
-    except OSError as error:
-        # A link is no draft of ours, and can go.
-        return error.errno not in (errno.ELOOP, errno.ENOENT)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        return True
-    finally:
-        os.close(descriptor)
-    return False
+    with contextlib.ExitStack() as stack:
+        try:
+            descriptor = os.open(draft, flags)
+            stack.callback(os.close, descriptor)
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            is_left = True
+        except OSError as error:
+            # A link is no draft of ours, and can go.
+            is_left = error.errno in (errno.ELOOP, errno.ENOENT)
+        yield is_left

@@ -7,6 +7,7 @@ import pytest
 
 from tests.support.forgetful_files import CrashError, ForgetfulFiles
 from vllm_kvmarket.core.durable_files import (
+    Files,
     append_line,
     draft_path,
     durable_file,
@@ -84,6 +85,23 @@ def test_a_block_that_raises_changes_nothing(tmp_path):
         raise ZeroDivisionError
     assert list(tmp_path.iterdir()) == [tmp_path / "key"]
     assert (tmp_path / "key").read_bytes() == OLD
+
+
+def test_a_draft_that_is_swept_before_it_is_locked_is_made_again(tmp_path):
+    """Another process may clean up between the two calls; the file is written nevertheless."""
+    made = []
+
+    class Slow(Files):
+        def create(self, path, mode=0o600):
+            descriptor = super().create(path, mode)
+            made.append(path)
+            if len(made) == 1:
+                sweep_drafts(tmp_path)
+            return descriptor
+
+    write_durably(tmp_path / "key", b"whole", files=Slow())
+    assert [each.name for each in tmp_path.iterdir()] == ["key"]
+    assert (tmp_path / "key").read_bytes() == b"whole" and len(made) == 2
 
 
 def test_only_drafts_without_a_writer_are_swept(tmp_path):

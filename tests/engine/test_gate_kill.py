@@ -16,8 +16,9 @@ QUESTION = words(7400, 12)
 
 
 @pytest.mark.long
-def test_a_server_killed_in_mid_request_charges_once(tiny, tmp_path):
+def test_a_server_killed_in_mid_request_charges_once(tiny, tmp_path, monkeypatch):
     """Killed as hard as can be while it streams; the client asks again, and pays for that."""
+    monkeypatch.setenv("KVMARKET_TESTS_FORK", "0")  # the engine must be the server's child
     home = tmp_path / "home"
     config = {"reservation_timeout_s": 5}
     body = {"model": MODEL, "prompt": DOCUMENT + QUESTION, "max_tokens": 3000, "stream": True}

@@ -15,12 +15,12 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from tests.support import ROOT
 from tests.support.engines import words
+from tests.support.serving import VLLM, start
 from vllm_kvmarket.auth.api_keys import Keys
 from vllm_kvmarket.connector.housekeeping import INTERVAL_S
 from vllm_kvmarket.connector.metric_definitions import METRICS, PREFIX
 from vllm_kvmarket.market.market import DATABASE_FILE
 
-VLLM = ROOT / ".venv" / "bin" / "vllm"
 KVMARKET = ROOT / ".venv" / "bin" / "kvmarket"
 
 
@@ -274,11 +274,11 @@ def test_the_command_line_publishes_what_a_new_engine_reuses(tiny, tmp_path):
     kvmarket("document", "delist", listed["document_id"])
 
 
-def test_an_unknown_connector_ends_the_server_with_one_clear_line(tiny):
+def test_an_unknown_connector_ends_the_server_with_one_clear_line(tiny, tmp_path):
     """Before any engine starts; see test_flags for the other ways to be wrong."""
     command = [str(VLLM), "serve", str(tiny(1)), "--kv-connector", "kvmarked"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
-    assert done.returncode == 2
-    last = done.stderr.strip().splitlines()[-1]
-    assert "unknown connector 'kvmarked'" in last, done.stderr[-2000:]
-    assert "EngineCore" not in done.stdout
+    log = tmp_path / "serve.log"
+    assert start(command, log).wait(timeout=120) == 2
+    text = log.read_text()
+    assert "unknown connector 'kvmarked'" in text.strip().splitlines()[-1], text[-2000:]
+    assert "EngineCore" not in text

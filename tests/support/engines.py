@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.support import ROOT
+from tests.support.forked import forked_engines
 from vllm_kvmarket import Market
 from vllm_kvmarket.connector.offline_engine import close_llm, open_llm
 
@@ -19,7 +20,8 @@ NANO = 1_000_000_000
 @contextmanager
 def running(model: Path, market: Market, **engine_args: Any) -> Iterator[Any]:
     """An engine on a market that is gone, process and all, afterwards."""
-    llm = open_llm(str(model), market, **{"max_model_len": 4096, **engine_args})
+    with forked_engines():
+        llm = open_llm(str(model), market, **{"max_model_len": 4096, **engine_args})
     try:
         yield llm
     finally:

@@ -20,10 +20,12 @@ import pytest
 
 from tests.support import ROOT
 from tests.support.engines import NANO, words
+from tests.support.forked import ForkedCommand, forks
 from vllm_kvmarket import Market
 from vllm_kvmarket.auth.api_keys import Keys
 from vllm_kvmarket.market.market import DATABASE_FILE
 
+ServerProcess = subprocess.Popen[bytes] | ForkedCommand
 VLLM = ROOT / ".venv" / "bin" / "vllm"
 MODEL = "tiny"
 # Documents that tests publish; the second one as chat: a few tokens more than three blocks, so that
@@ -39,7 +41,7 @@ class Server:
 
     base: str
     port: int
-    process: subprocess.Popen[bytes]
+    process: ServerProcess
     market: Market
     keys: Keys
     log: Path
@@ -112,13 +114,7 @@ def serving(
     command += ["--kvmarket-config", json.dumps(settings), "--served-model-name", MODEL]
     command += ["--host", "127.0.0.1", "--port", str(port), "--dtype", "float32"]
     command += ["--max-model-len", "4096", "--enforce-eager", *arguments]
-    with log.open("wb") as out:
-        process = subprocess.Popen(
-            command,
-            stdout=out,
-            stderr=subprocess.STDOUT,
-            env=os.environ | {"HF_HUB_OFFLINE": "1"},
-        )
+    process = start(command, log)
     base = f"http://127.0.0.1:{port}"
     try:
         with Market.open(config=settings) as market:
@@ -131,7 +127,16 @@ def serving(
         process.wait(timeout=60)
 
 
-def wait_until_healthy(base: str, process: subprocess.Popen[bytes], log: Path) -> None:
+def start(command: list[str], log: Path) -> ServerProcess:
+    """Start a server, as a fork if tests may."""
+    if forks():
+        return ForkedCommand(command, log, {"HF_HUB_OFFLINE": "1"})
+    with log.open("wb") as out:
+        environment = os.environ | {"HF_HUB_OFFLINE": "1"}
+        return subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, env=environment)
+
+
+def wait_until_healthy(base: str, process: ServerProcess, log: Path) -> None:
     """Fails with the server's log when it ends, or does not answer in time."""
     deadline = time.monotonic() + 300
     while time.monotonic() < deadline:

@@ -44,7 +44,7 @@ def with_market(run: Callable[[Market], Result]) -> Result:
     """Run a section's engines on a new market, which is removed afterwards."""
     with tempfile.TemporaryDirectory(prefix="kvmarket-paper-") as home, Market.open(home) as market:
         market.create_account("buyer")
-        market.deposit("buyer", 10**15)
+        market.deposit("buyer", 10**15, "deposit")
         with engine_output():
             return run(market)
 

@@ -246,7 +246,7 @@ def main() -> None:
     args.output.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="kvmarket-bench-") as home, Market.open(home) as market:
         market.create_account("buyer")
-        market.deposit("buyer", 10**15)
+        market.deposit("buyer", 10**15, "deposit")
         bench = Bench(args, market)
         with engine_output():
             for part in (bench.plain, bench.sold, bench.fresh):

@@ -54,16 +54,15 @@ class SeaweedFS:
         """Options of an object tier, by way of another port if one is given."""
         return {
             "endpoint": f"http://127.0.0.1:{port or self.port}",
-            "access_key_id": "key",
-            "secret_access_key": "secret",
             "region": "us-east-1",
             "allow_http": "true",
             **more,
         }
 
     def start(self) -> None:
-        """Start it and wait until it answers."""
+        """Start it and wait until it answers; this process and its children may use it."""
         assert WEED is not None
+        os.environ |= {"AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "secret"}
         arguments = [WEED, "server", f"-dir={self.folder / 'data'}", "-filer", "-s3"]
         arguments += ["-ip=127.0.0.1", "-ip.bind=127.0.0.1", "-master.telemetry=false"]
         # Alone: with others to wait for, it takes a quarter of a minute to start after a crash.

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 
 from fastapi import APIRouter
 from fastapi.concurrency import run_in_threadpool
@@ -17,6 +18,7 @@ from vllm_kvmarket.api.models import Quote, QuoteLine, QuoteWish
 from vllm_kvmarket.api.service import CallerOf, Frontend, Service, ServiceOf
 from vllm_kvmarket.core.errors import CatalogueError, NotFoundError
 from vllm_kvmarket.core.pricing import amount_nano
+from vllm_kvmarket.market import quote as market_quote
 from vllm_kvmarket.market.market import Market
 
 router = APIRouter(prefix="/quotes", tags=["kvmarket quotes"], route_class=MarketRoute)
@@ -137,17 +139,25 @@ async def offer_of(
     prompts: Sequence[Sequence[int]],
     account: str,
     document_tokens: int | None = None,
+    max_cache_read_nano_per_mtok: int | None = None,
 ) -> Offer:
-    """Quote a request's prompts, or the document in front of them, beside the event loop."""
+    """Quote a request's prompts, or the document in front of them, beside the event loop.
+
+    Without a document, only what the engine would buy under the price cap.
+    """
     assert service.frontend is not None
-    return await asyncio.to_thread(
-        _offer, service.market, service.frontend.namespace, prompts, account, document_tokens
+    quote = partial(
+        service.market.quote,
+        service.frontend.namespace,
+        named=document_tokens is not None,
+        max_cache_read_nano_per_mtok=max_cache_read_nano_per_mtok,
     )
+    return await asyncio.to_thread(_offer, service.market, quote, prompts, account, document_tokens)
 
 
 def _offer(
     market: Market,
-    namespace: bytes,
+    quote: Callable[..., market_quote.Quote],
     prompts: Sequence[Sequence[int]],
     account: str,
     document_tokens: int | None,
@@ -158,8 +168,7 @@ def _offer(
         # A prompt's last token is always computed.
         bought = tokens if document_tokens is None else tokens[:document_tokens]
         most = min(len(bought), len(tokens) - 1)
-        named = document_tokens is not None
-        priced = market.quote(namespace, bought, most=most, named=named)
+        priced = quote(bought, most=most)
         if priced.match is None:
             continue
         matched += priced.tokens

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from uuid import uuid4
 
 import msgspec
 
@@ -91,7 +92,8 @@ def account_list(args: argparse.Namespace) -> None:
 def account_deposit(args: argparse.Namespace) -> None:
     """Bring money into an account."""
     with open_market(args) as market:
-        transfer = market.deposit(args.account, args.amount, args.id)
+        # A repetition without this id is another deposit; an unknown outcome names it.
+        transfer = market.deposit(args.account, args.amount, args.id or f"deposit:{uuid4().hex}")
         account = describe(market.ledger.account(args.account))
     document = {"transfer": msgspec.to_builtins(transfer), "account": account}
     emit(args, document, lambda where: show_accounts(where, [account]))

@@ -19,6 +19,9 @@ import msgspec
 from vllm_kvmarket.core.errors import ConfigError
 from vllm_kvmarket.core.pricing import Tariff
 
+# Names of obstore's options whose value lets its reader in; `..._key_id` and `..._file` do not.
+_SECRET_OPTION = re.compile(r"(?i)secret|password|token$|_key(_base64)?$")
+
 HOME_VARIABLE = "KVMARKET_HOME"
 MIN_CHUNK_TOKENS, MAX_CHUNK_TOKENS = 16, 4096
 
@@ -255,6 +258,11 @@ class MarketConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
             raise ConfigError(
                 "ledger_url: a password in it would be logged; leave it out, and put it into the "
                 "file that the environment's PGPASSFILE names (default: ~/.pgpass)"
+            )
+        if secret := next(filter(_SECRET_OPTION.search, self.object_store_options), None):
+            raise ConfigError(
+                f"object_store_options: {secret!r} in it would be logged; leave it out, and give "
+                "credentials by the environment, for example AWS_SECRET_ACCESS_KEY"
             )
 
 

@@ -7,7 +7,6 @@ scheduler half of the connector inside the engine.
 from __future__ import annotations
 
 import time
-import uuid
 from collections import deque
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -167,17 +166,16 @@ class Market:
         """Open an account; an existing one of the same kind is returned. Raises LedgerError."""
         return self.ledger.create_account(account, kind)
 
-    def deposit(self, account: str, amount_nano: int, transfer_id: str | None = None) -> Transfer:
-        """Bring money in from the outside world; idempotent under `transfer_id`.
+    def deposit(self, account: str, amount_nano: int, transfer_id: str) -> Transfer:
+        """Bring money in from the outside world, once for a transfer id: the payment's, at a bank.
 
-        Raises LedgerError. When the outcome is unknown, the error names the id to repeat it with.
+        Raises LedgerError. When the outcome is unknown, repeat it with the same id.
         """
-        name = transfer_id or f"deposit:{uuid.uuid4().hex}"
         try:
-            return self.ledger.deposit(account, amount_nano, name)
+            return self.ledger.deposit(account, amount_nano, transfer_id)
         except LedgerUnavailableError as error:
             raise LedgerUnavailableError(
-                f"{error}; repeat the deposit with the id {name!r}, so that it is made once"
+                f"{error}; repeat the deposit with the id {transfer_id!r}, so that it is made once"
             ) from error
 
     def receipts(self, account: str | None = None, limit: int | None = None) -> list[Receipt]:
@@ -214,13 +212,18 @@ class Market:
         *,
         most: int | None = None,
         named: bool = False,
+        max_cache_read_nano_per_mtok: int | None = None,
     ) -> Quote:
         """Price the reuse of what is published of a prompt, of at most `most` tokens of it.
 
-        `named`: the tokens are those of a document that the buyer has named. May wait for the
-        database, as `match`.
+        `named`: the tokens are those of a document that the buyer has named, and wants whole.
+        Without it, only what lies before the first listing dearer than
+        `max_cache_read_nano_per_mtok` is priced. May wait for the database, as `match`.
         """
-        return self.quote_match(self.match(namespace, token_ids, named=named), most)
+        match = self.match(namespace, token_ids, named=named)
+        if match is not None and not named:
+            match = self.affordable_part(match, max_cache_read_nano_per_mtok)
+        return self.quote_match(match, most)
 
     # For the scheduler half: nothing here waits for disk or database
 

@@ -179,6 +179,8 @@ def verify(jws: str, keys: Iterable[PublicKey]) -> SignedReceipt:
     if not key.verifies(signature, f"{parts[0]}.{parts[1]}".encode()):
         raise ProofError(f"the signature by {key.kid} is wrong: the receipt was changed")
     payload = read_claims(body)
+    if 0 < key.not_after_s < payload.issuedAt:
+        raise ProofError(f"it was issued after {key.kid}, the key that signed it, had expired")
     if wrong := list(contradictions(payload)):
         raise ProofError(f"it is signed, but contradicts itself: {'; '.join(wrong)}")
     origin = payload.kvmarket.log

@@ -105,7 +105,7 @@ def sold(home):
     with Market.open(home) as market:
         market.create_account("publisher", "publisher")
         market.create_account("alice")
-        market.deposit("alice", NANO)
+        market.deposit("alice", NANO, "d1")
         listing = list_document(market, tokens, title="The Licence")
         match = market.match(NAMESPACE, tokens)
         purchase = reserve(

@@ -198,6 +198,23 @@ def test_a_password_in_the_ledgers_url_is_refused(url):
 
 
 @pytest.mark.parametrize(
+    "name",
+    ["secret_access_key", "AWS_SESSION_TOKEN", "account_key", "sas_token", "service_account_key"],
+)
+def test_a_secret_of_the_object_store_is_refused(name):
+    """With a hint at the environment, and without showing it."""
+    with pytest.raises(ConfigError, match="environment") as refused:
+        load({"object_store_options": {"endpoint": "http://s3", name: "s3cret"}})
+    assert "s3cret" not in str(refused.value)
+
+
+def test_what_is_no_secret_of_the_object_store_is_taken():
+    """Also names that look a little like one."""
+    options = {"sse_kms_key_id": "k", "access_key_id": "me", "credentials_file": "/c.json"}
+    assert load({"object_store_options": options}).object_store_options == options
+
+
+@pytest.mark.parametrize(
     "url", ["postgresql://market@db/market", "postgresql://market@/m?host=/run/pg&port=5433"]
 )
 def test_a_url_without_a_password_is_taken(url):

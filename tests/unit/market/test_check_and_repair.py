@@ -51,7 +51,7 @@ def test_the_ledgers_reserve_refuses_documents_and_not_money(home: Path):
             store(market, 0)
         assert [each.state for each in market.catalogue.listings()] in ([], ["publishing"])
         market.create_account("alice")
-        market.deposit("alice", 5)
+        market.deposit("alice", 5, "d1")
         assert market.ledger.account("alice").balance_nano == 5
 
 

@@ -19,10 +19,10 @@ def test_a_deposit_of_unknown_outcome_names_the_id_to_repeat_it_with(tmp_path, m
         blocker = apsw.Connection(str(tmp_path / "market.sqlite"))
         blocker.execute("BEGIN IMMEDIATE")
         with pytest.raises(LedgerUnavailableError, match="so that it is made once") as failed:
-            market.deposit("alice", 5)
+            market.deposit("alice", 5, "invoice 7")
         blocker.execute("ROLLBACK")
         blocker.close()
-        (name,) = re.findall(r"the id '(deposit:[0-9a-f]+)'", str(failed.value))
+        (name,) = re.findall(r"the id '(.+?)'", str(failed.value))
         market.deposit("alice", 5, name)
         market.deposit("alice", 5, name)
         assert market.ledger.account("alice").balance_nano == 5

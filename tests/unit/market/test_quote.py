@@ -148,6 +148,16 @@ def test_the_market_quotes_what_it_sells(tmp_path, chunks_in_memory):
         assert [line.listing.terms.publisher for line in quote.lines] == ["acme"]
         assert quote.tokens == 700
         assert market.quote(NAMESPACE, tokens(300, 1)).match is None
+        # Under a price cap, what the engine would buy under it.
+        first, cheap = market.config.tariff.terms().cache_read_nano_per_mtok, tokens(300, 4)
+        publish(market.catalogue, cheap)
+        publish(market.catalogue, [*cheap, *tokens(300, 5)], cache_read_nano_per_mtok=first + 1)
+        market.catalogue.refresh()
+        longer = [*cheap, *tokens(300, 5)]
+        assert market.quote(NAMESPACE, longer).tokens == 600
+        assert market.quote(NAMESPACE, longer, max_cache_read_nano_per_mtok=first).tokens == 300
+        capped = {"max_cache_read_nano_per_mtok": first, "named": True}
+        assert market.quote(NAMESPACE, longer, **capped).tokens == 600
         assert market.quote(NAMESPACE, document[:63]).match is None
         assert market.quote(NAMESPACE, document[:64]).tokens == 64
 

@@ -1,6 +1,7 @@
 """Signed receipts: what they say, who can check them, and how a publisher uses them."""
 
 import json
+from dataclasses import replace
 
 import msgspec
 import pytest
@@ -311,6 +312,18 @@ def test_another_market_cannot_sign_in_this_ones_name(market, sold, keys, tmp_pa
     ).note
     with pytest.raises(ProofError, match="has not endorsed"):
         verify_checkpoint(note, known)
+
+
+def test_a_key_signs_no_sale_of_after_its_end(sold, keys):
+    """What was issued later was signed by somebody who still has the key; older sales stand."""
+    issued_s = sold.payload.issuedAt
+    for end_s, good in ((issued_s - 1, False), (issued_s, True), (0, True)):
+        known = [replace(key, not_after_s=end_s) for key in keys.public_keys()]
+        if good:
+            assert verify(sold.jws, known) == sold
+        else:
+            with pytest.raises(ProofError, match="had expired"):
+                verify(sold.jws, known)
 
 
 def test_what_a_revoked_key_signed_no_longer_verifies(market, sold, keys):

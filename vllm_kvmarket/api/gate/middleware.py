@@ -229,7 +229,13 @@ async def _is_affordable(service: Service, request: GatedRequest, *, is_adapter:
     assert caller.account is not None
     prompts = await prompts_of(request)
     try:
-        offer = await quotes.offer_of(service, prompts, caller.account, request.document_tokens)
+        offer = await quotes.offer_of(
+            service,
+            prompts,
+            caller.account,
+            request.document_tokens,
+            field.dearest_nano_per_mtok(caller.limits, service.market.config.tariff),
+        )
     except UnavailableError:
         if field.is_binding:
             raise

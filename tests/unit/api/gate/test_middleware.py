@@ -428,6 +428,18 @@ def test_a_document_is_quoted_without_what_lies_behind_it(client, alice, market)
     assert reply.status_code == 200
 
 
+def test_a_dear_addition_behind_a_keys_cap_is_not_in_its_offer(client, keys, market):
+    """The engine buys the cheap part; the limit and the budget are compared with that."""
+    cheap = tokens(300)
+    store_and_list(market, cheap)
+    store_and_list(market, [*cheap, *tokens(200, 1)], cache_read_nano_per_mtok=TARIFF + 1)
+    limits = KeyLimits(max_cache_read_nano_per_mtok=TARIFF, day_budget_nano=300 * 500)
+    key = keys.create("alice", limits=limits)[0]
+    prompt = [*cheap, *tokens(200, 1), 1]
+    reply = ask(client, {"x-api-key": key}, prompt, reuse="require")
+    assert reply.status_code == 200, reply.text
+
+
 @pytest.mark.parametrize(
     ("limits", "wish", "expected"),
     [

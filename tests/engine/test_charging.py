@@ -106,14 +106,15 @@ def test_several_samples_of_one_request_are_charged_once(llm, market, document):
 def test_a_batch_of_requests_for_one_document_is_charged_one_by_one(llm, market, document):
     """Twelve buyers at once on too few blocks: some are preempted and load twice, and pay once."""
     before = balances(market)
-    preempted = preemptions(llm)
-    prompts = [document + words(60 + i, 10 + i) for i in range(12)]
+    # What they share fits many times over; what is their own does not.
+    prompts = [document + words(60 + i, 300 + i) for i in range(12)]
     sampling = llm.get_default_sampling_params()
     sampling.max_tokens, sampling.temperature = 150, 0.0
     sampling.min_tokens = 150
     sampling.extra_args = market.params("dave")
     full = llm.generate([{"prompt_token_ids": p} for p in prompts], sampling, use_tqdm=False)
     empty_prefix_cache(llm)
+    preempted = preemptions(llm)
     sampling.extra_args = market.params("alice")
     bought = llm.generate([{"prompt_token_ids": p} for p in prompts], sampling, use_tqdm=False)
     # Batches of different shapes round differently, so late tokens may part; the first must not.

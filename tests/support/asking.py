@@ -82,21 +82,22 @@ def spent(market: Market, account: str = "alice") -> int:
 
 
 class Bill:
-    """Alice's payments and receipts since it was made."""
+    """An account's payments and receipts since it was made."""
 
-    def __init__(self, market: Market) -> None:
+    def __init__(self, market: Market, account: str = "alice") -> None:
         self._market = market
-        self._spent = spent(market)
-        self._receipts = len(market.receipts("alice"))
+        self._account = account
+        self._spent = spent(market, account)
+        self._receipts = len(market.receipts(account))
 
     def tokens(self) -> int:
         """Tokens paid for, at the default tariff's price."""
-        nano = spent(self._market) - self._spent
+        nano = spent(self._market, self._account) - self._spent
         assert nano % PRICE_NANO == 0
         return nano // PRICE_NANO
 
     def receipts(self) -> list[Any]:
         """The receipts, the oldest first."""
-        spent(self._market)
-        found = self._market.receipts("alice")
+        spent(self._market, self._account)
+        found = self._market.receipts(self._account)
         return list(reversed(found[: len(found) - self._receipts]))

@@ -37,7 +37,7 @@ REFRESH_S = 0.5
 # The clocks of two machines that share a home may differ by this.
 CLOCK_SKEW_S = 5.0
 
-Purpose = Literal["request", "salt", "session", "form"]
+Purpose = Literal["request", "salt", "blocks", "session", "form"]
 
 
 class _Secrets(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

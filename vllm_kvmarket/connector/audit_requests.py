@@ -49,7 +49,7 @@ class AuditRequest:
         namespace: bytes | None,
         match: Match | None,
     ) -> AuditRequest | PreloadRequest:
-        """Keep the request from reading vLLM's prefix cache, or decline; mutates vLLM's request."""
+        """Keep the request from finding anything in vLLM's cache, or decline; mutates it."""
         if namespace is None or request.prompt_token_ids is None or request.mm_features:
             reason = "only prompts of tokens, on a model whose weights are known, are audited"
             return PreloadRequest(engine, request, match, declined=reason)
@@ -58,7 +58,7 @@ class AuditRequest:
         if not wanted.chunks or max(wanted.chunks) >= count:
             reason = f"the prompt has {count} chunks; name one to {count} of them"
             return PreloadRequest(engine, request, match, declined=reason)
-        engine.prefix_cache.turn_off(request)
+        engine.hashes.isolate(request)
         return self
 
     def ready(self) -> Lookup:

@@ -97,8 +97,8 @@ class KVMarketConnector(KVConnectorBase_V1):
     # The scheduler's calls
 
     def bind_gpu_block_pool(self, gpu_block_pool: BlockPool) -> None:
-        """Take the engine's block pool, in which documents are pinned."""
-        self.scheduler.pins.bind(gpu_block_pool)
+        """Take the engine's block pool: vLLM's paged cache."""
+        self.scheduler.bind(gpu_block_pool)
 
     def on_new_request(self, request: Request) -> None:
         """Match a new request and start what it asks for."""
@@ -118,6 +118,9 @@ class KVMarketConnector(KVConnectorBase_V1):
 
     def build_connector_meta(self, scheduler_output: SchedulerOutput) -> KVConnectorMetadata:
         """This step's plans for the worker half."""
+        self.scheduler.scheduled(
+            scheduler_output.total_num_scheduled_tokens, len(scheduler_output.num_scheduled_tokens)
+        )
         return self.scheduler.take_instructions(scheduler_output.num_scheduled_tokens)
 
     def update_connector_output(self, connector_output: KVConnectorOutput) -> None:

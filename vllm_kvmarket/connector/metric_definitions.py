@@ -116,7 +116,7 @@ METRICS: dict[str, Metric] = {
     "host_cache_bytes": _gauge(
         "bytes", "Host memory that holds hot chunks, of the rank with most."
     ),
-    "pinned_blocks": _gauge("blocks", "Blocks of the paged cache that pinned documents hold."),
+    "pinned_blocks": _gauge("blocks", "Blocks of the paged cache that pinned documents have."),
     # Transfers, counted by every rank
     "chunks_loaded": _counter("chunks", "Chunks loaded into the paged cache.", "tier", TIERS),
     "loaded_bytes": _counter("bytes", "Bytes loaded into the paged cache.", "tier", TIERS),

@@ -59,6 +59,8 @@ class PublishRequest:
         self._document = document = DocumentChunks.of(
             namespace, request.prompt_token_ids, market.config.chunk_tokens
         )
+        # Nobody else has these hashes before the document is on offer. Then its buyers do.
+        engine.hashes.share(request, namespace, document.keys, document.token_count)
         new_tokens = document.token_count - self.reuse.limit
         price_nano = market.config.tariff.write_nano(new_tokens)
         listing = Listing.of(

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import enum
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +18,8 @@ from vllm_kvmarket.connector.pins import PinnedBlocks
 from vllm_kvmarket.connector.purchases import Charge, Purchases
 from vllm_kvmarket.connector.request_params import Refusal
 from vllm_kvmarket.connector.scheduler_metrics import SchedulerMetrics
+from vllm_kvmarket.connector.shared_hashes import SharedHashes
+from vllm_kvmarket.connector.shared_loads import SharedLoads
 from vllm_kvmarket.market.market import Market
 from vllm_kvmarket.market.purchase import Usage
 
@@ -67,48 +68,6 @@ class EngineFacts:
         return self.world_size * sum(count * group.page_bytes for count, group in pages)
 
 
-class PrefixCacheSwitch:
-    """Turns vLLM's own prefix cache off for a request, whose document it would give away.
-
-    While vLLM's scheduler asks for a request, it has read its cache already and would use what it
-    found. The request then waits for the next step, before which the cache is off.
-    """
-
-    def __init__(self) -> None:
-        self._vllm_asks = False
-        self._later: list[Request] = []
-
-    @contextlib.contextmanager
-    def while_vllm_asks(self) -> Iterator[None]:
-        """A time during which vLLM has read its cache for a request already."""
-        self._vllm_asks = True
-        try:
-            yield
-        finally:
-            self._vllm_asks = False
-
-    def turn_off(self, request: Request) -> None:
-        """Turn it off now, or at the step's end when vLLM has read it for this step; mutates."""
-        if self._vllm_asks:
-            self._later.append(request)
-        else:
-            request.skip_reading_prefix_cache = True
-
-    def turn_on(self, request: Request) -> None:
-        """Let the market decide, not the sender: vLLM computes at once what reads no cache."""
-        request.skip_reading_prefix_cache = False
-
-    def is_turning_off(self, request: Request) -> bool:
-        """Whether the request waits for the step's end, when its cache is turned off."""
-        return any(request is each for each in self._later)
-
-    def step_ended(self) -> None:
-        """Turn it off for the requests that waited for this; mutates."""
-        for request in self._later:
-            self.turn_off(request)
-        self._later.clear()
-
-
 @dataclass(frozen=True, slots=True)
 class Engine:
     """The parts of an engine that every kind of request uses."""
@@ -118,7 +77,8 @@ class Engine:
     metrics: SchedulerMetrics
     purchases: Purchases
     pins: PinnedBlocks
-    prefix_cache: PrefixCacheSwitch
+    hashes: SharedHashes
+    loads: SharedLoads
     # Requests that vLLM's scheduler must end, by its ids.
     refusals: dict[str, Refusal] = field(default_factory=dict)
     idle_time: IdleTime = field(default_factory=IdleTime)
@@ -166,8 +126,7 @@ class Reuse:
 
     def lookup(self) -> Lookup:
         """Whether there is something to reuse, where nothing else speaks against it."""
-        miss = self.match is None or self.request.skip_reading_prefix_cache
-        return Lookup.MISS if miss else Lookup.HIT
+        return Lookup.MISS if self.match is None else Lookup.HIT
 
     def external_tokens(self, local: int) -> int:
         """How many tokens behind the `local` ones to load. Mutates."""
@@ -205,6 +164,13 @@ class Reuse:
             if any(group.block_ids for group in pages):
                 loads.append(ChunkLoad(self.match.chunks[index].key, pages))
         return LoadPlan(self.request.request_id, self.match.listing.namespace, tuple(loads))
+
+    def exclude(self, keys: set[bytes], chunk_tokens: int) -> None:
+        """Stop before the first of these chunks, which cannot be loaded. Mutates."""
+        for index, chunk in enumerate(self.match.chunks if self.match else ()):
+            if chunk.key in keys:
+                self.limit = min(self.limit, index * chunk_tokens)
+                return
 
     def load_ended(self, report: LoadReport, facts: EngineFacts) -> None:
         """Count what was loaded whole: everything in front of the first chunk that failed.

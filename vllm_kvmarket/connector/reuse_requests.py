@@ -36,9 +36,9 @@ _REFUSALS: dict[str, tuple[str, int]] = {
 class ReuseRequest:
     """A request that buys what it matches, or is computed in full and says why.
 
-    Customers pay to skip computation, so vLLM's own cache must not give it away: a request that may
-    not reuse what it matches does not read that cache either. A request that must be reserved is
-    not even computed: it ends with a Refusal.
+    Customers pay to skip computation, so vLLM's own cache must not give it away: only a request
+    that may reuse what it matches has the hashes under which that cache holds published blocks. A
+    request that must be reserved is not even computed: it ends with a Refusal.
     """
 
     def __init__(
@@ -63,10 +63,11 @@ class ReuseRequest:
         self = cls(engine, request, params, match)
         computes_all = request.skip_reading_prefix_cache
         if self._must_reserve:
-            engine.prefix_cache.turn_on(request)
+            # vLLM computes at once, and without asking, what does not read its cache.
+            request.skip_reading_prefix_cache = False
         if isinstance(params, Declined):
             self.decline(params.message, params.reason)
-        elif self._must_reserve and computes_all:
+        elif computes_all and (self._must_reserve or match is not None):
             self.decline("prompt_logprobs and the like compute every token", "other_tokens")
         else:
             self._buy(params)
@@ -81,6 +82,8 @@ class ReuseRequest:
         elif params.account is None:
             if self._must_reserve or market.config.without_account == "recompute":
                 self.decline("the request names no account", "no_account")
+            else:
+                share(self._engine, self.reuse)
         elif (wanted := self._affordable(params, match)) is None:
             self.decline(DECLINED_BY_CALLER["max_price"], "max_price")
         else:
@@ -90,6 +93,7 @@ class ReuseRequest:
                 self._request, params.account, wanted, params.purchase_key
             )
             self.reuse = Reuse(self._request, shared)
+            share(self._engine, self.reuse)
 
     def _affordable(self, params: RequestParams, match: Match) -> Match | None:
         """The part of the match that the request buys; None: it is too dear."""
@@ -113,8 +117,8 @@ class ReuseRequest:
             code, status = _REFUSALS.get(reason, ("request_refused", 409))
             refusal = Refusal(code, message, status)
             self._engine.refusals[self._request.request_id] = refusal
-        elif self.reuse.match is not None:
-            self._engine.prefix_cache.turn_off(self._request)
+        else:
+            self._engine.hashes.unshare(self._request)
 
     def ready(self) -> Lookup:
         """Wait for the reservation; a refused one declines. Mutates."""
@@ -125,10 +129,12 @@ class ReuseRequest:
                 return Lookup.PENDING
             if state is PurchaseState.REFUSED:
                 self.decline(self.purchase.refusal, self.purchase.refusal_reason)
-        if self.declined and self._must_reserve:
-            return Lookup.PENDING  # until it is ended, at the end of this step
-        found = self.reuse.lookup()
-        return Lookup.PENDING if found is Lookup.HIT and self.declined else found
+                # vLLM has looked into its cache by the hashes of a buyer, and has to look again.
+                return Lookup.PENDING
+        if self.declined:
+            # A request that must be reserved is ended at the end of this step.
+            return Lookup.PENDING if self._must_reserve else Lookup.MISS
+        return self.reuse.lookup()
 
     def finished(self, block_ids: Sequence[Sequence[int]]) -> Ended:
         """Settle what was reused for an answer, or release the reservation. Mutates."""
@@ -154,6 +160,7 @@ class PreloadRequest:
         self._engine = engine
         self.reuse = Reuse(request, match)
         self.declined = declined
+        share(engine, self.reuse)
 
     def ready(self) -> Lookup:
         """There is nothing to wait for."""
@@ -164,6 +171,13 @@ class PreloadRequest:
         answer = self.reuse.answer(self.declined)
         pin(self._engine, self.reuse, block_ids, answer)
         return Ended(answer)
+
+
+def share(engine: Engine, reuse: Reuse) -> None:
+    """Let a request and all others that reuse its match have one copy; mutates vLLM's request."""
+    if (match := reuse.match) is not None:
+        keys = [chunk.key for chunk in match.chunks]
+        engine.hashes.share(reuse.request, match.listing.namespace, keys, match.token_count)
 
 
 def pin(

@@ -40,10 +40,11 @@ from vllm_kvmarket.connector.request_state import (
     Engine,
     EngineFacts,
     Lookup,
-    PrefixCacheSwitch,
 )
 from vllm_kvmarket.connector.reuse_requests import PreloadRequest, ReuseRequest
 from vllm_kvmarket.connector.scheduler_metrics import SchedulerMetrics
+from vllm_kvmarket.connector.shared_hashes import SharedHashes
+from vllm_kvmarket.connector.shared_loads import SharedLoads
 from vllm_kvmarket.core.config import MarketConfig
 from vllm_kvmarket.core.document_chunks import DocumentChunks
 from vllm_kvmarket.ledger import Outcome, Result
@@ -51,6 +52,7 @@ from vllm_kvmarket.market.market import Market
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
+    from vllm.v1.core.block_pool import BlockPool
     from vllm.v1.core.kv_cache_manager import KVCacheBlocks
     from vllm.v1.outputs import KVConnectorOutput
     from vllm.v1.request import Request
@@ -58,6 +60,8 @@ if TYPE_CHECKING:
 logger = init_logger("vllm.kvmarket.scheduler")
 
 _LOST = (Outcome.EXPIRED, Outcome.ALREADY_VOIDED, Outcome.PENDING_NOT_FOUND)
+# How soon the metrics show that vLLM's cache was emptied.
+PINS_INTERVAL_S = 1.0
 NOT_LOOKED_UP = "the documents on offer could not be looked up"
 
 
@@ -70,11 +74,6 @@ class DatabaseLookup:
     params: RequestParams | Declined
     namespace: bytes
     found: Future[Match | None]
-
-    @property
-    def is_operators(self) -> bool:
-        """Whether this is the operator's work, and no purchase."""
-        return isinstance(self.params, RequestParams) and self.params.is_operators
 
 
 # What the market knows of a request.
@@ -92,13 +91,20 @@ class SchedulerHalf:
         market.catalogue.fail_abandoned()
         self.metrics = SchedulerMetrics(market)
         model = vllm_config.model_config
+        hashes = SharedHashes(
+            vllm_config.cache_config.prefix_caching_hash_algo,
+            config.chunk_tokens,
+            market.credentials,
+        )
         self._engine = Engine(
             facts=facts,
             market=market,
             metrics=self.metrics,
             purchases=Purchases(market, facts.id, str(model.model), metrics=self.metrics),
             pins=PinnedBlocks(config.pin_budget, model.max_model_len, facts.block_tokens),
-            prefix_cache=PrefixCacheSwitch(),
+            hashes=hashes,
+            # Longer than that no load waits for the object store.
+            loads=SharedLoads(hashes, config.object_store_timeout_s),
         )
         # Its first round releases reservations of an engine that died.
         self._housekeeping = Housekeeping(market, self.metrics)
@@ -108,13 +114,20 @@ class SchedulerHalf:
         # Ids of requests that may still have their chunks read ahead, and those among them that
         # have waited for a whole step.
         self._waiting: dict[str, bool] = {}
-        self._renew_at_s = time.monotonic()
+        # How loads went on the ranks that have reported, while others have not.
+        self._load_reports: dict[str, LoadReport] = {}
+        self._renew_at_s = self._look_at_pins_s = time.monotonic()
         self._next = Instructions()
 
     @property
     def pins(self) -> PinnedBlocks:
         """The documents that are pinned in this engine's paged cache."""
         return self._engine.pins
+
+    def bind(self, pool: BlockPool) -> None:
+        """Take the engine's block pool: vLLM's paged cache."""
+        self._engine.pins.bind(pool)
+        self._engine.hashes.bind(pool)
 
     def close(self) -> None:
         """Release what is still reserved, finish the ledger's and the catalogue's work."""
@@ -212,50 +225,56 @@ class SchedulerHalf:
         cut = match.until(document.token_count)
         return params, msgspec.structs.replace(cut, whole=listing) if listing else cut
 
-    def _looked_up(self, request: Request, lookup: DatabaseLookup) -> AnyRequest | None:
+    def _looked_up(self, request: Request, lookup: DatabaseLookup) -> None:
         """Go on with a request now that the database has answered."""
         del self._requests[request.request_id]
         if lookup.found.exception() is None:
-            return self._admit(request, lookup.params, lookup.namespace, lookup.found.result())
+            self._admit(request, lookup.params, lookup.namespace, lookup.found.result())
+            return
         made = self._admit(request, lookup.params, lookup.namespace, None)
-        if not lookup.is_operators:
-            if isinstance(made, ReuseRequest):
-                made.decline(NOT_LOOKED_UP, "catalogue_unavailable")
-            # It may ask for a published document, which vLLM's cache must not give away either.
-            self._engine.prefix_cache.turn_off(request)
-        return made
+        if isinstance(made, ReuseRequest):
+            made.decline(NOT_LOOKED_UP, "catalogue_unavailable")
 
     # Scheduling
 
     def ready(self, request: Request, local: int) -> tuple[int | None, bool]:
         """Tokens to load behind the `local` ones, and whether asynchronously; None: ask again."""
-        with self._engine.prefix_cache.while_vllm_asks():
-            made = self._requests.get(request.request_id)
-            if isinstance(made, DatabaseLookup):
-                if not made.found.done():
-                    return None, False
-                made = self._looked_up(request, made)
-                if self._engine.prefix_cache.is_turning_off(request):
-                    return None, False
-            if made is None:
-                return 0, False
-            found = made.ready()
+        made = self._requests.get(request.request_id)
+        if made is None:
+            return 0, False
+        if isinstance(made, DatabaseLookup):
+            if made.found.done():
+                self._looked_up(request, made)
+            # vLLM looks into its cache again, by the hashes that the request has now.
+            return None, False
+        found = made.ready()
         if found is Lookup.PENDING:
             return None, False
         if found is Lookup.MISS:
             return 0, False
         external = made.reuse.external_tokens(local)
+        if external and self._engine.loads.must_wait(request, local):
+            return None, False
         return external, external > 0
 
     def allocated(self, request: Request, blocks: KVCacheBlocks, external: int) -> None:
         """Plan the load into the blocks that the scheduler has just given the request."""
+        block_ids = blocks.get_block_ids()
+        self.pins.taken(sum(map(len, block_ids)))
         made = self._requests.get(request.request_id)
         if made is None or isinstance(made, DatabaseLookup):
             return
         self._waiting.pop(request.request_id, None)
         if made.reuse.allocated(external):
-            plan = made.reuse.load_plan(blocks.get_block_ids(), self._engine.facts)
+            local = made.reuse.local
+            self._engine.loads.began(request, local, local + external)
+            plan = made.reuse.load_plan(block_ids, self._engine.facts)
             self._next.loads.append(plan)
+
+    def scheduled(self, tokens: int, requests: int) -> None:
+        """Note how much of how many requests this step computes. Mutates vLLM's queue of blocks."""
+        groups = self._engine.facts.groups
+        self.pins.taken(sum(tokens // group.block_tokens + requests for group in groups))
 
     def take_instructions(self, scheduled: Collection[str] = ()) -> Instructions:
         """This step's plans for the worker half; the next step starts empty.
@@ -264,14 +283,21 @@ class SchedulerHalf:
         """
         self._engine.idle_time.step_ended(scheduled)
         self._next.idle = not scheduled
-        self._engine.prefix_cache.step_ended()
         self._prefetch()
         self._renew()
-        if self.pins.block_count:
-            self.pins.unpin_unless(self._market.catalogue.index.is_pinned)
-            self.metrics.pinned(self.pins.block_count)
+        self._look_at_pins()
         instructions, self._next = self._next, Instructions()
         return instructions
+
+    def _look_at_pins(self) -> None:
+        """Let documents go that are pinned no more, or have lost blocks; mutates."""
+        if not self.pins.block_count:
+            return
+        self.pins.unpin_unless(self._market.catalogue.index.is_pinned)
+        if time.monotonic() >= self._look_at_pins_s:
+            self._look_at_pins_s = time.monotonic() + PINS_INTERVAL_S
+            self.pins.forget_lost()
+        self.metrics.pinned(self.pins.block_count)
 
     def _renew(self) -> None:
         """Extend reservations of requests under way, three times in their life; mutates."""
@@ -295,6 +321,8 @@ class SchedulerHalf:
             made = self._requests.get(request_id)
             if made is None or isinstance(made, DatabaseLookup):
                 del self._waiting[request_id]
+                continue
+            if self._engine.loads.waits(request_id):
                 continue
             found = made.ready()
             if found is Lookup.PENDING:
@@ -324,6 +352,7 @@ class SchedulerHalf:
         """End a request; returns whether its blocks are still needed, and the answer's object."""
         self._engine.idle_time.request_ended(request.request_id)
         made = self._requests.pop(request.request_id, None)
+        self._engine.loads.ended(request.request_id)
         if isinstance(made, DatabaseLookup):
             made.found.cancel()
             return False, None
@@ -344,23 +373,36 @@ class SchedulerHalf:
         report = output.kv_connector_worker_meta
         if isinstance(report, WorkerReport):
             for request_id, load in report.loads.items():
-                self._load_ended(request_id, load)
+                self._note_failures(load)
+                self._load_reports.setdefault(request_id, LoadReport()).add(load)
             for request_id, save in report.saves.items():
                 if isinstance(made := self._requests.get(request_id), PublishRequest):
                     made.report.add(save)
             for request_id, audit in report.audits.items():
                 if isinstance(made := self._requests.get(request_id), AuditRequest):
                     made.report.add(audit)
+        # vLLM names a request here when all ranks have reported it, which may take several steps.
+        for request_id in output.finished_recving or ():
+            if (whole := self._load_reports.pop(request_id, None)) is not None:
+                self._load_ended(request_id, whole)
         for request_id in output.finished_sending or ():
             made = self._requests.pop(request_id, None)
             if isinstance(made, PublishRequest | AuditRequest):
                 made.transferred()
 
-    def _load_ended(self, request_id: str, load: LoadReport) -> None:
+    def _note_failures(self, load: LoadReport) -> None:
+        """Log what a rank could not load; what is damaged is not sold, nor loaded by others."""
         for key, reason in load.failures.items():
             logger.warning("kvmarket: chunk %s not loaded: %s", key.hex(), reason)
         for key in load.damaged:
             self._market.report_damage(key)
+        if load.damaged:
+            for made in self._requests.values():
+                if not isinstance(made, DatabaseLookup):
+                    made.reuse.exclude(load.damaged, self._config.chunk_tokens)
+
+    def _load_ended(self, request_id: str, load: LoadReport) -> None:
+        self._engine.loads.ended(request_id)
         made = self._requests.get(request_id)
         if made is not None and not isinstance(made, DatabaseLookup):
             made.reuse.load_ended(load, self._engine.facts)

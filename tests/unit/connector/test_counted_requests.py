@@ -9,7 +9,14 @@ import pytest
 from vllm.v1.request import RequestStatus
 
 from tests.support.catalogue_documents import tokens
-from tests.support.scheduler_half import CACHED, DOCUMENT, half_of, opened_market, request_of
+from tests.support.scheduler_half import (
+    CACHED,
+    DOCUMENT,
+    half_of,
+    local_tokens,
+    opened_market,
+    request_of,
+)
 from vllm_kvmarket.connector.metrics import MarketStats
 
 
@@ -54,8 +61,7 @@ def serve(half, prompt, params, status=RequestStatus.FINISHED_STOPPED, output=5)
     half.arrived(request)
     deadline = time.monotonic() + 10
     while True:
-        local = 0 if request.skip_reading_prefix_cache else CACHED
-        external, _ = half.ready(request, local)
+        external, _ = half.ready(request, local_tokens(half, request))
         if external is not None:
             break
         assert time.monotonic() < deadline

@@ -10,7 +10,15 @@ import pytest
 from vllm.v1.request import RequestStatus
 
 from tests.support.catalogue_documents import NAMESPACE, store_and_list, tokens
-from tests.support.scheduler_half import CACHED, DOCUMENT, half_of, opened_market, request_of
+from tests.support.scheduler_half import (
+    CACHED,
+    DOCUMENT,
+    cache_document,
+    half_of,
+    local_tokens,
+    opened_market,
+    request_of,
+)
 from vllm_kvmarket.connector.scheduler import NOT_LOOKED_UP, DatabaseLookup
 from vllm_kvmarket.core.errors import CatalogueError
 
@@ -40,12 +48,10 @@ def new_half(market, monkeypatch):
 def asked(half, request) -> tuple[int, int] | None:
     """One look of vLLM's scheduler: the local and the external tokens it goes on with, if it does.
 
-    It looks into its cache first, and takes nothing else for what may not read that.
+    It looks into its cache first.
     """
-    local = 0 if request.skip_reading_prefix_cache else CACHED
+    local = local_tokens(half, request)
     external, _ = half.ready(request, local)
-    if request.skip_reading_prefix_cache:
-        external = 0
     return None if external is None else (local, external)
 
 
@@ -71,6 +77,7 @@ def test_a_document_beyond_memory_is_sold_as_any_other(new_half, market, chunks)
     """To the token, charged once; also where another one fills the memory."""
     store_and_list(market, tokens(600, 1), publisher="pat")
     half = new_half(chunks)
+    cache_document(half, tokens(600, 1))
     for number, prompt in enumerate((PROMPT, [*tokens(600, 1), 7, 8])):
         request = request_of(prompt, market.params("alice"), f"r-{number}")
         half.arrived(request)
@@ -101,7 +108,7 @@ def test_what_nobody_published_goes_on_with_vllms_own_cache(new_half, market):
     for number, params in enumerate(({}, market.params("alice"))):
         request = request_of(tokens(600, 5), params, f"r-{number}")
         half.arrived(request)
-        assert admitted(half, request) == (CACHED, 0)
+        assert admitted(half, request) == (0, 0)
         end(half, request)
     assert half._requests == {}
 
@@ -122,7 +129,6 @@ def test_who_may_not_reuse_it_has_it_from_no_cache(new_half, market, params, rea
     request = request_of(PROMPT, params(market))
     half.arrived(request)
     assert admitted(half, request) == (0, 0)
-    assert request.skip_reading_prefix_cache
     _, answer = end(half, request)
     assert reason in answer["declined"]
     assert (answer["reused_tokens"], answer["charge_nano"]) == (0, 0)

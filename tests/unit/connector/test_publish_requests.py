@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import time
-from types import SimpleNamespace
 
 import pytest
+from vllm.v1.outputs import KVConnectorOutput
 from vllm.v1.request import RequestStatus
 
 from tests.support.catalogue_documents import tokens
@@ -55,7 +55,7 @@ def stored(half, request, **report):
         assert [len(blocks_of(chunk)) for chunk in plan.chunks] == [2, 2, 1]
         saves = {request.request_id: SaveReport(**report)}
         half.worker_reported(
-            SimpleNamespace(
+            KVConnectorOutput(
                 kv_connector_worker_meta=WorkerReport(saves=saves),
                 finished_sending={request.request_id},
             )

@@ -12,7 +12,14 @@ from vllm.v1.engine import FinishReason
 from vllm.v1.request import RequestStatus
 
 from tests.support.catalogue_documents import NAMESPACE, store_and_list, tokens
-from tests.support.scheduler_half import CACHED, DOCUMENT, half_of, opened_market, request_of
+from tests.support.scheduler_half import (
+    CACHED,
+    DOCUMENT,
+    half_of,
+    local_tokens,
+    opened_market,
+    request_of,
+)
 from vllm_kvmarket.connector import refusals
 from vllm_kvmarket.core.errors import CatalogueError, LedgerUnavailableError
 
@@ -44,8 +51,7 @@ def decided(half, request):
     """Ask as vLLM's scheduler asks, until the request can go on or is to be ended."""
     deadline = time.monotonic() + 10
     while True:
-        local = 0 if request.skip_reading_prefix_cache else CACHED
-        external, _ = half.ready(request, local)
+        external, _ = half.ready(request, local_tokens(half, request))
         assert not request.skip_reading_prefix_cache, "vLLM would compute it in full"
         half.take_instructions()
         refused = half.take_refusals()

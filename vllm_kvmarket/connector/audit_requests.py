@@ -10,7 +10,14 @@ from vllm_kvmarket.catalogue import Audit, Match
 from vllm_kvmarket.connector.messages import AuditReport, SavePlan
 from vllm_kvmarket.connector.publish_requests import chunk_pages, log_failure
 from vllm_kvmarket.connector.request_params import AuditParams
-from vllm_kvmarket.connector.request_state import ANSWERED, Ended, Engine, Lookup, Reuse
+from vllm_kvmarket.connector.request_state import (
+    ANSWERED,
+    Ended,
+    Engine,
+    Lookup,
+    Reuse,
+    only_tokens,
+)
 from vllm_kvmarket.connector.reuse_requests import PreloadRequest
 from vllm_kvmarket.core.document_chunks import DocumentChunks
 
@@ -50,7 +57,7 @@ class AuditRequest:
         match: Match | None,
     ) -> AuditRequest | PreloadRequest:
         """Keep the request from finding anything in vLLM's cache, or decline; mutates it."""
-        if namespace is None or request.prompt_token_ids is None or request.mm_features:
+        if namespace is None or only_tokens(request) is None:
             reason = "only prompts of tokens, on a model whose weights are known, are audited"
             return PreloadRequest(engine, request, match, declined=reason)
         self = cls(engine, request, wanted, namespace, match)

@@ -6,6 +6,7 @@ A server that was asked for kvmarket and would run without its gate does not sta
 from __future__ import annotations
 
 import argparse
+import copy
 import functools
 import json
 import os
@@ -13,10 +14,12 @@ from collections.abc import Callable
 from importlib import metadata
 from typing import Any
 
-from vllm.config import KVTransferConfig
+from vllm.config import KVTransferConfig, VllmConfig
 from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
 from vllm.engine.arg_utils import AsyncEngineArgs, EngineArgs
 
+from vllm_kvmarket.connector.model_settings import digest_of_settings
+from vllm_kvmarket.connector.namespaces import NOT_PREPARED
 from vllm_kvmarket.connector.supported_models import check_model
 from vllm_kvmarket.core.config import MarketConfig, load, to_mapping
 from vllm_kvmarket.core.errors import ConfigError
@@ -188,11 +191,12 @@ def check_name(transfer: KVTransferConfig) -> None:
 def check_prepared(transfer: KVTransferConfig, config: MarketConfig) -> None:
     """Raise ConfigError in an engine whose configuration did not pass `prepare`."""
     check_name(transfer)
-    if config.trust_requests is None or transfer.kv_load_failure_policy != "recompute":
-        raise ConfigError(
-            "kvmarket has not seen this engine's configuration: let vLLM's EngineArgs make it "
-            "(vllm serve, LLM or AsyncEngineArgs), with the plugin loaded"
-        )
+    if (
+        config.trust_requests is None
+        or config.model_settings is None
+        or transfer.kv_load_failure_policy != "recompute"
+    ):
+        raise ConfigError(NOT_PREPARED)
 
 
 def prepare(transfer: KVTransferConfig | None, serving: bool) -> None:
@@ -211,6 +215,14 @@ def prepare(transfer: KVTransferConfig | None, serving: bool) -> None:
     transfer.kv_connector_extra_config = settings
     # vLLM's default is to fail; a KVTransferConfig does not say whether the operator chose that.
     transfer.kv_load_failure_policy = "recompute"
+
+
+def _with_settings(transfer: KVTransferConfig, vllm_config: VllmConfig) -> KVTransferConfig:
+    """A copy for this engine alone: others may be made from the same object."""
+    copied = copy.copy(transfer)
+    digest = {"model_settings": digest_of_settings(vllm_config)}
+    copied.kv_connector_extra_config = dict(transfer.kv_connector_extra_config) | digest
+    return copied
 
 
 def install() -> None:
@@ -234,6 +246,7 @@ def install() -> None:
         transfer = vllm_config.kv_transfer_config
         if transfer is not None and transfer.kv_connector == NAME:
             check_model(vllm_config, caching_refused=caching_refused)
+            vllm_config.kv_transfer_config = _with_settings(transfer, vllm_config)
         return vllm_config
 
     @functools.wraps(from_cli_args)

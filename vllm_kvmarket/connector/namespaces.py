@@ -2,47 +2,50 @@
 
 from __future__ import annotations
 
-import json
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import msgspec
+from huggingface_hub import try_to_load_from_cache
+
+from vllm_kvmarket.connector.model_settings import draft_model
+from vllm_kvmarket.core.config import load as load_market_config
 from vllm_kvmarket.core.errors import ConfigError
 from vllm_kvmarket.core.model_identity import (
     NamespaceFacts,
     adapter_digest,
-    canonical_model_config,
     namespace_digest,
     weights_digest,
 )
 
 if TYPE_CHECKING:
-    from vllm.config import VllmConfig
+    from vllm.config import ModelConfig, VllmConfig
     from vllm.lora.request import LoRARequest
 
-DIGEST_CACHE_FILE = "weights.json"
+DIGEST_CACHE_FILE = "weights/digests.json"
+# With these vLLM loads other files than safetensors, also where there are some.
+OTHER_FORMATS = ("pt", "npcache", "gguf", "bitsandbytes")
+NOT_PREPARED = (
+    "kvmarket has not seen this engine's configuration: let vLLM's EngineArgs make it "
+    "(vllm serve, LLM or AsyncEngineArgs), with the plugin loaded"
+)
 
 
-def model_folder(vllm_config: VllmConfig) -> Path:
+def model_folder(model: ModelConfig, download_dir: str | None) -> Path:
     """Where the model's files are on this machine: a folder, or a single .gguf file.
 
     Raises ConfigError when they are not there.
     """
-    model = vllm_config.model_config.model
-    path = Path(model)
+    path = Path(model.model)
     if path.exists():
         return path
-    from huggingface_hub import try_to_load_from_cache
-
     found = try_to_load_from_cache(
-        model,
-        "config.json",
-        cache_dir=vllm_config.load_config.download_dir,
-        revision=vllm_config.model_config.revision,
+        model.model, "config.json", cache_dir=download_dir, revision=model.revision
     )
     if not isinstance(found, str):
         raise ConfigError(
-            f"cannot find the files of model {model!r} on this machine, which tell its "
+            f"cannot find the files of model {model.model!r} on this machine, which tell its "
             "KV from another model's; download it first, or give its folder as the model"
         )
     return Path(found).parent
@@ -52,27 +55,30 @@ def base_facts(vllm_config: VllmConfig, home: Path) -> NamespaceFacts:
     """Everything that decides what the model's KV bytes mean; reads the weights when they are
     new.
     """
-    model = vllm_config.model_config
-    folder = model_folder(vllm_config)
-    config_file = (folder if folder.is_dir() else folder.parent) / "config.json"
-    described = (
-        json.loads(config_file.read_text()) if config_file.exists() else model.hf_config.to_dict()
-    )
-    # Overrides given on the command line (rope scaling, say) change KV as much as the file does.
-    overrides = (
-        model.hf_overrides if isinstance(model.hf_overrides, dict) else repr(model.hf_overrides)
-    )
-    described["kvmarket_overrides"] = overrides or None
-    cache_dtype = vllm_config.cache_config.cache_dtype
-    dtype = str(model.dtype).removeprefix("torch.")
+    models = [vllm_config.model_config]
+    if (draft := draft_model(vllm_config)) is not None:
+        models.append(draft)
+    load = vllm_config.load_config
     return NamespaceFacts(
-        weights=weights_digest(folder, home / DIGEST_CACHE_FILE),
-        model_config=canonical_model_config(described),
-        dtype=dtype,
-        kv_dtype=dtype if cache_dtype == "auto" else str(cache_dtype),
-        quantization=model.quantization,
-        adapter=None,
+        weights=tuple(
+            weights_digest(
+                model_folder(model, load.download_dir),
+                home / DIGEST_CACHE_FILE,
+                all_formats=load.load_format in OTHER_FORMATS,
+            )
+            for model in models
+        ),
+        settings=digested_settings(vllm_config),
     )
+
+
+def digested_settings(vllm_config: VllmConfig) -> str:
+    """The digest of the settings that was taken while vLLM created this configuration."""
+    transfer = vllm_config.kv_transfer_config
+    config = load_market_config(transfer.kv_connector_extra_config if transfer else None)
+    if config.model_settings is None:
+        raise ConfigError(NOT_PREPARED)
+    return config.model_settings
 
 
 class Namespaces:
@@ -99,12 +105,5 @@ class Namespaces:
         return future.result()
 
     def _read(self, path: str) -> bytes:
-        facts = NamespaceFacts(
-            weights=self._facts.weights,
-            model_config=self._facts.model_config,
-            dtype=self._facts.dtype,
-            kv_dtype=self._facts.kv_dtype,
-            quantization=self._facts.quantization,
-            adapter=adapter_digest(Path(path), self._cache_file),
-        )
-        return namespace_digest(facts)
+        adapter = adapter_digest(Path(path), self._cache_file)
+        return namespace_digest(msgspec.structs.replace(self._facts, adapter=adapter))

@@ -22,6 +22,7 @@ from vllm_kvmarket.connector.request_state import (
     EngineFacts,
     Lookup,
     Reuse,
+    only_tokens,
 )
 from vllm_kvmarket.connector.reuse_requests import PreloadRequest
 from vllm_kvmarket.core.document_chunks import DocumentChunks
@@ -158,7 +159,7 @@ def refusal(request: Request, namespace: bytes | None, block_tokens: int) -> str
         return (
             "documents with images, audio or video cannot be published yet; publish the text alone"
         )
-    if request.prompt_token_ids is None:
+    if only_tokens(request) is None:
         return "a prompt of embeddings has no tokens to match; publish token ids or text"
     if namespace is None:
         return "the adapter's weights are still being read; publish again in a moment"

@@ -236,6 +236,14 @@ class Reuse:
         return answer
 
 
+def only_tokens(request: Request) -> Sequence[int] | None:
+    """A prompt's token ids; None where its KV depends on more: embeddings, images, audio, video."""
+    if request.prompt_embeds is not None or request.mm_features:
+        return None
+    tokens: Sequence[int] | None = request.prompt_token_ids
+    return tokens
+
+
 def is_answered(request: Request) -> bool:
     """Whether an answer, or the beginning of one, has reached the client."""
     if request.status in ANSWERED:

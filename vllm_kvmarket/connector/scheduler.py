@@ -40,6 +40,7 @@ from vllm_kvmarket.connector.request_state import (
     Engine,
     EngineFacts,
     Lookup,
+    only_tokens,
 )
 from vllm_kvmarket.connector.reuse_requests import PreloadRequest, ReuseRequest
 from vllm_kvmarket.connector.scheduler_metrics import SchedulerMetrics
@@ -146,9 +147,9 @@ class SchedulerHalf:
             request_id=request.request_id,
         )
         namespace = self._namespaces.of(request.lora_request)
-        tokens = request.prompt_token_ids
+        tokens = only_tokens(request)
         match: Match | None = None
-        if namespace is not None and tokens is not None and not request.mm_features:
+        if namespace is not None and tokens is not None:
             match = self._market.catalogue.match(namespace, tokens)
             if self._asks_database(request, params, match):
                 found = self._market.catalogue.match_later(namespace, tokens)

@@ -105,6 +105,13 @@ class MarketConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
             "token; null: yes in the offline API, no under `vllm serve`"
         ),
     ] = None
+    model_settings: Annotated[
+        str | None,
+        msgspec.Meta(
+            description="leave it out: kvmarket's own digest of the settings that decide the "
+            "values of the KV cache, overwritten at each start of an engine"
+        ),
+    ] = None
     min_reuse_tokens: Annotated[
         int, msgspec.Meta(ge=1, description="a match shorter than this is neither sold nor loaded")
     ] = 64

@@ -12,6 +12,7 @@ import os
 import re
 import struct
 import sys
+import time
 from array import array
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -20,7 +21,7 @@ from typing import Any
 import msgspec
 from blake3 import blake3
 
-from vllm_kvmarket.core.durable_files import write_durably
+from vllm_kvmarket.core.durable_files import locked, write_durably
 from vllm_kvmarket.core.errors import ConfigError
 
 CHUNK_TOKENS = 256
@@ -30,16 +31,22 @@ ROOT = bytes(KEY_BYTES)
 
 # BLAKE3's derive-key contexts: a digest of one kind can never pass for one of another.
 _CHUNK_CONTEXT = "kvmarket 2026-11 chunk key"
-_NAMESPACE_CONTEXT = "kvmarket 2026-11 namespace"
+_NAMESPACE_CONTEXT = "kvmarket 2026-11-30 namespace"
+_SETTINGS_CONTEXT = "kvmarket 2026-11-30 model settings"
 _WEIGHTS_CONTEXT = "kvmarket 2026-11 weights"
 _ADAPTER_CONTEXT = "kvmarket 2026-11 adapter"
-_HUB_SNAPSHOT = re.compile(r"/models--([^/]+)/snapshots/([0-9a-f]{40})(/.*)?$")
 _HEX_DIGEST = re.compile(r"[0-9a-f]{64}")
 # vLLM loads safetensors where there are any, and only then looks for the others.
 _WEIGHT_PATTERNS = (("*.safetensors",), ("*.bin", "*.pt", "*.gguf"))
-# Keys of config.json that say where a model came from or how it is run, not what it computes.
+# The kernel's clock of files may stand still for this long.
+_CTIME_TICK_S = 0.05
+# Keys of a model's config that say where it came from or how it is run, not what it computes.
 _VOLATILE = frozenset(
-    {"_name_or_path", "transformers_version", "torch_dtype", "dtype", "use_cache"}
+    {
+        *("_name_or_path", "transformers_version", "torch_dtype", "dtype", "use_cache"),
+        *("auto_map", "id2label", "label2id", "problem_type", "return_dict"),
+        *("output_attentions", "output_hidden_states", "initializer_range"),
+    }
 )
 
 
@@ -109,15 +116,12 @@ def document_id(leaf_key: bytes) -> str:
 class NamespaceFacts(msgspec.Struct, frozen=True):
     """Everything that decides what KV bytes mean; equal facts, interchangeable KV.
 
-    `model_config` is in `canonical_model_config`'s spelling, `weights` and `adapter` are what
-    `weights_digest` and `adapter_digest` return.
+    `weights` are what `weights_digest` returns, `settings` what `settings_digest`, `adapter` what
+    `adapter_digest`.
     """
 
-    weights: str
-    model_config: str
-    dtype: str
-    kv_dtype: str
-    quantization: str | None = None
+    weights: tuple[str, ...]
+    settings: str
     adapter: str | None = None
 
 
@@ -127,14 +131,35 @@ def namespace_digest(facts: NamespaceFacts) -> bytes:
     return blake3(encoded.encode(), derive_key_context=_NAMESPACE_CONTEXT).digest()
 
 
+def settings_digest(settings: Mapping[str, Any]) -> str:
+    """Digest an engine's settings that decide KV. Raises ConfigError as `canonical_json` does."""
+    encoded = canonical_json(settings).encode()
+    return blake3(encoded, derive_key_context=_SETTINGS_CONTEXT).hexdigest()
+
+
 def canonical_model_config(config: Mapping[str, Any]) -> str:
-    """Spell a model's config.json in one canonical way, without what cannot change its KV.
+    """Spell a model's config in one canonical way, without what cannot change its KV.
 
     Raises ConfigError for a value whose spelling would differ from one process to the next.
     """
-    kept = {key: value for key, value in config.items() if key not in _VOLATILE}
+    return canonical_json(_without_volatile(config))
+
+
+def _without_volatile(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Leave out what cannot change KV, here and in the configs of parts; null means not set."""
+    return {
+        key: _without_volatile(value)
+        if isinstance(value, Mapping) and "model_type" in value
+        else value
+        for key, value in config.items()
+        if key not in _VOLATILE and value is not None
+    }
+
+
+def canonical_json(values: Mapping[str, Any]) -> str:
+    """Spell values in one way. Raises ConfigError for one without a fixed spelling."""
     # Keys become strings before they are sorted: {2: ..., 10: ...} must sort as a file's would.
-    plain = json.loads(json.dumps(kept, default=_spelled))
+    plain = json.loads(json.dumps(values, default=_spelled))
     return json.dumps(plain, sort_keys=True, separators=(",", ":"))
 
 
@@ -149,21 +174,14 @@ def _spelled(value: object) -> object:
     return str(value)
 
 
-def weights_digest(model_dir: Path, cache_file: Path) -> str:
-    """Say what the weights in a folder, or in one weight file, are.
+def weights_digest(model_dir: Path, cache_file: Path, *, all_formats: bool = False) -> str:
+    """Say what the weights in a folder, or in one weight file, are: "blake3:<digest>".
 
-    A folder of the model hub's cache names its revision ("hub:<org/name>@<revision>") and is not
-    read; any other is read whole ("blake3:<digest>"). Reading gigabytes takes seconds, so each
-    file's digest is kept in `cache_file` under its path, size and modification time; mutates that
-    file. Raises ConfigError when there are no weights, or when they change while they are read.
+    Reading gigabytes takes seconds, so each file's digest is kept in `cache_file`, for as long as
+    the file is the same; mutates that file. `all_formats`: also files beside safetensors. Raises
+    ConfigError when there are no weights, or when they change while they are read.
     """
-    # Not resolved: the files of a hub snapshot are links to somewhere else.
-    absolute = Path(os.path.abspath(model_dir))  # noqa: PTH100  # resolve() would follow the links
-    snapshot = _HUB_SNAPSHOT.search(absolute.as_posix())
-    if snapshot:
-        name, revision, inside = snapshot.groups(default="")
-        return f"hub:{name.replace('--', '/', 1)}@{revision}{inside}"
-    files = _weight_files(absolute)
+    files = weight_files(model_dir, all_formats=all_formats)
     if not files:
         raise ConfigError(
             f"{model_dir} holds no weights "
@@ -190,40 +208,53 @@ def adapter_digest(adapter_dir: Path, cache_file: Path) -> str:
     return blake3(encoded.encode(), derive_key_context=_ADAPTER_CONTEXT).hexdigest()
 
 
-def _weight_files(path: Path) -> list[Path]:
+def weight_files(path: Path, *, all_formats: bool = False) -> list[Path]:
+    """The files that hold the weights of a model or an adapter, sorted."""
     if path.is_file():
         return [path]
+    found: list[Path] = []
     for group in _WEIGHT_PATTERNS:
-        files = sorted(file for pattern in group for file in path.glob(pattern) if file.is_file())
-        if files:
-            return files
-    return []
+        found += sorted(file for pattern in group for file in path.glob(pattern) if file.is_file())
+        if found and not all_formats:
+            return found
+    return found
 
 
 def _digest_files(files: Sequence[Path], cache_file: Path) -> str:
-    known = _read_cache(cache_file)
-    read: dict[str, str] = {}
-    whole = blake3(derive_key_context=_WEIGHTS_CONTEXT)
-    for file in files:
-        identity = _file_identity(file)
-        digest = known.get(identity)
-        if digest is None:
-            digest = read[identity] = _digest_file(file, identity)
-        name = os.fsencode(file.name)
-        whole.update(_length(name) + name + bytes.fromhex(digest))
-    if read:
-        _write_cache(cache_file, _read_cache(cache_file) | read)
+    """Digest files, which several processes of a starting server want at the same time."""
+    with locked(cache_file.parent):
+        known = _read_cache(cache_file)
+        read: dict[str, str] = {}
+        whole = blake3(derive_key_context=_WEIGHTS_CONTEXT)
+        for file in files:
+            identity = file_identity(file)
+            digest = known.get(identity)
+            if digest is None:
+                digest = _digest_file(file, identity)
+                if _is_settled(file):
+                    read[identity] = digest
+            name = os.fsencode(file.name)
+            whole.update(_length(name) + name + bytes.fromhex(digest))
+        if read:
+            _write_cache(cache_file, known | read)
     return whole.hexdigest()
 
 
-def _file_identity(file: Path) -> str:
+def file_identity(file: Path) -> str:
+    """A text that changes whenever the file's content does: no user can set a file's ctime."""
     status = file.stat()
-    return f"{file}|{status.st_size}|{status.st_mtime_ns}"
+    times = f"{status.st_mtime_ns}|{status.st_ctime_ns}"
+    return f"{os.path.abspath(file)}|{status.st_size}|{times}|{status.st_ino}"  # noqa: PTH100  # links are not followed
+
+
+def _is_settled(file: Path) -> bool:
+    """Whether a change from now on would change the ctime, which moves in ticks."""
+    return time.time() - file.stat().st_ctime > _CTIME_TICK_S
 
 
 def _digest_file(file: Path, identity: str) -> str:
     digest = blake3(max_threads=blake3.AUTO).update_mmap(file).hexdigest()
-    if _file_identity(file) != identity:
+    if file_identity(file) != identity:
         raise ConfigError(f"{file} changed while it was read; start again once it is written")
     return digest
 
@@ -244,5 +275,4 @@ def _read_cache(cache_file: Path) -> dict[str, str]:
 
 
 def _write_cache(cache_file: Path, cache: Mapping[str, str]) -> None:
-    cache_file.parent.mkdir(parents=True, exist_ok=True)
     write_durably(cache_file, json.dumps(cache, indent=0).encode())

@@ -54,9 +54,11 @@ def test_an_engine_trusts_requests_only_when_nobody_else_can_send_any(serving):
     """Behind a server is anyone; the engine accepts what was prepared."""
     given = transfer()
     prepare(given, serving)
-    config = load(given.kv_connector_extra_config)
+    config = load(given.kv_connector_extra_config | {"model_settings": "00"})
     assert config.trust_requests is not serving
     check_prepared(given, config)
+    with pytest.raises(ConfigError, match="has not seen this engine's configuration"):
+        check_prepared(given, load(given.kv_connector_extra_config))
 
 
 @pytest.mark.parametrize(

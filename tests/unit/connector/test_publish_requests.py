@@ -10,7 +10,13 @@ from vllm.v1.request import RequestStatus
 
 from tests.support.catalogue_documents import tokens
 from tests.support.paged import blocks_of
-from tests.support.scheduler_half import BLOCK_TOKENS, half_of, opened_market, request_of
+from tests.support.scheduler_half import (
+    BLOCK_TOKENS,
+    DOCUMENT,
+    half_of,
+    opened_market,
+    request_of,
+)
 from vllm_kvmarket.connector.messages import SaveReport, WorkerReport
 from vllm_kvmarket.core.errors import CatalogueError
 from vllm_kvmarket.core.pricing import NANO
@@ -114,3 +120,19 @@ def test_a_publisher_without_funds_is_declined(market, half):
     answer = stored(half, begun(half, publisher="alex"))
     assert "cannot pay" in answer["declined"]
     assert market.catalogue.get(answer["document_id"]).state != "live"
+
+
+def test_a_prompt_of_embeddings_is_neither_published_nor_matched(market, half):
+    """Its token ids, where it has some, do not say what its KV is."""
+    wish = {"publish": {"terms": {"title": "new", "publisher": "pat"}}}
+    mixed = request_of(NEW, {"kv_transfer_params": {"kvmarket": wish}}, output=1)
+    mixed.prompt_embeds = object()
+    half.arrived(mixed)
+    assert "embeddings" in stored(half, mixed)["declined"]
+
+    buyer = request_of(DOCUMENT, {"kv_transfer_params": {"kvmarket": {"account": "alice"}}}, "r-2")
+    buyer.prompt_embeds = object()
+    half.arrived(buyer)
+    assert half.ready(buyer, 0) == (0, False)
+    _, answer = half.finished(buyer, [[]])
+    assert answer["kvmarket"]["matched_tokens"] == 0

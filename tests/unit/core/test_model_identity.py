@@ -7,6 +7,7 @@ import os
 import struct
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import msgspec
@@ -33,12 +34,7 @@ from vllm_kvmarket.core.model_identity import (
 )
 
 NAMESPACE = bytes(range(32))
-FACTS = NamespaceFacts(
-    weights="hub:org/model@" + "0" * 40,
-    model_config='{"hidden_size":8}',
-    dtype="float32",
-    kv_dtype="float32",
-)
+FACTS = NamespaceFacts(weights=("blake3:" + "0" * 64,), settings="1" * 64)
 TOKEN_IDS = st.lists(st.integers(0, 2**32 - 1), max_size=40)
 
 # Whoever published under these keys must find their chunks for ever: never change them.
@@ -48,13 +44,12 @@ GOLDEN = {
         "7976730089de8e4bc37af4612f0cd5c2874c368f0a87631b1f449ae1154451a6",
     ],
     "document": "kvd_7976730089de8e4bc37af4612f0cd5c2",
-    "namespace": "2766a2e323c806464a3dc447d993ace7e48250629b106be8ad507bbb9769c055",
+    "namespace": "25192fc913b5ce75f12467252c44b045ff8ced2968d556a65224e965f00fbad2",
 }
 GOLDEN_SCRIPT = """
 import json
 from vllm_kvmarket.core.model_identity import *
-facts = NamespaceFacts(weights="hub:org/model@" + "0" * 40, model_config='{"hidden_size":8}',
-                       dtype="float32", kv_dtype="float32")
+facts = NamespaceFacts(weights=("blake3:" + "0" * 64,), settings="1" * 64)
 keys = chunk_keys(bytes(range(32)), range(300))
 print(json.dumps({
     "keys": [key.hex() for key in keys],
@@ -172,13 +167,10 @@ def test_every_part_of_a_chunk_decides_its_key():
 @pytest.mark.parametrize(
     "changed",
     [
-        {"weights": "hub:org/model@" + "1" * 40},
-        {"model_config": '{"hidden_size":16}'},
-        {"dtype": "bfloat16"},
-        {"kv_dtype": "fp8"},
-        {"quantization": "awq"},
+        {"weights": ("blake3:" + "1" * 64,)},
+        {"weights": ("blake3:" + "0" * 64, "blake3:" + "0" * 64)},
+        {"settings": "2" * 64},
         {"adapter": "00"},
-        {"dtype": "float32\n", "kv_dtype": "float32"},
     ],
 )
 def test_every_fact_decides_the_namespace(changed):
@@ -223,7 +215,7 @@ def model(folder: Path, seed: int, name: str = "model.safetensors") -> Path:
 
 @pytest.fixture
 def cache(tmp_path: Path) -> Path:
-    return tmp_path / "market" / "weights.json"
+    return tmp_path / "market" / "digests.json"
 
 
 def test_models_of_one_name_with_other_weights_never_share(tmp_path, cache):
@@ -244,23 +236,55 @@ def test_retrained_weights_in_the_same_folder_are_noticed(tmp_path, cache):
     assert weights_digest(folder, cache) != before
 
 
-def test_unchanged_weights_are_not_read_again(tmp_path, cache):
-    """A file with the path, size and time that are known is taken at its word."""
+def settle() -> None:
+    """Wait until the file system's clock has moved on."""
+    time.sleep(2 * model_identity._CTIME_TICK_S)
+
+
+def test_unchanged_weights_are_not_read_again(tmp_path, cache, monkeypatch):
+    """A file that is known and was not touched is taken at its word."""
+    folder = model(tmp_path / "tiny", seed=1)
+    settle()
+    before = weights_digest(folder, cache)
+    monkeypatch.setattr(model_identity, "_digest_file", None)
+    assert weights_digest(folder, cache) == before
+
+
+@pytest.mark.parametrize("way", ["written", "put in its place", "linked"])
+def test_other_weights_of_equal_size_and_time_are_noticed(tmp_path, cache, way):
+    """Nobody can set the time of a file's last change of any kind."""
     folder = model(tmp_path / "tiny", seed=1)
     file = folder / "model.safetensors"
     os.utime(file, ns=(5, 5))
+    settle()
     before = weights_digest(folder, cache)
-    file.write_bytes(bytes(file.stat().st_size))
-    os.utime(file, ns=(5, 5))
-    assert weights_digest(folder, cache) == before
-    os.utime(file, ns=(6, 6))
+    other = model(tmp_path / "other", seed=2) / "model.safetensors"
+    os.utime(other, ns=(5, 5))
+    if way == "written":
+        file.write_bytes(other.read_bytes())
+        os.utime(file, ns=(5, 5))
+    elif way == "linked":
+        file.unlink()
+        file.symlink_to(other)
+    else:
+        other.replace(file)
+    assert file.stat().st_mtime_ns == 5
     assert weights_digest(folder, cache) != before
+
+
+def test_a_digest_is_not_kept_while_the_clock_of_files_stands(tmp_path, cache):
+    """A change in the same tick would leave the file's times as they are."""
+    folder = model(tmp_path / "tiny", seed=1)
+    os.utime(folder / "model.safetensors")
+    weights_digest(folder, cache)
+    assert not cache.exists()
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"x": 1}', "null"])
 def test_a_broken_digest_cache_only_costs_reading(tmp_path, cache, content):
     """With any content of the cache file, the digest is that of the weights."""
     folder = model(tmp_path / "tiny", seed=1)
+    settle()
     good = weights_digest(folder, cache)
     cache.write_text(content)
     assert weights_digest(folder, cache) == good
@@ -271,10 +295,12 @@ def test_a_broken_digest_cache_only_costs_reading(tmp_path, cache, content):
 
 def test_the_digest_cache_keeps_other_models_and_leaves_nothing_behind(tmp_path, cache):
     """Writing a model's digest keeps those of others, and no draft stays."""
-    weights_digest(model(tmp_path / "a", seed=1), cache)
-    weights_digest(model(tmp_path / "b", seed=2), cache)
+    models = [model(tmp_path / name, seed) for seed, name in enumerate("ab")]
+    settle()
+    for each in models:
+        weights_digest(each, cache)
     assert len(json.loads(cache.read_text())) == 2
-    assert list(cache.parent.iterdir()) == [cache]
+    assert {file.name for file in cache.parent.iterdir()} == {cache.name, ".lock"}
 
 
 def test_every_shard_and_its_name_count(tmp_path, cache):
@@ -308,22 +334,21 @@ def test_one_of_several_weight_files_may_be_the_model(tmp_path, cache):
     assert len({q4, q8, weights_digest(folder, cache)}) == 3
 
 
-def test_a_hub_snapshot_is_its_revision_and_is_not_read(tmp_path, cache):
-    """The hub's own cache names what it holds, a folder or file inside it too."""
-    revision = "0123456789abcdef" * 2 + "01234567"
-    snapshot = tmp_path / "models--org--name" / "snapshots" / revision
+def test_a_snapshot_of_the_hub_is_the_model_that_it_holds(tmp_path, cache):
+    """Its files are links, and may have been changed: they are read as any other's."""
+    blob = model(tmp_path / "blobs", seed=1) / "model.safetensors"
+    snapshot = tmp_path / "models--org--name" / "snapshots" / ("0123456789" * 4)
     snapshot.mkdir(parents=True)
-    assert weights_digest(snapshot, cache) == f"hub:org/name@{revision}"
-    assert weights_digest(snapshot / "part", cache) == f"hub:org/name@{revision}/part"
-    other = tmp_path / "models--gpt" / "snapshots" / revision
-    assert weights_digest(other, cache) == f"hub:gpt@{revision}"
-    assert not cache.exists()
+    (snapshot / "model.safetensors").symlink_to(blob)
+    assert weights_digest(snapshot, cache) == weights_digest(tmp_path / "blobs", cache)
 
 
-def test_a_folder_that_only_looks_like_a_snapshot_is_read(tmp_path, cache):
-    """A branch's name is no revision."""
-    folder = model(tmp_path / "models--org--name" / "snapshots" / "main", seed=1)
-    assert weights_digest(folder, cache).startswith("blake3:")
+def test_all_formats_count_where_another_than_safetensors_is_loaded(tmp_path, cache):
+    """vLLM was told to load these."""
+    folder = model(model(tmp_path / "tiny", 1), 2, "model.bin")
+    before = weights_digest(folder, cache, all_formats=True)
+    model(folder, 3, "model.bin")
+    assert weights_digest(folder, cache, all_formats=True) != before
 
 
 def test_a_folder_without_weights_is_an_error_that_says_so(tmp_path, cache):
@@ -338,7 +363,7 @@ def test_a_folder_without_weights_is_an_error_that_says_so(tmp_path, cache):
 def test_weights_that_change_while_they_are_read_are_an_error(tmp_path, cache, monkeypatch):
     """A digest of half a file must not be kept."""
     times = iter(["before", "after"])
-    monkeypatch.setattr(model_identity, "_file_identity", lambda _file: next(times))
+    monkeypatch.setattr(model_identity, "file_identity", lambda _file: next(times))
     with pytest.raises(ConfigError, match="changed while it was read"):
         weights_digest(model(tmp_path / "tiny", seed=1), cache)
     assert not cache.exists()

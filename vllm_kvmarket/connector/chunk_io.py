@@ -13,9 +13,17 @@ from typing import NamedTuple
 
 import numpy as np
 
+from vllm_kvmarket.connector.device_copies import (
+    AfterCopies,
+    DeviceCopies,
+    Operations,
+    Place,
+    copies_ended,
+    pieces,
+)
 from vllm_kvmarket.connector.messages import ChunkAudit, ChunkLoad, ChunkSave
 from vllm_kvmarket.connector.metrics import Tally
-from vllm_kvmarket.connector.paged_cache import Bytes, DeviceStaging, PagedCache
+from vllm_kvmarket.connector.paged_cache import Bytes, PagedCache
 from vllm_kvmarket.core.errors import (
     ChunkDamagedError,
     ChunkMissingError,
@@ -24,6 +32,7 @@ from vllm_kvmarket.core.errors import (
 )
 from vllm_kvmarket.store import aligned_empty, conversion
 from vllm_kvmarket.store.chunk_format import ChunkLayout
+from vllm_kvmarket.store.chunk_reader import current_guard, guarded
 from vllm_kvmarket.store.conversion import as_floats, canonical
 from vllm_kvmarket.store.host_memory import Filling, HostTier, layers_of
 from vllm_kvmarket.store.tiers import OpenChunk, Tiers
@@ -224,19 +233,34 @@ class Chunks:
             self._read(source, buffer)
             self._fill(buffer, chunk)
             return
-        staging = None if self._cache.on_host else self._staging()
+        if not self._cache.on_host:
+            self._upload(source, chunk)
+            return
         for layer, blocks in self._wanted(chunk):
             pages = chunk.groups[self._cache.group_of[layer]]
-            place = (
-                self._cache.host_pages(layer, blocks)
-                if staging is None
-                else [staging.buffer(layer, len(blocks))]
-            )
+            place = self._cache.host_pages(layer, blocks)
             source.stored.copy_pages(layer, pages.first_page, pages.last_page, place)
-            if staging is not None:
-                staging.upload(layer, blocks)
-        if staging is not None:
-            staging.finish()
+
+    def _upload(self, source: _Straight, chunk: ChunkLoad) -> None:
+        """Read pages piece by piece into pinned memory, while the piece before goes up."""
+        copies, wanted = self._device_copies(), self._wanted(chunk)
+        layers = self._cache.layout.layers
+        sizes = [len(blocks) * layers[layer].page_bytes for layer, blocks in wanted]
+        guard = current_guard()
+        with guarded(AfterCopies(copies, guard) if guard else None), copies_ended(copies):
+            for piece in pieces(sizes):
+                memory = copies.buffer(sum(sizes[index] for index in piece))
+                places, start = [], 0
+                for index in piece:
+                    (layer, blocks), stop = wanted[index], start + sizes[index]
+                    place = Place(layer, blocks, memory[start:stop])
+                    pages = chunk.groups[self._cache.group_of[layer]]
+                    source.stored.copy_pages(
+                        layer, pages.first_page, pages.last_page, [place.memory]
+                    )
+                    places.append(place)
+                    start = stop
+                copies.upload(places)
 
     def _wanted(self, chunk: ChunkLoad | ChunkSave) -> list[tuple[int, tuple[int, ...]]]:
         """The layers of which a chunk has pages to copy, each with the blocks of these pages."""
@@ -254,27 +278,29 @@ class Chunks:
         """Copy pages of a whole chunk in host memory into the paged cache."""
         layout = self._cache.layout
         layers = layers_of(buffer, layout, buffer.nbytes // self._page_bytes)
+        places = []
         for layer, blocks in self._wanted(chunk):
             page_bytes = layout.layers[layer].page_bytes
             first = chunk.groups[self._cache.group_of[layer]].first_page
-            wanted = layers[layer][first * page_bytes :][: len(blocks) * page_bytes]
-            if not self._cache.on_host:
-                staging = self._staging()
-                np.copyto(staging.buffer(layer, len(blocks)), wanted)
-                staging.upload(layer, blocks)
-                continue
+            pages = layers[layer][first * page_bytes :][: len(blocks) * page_bytes]
+            places.append(Place(layer, blocks, pages))
+        if not self._cache.on_host:
+            copies = self._device_copies()
+            with copies_ended(copies):
+                copies.upload(places)
+            return
+        for layer, blocks, pages in places:
             start = 0
             for run in self._cache.host_pages(layer, blocks):
-                np.copyto(run, wanted[start : start + run.nbytes])
+                np.copyto(run, pages[start : start + run.nbytes])
                 start += run.nbytes
-        if not self._cache.on_host:
-            self._staging().finish()
 
-    def _staging(self) -> DeviceStaging:
-        staging: DeviceStaging | None = getattr(self._devices, "staging", None)
-        if staging is None:
-            staging = self._devices.staging = DeviceStaging(self._cache)
-        return staging
+    def _device_copies(self) -> DeviceCopies:
+        copies: DeviceCopies | None = getattr(self._devices, "copies", None)
+        if copies is None:
+            operations = Operations(self._cache.device)
+            copies = self._devices.copies = DeviceCopies(self._cache.rows, operations)
+        return copies
 
     def _quarantine(self, key: bytes, error: ChunkDamagedError) -> None:
         """Set aside whichever of a chunk's files on this machine are damaged; forget its pages."""
@@ -353,8 +379,7 @@ class Chunks:
         """A chunk's pages as they lie in the paged cache: for each layer, runs of pages."""
         if self._cache.on_host:
             return [self._cache.host_pages(*place) for place in self._wanted(chunk)]
-        staging = self._staging()
-        return [[staging.download(*place)] for place in self._wanted(chunk)]
+        return [[pages] for pages in self._device_copies().download(self._wanted(chunk))]
 
     def stored(self, namespace: bytes, key: bytes) -> list[Bytes]:
         """A chunk's pages as they are stored, verified: for each layer, uint8 (bytes,).

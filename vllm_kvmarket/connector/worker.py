@@ -14,9 +14,10 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorTransfe
 
 from vllm_kvmarket.connector.cache_groups import CacheGroup
 from vllm_kvmarket.connector.copy_threads import unpinned_cores
+from vllm_kvmarket.connector.device_copies import pinned_empty
 from vllm_kvmarket.connector.messages import Instructions, WorkerReport
 from vllm_kvmarket.connector.metrics import MarketStats
-from vllm_kvmarket.connector.paged_cache import Bytes, PagedCache
+from vllm_kvmarket.connector.paged_cache import PagedCache
 from vllm_kvmarket.connector.transfers import Finished, Transfers
 from vllm_kvmarket.core.config import MarketConfig
 from vllm_kvmarket.store import aligned_empty
@@ -29,18 +30,6 @@ if TYPE_CHECKING:
 # With no forward pass to run, the step has nothing better to do than to wait for a transfer; the
 # bound keeps new requests from waiting behind it.
 IDLE_WAIT_S = 0.005
-
-
-def pinned_empty(size: int) -> Bytes:
-    """Uninitialised memory that a GPU copies from by itself, uint8 (size,). Raises MemoryError.
-
-    Not run on a GPU in this project's tests.
-    """
-    try:
-        memory: Bytes = torch.empty(size, dtype=torch.uint8, pin_memory=True).numpy()
-    except RuntimeError as error:
-        raise MemoryError(str(error)) from error
-    return memory
 
 
 class WorkerHalf:

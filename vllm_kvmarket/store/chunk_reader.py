@@ -64,16 +64,18 @@ Guard = AbstractContextManager[None]
 
 
 @contextlib.contextmanager
-def guarded(guard: Guard) -> Iterator[None]:
+def guarded(guard: Guard | None) -> Iterator[None]:
     """Have this thread's reads use `guard` until the `with` ends."""
+    before = current_guard()
     _own.guard = guard
     try:
         yield
     finally:
-        _own.guard = None
+        _own.guard = before
 
 
-def _guard() -> Guard | None:
+def current_guard() -> Guard | None:
+    """The guard that this thread's reads use."""
     guard: Guard | None = getattr(_own, "guard", None)
     return guard
 
@@ -290,7 +292,7 @@ def open_chunk(
     not the stored one, or the file has another format; StoreError when this process cannot open
     files just now; TooLateError.
     """
-    with _guard() or contextlib.nullcontext():
+    with current_guard() or contextlib.nullcontext():
         return _open_chunk(path, key, layout, namespace)
 
 
@@ -366,7 +368,7 @@ def _read_into(descriptor: int, buffers: list[Any], size: int, position: int, na
     Raises ChunkDamagedError, StoreError, TooLateError.
     """
     assert descriptor >= 0, "a chunk that is closed cannot be read"
-    _fill(descriptor, buffers, size, position, name, guard=_guard())
+    _fill(descriptor, buffers, size, position, name, guard=current_guard())
 
 
 def _fill(

@@ -31,10 +31,11 @@ check: $(CHECK_READY) ## lint, types and quick unit tests, without vLLM and torc
 		"types=$(CHECK)/mypy" \
 		"unit=$(CHECK)/python -m pytest -q -n auto -m 'not slow' tests/unit"
 
+# AFTER_CHECK=1, as in .ci/run: without the unit tests that `make check` has just run.
 test: $(READY) $(CONVERTED) test-machine ## all tests but the long ones, on real servers and engines (15 minutes)
 	@$(BIN)/python -m tools.parts \
-		"unit=$(PYTEST) -q -n auto tests/unit" \
-		"servers=$(PYTEST) -q tests/servers" \
+		"unit=$(PYTEST) -q -n auto $(if $(AFTER_CHECK),--after-check) tests/unit" \
+		"+servers=$(PYTEST) -q tests/servers" \
 		"engine=$(PYTEST) -q -m 'not long' --durations=15 tests/engine"
 
 test-unit: $(READY) ## unit tests

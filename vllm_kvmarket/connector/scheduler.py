@@ -282,9 +282,9 @@ class SchedulerHalf:
 
         `scheduled`: the requests whose tokens the step computes.
         """
-        self._engine.idle_time.step_ended(scheduled)
         self._next.idle = not scheduled
         self._prefetch()
+        self._engine.idle_time.step_ended(scheduled)
         self._renew()
         self._look_at_pins()
         instructions, self._next = self._next, Instructions()

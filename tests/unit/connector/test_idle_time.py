@@ -8,7 +8,7 @@ import pytest
 
 from tests.support.scheduler_half import CACHED, DOCUMENT, half_of, opened_market, request_of
 from vllm_kvmarket.connector.idle_time import MOST_S, IdleTime
-from vllm_kvmarket.market.purchase import PurchaseState
+from vllm_kvmarket.market.purchase import Purchase, PurchaseState
 
 
 class SlowPurchase:
@@ -72,3 +72,23 @@ def test_an_idle_engine_gives_no_step_away_for_a_reservation(half, monkeypatch):
     assert made.ready(first, CACHED) == (600 - CACHED, True)
     assert not made.take_instructions(["r-1"]).idle
     assert made.take_instructions().idle
+
+
+def test_a_step_waits_once_also_where_requests_are_looked_at_twice(half, monkeypatch):
+    """vLLM asks, and reading ahead asks again behind it: the second finds no time left."""
+    made, market = half
+    waits = []
+
+    def wait(purchase, timeout_s):
+        waits.append(timeout_s)
+        time.sleep(timeout_s)
+
+    monkeypatch.setattr(Purchase, "wait", wait)
+    monkeypatch.setattr(Purchase, "state", lambda _: PurchaseState.RESERVING)
+    request = request_of([*DOCUMENT, 7], market.params("alice"), "r-1")
+    made.arrived(request)
+    for step in (1, 2, 3):
+        assert made.ready(request, 0) == (None, False)
+        made.take_instructions()
+        assert len(waits) == step
+    monkeypatch.undo()

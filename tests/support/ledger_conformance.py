@@ -16,8 +16,12 @@ import pytest
 
 from tests.support.ledger_books import NANO, funded_ledger, hold, receipt
 from vllm_kvmarket import LedgerError, NotFoundError
+from vllm_kvmarket.catalogue import Listing, Match, Segment
 from vllm_kvmarket.core.errors import KeyConflictError, KeyUsedUpError, LedgerUnavailableError
-from vllm_kvmarket.ledger import GRACE_S, Ledger, Outcome, ReceiptLine, plain, post, void
+from vllm_kvmarket.core.listing_terms import ListingTerms
+from vllm_kvmarket.core.pricing import Tariff
+from vllm_kvmarket.ledger import GRACE_S, Ledger, Outcome, ReceiptLine, Result, plain, post, void
+from vllm_kvmarket.market.purchase import Purchase, PurchaseState, ReuseItem, Usage
 
 
 @pytest.fixture
@@ -448,3 +452,78 @@ def test_transfers_are_numbered_in_the_order_of_effect(ledger):
     assert ledger.transfers_after(3, 9) == []
     with pytest.raises(NotFoundError, match="'h2'"):
         ledger.sequence_of("h2")
+
+
+def test_purchases_go_ahead_of_their_holds_up_to_a_tenth(place, held_up):
+    """Each engine for what it last knew. Where another took the funds meanwhile, what was sold is
+    the account's debt: booked once, shown, and at most a tenth for each engine.
+    """
+    with funded_ledger(place) as ledger, Ledger.open(place) as other, Ledger.open(place) as third:
+        assert other.submit_ahead(hold("unknown", 1)) is None, "it knows nothing of alice yet"
+        for number, each in enumerate((ledger, other)):
+            each.submit([hold(f"known{number}", 1)]).result()
+            each.submit([void(id=f"v{number}", pending_id=f"known{number}")]).result()
+        third.transact(
+            plain(id="all", debit="alice", credit="world", amount_nano=NANO, code="payout")
+        )
+        purchases = []
+        with held_up():
+            for name, each in (("a", ledger), ("b", other)):
+                ahead = [_buying(each, f"{name}{n}", NANO // 20) for n in range(3)]
+                assert [one.state().value for one in ahead] == ["reserved", "reserved", "reserving"]
+                assert not any(one.has_hold for one in ahead)
+                purchases += ahead
+        for purchase in purchases:
+            purchase.wait(30)
+        settled = [one for one in purchases if one.state() is PurchaseState.RESERVED]
+        assert len(settled) == 4
+        for purchase in settled:
+            purchase.settle(Usage(100, 100, 100, 0, 0, 1, 1))
+            assert max(purchase.settled.result(30)) == Result(Outcome.OK)
+            assert ledger.receipt(purchase.receipt_id).charge_nano == NANO // 20
+        alice = ledger.account("alice")
+        assert alice.debt_nano == 4 * (NANO // 20) == 2 * (NANO // 10)
+        assert alice.debits_pending == 0
+        assert _buying(ledger, "c", 1).state() is not PurchaseState.RESERVED
+        for each in (ledger, other):
+            each.submit([]).result()
+        assert ledger.check_integrity() == []
+
+
+def test_a_purchase_that_ends_before_its_hold_is_durable_is_paid_and_leaves_no_hold(place, held_up):
+    """The settlement overtakes the ledger's answer; a void behind it takes the hold back."""
+    with funded_ledger(place) as ledger:
+        ledger.submit([hold("known", 1)]).result()
+        with held_up():
+            purchase = _buying(ledger, "k", 1000)
+            purchase.settle(Usage(100, 100, 100, 0, 0, 1, 1))
+        assert purchase.settled.result(30)[0].outcome is Outcome.OK
+        ledger.submit([]).result()
+        alice = ledger.account("alice")
+        assert (alice.debits_posted, alice.debits_pending, alice.debt_nano) == (1000, 1, 0)
+        assert ledger.check_integrity() == []
+
+
+def test_nothing_goes_ahead_while_the_ledger_is_away(place, held_up):
+    """What was known is forgotten with the first reservation that gets no answer."""
+    with funded_ledger(place, reservation_patience_s=0.1) as ledger:
+        ledger.submit([hold("known", 1)]).result()
+        with held_up():
+            assert _buying(ledger, "k", 1000).state() is PurchaseState.RESERVED
+            time.sleep(0.5)
+            assert _buying(ledger, "l", 1000).state() is not PurchaseState.RESERVED
+        assert _buying(ledger, "m", 0).state() is not PurchaseState.RESERVED
+
+
+def _buying(ledger, key, amount_nano):
+    """The purchase of 100 tokens of a document of the provider's own."""
+    listing = Listing(
+        document_id="kvd_x",
+        namespace=b"n" * 32,
+        token_count=100,
+        terms=ListingTerms(publisher="provider"),
+        created_at_s=1.0,
+    )
+    tariff = Tariff(input_nano_per_mtok=10**15, cache_read_nano_per_mtok=amount_nano * 10_000)
+    item = ReuseItem(Match((Segment(listing, 0, 100),), 100, ()), tariff, "m", "r")
+    return Purchase(ledger, item, key=key, account="alice", timeout_s=60, may_go_ahead=True)

@@ -127,7 +127,13 @@ class Purchases:
         self._by_samples: dict[tuple[str, float], _Group] = {}
 
     def join(
-        self, request: Request, account: str, match: Match, purchase_key: str | None = None
+        self,
+        request: Request,
+        account: str,
+        match: Match,
+        purchase_key: str | None = None,
+        *,
+        may_go_ahead: bool = False,
     ) -> tuple[Purchase, Match]:
         """The purchase that this request's reuse of `match` is part of, and the match that the
         request may reuse: the catalogue may have changed between two samples.
@@ -147,7 +153,9 @@ class Purchases:
             if purchase_key is not None:
                 key = shared_key(purchase_key, account, request.request_id, prompt)
             repeated = purchase_key is not None
-            purchase = self._market.reserve(item, key=key, account=account, shared=repeated)
+            purchase = self._market.reserve(
+                item, key=key, account=account, shared=repeated, may_go_ahead=may_go_ahead
+            )
             group = _Group(purchase, item, prompt, repeated)
             self._by_samples[samples] = group
         group.members.add(request.request_id)
@@ -172,11 +180,7 @@ class Purchases:
     def held(self) -> list[str]:
         """The reservations of requests under way, which must not expire."""
         under_way = {id(group): group.purchase for group in self._by_request.values()}
-        return [
-            purchase.reservation_id
-            for purchase in under_way.values()
-            if purchase.state() is PurchaseState.RESERVED
-        ]
+        return [purchase.reservation_id for purchase in under_way.values() if purchase.has_hold]
 
     def close(self) -> None:
         """Settle what has been answered and release the rest: the engine ends."""

@@ -90,7 +90,11 @@ class ReuseRequest:
             # Samples of one request share a purchase, and so its match: the catalogue may have
             # changed between them.
             self.purchase, shared = self._engine.purchases.join(
-                self._request, params.account, wanted, params.purchase_key
+                self._request,
+                params.account,
+                wanted,
+                params.purchase_key,
+                may_go_ahead=not self._must_reserve,
             )
             self.reuse = Reuse(self._request, shared)
             share(self._engine, self.reuse)

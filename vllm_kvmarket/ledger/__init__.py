@@ -4,6 +4,7 @@ from vllm_kvmarket.ledger.ledger import Ledger
 from vllm_kvmarket.ledger.model import (
     ACCOUNT_ID,
     GRACE_S,
+    OWED,
     PROVIDER,
     SUSPENSE,
     WORLD,
@@ -25,6 +26,7 @@ from vllm_kvmarket.ledger.model import (
 __all__ = [
     "ACCOUNT_ID",
     "GRACE_S",
+    "OWED",
     "PROVIDER",
     "SUSPENSE",
     "WORLD",

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 
 from vllm_kvmarket.ledger.model import (
     GRACE_S,
+    OWED,
     PROVIDER,
     ROYALTY,
     SUSPENSE,
@@ -24,6 +25,16 @@ SALE = "reuse"
 CHARGES = ("post", "late")
 
 
+def is_charge(kind: str, code: str) -> bool:
+    """Whether a transfer is what a buyer pays for a sale."""
+    return (kind in CHARGES and code == SALE) or (kind == "plain" and code == OWED)
+
+
+def is_beyond_funds(transfer: Transfer) -> bool:
+    """Whether a transfer was booked whatever the account had: these make debts."""
+    return transfer.kind == "late" or (transfer.kind == "plain" and transfer.code == OWED)
+
+
 def problems(books: Everything) -> list[str]:
     """Recompute every balance and hold from the transfers; return the differences, in words."""
     transfers = {transfer.id: transfer for transfer in books.transfers}
@@ -39,9 +50,9 @@ def _recompute(transfers: dict[str, Transfer], limited: set[str]) -> dict[tuple[
     for transfer in transfers.values():
         reserved = transfer.amount_nano if transfer.kind == "pending" else 0
         posted = transfer.amount_nano if transfer.kind in ("plain", "post", "late") else 0
-        if transfer.kind == "late" and transfer.debit in limited:
+        if is_beyond_funds(transfer) and transfer.debit in limited:
             balances[transfer.debit, "late_nano"] += posted
-        elif transfer.kind in ENDS and transfer.pending_id in transfers:
+        if transfer.kind in ENDS and transfer.kind != "late" and transfer.pending_id in transfers:
             reserved = -transfers[transfer.pending_id].amount_nano
         balances[transfer.debit, "debits_pending"] += reserved
         balances[transfer.credit, "credits_pending"] += reserved
@@ -116,7 +127,7 @@ def _wrong_receipts(receipts: list[Receipt], transfers: dict[str, Transfer]) -> 
             if first != receipt.id:
                 found.append(f"receipt {receipt.id}: is for transfer {transfer_id}, as {first} is")
     for transfer in transfers.values():
-        sale = transfer.kind in CHARGES and transfer.code == SALE and transfer.amount_nano > 0
+        sale = is_charge(transfer.kind, transfer.code) and transfer.amount_nano > 0
         royalty = transfer.code == ROYALTY and transfer.debit == PROVIDER
         if (sale or royalty or transfer.receipt_digest) and transfer.id not in of_transfer:
             found.append(f"transfer {transfer.id}: its receipt is missing")

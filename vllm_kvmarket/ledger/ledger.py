@@ -186,6 +186,22 @@ class Ledger:
                 found += 1
         return found
 
+    def submit_ahead(self, hold: Operation) -> Future[list[Result]] | None:
+        """Submit a lone reservation whose caller goes on before the answer; see known_funds.
+
+        None, and nothing is submitted, where the account's funds do not amply cover it. Whatever
+        the answer will be, what was sold must be booked: with an OWED transfer where there is no
+        hold.
+        """
+        funds, amount_nano = self._storage.funds, hold.amount_nano
+        if amount_nano <= 0 or not funds.take(hold.debit, amount_nano):
+            return None
+        answer = self.submit([hold])
+        answer.add_done_callback(
+            lambda done: funds.end(hold.debit, amount_nano, answered=done.exception() is None)
+        )
+        return answer
+
     @property
     def queue_depth(self) -> int:
         """How many batches wait to be written; never waits."""

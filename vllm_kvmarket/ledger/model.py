@@ -24,6 +24,8 @@ WORLD = "world"
 # Royalties wait here while their publisher has no account.
 SUSPENSE = "suspense"
 ROYALTY = "royalty"
+# A charge whose hold was not there: it takes the account's funds, and makes a debt of the rest.
+OWED = "owed"
 # A hold is released so long after it is due: an engine that renews or settles late still can.
 GRACE_S = 60.0
 

@@ -16,6 +16,7 @@ from vllm_kvmarket.core import sqlite
 from vllm_kvmarket.core.errors import LedgerError, LedgerUnavailableError
 from vllm_kvmarket.ledger import postgres_schema
 from vllm_kvmarket.ledger.group_commit import malformed, unavailable
+from vllm_kvmarket.ledger.known_funds import KnownFunds
 from vllm_kvmarket.ledger.model import GRACE_S, Account, Receipt, Result, Transfer
 from vllm_kvmarket.ledger.storage import (
     Batch,
@@ -84,6 +85,7 @@ class PostgresStorage:
         self._url = url
         self._place = _without_password(url)
         self._writing: psycopg.Connection[Any] | None = None
+        self.funds = KnownFunds()
         with self._reported():
             with self._writer().transaction():
                 _make_tables(self._writer())
@@ -138,6 +140,7 @@ class PostgresStorage:
             if changes.transfers:
                 text = msgspec.json.encode(changes).decode()
                 db.execute("SELECT kvmarket.keep(%s)", (text,))
+        self.funds.learn(books.accounts)
         return answers
 
     def _writer(self) -> psycopg.Connection[Any]:

@@ -17,6 +17,7 @@ from vllm_kvmarket.ledger.model import (
     INT64_MAX,
     MAX_ID_LENGTH,
     MAX_PENDING_ID_LENGTH,
+    OWED,
     ROYALTY,
     SUSPENSE,
     Account,
@@ -171,10 +172,12 @@ def _move(books: Books, operation: Operation, now_s: float) -> Result:
     if debit.currency != credit.currency:
         return Result(Outcome.DIFFERENT_CURRENCIES, f"{debit.currency}, {credit.currency}")
     amount = operation.amount_nano
-    if not debit.may_go_negative and amount > debit.available_nano:
+    owed = operation.code == OWED and operation.kind == "plain"
+    if not (debit.may_go_negative or owed) and amount > debit.available_nano:
         return Result(Outcome.EXCEEDS_CREDITS, debit.id)
     held, moved = (amount, 0) if operation.kind == "pending" else (0, amount)
-    result = _balance(books, debit, credit, held, moved)
+    late = amount if owed and not debit.may_go_negative else 0
+    result = _balance(books, debit, credit, held, moved, late=late)
     if result is OK:
         books.put_transfer(_transfer(operation, operation, now_s, operation.kind, credit.id))
         if operation.kind == "pending":

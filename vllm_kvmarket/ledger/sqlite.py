@@ -16,6 +16,7 @@ from vllm_kvmarket.core import sqlite
 from vllm_kvmarket.core.errors import LedgerUnavailableError
 from vllm_kvmarket.ledger.clock import Mark, Reading, advance, machine_clock
 from vllm_kvmarket.ledger.group_commit import malformed, unavailable
+from vllm_kvmarket.ledger.known_funds import KnownFunds
 from vllm_kvmarket.ledger.model import (
     GRACE_S,
     Account,
@@ -198,6 +199,7 @@ class SqliteStorage:
         self._written: Mark | None = None
         self._floor_s = 0.0  # the ledger's time never goes back below this
         self._memory = Memory()
+        self.funds = KnownFunds()
         self._data_version: object = None
         with self._reported():
             self._writing = sqlite.connect(path)
@@ -239,6 +241,7 @@ class SqliteStorage:
                     self._written = mark
             db.execute("COMMIT")
             self._memory.learn(books)
+            self.funds.learn(books.accounts)
             self._mark = mark
         except BaseException:
             if db.in_transaction:  # SQLite may have rolled back already, as on a full disk

@@ -19,10 +19,11 @@ import msgspec
 from vllm_kvmarket.core.errors import LedgerRefusedError, NotFoundError
 from vllm_kvmarket.core.pricing import format_nano
 from vllm_kvmarket.ledger import PROVIDER, WORLD, Ledger, Outcome, Receipt, Transfer, plain
-from vllm_kvmarket.ledger.model import ROYALTY
+from vllm_kvmarket.ledger.model import OWED, ROYALTY
 
 MOVES = ("plain", "post", "late")
 PAYOUT = "payout"
+SALES = ("reuse", OWED)
 # A royalty that waited in suspense is paid under the id of the first transfer and this.
 PAID_SUFFIX = ":paid"
 # Neutralised in CSV: a spreadsheet would take a title that begins so for a formula.
@@ -211,7 +212,7 @@ def _line(
     transfer: Transfer, account_id: str, balance: int, sale: _Sale | None, index: int | None
 ) -> Line:
     kind = _KINDS.get(transfer.code, "other")
-    if transfer.code == "reuse":
+    if transfer.code in SALES:
         kind = "sale" if transfer.credit == account_id else "purchase"
     line = Line(
         at_s=transfer.created_at_s,
@@ -221,7 +222,7 @@ def _line(
         amount_nano=_signed(transfer, account_id),
         balance_nano=balance,
         reference=transfer.user_data if transfer.code == PAYOUT else "",
-        document_id=transfer.user_data if transfer.code in ("reuse", ROYALTY, "publish") else "",
+        document_id=transfer.user_data if transfer.code in (*SALES, ROYALTY, "publish") else "",
         log_index=index,
     )
     if sale is None:

@@ -11,6 +11,7 @@ from typing import Protocol
 import msgspec
 
 from vllm_kvmarket.core.errors import LedgerRefusedError
+from vllm_kvmarket.ledger.known_funds import KnownFunds
 from vllm_kvmarket.ledger.model import (
     ROYALTY,
     SUSPENSE,
@@ -79,8 +80,10 @@ class Everything(msgspec.Struct, frozen=True):
 class Storage(Protocol):
     """One process's access to the database. Every method raises LedgerError when it cannot.
 
-    `write` is called by one thread, the others by any.
+    `write` is called by one thread, the others by any. `funds` learns from each group.
     """
+
+    funds: KnownFunds
 
     def write(self, group: Sequence[Batch]) -> list[list[Result]]:
         """Apply a group in one transaction, durable on return.

@@ -6,6 +6,8 @@ statements, let the rules work in memory, write what changed in a few statements
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import msgspec
 
 from vllm_kvmarket.ledger.model import Account, Transfer
@@ -54,6 +56,11 @@ class GroupBooks:
         self._old_dues: list[tuple[str, float | None, bool]] = []
         self._old_resolutions: list[tuple[str, Transfer | None]] = []
         self._first_new = 0
+
+    @property
+    def accounts(self) -> Iterable[Account]:
+        """Every account that the group names, as the group leaves it."""
+        return self._accounts.values()
 
     def account(self, account_id: str) -> Account | None:
         return self._accounts.get(account_id)

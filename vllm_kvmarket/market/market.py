@@ -248,10 +248,19 @@ class Market:
         """Whether loading a match saves more than it costs."""
         return match.token_count >= self.config.min_reuse_tokens
 
-    def reserve(self, item: Item, *, key: str, account: str, shared: bool = False) -> Purchase:
+    def reserve(
+        self,
+        item: Item,
+        *,
+        key: str,
+        account: str,
+        shared: bool = False,
+        may_go_ahead: bool = False,
+    ) -> Purchase:
         """Start to reserve the most that `item` can cost; `key` makes the ledger's ids.
 
-        `shared`: other requests may reserve under the same key at the same time.
+        `shared`: other requests may reserve under the same key at the same time. `may_go_ahead`:
+        where the account's last known funds cover it amply, it counts as reserved at once.
         """
         return Purchase(
             self.ledger,
@@ -260,6 +269,7 @@ class Market:
             account=account,
             timeout_s=self.config.reservation_timeout_s,
             shared=shared,
+            may_go_ahead=may_go_ahead,
         )
 
     def begin_listing(

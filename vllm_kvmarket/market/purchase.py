@@ -19,6 +19,7 @@ from vllm_kvmarket.catalogue import Match
 from vllm_kvmarket.core.errors import LedgerBusyError, LedgerPostponedError, LedgerUnavailableError
 from vllm_kvmarket.core.pricing import Tariff
 from vllm_kvmarket.ledger import (
+    OWED,
     PROVIDER,
     Ledger,
     Operation,
@@ -208,8 +209,12 @@ class Purchase:
         account: str,
         timeout_s: int,
         shared: bool = False,
+        may_go_ahead: bool = False,
     ) -> None:
         self._ledger = ledger
+        # Whether it counts as reserved before the hold is durable, as funds cover it amply.
+        self._is_ahead = False
+        self._may_go_ahead = may_go_ahead and not shared
         # Other requests, also on other engines, may reserve under the same key at the same time.
         self._shared = shared
         self.item = item
@@ -235,20 +240,18 @@ class Purchase:
         self._renewal: Future[list[Result]] | None = None
         # The catalogue or a price changed since: another amount was reserved.
         self._is_other_amount = False
-        self._reservation = self._ledger.submit(
-            [
-                pending(
-                    id=self.reservation_id,
-                    debit=self.account,
-                    credit=PROVIDER,
-                    amount_nano=self.item.most_nano,
-                    timeout_s=self._timeout_s,
-                    code=self.item.code,
-                    user_data=self.item.document_id,
-                )
-            ],
-            shared=self._shared,
+        hold = pending(
+            id=self.reservation_id,
+            debit=self.account,
+            credit=PROVIDER,
+            amount_nano=self.item.most_nano,
+            timeout_s=self._timeout_s,
+            code=self.item.code,
+            user_data=self.item.document_id,
         )
+        ahead = self._ledger.submit_ahead(hold) if self._may_go_ahead else None
+        self._is_ahead = self._is_ahead or ahead is not None
+        self._reservation = ahead or self._ledger.submit([hold], shared=self._shared)
 
     @property
     def reservation_id(self) -> str:
@@ -265,12 +268,24 @@ class Purchase:
         return f"kvr_{self.key}"
 
     def state(self) -> PurchaseState:
-        """Where the purchase stands now; never waits."""
+        """Where the purchase stands now; never waits.
+
+        One that goes ahead counts as reserved: if the ledger refuses the hold in the end, what was
+        sold is the account's debt.
+        """
         if self._state is PurchaseState.RESERVING:
             asked = self._renewal or self._reservation
             if asked.done():
                 self._take(asked)
+        if self._is_ahead and self._state in (PurchaseState.RESERVING, PurchaseState.REFUSED):
+            return PurchaseState.RESERVED
         return self._state
+
+    @property
+    def has_hold(self) -> bool:
+        """Whether the ledger has reserved the amount, durably."""
+        self.state()
+        return self._state is PurchaseState.RESERVED
 
     def wait(self, timeout_s: float) -> None:
         """Wait for the ledger's answer, at most so long."""
@@ -321,11 +336,8 @@ class Purchase:
         if self.settled is None:
             assert self.state() is PurchaseState.RESERVED, self._state
             settlement = self.item.settlement(self, usage)
-            charge = post(
-                id=f"{self.key}:settle",
-                pending_id=self.reservation_id,
-                amount_nano=settlement.charge_nano,
-            )
+            has_hold = self.has_hold
+            charge = self._charge(settlement, has_hold=has_hold)
             self.charge_nano, self.receipt = settlement.charge_nano, settlement.receipt
             self._state = PurchaseState.SETTLED
             self.settled = self._ledger.submit(
@@ -333,10 +345,26 @@ class Purchase:
                 receipt=self.receipt,
                 patience_s=NEVER_GIVE_UP_S,
             )
+            if not has_hold:
+                self._release()  # which may be on its way to the ledger
             stored = f"storing {self.item.document_id}"
             name = f"receipt {self.receipt.id}" if self.receipt else stored
             self.settled.add_done_callback(partial(self._settled, name))
         return self.receipt
+
+    def _charge(self, settlement: Settlement, *, has_hold: bool) -> Operation:
+        """Post from the hold; without one, of a purchase that went ahead, a charge that is owed."""
+        id, charge_nano = f"{self.key}:settle", settlement.charge_nano
+        if has_hold:
+            return post(id=id, pending_id=self.reservation_id, amount_nano=charge_nano)
+        return plain(
+            id=id,
+            debit=self.account,
+            credit=PROVIDER,
+            amount_nano=charge_nano,
+            code=OWED,
+            user_data=self.item.document_id,
+        )
 
     def _settled(self, name: str, settled: Future[list[Result]]) -> None:
         """Log a settlement that was refused, and release its hold: the answer is out already."""

@@ -37,7 +37,7 @@ from vllm_kvmarket.auth.signing_keys import (
 from vllm_kvmarket.core.errors import NotFoundError, ProofError
 from vllm_kvmarket.core.pricing import INT64_MAX, Terms
 from vllm_kvmarket.ledger import PROVIDER, SUSPENSE, Receipt, ReceiptLine
-from vllm_kvmarket.ledger.integrity import CHARGES
+from vllm_kvmarket.ledger.integrity import is_charge
 from vllm_kvmarket.ledger.model import digest_of
 from vllm_kvmarket.market.market import Market
 from vllm_kvmarket.proofs.log import LoggedTransfer, TransparencyLog
@@ -322,14 +322,14 @@ def verify_with_proof(
         raise ProofError(f"transfer {leaf.id} is in the log, but not as the receipt has it")
     if number == 0:
         document_id, amount = leaf.user_data, receipt.charge_nano
-        kinds: tuple[str, ...] = CHARGES
+        fits = is_charge(leaf.kind, leaf.code)
         debit, payees = receipt.account, [PROVIDER]
     else:
         line = [line for line in receipt.all_lines() if line.royalty_nano][number - 1]
-        document_id, amount, kinds = line.document_id, line.royalty_nano, ("plain",)
+        document_id, amount, fits = line.document_id, line.royalty_nano, leaf.kind == "plain"
         debit, payees = PROVIDER, [line.publisher, SUSPENSE]
-    moved = leaf.kind in kinds and leaf.credit in payees
-    if not moved or (leaf.debit, leaf.amount_nano) != (debit, str(amount)):
+    fits = fits and leaf.credit in payees
+    if not fits or (leaf.debit, leaf.amount_nano) != (debit, str(amount)):
         raise ProofError(
             f"transfer {leaf.id} moved {leaf.amount_nano} from {leaf.debit} to {leaf.credit}, not "
             "what the receipt says"

@@ -8,6 +8,7 @@ from threading import Event
 from types import SimpleNamespace
 from uuid import uuid4
 
+import apsw
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -350,3 +351,22 @@ def test_whatever_the_order_each_request_pays_once_for_its_best_answer(market, s
     for number, best in most.items():
         paid.setdefault(number, best)
     assert spent(market) - before == sum(paid.values()) * 500
+
+
+def test_a_request_under_a_key_never_goes_ahead_of_its_hold(market, purchases):
+    """Another engine may have been paid for it; without a key, known funds are enough."""
+    blocker = apsw.Connection(str(market.home / "market.sqlite"))
+    blocker.execute("BEGIN IMMEDIATE")
+    states = [
+        purchases.join(request(name), "alice", matching(), key, may_go_ahead=ahead)[0].state()
+        for name, key, ahead in (("a", None, True), ("b", "key", True), ("c", None, False))
+    ]
+    assert states == [PurchaseState.RESERVED, PurchaseState.RESERVING, PurchaseState.RESERVING]
+    assert purchases.held() == []
+    charge = purchases.leave(request("a"), used())
+    blocker.execute("ROLLBACK")
+    blocker.close()
+    assert market.receipt(charge.receipt_id).charge_nano == 600 * 500
+    for name in "bc":
+        purchases.leave(request(name), used())
+    assert spent(market) == 3 * 600 * 500

@@ -10,6 +10,7 @@ from vllm_kvmarket.ledger.model import (
     INT64_MAX,
     MAX_ID_LENGTH,
     MAX_PENDING_ID_LENGTH,
+    OWED,
     Account,
     Operation,
     Outcome,
@@ -412,3 +413,17 @@ def test_a_royalty_without_a_payee_waits_in_suspense(books):
     assert books.accounts["suspense"].balance_nano == 5
     other = pay("t", 5, credit="nobody")
     assert apply(books, [other], 2) == [Result(Outcome.UNKNOWN_ACCOUNT, "nobody")]
+
+
+def test_a_charge_that_is_owed_takes_the_funds_and_makes_a_debt_of_the_rest(books):
+    """It is booked whatever the account has; only such a charge may do so, and only once."""
+    owed = plain(id="o", debit="alice", credit="provider", amount_nano=130, code=OWED)
+    assert apply(books, [owed], 0) == [Result(Outcome.OK)]
+    assert apply(books, [owed], 1) == [Result(Outcome.EXISTS)]
+    alice = books.accounts["alice"]
+    assert (alice.balance_nano, alice.debt_nano, alice.late_nano) == (-30, 30, 130)
+    assert apply(books, [pay("t", 1)], 2)[0].outcome is Outcome.EXCEEDS_CREDITS
+    held = msgspec.structs.replace(hold("h", 1), code=OWED)
+    assert apply(books, [held], 2)[0].outcome is Outcome.EXCEEDS_CREDITS
+    posted = post(id="o", pending_id="h", amount_nano=130)
+    assert apply(books, [posted], 3)[0].outcome is Outcome.EXISTS_WITH_DIFFERENT_FIELDS

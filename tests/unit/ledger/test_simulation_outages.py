@@ -15,6 +15,7 @@ import pytest
 from tests.support.ledger_books import MemoryBooks, receipt
 from vllm_kvmarket.ledger import (
     GRACE_S,
+    OWED,
     Account,
     expire,
     pending,
@@ -25,6 +26,7 @@ from vllm_kvmarket.ledger import (
 )
 from vllm_kvmarket.ledger.clock import MOST_CORRECTION, Reading, advance
 from vllm_kvmarket.ledger.group_commit import Writer, unavailable
+from vllm_kvmarket.ledger.known_funds import KnownFunds
 from vllm_kvmarket.ledger.outbox import Outbox, batch_of
 from vllm_kvmarket.ledger.rules import ENDS
 from vllm_kvmarket.ledger.storage import Batch, apply_group, wanted
@@ -129,11 +131,14 @@ class Engine:
         )
         self.requests = []
         self.sweeps = itertools.count()
+        self.funds = KnownFunds(lambda: database.true_s)
 
     def write(self, group):
         if self.database.true_s < self.cut_off_until_s:
             raise unavailable(OSError("no route"))
-        return self.database.write(group)
+        answers = self.database.write(group)
+        self.funds.learn([self.database.books.account("alice")])
+        return answers
 
     def submit(self, operations, kept=None, patience_s=1.0, *, linked=True, undo=False):
         future = Future()
@@ -173,7 +178,7 @@ class Simulation:
         self.folder = folder
         self.database = Database(self.chance)
         self.engines = [self.engine(), self.engine()]
-        self.sold, self.numbers, self.kills = {}, itertools.count(), 0
+        self.sold, self.numbers, self.kills, self.ahead = {}, itertools.count(), 0, 0
         names = {"debit": "world", "credit": "alice", "code": "deposit"}
         self.engines[0].submit([plain(id="d", amount_nano=FUNDS, **names)])
         self.engines[0].writer.step()
@@ -209,8 +214,15 @@ class Simulation:
         if request.state == "new":
             names = {"debit": "alice", "credit": "provider", "code": "reuse"}
             held = pending(id=request.held, amount_nano=request.most, timeout_s=TIMEOUT_S, **names)
+            ahead = engine.funds.take("alice", request.most)
             request.future = engine.submit([held], undo=True)
-            request.state = "reserving"
+            request.state = "serving" if ahead else "reserving"
+            if ahead:
+                self.ahead += 1
+                most = request.most
+                request.future.add_done_callback(
+                    lambda done: engine.funds.end("alice", most, answered=not done.exception())
+                )
         elif request.state == "reserving" and request.future.done():
             good = not request.future.exception() and request.future.result()[0].outcome.good
             request.state = "serving" if good else "over"
@@ -225,9 +237,12 @@ class Simulation:
                 ended = void(id=f"{request.key}:void", pending_id=request.held)
                 engine.submit([ended], patience_s=FOREVER)
                 return
-            moved = post(
-                id=f"{request.key}:settle", pending_id=request.held, amount_nano=request.charge
-            )
+            future, id = request.future, f"{request.key}:settle"
+            good = future.done() and not future.exception() and future.result()[0].outcome.good
+            moved = post(id=id, pending_id=request.held, amount_nano=request.charge)
+            if not good:  # it went ahead
+                names = {"debit": "alice", "credit": "provider", "code": OWED}
+                moved = plain(id=id, amount_nano=request.charge, **names)
             names = {"debit": "provider", "credit": "pat", "code": "royalty"}
             if chance.random() < 0.1:
                 names["credit"] = "no-account"
@@ -235,6 +250,9 @@ class Simulation:
             royalty = plain(id=f"{request.key}:royalty", amount_nano=owed, **names)
             kept = receipt(f"kvr_{request.key}", request.charge, moved.id, royalty.id, royalty=owed)
             engine.submit([moved, royalty], kept, FOREVER)
+            if not good:
+                ended = void(id=f"{request.key}:void", pending_id=request.held)
+                engine.submit([ended], patience_s=FOREVER)
             self.sold[request.key] = request.charge  # the answer's last byte is out
 
     def kill(self, engine):
@@ -321,7 +339,7 @@ def test_everything_sold_is_paid_once_and_no_hold_outlives_its_grace(seed, tmp_p
 
 def test_the_simulation_has_late_settlements_and_debts(tmp_path):
     """Over the seeds, all that is to be survived does happen."""
-    kinds, debts, suspended = set(), 0, 0
+    kinds, debts, suspended, ahead, owed = set(), 0, 0, 0, 0
     for seed in range(40):
         simulation = Simulation(seed, tmp_path / str(seed))
         simulation.run(400)
@@ -329,9 +347,12 @@ def test_the_simulation_has_late_settlements_and_debts(tmp_path):
         books = simulation.database.books
         kinds |= {each.kind for each in books.transfers.values()}
         debts += simulation.database.largest_debt
+        ahead += simulation.ahead
+        owed += sum(each.code == OWED for each in books.transfers.values())
         suspended += books.account("suspense").balance_nano
     assert kinds == {"plain", "pending", "renew", "post", "void", "expire", "late"}
     assert debts > 0
+    assert ahead > owed > 0
     assert suspended > 0
 
 

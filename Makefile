@@ -61,6 +61,8 @@ lint: $(READY) ## ruff, mypy and import-linter, in the full environment
 
 bench: $(READY) $(MODEL_READY) ## speed of a reuse, of the store, of the ledger
 	$(BIN)/python -m benchmarks.prefill_vs_reuse --model $(MODEL)
+	$(BIN)/python -m benchmarks.under_load --model $(MODEL)
+	$(BIN)/python -m benchmarks.miss_cost --model $(MODEL)
 	$(BIN)/python -m benchmarks.store --model $(MODEL)
 	$(BIN)/python -m benchmarks.ledger
 

@@ -1,50 +1,133 @@
-"""Make a small, randomly initialised Qwen3 model: for tests in which the weights do not matter.
+"""Make a small, randomly initialised model: for tests in which the weights do not matter.
 
-Usage: python -m tools.make_tiny_model SEED OUT [TOKENIZER_FOLDER]
+Usage: python -m tools.make_tiny_model SEED OUT [TOKENIZER_FOLDER] [FAMILY]
+
+FAMILY is one of FAMILIES, "qwen3" when it is left out.
 """
 
 from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import Any
 
 TOKENIZER = Path(__file__).parents[1] / ".cache" / "models" / "SmolLM2-135M-Instruct"
 
+_HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2}
+_ATTENTION = {"hidden_size": 128, "intermediate_size": 256, **_HEADS, "head_dim": 32}
+_WINDOWS = ["sliding_attention", "full_attention"]
+_MAMBA = {"mamba_n_heads": 8, "mamba_d_head": 32, "mamba_d_state": 16, "mamba_n_groups": 1}
+_LONG_ROPE = {"rope_type": "longrope", "short_factor": [1.0] * 16, "long_factor": [4.0] * 16}
 
-def make_tiny_model(seed: int, tokenizer_folder: Path, out: Path) -> Path:
+# Each family: its configuration's class in transformers, and what is not the class's default.
+FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "qwen3": ("Qwen3Config", {**_ATTENTION, "num_hidden_layers": 3}),
+    "llama": ("LlamaConfig", {**_ATTENTION, "num_hidden_layers": 3}),
+    "gpt2": ("GPT2Config", {"n_embd": 128, "n_layer": 3, "n_head": 4, "n_positions": 4096}),
+    "qwen3-moe": (
+        "Qwen3MoeConfig",
+        {**_ATTENTION, "num_hidden_layers": 2, "num_experts": 4, "num_experts_per_tok": 2,
+         "moe_intermediate_size": 64},
+    ),
+    "phi3-longrope": (
+        "Phi3Config",
+        {"hidden_size": 128, "intermediate_size": 256, **_HEADS, "num_hidden_layers": 3,
+         "pad_token_id": 0, "original_max_position_embeddings": 512, "sliding_window": None,
+         "rope_parameters": {**_LONG_ROPE, "rope_theta": 10000.0}},
+    ),
+    "mistral": ("MistralConfig", {**_ATTENTION, "num_hidden_layers": 3, "sliding_window": 200}),
+    "gemma3": (
+        "Gemma3TextConfig",
+        {**_ATTENTION, "num_hidden_layers": 6, "sliding_window": 200,
+         "layer_types": ["sliding_attention"] * 5 + ["full_attention"]},
+    ),
+    "gpt-oss": (
+        "GptOssConfig",
+        {**_ATTENTION, "num_hidden_layers": 4, "sliding_window": 128, "num_local_experts": 4,
+         "num_experts_per_tok": 2, "layer_types": _WINDOWS * 2},
+    ),
+    "llama4": (
+        "Llama4TextConfig",
+        {**_ATTENTION, "num_hidden_layers": 4, "attention_chunk_size": 256, "num_local_experts": 2,
+         "intermediate_size_mlp": 256, "interleave_moe_layer_step": 2},
+    ),
+    "deepseek-v2": (
+        "DeepseekV2Config",
+        {"hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 4,
+         "num_key_value_heads": 4, "num_hidden_layers": 3, "q_lora_rank": None, "kv_lora_rank": 32,
+         "qk_nope_head_dim": 32, "qk_rope_head_dim": 32, "v_head_dim": 32, "n_routed_experts": 4,
+         "num_experts_per_tok": 2, "first_k_dense_replace": 3},
+    ),
+    "mamba2": (
+        "Mamba2Config",
+        {"hidden_size": 128, "num_hidden_layers": 3, "state_size": 16, "num_heads": 8,
+         "head_dim": 32, "n_groups": 1},
+    ),
+    "bamba": (
+        "BambaConfig",
+        {"hidden_size": 128, "intermediate_size": 256, **_HEADS, "num_hidden_layers": 4,
+         "attn_layer_indices": [1, 3], **_MAMBA},
+    ),
+    "granite4": (
+        "GraniteMoeHybridConfig",
+        {"hidden_size": 128, "intermediate_size": 256, **_HEADS, "num_hidden_layers": 4,
+         "layer_types": ["mamba", "attention"] * 2, "num_local_experts": 0,
+         "shared_intermediate_size": 256, "position_embedding_type": "nope", **_MAMBA},
+    ),
+    "falcon-h1": (
+        "FalconH1Config",
+        {**_ATTENTION, "num_hidden_layers": 3, "mamba_d_ssm": 256, **_MAMBA},
+    ),
+    "lfm2": (
+        "Lfm2Config",
+        {"hidden_size": 128, "intermediate_size": 256, **_HEADS, "num_hidden_layers": 4,
+         "layer_types": ["conv", "full_attention"] * 2, "block_auto_adjust_ff_dim": False},
+    ),
+    "qwen3-next": (
+        "Qwen3NextConfig",
+        {**_ATTENTION, "num_hidden_layers": 4, "num_experts": 4, "num_experts_per_tok": 2,
+         "moe_intermediate_size": 64, "shared_expert_intermediate_size": 64,
+         "linear_num_value_heads": 4, "linear_num_key_heads": 2, "linear_key_head_dim": 32,
+         "linear_value_head_dim": 32},
+    ),
+}  # fmt: skip
+# These architectures are written by another class than AutoModelForCausalLM finds for them.
+DTYPES = {"qwen3-next": "bfloat16", "gpt-oss": "bfloat16"}
+
+
+def make_tiny_model(
+    seed: int, tokenizer_folder: Path, out: Path, family: str = "qwen3", dtype: str = ""
+) -> Path:
     """Write the model for `seed` into `out`, with the tokenizer of another folder; returns `out`.
 
     The same seed gives the same bytes; two seeds give two models of the same shape and name with
     different weights. Leaves torch's random state as it was.
     """
     import torch
-    from transformers import AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
+    import transformers
 
-    tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
-    config = Qwen3Config(
-        vocab_size=len(tokenizer),
-        hidden_size=128,
-        intermediate_size=256,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=32,
-        max_position_embeddings=4096,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        initializer_range=0.2,  # wide, so that greedy answers depend on the whole prompt
-        dtype="float32",
-    )
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tokenizer_folder)
+    name, facts = FAMILIES[family]
+    common = {
+        "vocab_size": len(tokenizer),
+        "max_position_embeddings": 4096,
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "initializer_range": 0.2,  # wide, so that greedy answers depend on the whole prompt
+    }
+    kind = dtype or DTYPES.get(family, "float32")
+    config = getattr(transformers, name)(**common | facts, dtype=kind)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = Qwen3ForCausalLM(config)
-    model.to(torch.float32).save_pretrained(out)
+        model = transformers.AutoModelForCausalLM.from_config(config)
+    model.to(getattr(torch, kind)).save_pretrained(out)
     tokenizer.save_pretrained(out)
     return out
 
 
 if __name__ == "__main__":
-    if len(sys.argv) not in {3, 4}:
+    if len(sys.argv) not in {3, 4, 5}:
         sys.exit(__doc__)
-    seed_, out_, *tokenizer_ = sys.argv[1:]
-    make_tiny_model(int(seed_), Path(tokenizer_[0]) if tokenizer_ else TOKENIZER, Path(out_))
+    seed_, out_, *rest_ = sys.argv[1:]
+    folder_ = Path(rest_[0]) if rest_ else TOKENIZER
+    make_tiny_model(int(seed_), folder_, Path(out_), *rest_[1:])

@@ -9,8 +9,6 @@ from transformers import (
     DeepseekV2ForCausalLM,
     Mamba2Config,
     Mamba2ForCausalLM,
-    MistralConfig,
-    MistralForCausalLM,
 )
 from vllm.config import KVTransferConfig
 from vllm.engine.arg_utils import AsyncEngineArgs, EngineArgs
@@ -22,11 +20,6 @@ SMALL = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "d
 HEADS = {"num_attention_heads": 2, "num_key_value_heads": 2}
 
 MODELS = {
-    "sliding windows only": (
-        MistralForCausalLM,
-        MistralConfig(**SMALL, **HEADS, head_dim=32, sliding_window=256),
-        "sliding windows only",
-    ),
     "MLA": (
         DeepseekV2ForCausalLM,
         DeepseekV2Config(

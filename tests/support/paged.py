@@ -209,9 +209,11 @@ def into(chunk: ChunkSave, first_block: int, first_page: int = 0) -> ChunkLoad:
 
 
 def assert_loaded(bench: Bench, chunk: ChunkSave, load: ChunkLoad) -> None:
-    """Check that a load's blocks hold what the chunk's blocks hold."""
-    expected = content(bench.cache, blocks_of(chunk)[load.groups[0].first_page :], CHUNK_TOKENS)
-    assert same(content(bench.cache, blocks_of(load), CHUNK_TOKENS), expected)
+    """Check that a load's blocks hold what the chunk's blocks hold of the chunk's tokens."""
+    first = load.groups[0].first_page
+    tokens = chunk.token_count - first * bench.cache.layout.block_tokens
+    expected = content(bench.cache, blocks_of(chunk)[first:], tokens)
+    assert same(content(bench.cache, blocks_of(load), tokens), expected)
 
 
 class GatedObjects(ObjectTier):

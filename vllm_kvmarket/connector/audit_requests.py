@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from vllm_kvmarket.catalogue import Audit, Match
-from vllm_kvmarket.connector.messages import AuditReport, SavePlan
-from vllm_kvmarket.connector.publish_requests import chunk_pages, log_failure
+from vllm_kvmarket.connector.messages import AuditReport, PageCopy, SavePlan
+from vllm_kvmarket.connector.publish_requests import chunk_pages, log_failure, page_copies
 from vllm_kvmarket.connector.request_params import AuditParams
 from vllm_kvmarket.connector.request_state import (
     ANSWERED,
@@ -71,6 +72,14 @@ class AuditRequest:
     def ready(self) -> Lookup:
         """Everything is computed."""
         return Lookup.MISS
+
+    def copies(self, count: int, block_ids: Sequence[Sequence[int]]) -> list[PageCopy]:
+        """The pages to copy, and then to compare, after a step that computes `count` tokens."""
+        start = self._request.num_computed_tokens
+        computed, facts = range(start, start + count), self._engine.facts
+        copies = page_copies(self._request, self._document, facts, computed, block_ids)
+        keys = {self._document.keys[index] for index in self._wanted.chunks}
+        return [replace(copy, compares=True) for copy in copies if copy.chunk.key in keys]
 
     def finished(self, block_ids: Sequence[Sequence[int]]) -> Ended:
         """Have the chosen chunks compared with the request's blocks."""

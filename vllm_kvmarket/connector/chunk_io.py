@@ -35,6 +35,7 @@ from vllm_kvmarket.store.chunk_format import ChunkLayout
 from vllm_kvmarket.store.chunk_reader import current_guard, guarded
 from vllm_kvmarket.store.conversion import as_floats, canonical
 from vllm_kvmarket.store.host_memory import Filling, HostTier, layers_of
+from vllm_kvmarket.store.packings import clear_slots
 from vllm_kvmarket.store.tiers import OpenChunk, Tiers
 
 # The largest difference that is still close, as a share of the layer's largest computed value:
@@ -337,21 +338,34 @@ class Chunks:
 
     # Saving and comparing
 
-    def save(self, namespace: bytes, chunk: ChunkSave) -> int:
+    def save(
+        self, namespace: bytes, chunk: ChunkSave, layers: Sequence[Sequence[Bytes]] | None = None
+    ) -> int:
         """Store a chunk durably; how many bytes, 0 when what is stored already can be used.
 
-        Raises StoreErrors.
+        `layers` are its pages, where they lie in the paged cache no more. Slots behind its last
+        token are stored as zeros, whatever they hold. Raises StoreErrors.
         """
         if self._is_stored_otherwise(namespace, chunk.key):
             return 0
+        pages = self.computed(chunk) if layers is None else layers
         return self._store.put(
             key=chunk.key,
             parent=chunk.parent,
             namespace=namespace,
             tokens=chunk.tokens,
             layout=self._cache.layout,
-            layers=self.computed(chunk),
+            layers=without_tail(self._cache.layout, chunk.token_count, pages),
         )
+
+    def keep_stored(self, namespace: bytes, key: bytes) -> None:
+        """Make sure that a chunk which was loaded is in the store for good. Raises StoreErrors."""
+        layout = self._cache.layout
+        if not (
+            self._is_stored_otherwise(namespace, key)
+            or self._store.make_durable(key, layout.rank, layout.world_size)
+        ):
+            raise ChunkMissingError(f"{key.hex()}: left the store; publish the document again")
 
     def _is_stored_otherwise(self, namespace: bytes, key: bytes) -> bool:
         """Whether it is there, whole, for good, in a layout that can be converted into this one.
@@ -381,6 +395,25 @@ class Chunks:
             return [self._cache.host_pages(*place) for place in self._wanted(chunk)]
         return [[pages] for pages in self._device_copies().download(self._wanted(chunk))]
 
+    @property
+    def layout(self) -> ChunkLayout:
+        """The layout of this engine's pages."""
+        return self._cache.layout
+
+    def memory(self, chunk: ChunkSave) -> list[Bytes]:
+        """Memory for a chunk's pages, for each layer uint8 (bytes,); not initialised."""
+        pages = self.layout.page_count(chunk.token_count)
+        return [aligned_empty(pages * layer.page_bytes) for layer in self.layout.layers]
+
+    def copy_out(self, chunk: ChunkSave, layers: Sequence[Bytes]) -> None:
+        """Copy the pages that `chunk.groups` names into the memory of a whole chunk."""
+        for (layer, _), runs in zip(self._wanted(chunk), self.computed(chunk), strict=True):
+            page_bytes = self.layout.layers[layer].page_bytes
+            start = chunk.groups[self._cache.group_of[layer]].first_page * page_bytes
+            for run in runs:
+                np.copyto(layers[layer][start : start + run.nbytes], run)
+                start += run.nbytes
+
     def stored(self, namespace: bytes, key: bytes) -> list[Bytes]:
         """A chunk's pages as they are stored, verified: for each layer, uint8 (bytes,).
 
@@ -394,6 +427,27 @@ class Chunks:
         except ChunkDamagedError as error:
             self._quarantine(key, error)
             raise
+
+
+def without_tail(
+    layout: ChunkLayout, token_count: int, layers: Sequence[Sequence[Bytes]]
+) -> Sequence[Sequence[Bytes]]:
+    """A chunk's pages, with zeros in the slots behind its last token.
+
+    Whatever is there belongs to somebody else. In a packing that is not known it stays.
+    """
+    filled = token_count % layout.block_tokens
+    if not filled:
+        return layers
+    cleared = []
+    for index, runs in enumerate(layers):
+        page_bytes = layout.layers[index].page_bytes
+        *before, end = runs
+        last = end[-page_bytes:].copy()
+        clear_slots(layout, index, last, filled)
+        rest = [end[:-page_bytes]] if end.nbytes > page_bytes else []
+        cleared.append([*before, *rest, last])
+    return cleared
 
 
 def compare(

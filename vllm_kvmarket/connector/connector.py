@@ -13,6 +13,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorRole,
     KVConnectorTransferResults,
     KVConnectorWorkerMetadata,
+    SupportsHMA,
 )
 from vllm.v1.metrics.cache_hit_source import CacheHitSource
 
@@ -49,7 +50,7 @@ if TYPE_CHECKING:
 SWITCH_INTERVAL_S = 0.0002
 
 
-class KVMarketConnector(KVConnectorBase_V1):
+class KVMarketConnector(KVConnectorBase_V1, SupportsHMA):
     """Built once in the scheduler's process and once in each worker's."""
 
     _cache_hit_source = CacheHitSource.DISK
@@ -121,6 +122,7 @@ class KVMarketConnector(KVConnectorBase_V1):
         self.scheduler.scheduled(
             scheduler_output.total_num_scheduled_tokens, len(scheduler_output.num_scheduled_tokens)
         )
+        self.scheduler.copy_pages(scheduler_output)
         return self.scheduler.take_instructions(scheduler_output.num_scheduled_tokens)
 
     def update_connector_output(self, connector_output: KVConnectorOutput) -> None:
@@ -182,7 +184,10 @@ class KVMarketConnector(KVConnectorBase_V1):
         """Nothing: a document is stored when its request has finished."""
 
     def wait_for_save(self) -> None:
-        """Nothing: the scheduler keeps the blocks until they are stored."""
+        """Copy pages whose blocks the scheduler may free; it keeps all others until the end."""
+        instructions = self._get_connector_metadata()
+        assert isinstance(instructions, Instructions)
+        self.worker.step_ended(instructions)
 
     def get_transfer_results(self, finished_req_ids: set[str]) -> KVConnectorTransferResults:
         """Which requests' loads and saves have ended."""

@@ -69,7 +69,7 @@ class ChunkPrefetch:
 class ChunkSave:
     """Store a chunk from blocks; `tokens` are little-endian uint32.
 
-    `groups` has one entry for each KV cache group, with all pages of the chunk.
+    `groups` has one entry for each KV cache group: all pages of the chunk, or in a PageCopy some.
     """
 
     key: bytes
@@ -81,6 +81,22 @@ class ChunkSave:
     def token_count(self) -> int:
         """Tokens in the chunk."""
         return len(self.tokens) // TOKEN_BYTES
+
+
+@dataclass(frozen=True, slots=True)
+class PageCopy:
+    """Copy pages of a request's chunk out of their blocks, after the forward pass of this step.
+
+    The step has computed the chunk's tokens first_token .. last_token - 1; `chunk.groups` are the
+    pages to copy now. Whole chunks are stored, or compared with stored ones.
+    """
+
+    request_id: str
+    namespace: bytes
+    chunk: ChunkSave
+    first_token: int
+    last_token: int
+    compares: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,6 +119,9 @@ class Instructions(KVConnectorMetadata):
     prefetches: list[ChunkPrefetch] = field(default_factory=list)
     audits: list[SavePlan] = field(default_factory=list)
     idle: bool = False
+    copies: list[PageCopy] = field(default_factory=list)
+    # Requests that ended without a plan: their copies are needed no more.
+    ended: list[str] = field(default_factory=list)
 
 
 @dataclass(slots=True)

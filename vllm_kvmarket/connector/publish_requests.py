@@ -12,7 +12,7 @@ from vllm.logger import init_logger
 
 from vllm_kvmarket.catalogue import Listing, Match
 from vllm_kvmarket.connector.cache_groups import CacheGroup
-from vllm_kvmarket.connector.messages import ChunkSave, SavePlan, SaveReport
+from vllm_kvmarket.connector.messages import ChunkSave, PageCopy, SavePlan, SaveReport
 from vllm_kvmarket.connector.purchases import ledger_key
 from vllm_kvmarket.connector.request_params import PublishParams
 from vllm_kvmarket.connector.request_state import (
@@ -60,9 +60,16 @@ class PublishRequest:
         self._document = document = DocumentChunks.of(
             namespace, request.prompt_token_ids, market.config.chunk_tokens
         )
-        # Nobody else has these hashes before the document is on offer. Then its buyers do.
-        engine.hashes.share(request, namespace, document.keys, document.token_count)
         new_tokens = document.token_count - self.reuse.limit
+        if engine.facts.is_plain:
+            # Nobody else has these hashes before the document is on offer. Then its buyers do.
+            engine.hashes.share(request, namespace, document.keys, document.token_count)
+        else:
+            # Of what it found in the cache not all pages would be there.
+            engine.hashes.isolate(request)
+        if engine.facts.forgets:
+            # A chunk is stored whole, and a load does not bring all of its pages.
+            self.reuse.limit -= self.reuse.limit % engine.facts.chunk_tokens
         price_nano = market.config.tariff.write_nano(new_tokens)
         listing = Listing.of(
             document, wanted.terms, created_at_s=time.time(), paid_for=price_nano > 0
@@ -111,6 +118,14 @@ class PublishRequest:
         if (error := self._begun.exception()) is not None:
             return str(error)
         return self.charge.refusal if self.charge else ""
+
+    def copies(self, count: int, block_ids: Sequence[Sequence[int]]) -> list[PageCopy]:
+        """The pages to copy after a step that computes `count` tokens of the document."""
+        if self._declined:
+            return []
+        start = self._request.num_computed_tokens
+        computed, facts = range(start, start + count), self._engine.facts
+        return page_copies(self._request, self._document, facts, computed, block_ids)
 
     def finished(self, block_ids: Sequence[Sequence[int]]) -> Ended:
         """Have every chunk of the document stored from the request's blocks; mutates.
@@ -181,6 +196,37 @@ def _file_bytes(tokens: int, chunks: int, engine: EngineFacts) -> int:
     """The most bytes that so many new tokens take in the store, headers included."""
     layers = sum(len(group.layers) for group in engine.groups)
     return engine.stored_bytes(tokens) + chunks * (layers + 2) * _ALIGNMENT
+
+
+def page_copies(
+    request: Request,
+    document: DocumentChunks,
+    facts: EngineFacts,
+    computed: range,
+    block_ids: Sequence[Sequence[int]],
+) -> list[PageCopy]:
+    """What to copy of a document in a step that computes these of a request's tokens.
+
+    Of groups that keep all tokens, the whole chunk when it is complete; of others, what the step
+    computes, since its blocks may be gone afterwards.
+    """
+    copies = []
+    size, stop = facts.chunk_tokens, min(computed.stop, document.token_count)
+    for index in range(computed.start // size, -(-stop // size)):
+        origin, end = index * size, min((index + 1) * size, document.token_count)
+        first, last = max(computed.start, origin), min(stop, end)
+        pages = tuple(
+            group.pages(
+                blocks, first if group.reach else origin if last == end else last, last, origin
+            )
+            for group, blocks in zip(facts.groups, block_ids, strict=True)
+        )
+        chunk = ChunkSave(
+            document.keys[index], document.parents[index], document.tokens[index], pages
+        )
+        start = first - origin if facts.forgets else 0
+        copies.append(PageCopy(request.request_id, document.namespace, chunk, start, last - origin))
+    return copies
 
 
 def chunk_pages(

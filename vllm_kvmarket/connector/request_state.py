@@ -62,6 +62,11 @@ class EngineFacts:
         """Whether all layers keep all tokens, in one block table."""
         return is_plain(self.groups)
 
+    @property
+    def forgets(self) -> bool:
+        """Whether there are layers of which vLLM frees blocks while their request runs."""
+        return any(group.reach for group in self.groups)
+
     def stored_bytes(self, tokens: int) -> int:
         """The bytes that so many tokens take on all ranks."""
         pages = ((-(-tokens // group.block_tokens), group) for group in self.groups)

@@ -55,6 +55,7 @@ if TYPE_CHECKING:
     from vllm.config import VllmConfig
     from vllm.v1.core.block_pool import BlockPool
     from vllm.v1.core.kv_cache_manager import KVCacheBlocks
+    from vllm.v1.core.sched.output import SchedulerOutput
     from vllm.v1.outputs import KVConnectorOutput
     from vllm.v1.request import Request
 
@@ -300,6 +301,16 @@ class SchedulerHalf:
             self.pins.forget_lost()
         self.metrics.pinned(self.pins.block_count)
 
+    def copy_pages(self, output: SchedulerOutput) -> None:
+        """Have the pages copied that the step will compute of documents; mutates."""
+        state = output.kv_connector_block_state
+        if self._engine.facts.is_plain:
+            return
+        for request_id, count in output.num_scheduled_tokens.items():
+            made = self._requests.get(request_id)
+            if state is not None and isinstance(made, PublishRequest | AuditRequest):
+                self._next.copies += made.copies(count, state.resolve_block_ids(request_id))
+
     def _renew(self) -> None:
         """Extend reservations of requests under way, three times in their life; mutates."""
         if time.monotonic() < self._renew_at_s:
@@ -365,6 +376,8 @@ class SchedulerHalf:
         elif ended.compares is not None:
             self._next.audits.append(ended.compares)
         else:
+            if not self._engine.facts.is_plain:
+                self._next.ended.append(request.request_id)
             return False, {FIELD: ended.answer}
         self._requests[request.request_id] = made
         return True, {FIELD: ended.answer}

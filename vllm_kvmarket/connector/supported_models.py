@@ -14,11 +14,6 @@ from vllm_kvmarket.core.errors import ConfigError
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
-ONLY_WINDOWS = (
-    "this model attends through sliding windows only, and kvmarket cannot reuse a part of a "
-    "document there yet; start it with --disable-sliding-window (the context is then as long as "
-    "the window) or without kvmarket"
-)
 CONTEXT_PARALLEL = (
     "context parallelism spreads a block's tokens over ranks, which kvmarket cannot store; leave "
     "--decode-context-parallel-size and --prefill-context-parallel-size at 1"
@@ -44,9 +39,6 @@ def check_model(vllm_config: VllmConfig, *, caching_refused: bool) -> None:
         raise ConfigError(f"{ONE_ROLE}, not {transfer.kv_role!r}")
     if model.is_hybrid or model.is_attention_free or model.has_inner_state:
         raise ConfigError(RECURRENT)
-    # vLLM gives the whole cache a window only where every layer has it.
-    if cache.sliding_window is not None:
-        raise ConfigError(ONLY_WINDOWS)
     if model.use_mla:
         raise ConfigError(LATENT)
     if not cache.enable_prefix_caching and not caching_refused:

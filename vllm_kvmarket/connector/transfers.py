@@ -34,12 +34,14 @@ from vllm_kvmarket.connector.messages import (
     FailureReason,
     LoadPlan,
     LoadReport,
+    PageCopy,
     SavePlan,
     SaveReport,
     WorkerReport,
 )
 from vllm_kvmarket.connector.metrics import MarketStats, Tally
 from vllm_kvmarket.connector.paged_cache import PagedCache
+from vllm_kvmarket.connector.step_copies import StepCopies
 from vllm_kvmarket.core.errors import (
     ChunkDamagedError,
     ChunkMissingError,
@@ -245,6 +247,7 @@ class Transfers:
         self._pool = ThreadPoolExecutor(threads, "kvmarket-load", begin)
         self._remote = ThreadPoolExecutor(threads, "kvmarket-fetch", begin)
         self._saving = ThreadPoolExecutor(threads, "kvmarket-save", begin)
+        self._copies = StepCopies(self._chunks, self._saving.submit)
         self._prefetcher = Prefetcher(
             self._read_ahead, threads if self._chunks.has_object_tier else 1, cores=cores
         )
@@ -282,6 +285,14 @@ class Transfers:
         """Start to compare; the plan's request turns up in `take` when it has ended."""
         self._under_way += 1
         self._saving.submit(self._run_audit, _Audit(plan, deque(plan.chunks)))
+
+    def copy(self, wanted: PageCopy) -> None:
+        """Copy pages of a running request; on the model's thread, when its step has ended."""
+        self._copies.take(wanted)
+
+    def forget(self, request_id: str) -> None:
+        """Drop the copies of a request that ended without a plan."""
+        self._copies.forget(request_id)
 
     def prefetch(self, prefetch: ChunkPrefetch) -> None:
         """Read ahead when there is nothing else to do; the result is only counted."""
@@ -449,7 +460,7 @@ class Transfers:
         while save.left and not report.failure:
             started_s = time.perf_counter()
             try:
-                stored = self._chunks.save(save.plan.namespace, save.left.popleft())
+                stored = self._save_chunk(save.plan, save.left.popleft())
             except Exception as error:  # noqa: BLE001  # the engine must go on
                 report.failure = _describe(error)
                 report.is_full = isinstance(error, StoreFullError)
@@ -463,27 +474,42 @@ class Transfers:
                     self._tally.count("chunk_save_seconds", amount=seconds)
                 if save.left and self._queue_again(self._run_save, save):
                     return
+        self._copies.forget(save.plan.request_id)
         with self.changed:
             self._finished.sent.add(save.plan.request_id)
             self._finished.report.saves[save.plan.request_id] = report
             self.changed.notify_all()
 
+    def _save_chunk(self, plan: SavePlan, chunk: ChunkSave) -> int:
+        if self._cache.is_plain:
+            return self._chunks.save(plan.namespace, chunk)
+        stored = self._copies.outcome(plan.request_id, chunk.key)
+        if isinstance(stored, int):
+            return stored
+        self._chunks.keep_stored(plan.namespace, chunk.key)
+        return 0
+
     def _run_audit(self, audit: _Audit) -> None:
         while audit.left:
             chunk = audit.left.popleft()
-            result = self._audit_chunk(audit.plan.namespace, chunk)
+            result = self._audit_chunk(audit.plan, chunk)
             audit.report.chunks[chunk.key] = result
             self._tally.count("chunks_audited", result.result)
             if audit.left and self._queue_again(self._run_audit, audit):
                 return
+        self._copies.forget(audit.plan.request_id)
         with self.changed:
             self._finished.sent.add(audit.plan.request_id)
             self._finished.report.audits[audit.plan.request_id] = audit.report
             self.changed.notify_all()
 
-    def _audit_chunk(self, namespace: bytes, chunk: ChunkSave) -> ChunkAudit:
+    def _audit_chunk(self, plan: SavePlan, chunk: ChunkSave) -> ChunkAudit:
         try:
-            stored = self._chunks.stored(namespace, chunk.key)
+            if not self._cache.is_plain:
+                found = self._copies.outcome(plan.request_id, chunk.key)
+                assert isinstance(found, ChunkAudit), "an audit computes the chunk"
+                return found
+            stored = self._chunks.stored(plan.namespace, chunk.key)
             computed = self._chunks.computed(chunk)
             return compare(self._cache.layout, chunk.token_count, computed, stored)
         except Exception as error:  # noqa: BLE001  # the engine must go on

@@ -49,11 +49,13 @@ class WorkerHalf:
         self._store: Tiers | None = None
         self._transfers: Transfers | None = None
         self._idle = False
+        self._on_host = True
         self._taken = Finished()
 
     def register(self, kv_caches: dict[str, torch.Tensor]) -> None:
         """Take vLLM's KV memory: one tensor a layer. Raises LayoutMismatchError."""
         cache = PagedCache(self._vllm_config, kv_caches, self._groups, self._num_blocks)
+        self._on_host = cache.on_host
         allocate = aligned_empty if cache.on_host else pinned_empty
         self._store = store_of(self._config)
         self._transfers = Transfers(
@@ -79,6 +81,17 @@ class WorkerHalf:
             self._transfers.audit(audit)
         for prefetch in instructions.prefetches:
             self._transfers.prefetch(prefetch)
+
+    def step_ended(self, instructions: Instructions) -> None:
+        """Copy the pages that this step's forward pass has filled and that vLLM may free."""
+        if self._transfers is None:
+            return
+        for request_id in instructions.ended:
+            self._transfers.forget(request_id)
+        if instructions.copies and not self._on_host:
+            torch.accelerator.synchronize()
+        for copy in instructions.copies:
+            self._transfers.copy(copy)
 
     def collect(self) -> KVConnectorTransferResults:
         """Which requests' transfers ended; waits a moment for one in a step without a forward."""

@@ -214,6 +214,19 @@ def canonical(layout: ChunkLayout, index: int, pages: npt.NDArray[np.uint8]) -> 
     return result
 
 
+def clear_slots(layout: ChunkLayout, index: int, page: npt.NDArray[np.uint8], filled: int) -> None:
+    """Zero the slots of one page behind its first `filled` tokens; mutates.
+
+    Leaves a page whose packing is not known as it is.
+    """
+    shape, tag = shape_of(layout, layout.layers[index]), read_tag(layout.tag)
+    if shape is None or tag is None:
+        return
+    for part in planes(tag, shape, page):
+        slots = np.arange(shape.tokens).reshape(part.token_axes)
+        part.view[0][slots >= filled] = 0
+
+
 def as_floats(elements: Elements, dtype: str) -> npt.NDArray[np.float32]:
     """Read elements of `canonical` as the numbers that they are, in float32, of the same shape.
 

@@ -15,8 +15,10 @@ from tests.support.paged import (
     blocks_of,
     chunk_save,
     content,
+    fill,
     into,
     paged_cache,
+    same,
     stored,
 )
 from vllm_kvmarket.connector.messages import (
@@ -68,6 +70,31 @@ def test_a_store_that_has_gone_fails_the_save_with_the_reason(tmp_path):
         assert report.failure
         assert not report.is_full
         (tmp_path / "store").unlink()
+
+
+def test_a_document_is_stored_as_the_same_bytes_whatever_lay_in_its_last_page(tmp_path):
+    """The slots behind the last token hold somebody else's prompt, which must not be stored."""
+    files = []
+    for publisher in ("first", "second"):
+        with Bench(tmp_path / publisher) as bench:
+            fill(bench.cache, range(4), seed=1)
+            chunk = chunk_save(1, 37, [0, 1, 2])
+            behind = slice(37, 48)
+            for layer in range(bench.cache.layer_count):
+                page = bench.cache.host_pages(layer, [2])[0].view(np.float32)
+                keys, values = page.reshape(2, 2, -1)[:, 0], page.reshape(2, 2, -1)[:, 1]
+                keys.reshape(2, 32, 16)[:, :, 5:] = len(files) + 7
+                values.reshape(2, 16, 32)[:, 5:] = len(files) + 8
+            before = content(bench.cache, [0, 1, 2], 48)
+            assert before[0][behind].any()
+            assert bench.save(chunk).stored_bytes > 0
+            assert same(content(bench.cache, [0, 1, 2], 48), before), "the cache is not changed"
+            files.append(bench.store.disk.path(chunk.key).read_bytes())
+            assert bench.load(into(chunk, 8)).failures == {}
+            loaded = content(bench.cache, blocks_of(into(chunk, 8)), 48)
+            assert same([layer[:37] for layer in loaded], [layer[:37] for layer in before])
+            assert not loaded[0][behind].any()
+    assert files[0] == files[1]
 
 
 # Comparing

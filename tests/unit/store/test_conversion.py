@@ -37,6 +37,7 @@ from vllm_kvmarket.store.conversion import (
     token_count,
     why_not,
 )
+from vllm_kvmarket.store.packings import clear_slots
 
 
 @pytest.fixture
@@ -294,3 +295,19 @@ def test_elements_are_read_as_numbers():
     np.testing.assert_array_equal(as_floats(numbers.view(np.uint32), "float32"), numbers)
     with pytest.raises(LayoutMismatchError):
         as_floats(halves.view(np.uint8), "float8_e4m3fn")
+
+
+@pytest.mark.parametrize("tag", [VEC, AMX, HND, NHD])
+@pytest.mark.parametrize("filled", [1, 13, 31])
+def test_slots_behind_the_last_token_are_cleared_in_every_packing(tag, filled):
+    """The tokens in front stay as they are; an unknown packing is left alone."""
+    layout = MODEL.layout(32, tag)
+    chunk = chunk_of(MODEL, filled)
+    page = pages_of(chunk, layout, filler=0x5A)[0][0]
+    clear_slots(layout, 0, page, filled)
+    np.testing.assert_array_equal(page, pages_of(chunk, layout, filler=0)[0][0])
+    unknown = MODEL.layout(32, "012/cpu-rvv-unproven")
+    before = pages_of(chunk, layout)[0][0]
+    page = before.copy()
+    clear_slots(unknown, 0, page, filled)
+    np.testing.assert_array_equal(page, before)

@@ -103,6 +103,54 @@ def test_the_log_of_transfers_has_no_gaps(ledger, place):
     assert turn == (len(rows),)
 
 
+def test_balances_change_by_what_the_transfers_move(ledger, by_hand):
+    """A client that sends balances of its own changes nothing by them."""
+    ledger.submit([hold("h", 70), post(id="p", pending_id="h", amount_nano=30)]).result()
+    ledger.submit([hold("g", 20)]).result()
+    before = ledger.account("alice")
+    by_hand(
+        """SELECT keep('{"now_s": 1, "dues": {"g": null}, "receipts": [], "documents": [],
+        "accounts": [{"id": "alice", "debits_pending": 0, "credits_pending": 0, "debits_posted": 0,
+            "credits_posted": 7777, "late_nano": 0}],
+        "transfers": [{"id": "q", "kind": "post", "debit": "alice", "credit": "provider",
+            "amount_nano": 5, "pending_id": "g", "timeout_s": 0, "code": "hold", "user_data": "",
+            "receipt_digest": "", "created_at_s": 1}]}')"""
+    )
+    after = ledger.account("alice")
+    assert after.credits_posted == before.credits_posted
+    assert (after.debits_pending, after.debits_posted) == (0, before.debits_posted + 5)
+    assert ledger.account("provider").credits_pending == 0
+    assert ledger.account("provider").balance_nano == 35
+
+
+def test_a_role_that_may_make_nothing_uses_tables_that_are_there(server, place):
+    """The owner makes them; engines need no more than to read and write rows."""
+    with funded_ledger(place):
+        pass
+    clerk = f"clerk{fresh_number()}"
+    with psycopg.connect(place) as db:
+        db.execute(f"CREATE ROLE {clerk} LOGIN")
+        db.execute(f"GRANT USAGE ON SCHEMA kvmarket TO {clerk}")
+        rows = "SELECT, INSERT, UPDATE, DELETE ON ALL TABLES IN SCHEMA kvmarket"
+        db.execute(f"GRANT {rows} TO {clerk}")
+    with Ledger.open(place.replace("market@", f"{clerk}@")) as ledger:
+        assert ledger.submit([hold("h", 1)]).result()[0].outcome is Outcome.OK
+        assert ledger.check_integrity() == []
+
+
+def test_functions_of_an_older_version_are_replaced(place, by_hand):
+    """The tables stay as they are, and so does what is in them."""
+    with funded_ledger(place) as ledger:
+        balance = ledger.account("alice").balance_nano
+    by_hand(
+        "UPDATE schema_version SET version = 1; CREATE OR REPLACE FUNCTION keep(changes json) "
+        "RETURNS void LANGUAGE plpgsql AS $$ BEGIN RAISE 'an older one'; END $$"
+    )
+    with Ledger.open(place) as ledger:
+        assert ledger.submit([hold("h", 1)]).result()[0].outcome is Outcome.OK
+        assert ledger.account("alice").available_nano == balance - 1
+
+
 def test_many_processes_open_a_new_database_at_once(place):
     """One makes the tables, all find them."""
     with ThreadPoolExecutor(6) as pool:

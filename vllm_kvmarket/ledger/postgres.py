@@ -57,7 +57,6 @@ WRITER_SETTINGS = (
     "SET synchronous_commit = on; SET idle_in_transaction_session_timeout = '5s'; "
     "SET lock_timeout = '10s'"
 )
-SCHEMA_VERSION = 1
 # Only one process at a time makes the tables; the number is arbitrary.
 SCHEMA_LOCK = 0x6B766D61726B6574
 ACCOUNT_COLUMNS = ", ".join(Account.__struct_fields__)
@@ -71,7 +70,6 @@ class Changes(msgspec.Struct, frozen=True):
     """What a group changed, as the function kvmarket.keep expects it."""
 
     transfers: list[Transfer]
-    accounts: list[Account]
     dues: dict[str, float | None]
     receipts: list[dict[str, Any]]
     documents: list[dict[str, str]]
@@ -127,7 +125,6 @@ class PostgresStorage:
             answers, receipts = apply_group(books, group, found.now_s)
             changes = Changes(
                 books.new_transfers,
-                list(books.changed_accounts.values()),
                 books.changed_dues,
                 [_receipt_row(each) for each in receipts],
                 [
@@ -297,15 +294,24 @@ def _is_away(error: Exception) -> bool:
 def _make_tables(db: psycopg.Connection[Any]) -> None:
     """Make the tables where there are none, in one transaction; one process at a time."""
     db.execute("SELECT pg_advisory_xact_lock(%s)", (SCHEMA_LOCK,))
-    db.execute(postgres_schema.VERSION_TABLE)
+    # Whoever may not make a schema can use one that is there.
+    made = db.execute("SELECT to_regclass('kvmarket.schema_version')").fetchone()
+    if made is None or made[0] is None:
+        db.execute(postgres_schema.VERSION_TABLE)
     row = db.execute(
         "SELECT version FROM kvmarket.schema_version WHERE room = %s", (ROOM,)
     ).fetchone()
     version = row[0] if row else 0
-    sqlite.refuse_newer(ROOM, version, SCHEMA_VERSION)
-    if version < SCHEMA_VERSION:
-        db.execute(sql.SQL(postgres_schema.SCHEMA))
-        db.execute("INSERT INTO kvmarket.schema_version VALUES (%s, %s)", (ROOM, SCHEMA_VERSION))
+    newest = len(postgres_schema.MIGRATIONS)
+    sqlite.refuse_newer(ROOM, version, newest)
+    for migration in postgres_schema.MIGRATIONS[version:]:
+        db.execute(sql.SQL(migration))
+    if version < newest:
+        db.execute(
+            "INSERT INTO kvmarket.schema_version VALUES (%s, %s) "
+            "ON CONFLICT (room) DO UPDATE SET version = excluded.version",
+            (ROOM, newest),
+        )
 
 
 def _accounts(

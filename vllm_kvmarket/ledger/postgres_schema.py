@@ -169,7 +169,7 @@ CREATE TRIGGER transfers_are_founded AFTER INSERT ON kvmarket.transfer
 # One call finds all that a group names, and takes the turn; one call writes all that it changed.
 FUNCTIONS = """
 -- A plan that was made while the tables were small must not read all of them later.
-CREATE FUNCTION kvmarket.find(wanted json) RETURNS json LANGUAGE plpgsql
+CREATE OR REPLACE FUNCTION kvmarket.find(wanted json) RETURNS json LANGUAGE plpgsql
 SET enable_seqscan = off SET jit = off AS $$
 DECLARE
     transfer_ids text[] := ARRAY(SELECT json_array_elements_text(wanted->'transfer_ids'));
@@ -200,7 +200,7 @@ BEGIN
         )
     );
 END $$;
-CREATE FUNCTION kvmarket.keep(changes json) RETURNS void LANGUAGE plpgsql
+CREATE OR REPLACE FUNCTION kvmarket.keep(changes json) RETURNS void LANGUAGE plpgsql
 SET enable_seqscan = off SET jit = off AS $$
 DECLARE
     before bigint;
@@ -220,13 +220,36 @@ BEGIN
         )) WITH ORDINALITY AS given (id, kind, debit, credit, amount_nano, pending_id, timeout_s,
             code, user_data, receipt_digest, created_at_s, number)
         ORDER BY number;
-    FOR changed IN SELECT * FROM json_to_recordset(changes->'accounts') AS given (id text,
-        debits_pending bigint, credits_pending bigint, debits_posted bigint, credits_posted bigint,
-        late_nano bigint)
+    -- Balances change by what the new transfers move, and by nothing else. The hold of each is
+    -- looked up by its id: a join that is planned while the tables are empty would read them all.
+    FOR changed IN
+        WITH moved AS (
+            SELECT debit, credit,
+                CASE WHEN kind = 'pending' THEN amount_nano
+                    WHEN kind IN ('post', 'void', 'expire') THEN -(
+                        SELECT amount_nano FROM kvmarket.transfer AS held
+                        WHERE held.id = added.pending_id)
+                    ELSE 0 END AS held,
+                CASE WHEN kind IN ('plain', 'post', 'late') THEN amount_nano ELSE 0 END AS posted,
+                CASE WHEN kind = 'late' OR (kind = 'plain' AND code = 'owed')
+                    THEN amount_nano ELSE 0 END AS late
+            FROM kvmarket.transfer AS added WHERE sequence > before
+        ), side AS (
+            SELECT debit AS id, held AS debits_pending, 0 AS credits_pending,
+                posted AS debits_posted, 0 AS credits_posted, late FROM moved
+            UNION ALL SELECT credit, 0, held, 0, posted, 0 FROM moved
+        )
+        SELECT id, sum(debits_pending)::bigint AS debits_pending,
+            sum(credits_pending)::bigint AS credits_pending,
+            sum(debits_posted)::bigint AS debits_posted,
+            sum(credits_posted)::bigint AS credits_posted, sum(late)::bigint AS late
+        FROM side GROUP BY id ORDER BY id
     LOOP
-        UPDATE kvmarket.account SET debits_pending = changed.debits_pending,
-            credits_pending = changed.credits_pending, debits_posted = changed.debits_posted,
-            credits_posted = changed.credits_posted, late_nano = changed.late_nano
+        UPDATE kvmarket.account SET debits_pending = debits_pending + changed.debits_pending,
+            credits_pending = credits_pending + changed.credits_pending,
+            debits_posted = debits_posted + changed.debits_posted,
+            credits_posted = credits_posted + changed.credits_posted,
+            late_nano = late_nano + CASE WHEN may_go_negative THEN 0 ELSE changed.late END
             WHERE id = changed.id;
     END LOOP;
     INSERT INTO kvmarket.hold
@@ -250,4 +273,5 @@ BEGIN
 END $$;
 """
 
-SCHEMA = TABLES + GUARDS + FUNCTIONS
+# The SQL that leads from each version to the next.
+MIGRATIONS = (TABLES + GUARDS + FUNCTIONS, FUNCTIONS)

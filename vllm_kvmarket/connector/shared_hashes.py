@@ -72,11 +72,12 @@ class SharedHashes:
         request.update_block_hashes()
 
     def unshare(self, request: Request) -> None:
-        """Give a request, none of which is computed, its own hashes back; mutates the request."""
+        """Give a request that owns no blocks its own hashes back; mutates the request."""
         hasher = request._block_hasher
         if isinstance(hasher, _Hasher):
             request._block_hasher = hasher.private
             request.block_hashes = hasher.before
+            request.update_block_hashes()
 
     def isolate(self, request: Request) -> None:
         """Give a request hashes that no other will have; mutates the request."""

@@ -117,7 +117,10 @@ def test_a_request_gets_its_own_hashes_back(credentials):
     """As if it had never had others, also in the blocks that fill afterwards."""
     hashes = hashes_of(credentials)
     request, private = shared(hashes, LONG, 1024, "a"), request_of(LONG, {}, salt="a")
+    for each in (request, private):
+        each.append_output_token_ids(tokens(300, 5))
     hashes.unshare(request)
+    assert request.block_hashes == private.block_hashes
     hashes.unshare(request)
     for each in (request, private):
         for token in tokens(300, 4):

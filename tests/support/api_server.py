@@ -56,6 +56,8 @@ class WordEngine:
             raise RuntimeError("the engine is dead")
         if self.declines:
             return {"declined": self.declines}
+        if wish.get("preload"):
+            return {"reused_tokens": len(tokens) - 1, "loaded_tokens": len(tokens) - 1}
         document = DocumentChunks.of(self.namespace, tokens, self._market.config.chunk_tokens)
         terms = msgspec.convert(wish["publish"]["terms"], ListingTerms)
         listing = Listing.of(document, terms, created_at_s=time.time())

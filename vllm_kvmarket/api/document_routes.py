@@ -1,8 +1,9 @@
-"""/v1/kvmarket/documents: publish, find, change and withdraw documents."""
+"""/v1/kvmarket/documents: publish, find, change, withdraw and preload documents."""
 
 from __future__ import annotations
 
 import contextlib
+import logging
 import time
 from typing import Annotated
 
@@ -10,7 +11,7 @@ import msgspec
 from fastapi import APIRouter, Path, Query, Response
 from fastapi.concurrency import run_in_threadpool
 
-from vllm_kvmarket.api.auth import PUBLISHER, Caller
+from vllm_kvmarket.api.auth import ADMIN, PUBLISHER, Caller
 from vllm_kvmarket.api.bodies import MarketRoute
 from vllm_kvmarket.api.errors import ApiError, invalid, not_found
 from vllm_kvmarket.api.models import (
@@ -21,6 +22,7 @@ from vllm_kvmarket.api.models import (
     DocumentChange,
     NewDocument,
     Page,
+    Preloaded,
     Prices,
     Reuse,
     Sort,
@@ -36,6 +38,7 @@ from vllm_kvmarket.ledger import PROVIDER
 from vllm_kvmarket.market import shared_bucket
 from vllm_kvmarket.market.market import Market
 
+logger = logging.getLogger(__name__)
 ON_OFFER = ("live", "damaged")
 # A token seldom has more characters; a longer text cannot fit the context.
 CHARACTERS_A_TOKEN = 32
@@ -166,6 +169,45 @@ def withdraw(document_id: DocumentPath, service: ServiceOf, caller: CallerOf) ->
     _own(service.market, document_id, caller)
     service.market.delist(document_id)
     return Deleted(id=document_id)
+
+
+@router.post("/{document_id}/preload", response_model=Preloaded)
+async def preload(document_id: DocumentPath, service: ServiceOf, caller: CallerOf) -> Preloaded:
+    """Bring a document into the engine's paged cache, so that its next buyer need not wait for the
+    load. Free of charge. Needs the scope admin.
+
+    With several data-parallel engines, vLLM chooses one of them.
+    """
+    caller.need(ADMIN)
+    frontend = service.frontend
+    if frontend is None:
+        raise ApiError(503, "no_engine", "this server has no engine to load it into")
+    listing = await run_in_threadpool(find, service.market, document_id)
+    if listing is None or not is_on_offer(listing):
+        raise not_found(f"there is no document {document_id} on offer")
+    if listing.namespace != frontend.namespace or listing.token_count >= frontend.context_tokens:
+        raise ApiError(
+            409, "other_model", f"{document_id} was published for another model or a longer context"
+        )
+    await run_in_threadpool(
+        service.record, caller, "document preload", {"document_id": document_id}
+    )
+    tokens = await run_in_threadpool(service.market.catalogue.tokens_of, document_id)
+    params = service.market.credentials.sign_params({"preload": True})
+    try:
+        answer = await frontend.operate(tokens, params)
+    except Exception as error:
+        logger.error("kvmarket: %s could not be preloaded: %r", document_id, error)
+        raise ApiError(
+            503, "engine_unavailable", "the engine could not do it; see its log"
+        ) from error
+    return Preloaded(
+        id=document_id,
+        reused_tokens=answer.get("reused_tokens", 0),
+        loaded_tokens=answer.get("loaded_tokens", 0),
+        pinned_tokens=answer.get("pinned_tokens", 0),
+        not_pinned=answer.get("not_pinned"),
+    )
 
 
 async def _tokens_of(service: Service, frontend: Frontend, wish: NewDocument) -> list[int]:

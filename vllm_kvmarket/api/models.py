@@ -216,6 +216,21 @@ class Deleted(BaseModel):
     deleted: Literal[True] = True
 
 
+class Preloaded(BaseModel):
+    """A document that is in the paged cache of the engine that was asked.
+
+    `loaded_tokens` of its tokens were not there before. A document that is pinned stays there with
+    its `pinned_tokens`, or `not_pinned` says why not.
+    """
+
+    id: str
+    object: Literal["kvmarket.document.preloaded"] = "kvmarket.document.preloaded"
+    reused_tokens: int
+    loaded_tokens: int
+    pinned_tokens: int
+    not_pinned: str | None
+
+
 class QuoteWish(Body):
     """A prompt to price: one of `prompt`, `messages`, `token_ids` and `document`."""
 

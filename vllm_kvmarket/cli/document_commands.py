@@ -9,11 +9,12 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
 
 import msgspec
 
 from vllm_kvmarket.catalogue import Listing
-from vllm_kvmarket.cli import engine
+from vllm_kvmarket.cli import engine, server_calls
 from vllm_kvmarket.cli.command import (
     DOCUMENT_ID,
     UsageError,
@@ -386,6 +387,28 @@ def _set_pinned(args: argparse.Namespace, pinned: bool, text: str) -> int:
     document = {"document_id": listing.document_id, "pinned": listing.pinned}
     emit(args, document, lambda where: where.print(f"{listing.document_id}: {text}"))
     return 0
+
+
+@command(
+    DOCUMENT_ID,
+    argument("--server", required=True, help="its address, such as http://127.0.0.1:8000"),
+)
+def document_preload(args: argparse.Namespace) -> None:
+    """Bring a document into a running server's paged cache; needs an admin's key in
+    $KVMARKET_API_KEY.
+    """
+    preloaded = server_calls.post(
+        args.server, f"/v1/kvmarket/documents/{quote(args.document_id, safe='')}/preload"
+    )
+    facts = [
+        ("document", args.document_id),
+        ("in the paged cache", f"{preloaded['reused_tokens']} tokens"),
+        ("loaded now", f"{preloaded['loaded_tokens']} tokens"),
+        ("pinned", f"{preloaded['pinned_tokens']} tokens"),
+    ]
+    if preloaded["not_pinned"]:
+        facts.append(("not pinned", str(preloaded["not_pinned"])))
+    emit(args, preloaded, lambda where: pairs(where, facts))
 
 
 # audit

@@ -373,3 +373,39 @@ def test_a_publisher_over_its_limit_is_refused_in_words(tmp_path):
         refused = server.client.post(DOCUMENTS, json=wish, headers=as_(server, "pat"))
         assert refused.status_code == 409
         assert "withdraw one first" in refused.json()["error"]["message"]
+
+
+# Preloading
+
+
+def preload(server, name, who="admin"):
+    return server.client.post(f"{DOCUMENTS}/{name}/preload", headers=as_(server, who))
+
+
+def test_an_admin_preloads_a_document_into_the_engine(server):
+    """The engine gets the document's tokens and a signed wish; the admin's log has it."""
+    name = publish(server, text=text_of(300))["id"]
+    settled(server, name)
+    answer = preload(server, name)
+    assert answer.status_code == 200, answer.text
+    assert (answer.json()["reused_tokens"], answer.json()["loaded_tokens"]) == (299, 299)
+    wish = server.service.frontend.wishes[-1]
+    assert wish["preload"] is True
+    assert server.market.credentials.allows_params(wish)
+    assert server.service.admin_log.entries(1)[0].action == "document preload"
+
+
+def test_what_cannot_be_preloaded_says_why(server):
+    """Nobody but an admin; nothing that is not on offer; no engine, or one that died."""
+    name = publish(server, text=text_of(300))["id"]
+    settled(server, name)
+    assert preload(server, name, "pat").status_code == 403
+    assert preload(server, "kvd_0").status_code == 404
+    frontend = server.service.frontend
+    namespace, frontend.namespace = frontend.namespace, b"other"
+    assert preload(server, name).json()["error"]["code"] == "other_model"
+    frontend.namespace, frontend.dies = namespace, True
+    assert preload(server, name).status_code == 503
+    frontend.dies = False
+    server.market.delist(name)
+    assert preload(server, name).status_code == 404

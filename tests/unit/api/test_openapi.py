@@ -18,6 +18,7 @@ OPERATIONS = {
     ("GET", "/documents/{document_id}"): PUBLIC,
     ("PATCH", "/documents/{document_id}"): "publisher",
     ("DELETE", "/documents/{document_id}"): "publisher",
+    ("POST", "/documents/{document_id}/preload"): "admin",
     ("POST", "/quotes"): PUBLIC,
     ("GET", "/accounts"): "admin",
     ("POST", "/accounts"): "admin",

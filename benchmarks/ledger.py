@@ -1,6 +1,7 @@
 """How many reuses the ledger books a second, durably, and what a scheduler callback spends in it.
 
     python -m benchmarks.ledger [--postgres URL] [--pairs 8000] [--repeats 3]
+    python -m benchmarks.ledger --clients 1 4 12 --pairs 500
 
 A pair is what one request costs: a reservation (one pending transfer), and once that is durable its
 settlement (a post, the royalty, the receipt; one transaction). So many pairs are kept in flight.
@@ -17,6 +18,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import multiprocessing
 import os
 import queue
 import statistics
@@ -34,16 +36,17 @@ from vllm_kvmarket.ledger import Ledger, Operation, Receipt, Result, pending, pl
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "docs" / "results" / "ledger.json"
 IN_FLIGHT = (1, 8, 64, 512)
+CLIENT_IN_FLIGHT = 8
 CALLBACK_REQUESTS_PER_S = 200
 FUNDS = 10**15
 
 
-def reservation(key: str) -> list[Operation]:
+def reservation(key: str, buyer: str = "buyer") -> list[Operation]:
     """Operations that a request's arrival submits."""
     return [
         pending(
             id=f"{key}:reserve",
-            debit="buyer",
+            debit=buyer,
             credit="provider",
             amount_nano=3000,
             timeout_s=900,
@@ -53,7 +56,9 @@ def reservation(key: str) -> list[Operation]:
     ]
 
 
-def settlement(key: str, *, bare: bool = False) -> tuple[list[Operation], Receipt | None]:
+def settlement(
+    key: str, buyer: str = "buyer", *, bare: bool = False
+) -> tuple[list[Operation], Receipt | None]:
     """Operations that a request's end submits."""
     moved = post(id=f"{key}:settle", pending_id=f"{key}:reserve", amount_nano=2000)
     if bare:
@@ -69,7 +74,7 @@ def settlement(key: str, *, bare: bool = False) -> tuple[list[Operation], Receip
     receipt = Receipt(
         id=f"kvr_{key}",
         request_id=key,
-        account="buyer",
+        account=buyer,
         document_id="kvd_0123456789abcdef",
         title="A document",
         publisher="publisher",
@@ -101,8 +106,9 @@ class Load:
     One thread does all the asking, like an engine's scheduler; answers come to it by a queue.
     """
 
-    def __init__(self, ledger: Ledger, pairs: int, *, bare: bool) -> None:
+    def __init__(self, ledger: Ledger, pairs: int, *, bare: bool, buyer: str = "buyer") -> None:
         self._ledger = ledger
+        self._buyer = buyer
         self._pairs = pairs
         self._bare = bare
         self._answers: queue.SimpleQueue[tuple[str, bool, float, Future[list[Result]]]]
@@ -133,12 +139,12 @@ class Load:
 
     def _reserve(self, key: str) -> None:
         at_s = time.perf_counter()
-        self._ledger.submit(reservation(key)).add_done_callback(
+        self._ledger.submit(reservation(key, self._buyer)).add_done_callback(
             lambda answer: self._answers.put((key, True, at_s, answer))
         )
 
     def _settle(self, key: str) -> None:
-        operations, receipt = settlement(key, bare=self._bare)
+        operations, receipt = settlement(key, self._buyer, bare=self._bare)
         at_s = time.perf_counter()
         self._ledger.submit(operations, receipt=receipt).add_done_callback(
             lambda answer: self._answers.put((key, False, at_s, answer))
@@ -182,6 +188,42 @@ def measure_pairs(
         "reserve_ms": percentiles(reserve_s, 1e-3),
         "settle_ms": percentiles(settle_s, 1e-3),
     }
+
+
+def _client(place: str, buyer: str, pairs: int, start: Any, results: Any) -> None:
+    """One engine's process, with a buyer of its own."""
+    with Ledger.open(place) as ledger:
+        load = Load(ledger, pairs, bare=False, buyer=buyer)
+        start.wait()
+        rate = load.run(CLIENT_IN_FLIGHT)
+        results.put((rate, load.reserve_s))
+
+
+def measure_clients(new_place: Any, clients: int, pairs: int) -> dict[str, Any]:
+    """Pairs a second of several processes on one database, and how long reservations wait."""
+    context, place = multiprocessing.get_context("spawn"), new_place()
+    buyers = [f"buyer{number}" for number in range(clients)]
+    with funded(place) as ledger:
+        for buyer in buyers:
+            ledger.create_account(buyer, "buyer")
+            ledger.deposit(buyer, FUNDS, f"deposit {buyer}")
+    start, results = context.Barrier(clients), context.Queue()
+    processes = [
+        context.Process(target=_client, args=(place, buyer, pairs, start, results))
+        for buyer in buyers
+    ]
+    for process in processes:
+        process.start()
+    answers = [results.get() for _ in processes]
+    for process in processes:
+        process.join()
+    waited = percentiles([each for _, reserve_s in answers for each in reserve_s], 1e-3)
+    rate = round(sum(rate for rate, _ in answers))
+    print(
+        f"  {clients:4} clients: {rate:7,} pairs/s, "
+        f"reserve p50 {waited['p50']}, p99 {waited['p99']} ms"
+    )
+    return {"clients": clients, "pairs_per_s": rate, "reserve_ms": waited}
 
 
 def measure_callbacks(new_place: Any, seconds: float) -> dict[str, Any]:
@@ -302,10 +344,18 @@ def main() -> None:
     parser.add_argument("--postgres", metavar="URL", help="a server on which to make databases")
     parser.add_argument("--pairs", type=int, default=8000)
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument(
+        "--clients", type=int, nargs="+", help="only: so many processes on one PostgreSQL"
+    )
     parser.add_argument("--seconds", type=float, default=5.0, help="of paced callbacks")
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()))
     parser.add_argument("--output", type=Path, default=RESULTS)
     args = parser.parse_args()
+    if args.clients:
+        with postgres_places(args.postgres) as new_place:
+            for clients in args.clients:
+                measure_clients(new_place, clients, args.pairs)
+        return
     result: dict[str, Any] = {"machine": describe_machine(), "pairs_a_run": args.pairs}
     with tempfile.TemporaryDirectory(dir=args.folder, prefix="kvmarket-ledger-") as name:
         folder, numbers = Path(name), iter(range(10_000))

@@ -5,13 +5,16 @@ from __future__ import annotations
 import socket
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
 from tests.support.engines import NANO, running, words
 from vllm_kvmarket import Market
+from vllm_kvmarket.catalogue.store_record import RecordedStore
 from vllm_kvmarket.connector.metrics import PREFIX
 from vllm_kvmarket.market.timed_requests import ask, empty_prefix_cache
+from vllm_kvmarket.store import DiskStore
 
 LENGTH = 700  # two whole chunks and a short one
 CHUNKS = 3
@@ -153,6 +156,34 @@ def test_a_document_is_fetched_from_the_object_store(tiny, tmp_path):
             assert answer.market["reused_tokens"] == LENGTH
             assert answer.token_ids == full.token_ids
             assert counted(llm, "chunks_loaded", tier=tier) == CHUNKS
+        # An old copy of another publication: whole, of these tokens, with other bytes.
+        document = words(507, LENGTH)
+        listing = market.publish(llm, token_ids=document)
+        full = computed(llm, market, document + QUESTION)
+        for key in listing.chunk_keys:
+            falsify(market, key, tmp_path / "false")
+        fetched = counted(llm, "chunks_loaded", tier="objects")
+        answer = reuse(llm, market, document + QUESTION)
+        assert answer.market["reused_tokens"] == LENGTH
+        assert answer.token_ids == full.token_ids
+        assert counted(llm, "chunks_loaded", tier="objects") - fetched == CHUNKS
+
+
+def falsify(market: Market, key: bytes, folder: Path) -> None:
+    """Put a valid file with other pages in place of a chunk's copy on the disk."""
+    with market.store.open_share(key, 0, 1) as chunk:
+        header = chunk.header
+        layers = [[chunk.layer(index) ^ 1] for index in range(len(header.layout.layers))]
+    false = DiskStore(folder)
+    false.put(
+        key=key,
+        parent=header.parent,
+        namespace=header.namespace,
+        tokens=header.tokens,
+        layout=header.layout,
+        layers=layers,
+    )
+    false.path(key).rename(market.store.disk.path(key))
 
 
 @pytest.fixture
@@ -176,8 +207,11 @@ def test_an_object_store_that_never_answers_costs_a_deadline_and_no_token(
         full = computed(llm, market, document + QUESTION)
         for key in listing.chunk_keys:
             market.store.disk.delete(key)
+        # As if it had always been a cache of that bucket.
+        record = RecordedStore("s3://bucket/prefix", "0" * 32)
+        market.catalogue.store_record.write(record)
     dead = {
-        "object_store_url": "s3://bucket/prefix",
+        "object_store_url": record.url,
         "object_store_options": {
             "endpoint": f"http://127.0.0.1:{black_hole}",
             "region": "us-east-1",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import random
 import threading
@@ -25,7 +26,7 @@ from vllm_kvmarket.core.errors import (
 from vllm_kvmarket.store import DiskStore, tiers
 from vllm_kvmarket.store.chunk_format import chunk_name
 from vllm_kvmarket.store.object_tier import ObjectTier
-from vllm_kvmarket.store.tiers import Tiers
+from vllm_kvmarket.store.tiers import KnownShares, Tiers
 
 # Chunks of several ranges.
 LARGE = layout_of(page_bytes=1 << 20, layers=6)
@@ -416,3 +417,59 @@ def test_deleting_here_deletes_nothing_for_others(machine: Machine) -> None:
     assert list(first.disk.keys()) == []
     load(chunk, second)
     load(chunk, first)
+
+
+def test_an_old_copy_is_fetched_again(machine: Machine) -> None:
+    """A chunk that was repaired with other bytes reaches the disks that have the old ones."""
+    first, second = machine(), machine()
+    old = sample()
+    new = dataclasses.replace(old, pages=sample(seed=1).pages)
+    key, layout = old.key, old.layout
+    old.put(first)
+    load(old, second)
+    first.disk.delete(key)
+    new.put(first)
+    share = first.describe(key)
+    assert share is not None and share.size_bytes == objects_of(first).head(chunk_name(key))
+    known = b"another1" + share.fingerprint
+    load(old, second)
+    with pytest.raises(ChunkMissingError):
+        second.local().open(key, layout, NAMESPACE, known)
+    for store in (second, second.local()):
+        with store.open(key, layout, NAMESPACE, known) as opened:
+            room = new.room(0, new.page_count)
+            opened.copy_all_pages(0, new.page_count, [[layer] for layer in room])
+            new.assert_holds(room, 0, new.page_count)
+        with KnownShares(store, known).open_share(key, 0, 1) as opened:
+            opened.verify()
+    load(new, second)
+
+
+def test_what_was_just_fetched_is_not_old(
+    machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A catalogue that knows less than the bucket costs one download for each chunk."""
+    store, chunk = machine(), sample()
+    chunk.put(store)
+    objects, names = objects_of(store), []
+    download = objects.download
+
+    def counted(name: str, *args: object, **options: object) -> None:
+        names.append(name)
+        download(name, *args, **options)
+
+    monkeypatch.setattr(objects, "download", counted)
+    for _ in range(3):
+        store.open(chunk.key, chunk.layout, NAMESPACE, b"unknown1").close()
+        store.local().open(chunk.key, chunk.layout, NAMESPACE, b"unknown1").close()
+    assert names == [chunk_name(chunk.key)]
+    store.open(chunk.key, chunk.layout, NAMESPACE, b"unknown2").close()
+    assert len(names) == 2
+
+
+def test_a_disk_alone_has_no_old_copies(tmp_path: Path) -> None:
+    """There is nowhere to fetch another from: what is stored is loaded."""
+    store, chunk = Tiers(DiskStore(tmp_path)), sample()
+    chunk.put(store)
+    store.open(chunk.key, chunk.layout, NAMESPACE, b"unknown1").close()
+    assert store.local() is store and store.describe(bytes(32)) is None

@@ -235,6 +235,8 @@ def import_(
         stored: dict[bytes, int] = {}
         try:
             _store_files(market, reader, files, stored, on_progress)
+            stored_now = [market.store.describe(*file.place) for file in files]
+            market.catalogue.shares.note([share for share in stored_now if share is not None])
             market.catalogue.heal_all(listing.chunk_keys)
             if not offered:
                 market.create_account(terms.publisher, "publisher")

@@ -15,6 +15,7 @@ from typing import Literal, Self
 import apsw
 
 from vllm_kvmarket.catalogue import queries, use_queries
+from vllm_kvmarket.catalogue.chunk_shares import ChunkShares
 from vllm_kvmarket.catalogue.eviction_policy import Candidate
 from vllm_kvmarket.catalogue.index import Index, Sellable
 from vllm_kvmarket.catalogue.leftovers import Leftovers
@@ -68,6 +69,7 @@ class Catalogue:
         self._db = Connections(path)
         self.store_record = StoreRecord(self._db)
         self.leftovers = Leftovers(self._db, self._owner)
+        self.shares = ChunkShares(self._db, lambda: self._attempt(self.refresh))
         with self._db.transaction() as db:
             chosen = queries.fix_chunk_tokens(db, chunk_tokens)
         if chosen != chunk_tokens:

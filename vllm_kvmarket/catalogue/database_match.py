@@ -110,6 +110,7 @@ def match(
             tokens=chunk.tokens,
             token_count=len(chunk.tokens) // TOKEN_BYTES,
             matched=min(len(chunk.tokens) // TOKEN_BYTES, start - index * chunk_tokens),
+            known=chunk.known,
         )
         for index, chunk in enumerate(stored)
     )

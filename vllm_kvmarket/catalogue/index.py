@@ -148,7 +148,7 @@ class Index:
         listing = change.listing
         if change.chunks and change.place is not None:
             last = 0 if self._is_sellable(listing.terms) else _BEHIND_ALL
-            self.tree.put(listing, last + change.place, change.chunks)
+            self.tree.put(listing, last + change.place, change.chunks, change.known)
             self._expiries.note(listing.document_id, listing.terms.expires_at_s)
         else:
             self.tree.remove(listing.document_id)

@@ -15,7 +15,7 @@ from itertools import islice
 
 import apsw
 
-from vllm_kvmarket.catalogue import queries
+from vllm_kvmarket.catalogue import chunk_shares, queries
 from vllm_kvmarket.catalogue.listing import NEEDED
 from vllm_kvmarket.catalogue.publisher_locks import Owner
 from vllm_kvmarket.catalogue.schema import Connections
@@ -73,12 +73,14 @@ class Leftovers:
         with self._lock:
             while batch := list(islice(waiting, _AT_ONCE)):
                 marked = self._mark(batch)
+                gone: list[bytes] = []
                 try:
                     for key in marked:
                         delete(key)
-                        released += 1
+                        gone.append(key)
                 finally:
-                    self._unmark()
+                    self._unmark(gone)
+                released += len(gone)
         return released
 
     def _mark(self, batch: list[bytes]) -> list[bytes]:
@@ -89,8 +91,9 @@ class Leftovers:
             db.executemany("INSERT INTO releasing VALUES (?, ?) ON CONFLICT DO NOTHING", marks)
             return free
 
-    def _unmark(self) -> None:
+    def _unmark(self, gone: list[bytes]) -> None:
         with self._db.transaction() as db:
+            chunk_shares.forget(db, gone)
             db.execute("DELETE FROM releasing WHERE owner = ?", (self._owner.name,))
 
     @contextmanager

@@ -148,6 +148,8 @@ class MatchedChunk(msgspec.Struct, frozen=True, gc=False):
     tokens: bytes
     token_count: int
     matched: int
+    # Fingerprints of its stored shares, one after another; empty when none is known.
+    known: bytes = b""
 
 
 class Segment(msgspec.Struct, frozen=True):

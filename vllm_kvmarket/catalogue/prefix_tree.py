@@ -151,12 +151,13 @@ class Node:
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """A listing in the tree: its place in the order of first offers, and its nodes from the
-    namespace's root down.
+    """A listing in the tree: its place in the order of first offers, its nodes from the namespace's
+    root down, and the known fingerprints of each chunk.
     """
 
     place: int
     path: tuple[Node, ...]
+    known: tuple[bytes, ...] = ()
 
 
 class PrefixTree:
@@ -174,7 +175,9 @@ class PrefixTree:
         # Held for microseconds: what a change needs is prepared before it is taken.
         self._lock = threading.Lock()
 
-    def put(self, listing: Listing, place: int, chunks: Sequence[bytes]) -> None:
+    def put(
+        self, listing: Listing, place: int, chunks: Sequence[bytes], known: tuple[bytes, ...] = ()
+    ) -> None:
         """Make a document match in `chunks` (packed tokens, at least one chunk); mutates.
 
         `place` is its place in the order of first offers, no two documents' the same. What the tree
@@ -185,14 +188,15 @@ class PrefixTree:
         if entry is not None and entry.place == place and len(entry.path) == len(chunks) + 1:
             with self._lock:
                 self._listings[place] = listing
+                self.entries[listing.document_id] = Entry(place, entry.path, known)
         elif entry is not None:
             with self._lock:
                 self._detach(listing)
-                self._attach(listing, place, *self._prepare(listing, place, chunks))
+                self._attach(listing, place, *self._prepare(listing, place, chunks), known)
         else:
             path, fresh = self._prepare(listing, place, chunks)
             with self._lock:
-                self._attach(listing, place, path, fresh)
+                self._attach(listing, place, path, fresh, known)
 
     def remove(self, document_id: str) -> None:
         """Make a document match no more; chunks that no other listing has go too; mutates."""
@@ -215,7 +219,8 @@ class PrefixTree:
             for end, place in found:
                 segments.append(Segment(self._listings[place], start, end))
                 start = end
-            path = self.entries[segments[-1].listing.document_id].path[1:]
+            entry = self.entries[segments[-1].listing.document_id]
+            path, known = entry.path[1:], entry.known
         keys = segments[-1].listing.chunk_keys
         chunks = []
         for index, node in enumerate(path[: -(-start // self.chunk_tokens)]):
@@ -227,6 +232,7 @@ class PrefixTree:
                     tokens=node.tokens,
                     token_count=count,
                     matched=min(count, start - index * self.chunk_tokens),
+                    known=known[index] if known else b"",
                 )
             )
         return Match(tuple(segments), start, tuple(chunks), whole)
@@ -284,7 +290,14 @@ class PrefixTree:
             parent.add_child(child)
         return path, fresh
 
-    def _attach(self, listing: Listing, place: int, path: list[Node], fresh: list[Node]) -> None:
+    def _attach(  # ruff counts the instance
+        self,
+        listing: Listing,
+        place: int,
+        path: list[Node],
+        fresh: list[Node],
+        known: tuple[bytes, ...],
+    ) -> None:
         if fresh:
             path[-1].add_child(fresh[0])
         self.roots[listing.namespace] = path[0]
@@ -295,7 +308,7 @@ class PrefixTree:
         path += fresh
         path[-1].ended += (place,)
         self.chunk_count += len(fresh)
-        self.entries[listing.document_id] = Entry(place, tuple(path))
+        self.entries[listing.document_id] = Entry(place, tuple(path), known)
         self._listings[place] = listing
 
     def _detach(self, listing: Listing) -> None:

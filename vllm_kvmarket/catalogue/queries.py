@@ -45,22 +45,26 @@ _FILTER = (
 
 @dataclass(frozen=True, slots=True)
 class StoredChunk:
-    """A document's chunk as the database has it; `tokens` are packed."""
+    """A document's chunk as the database has it; `tokens` are packed, and so are the fingerprints
+    of its shares that are `known`.
+    """
 
     key: bytes
     tokens: bytes
     damaged: bool
+    known: bytes = b""
 
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """A listing that changed: its place in the order of first offers, and the tokens of its chunks
-    that can be matched, if any.
+    """A listing that changed: its place in the order of first offers, and of its chunks that can be
+    matched, if any, the tokens and the known fingerprints.
     """
 
     listing: Listing
     place: int | None
     chunks: tuple[bytes, ...]
+    known: tuple[bytes, ...]
 
 
 def rows(
@@ -218,7 +222,9 @@ def _change(db: apsw.Connection, row: Sequence[Any], now_s: float) -> Change:
     *columns, place = row
     chunks = chunks_of(db, row[0])
     listing = Listing(**_fields(columns), chunk_keys=tuple(chunk.key for chunk in chunks))
-    return Change(listing, place, matchable(listing, chunks, now_s))
+    found = matchable(listing, chunks, now_s)
+    known = tuple(chunk.known for chunk in chunks[: len(found)])
+    return Change(listing, place, found, known)
 
 
 def matchable(listing: Listing, chunks: Iterable[StoredChunk], now_s: float) -> tuple[bytes, ...]:
@@ -235,11 +241,14 @@ def matchable(listing: Listing, chunks: Iterable[StoredChunk], now_s: float) -> 
 def chunks_of(db: apsw.Connection, document_id: str) -> list[StoredChunk]:
     """Return a document's chunks, in order."""
     statement = (
-        "SELECT key, tokens, damaged FROM listing_chunk JOIN chunk USING (key) "
+        "SELECT key, tokens, damaged, (SELECT group_concat(hex(fingerprint), '') FROM chunk_share "
+        "WHERE chunk_share.key = chunk.key) FROM listing_chunk JOIN chunk USING (key) "
         "WHERE document_id = ? ORDER BY position"
     )
-    found = rows(db, statement, (document_id,))
-    return [StoredChunk(key, tokens, bool(damaged)) for key, tokens, damaged in found]
+    return [
+        StoredChunk(key, tokens, bool(damaged), bytes.fromhex(known or ""))
+        for key, tokens, damaged, known in rows(db, statement, (document_id,))
+    ]
 
 
 def write_listing(db: apsw.Connection, listing: Listing) -> None:
@@ -316,6 +325,12 @@ def set_field(
     if rows(db, statement, (document_id, value)):
         statement = f"UPDATE listing SET {column} = ?, revision = ? WHERE document_id = ?"  # noqa: S608  # the same
         db.execute(statement, (value, _next_revision(db), document_id))
+
+
+def touch(db: apsw.Connection, document_id: str) -> None:
+    """Have every process read a listing again."""
+    statement = "UPDATE listing SET revision = ? WHERE document_id = ?"
+    db.execute(statement, (_next_revision(db), document_id))
 
 
 def set_offered(

@@ -123,7 +123,19 @@ CREATE INDEX listing_left ON listing (state)
     WHERE stored AND state NOT IN ('live', 'damaged', 'publishing');
 CREATE INDEX listing_end ON listing (ended_at_s) WHERE ended_at_s IS NOT NULL AND NOT purged;
 """
-MIGRATIONS = (SCHEMA, STORE_SCHEMA, LEFTOVERS_SCHEMA)
+# The shares of a chunk that are stored; a new one of a rank replaces the old.
+SHARES_SCHEMA = """
+CREATE TABLE chunk_share (
+    key BLOB NOT NULL CHECK (length(key) = 32),
+    rank INTEGER NOT NULL CHECK (rank >= 0),
+    world_size INTEGER NOT NULL CHECK (world_size > rank),
+    layout TEXT NOT NULL,
+    bytes INTEGER NOT NULL CHECK (bytes >= 0),
+    fingerprint BLOB NOT NULL CHECK (length(fingerprint) = 8),
+    PRIMARY KEY (key, rank, world_size)
+) STRICT, WITHOUT ROWID;
+"""
+MIGRATIONS = (SCHEMA, STORE_SCHEMA, LEFTOVERS_SCHEMA, SHARES_SCHEMA)
 
 # Made only where documents may not fit into memory: a chunk takes about five kilobytes here.
 BEYOND_ROOM = "catalogue_beyond"

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
@@ -30,18 +31,21 @@ from vllm_kvmarket.core.errors import (
     LayoutMismatchError,
     StoreError,
 )
+from vllm_kvmarket.core.stored_share import StoredShare
 from vllm_kvmarket.store import aligned_empty, conversion
 from vllm_kvmarket.store.chunk_format import ChunkLayout
 from vllm_kvmarket.store.chunk_reader import current_guard, guarded
 from vllm_kvmarket.store.conversion import as_floats, canonical
 from vllm_kvmarket.store.host_memory import Filling, HostTier, layers_of
 from vllm_kvmarket.store.packings import clear_slots
-from vllm_kvmarket.store.tiers import OpenChunk, Tiers
+from vllm_kvmarket.store.tiers import KnownShares, OpenChunk, Tiers
 
 # The largest difference that is still close, as a share of the layer's largest computed value:
 # other kernels, or a prompt cut into other pieces, change less than this by rounding.
 TOLERANCES = {"float32": 1e-3, "float16": 1e-2, "bfloat16": 5e-2}
 
+# Chunks whose fingerprints are remembered: more than fit into host memory.
+MOST_KNOWN = 100_000
 HOST, DISK, OBJECTS = "host", "disk", "objects"  # the tiers, as metrics name them
 # No read from a disk takes longer: the thread that reads the chunk is stuck.
 _OTHERS_READ_S = 30.0
@@ -63,8 +67,9 @@ class _Straight:
 
     is_converted = False
 
-    def __init__(self, stored: OpenChunk) -> None:
+    def __init__(self, stored: OpenChunk, known: bytes) -> None:
         self.stored = stored
+        self.known = known
         self.page_count = stored.header.page_count
 
     def copy(self, first: int, last: int, destinations: Sequence[Sequence[Bytes]]) -> None:
@@ -77,10 +82,14 @@ class _Converted:
 
     is_converted = True
 
-    def __init__(self, store: Tiers, cache: PagedCache, namespace: bytes, key: bytes) -> None:
-        self._store, self._cache, self._namespace, self._key = store, cache, namespace, key
+    def __init__(  # ruff counts the instance
+        self, store: Tiers, cache: PagedCache, namespace: bytes, key: bytes, known: bytes
+    ) -> None:
+        self._store = KnownShares(store, known)
+        self._cache, self._namespace, self._key = cache, namespace, key
+        self.known = known
         # What has to be fetched is fetched by this: `copy` does not wait for an object store.
-        tokens = conversion.token_count(store, key, cache.layout, namespace)
+        tokens = conversion.token_count(self._store, key, cache.layout, namespace)
         self.page_count = cache.layout.page_count(tokens)
 
     def copy(self, first: int, last: int, destinations: Sequence[Sequence[Bytes]]) -> None:
@@ -102,18 +111,33 @@ class Chunks:
     def __init__(self, store: Tiers, cache: PagedCache, host: HostTier, tally: Tally) -> None:
         self._store = store
         # The same without the object store, for threads that must not wait for it.
-        self._local = store if store.objects is None else Tiers(store.disk)
+        self._local = store.local()
         self._cache = cache
         self._host = host
         self._tally = tally
         self._layers = range(cache.layer_count)
         self._page_bytes = sum(layer.page_bytes for layer in cache.layout.layers)
         self._devices = threading.local()
+        # The fingerprints that the catalogue knows of chunks that were loaded last.
+        self._known: OrderedDict[bytes, bytes] = OrderedDict()
+        self._lock = threading.Lock()
 
     @property
     def has_object_tier(self) -> bool:
         """Whether there is an object store behind the disk."""
         return self._store.objects is not None
+
+    def learn(self, key: bytes, known: bytes) -> None:
+        """Note which stored shares of a chunk the catalogue knows; forget pages of older ones."""
+        with self._lock:
+            before = self._known.get(key)
+            if before == known or (before and not known):
+                return
+            self._known[key] = known
+            old = self._known.popitem(last=False)[0] if len(self._known) > MOST_KNOWN else None
+        for stale in (key if before is not None else None, old):
+            if stale is not None:
+                self._host.drop(stale)
 
     # Loading
 
@@ -130,6 +154,7 @@ class Chunks:
         Raises StoreErrors; the blocks then hold zeros or what they held, never an unverified byte.
         A damaged file has been quarantined.
         """
+        self.learn(chunk.key, chunk.known)
         waits = fetch or not self.has_object_tier
         held = self._host.pin(chunk.key, _OTHERS_READ_S if waits else 0.0)
         if held is not None:
@@ -165,7 +190,7 @@ class Chunks:
         filling = self._host.begin(chunk.key)
         if filling is not None:
             with filling:
-                buffer = self._bring(source, filling)
+                buffer = self._bring(chunk.key, source, filling)
                 if buffer is not None:
                     claim()
                     self._fill(buffer, chunk)
@@ -186,7 +211,7 @@ class Chunks:
             return
         try:
             with filling, self._source(self._local, namespace, key) as source:
-                self._bring(source, filling)
+                self._bring(key, source, filling)
         except ChunkDamagedError as error:
             self._quarantine(key, error)
             raise
@@ -196,29 +221,33 @@ class Chunks:
         self, store: Tiers, namespace: bytes, key: bytes
     ) -> Iterator[_Straight | _Converted]:
         """Open a chunk in any layout, and fetch it where the store has an object tier."""
+        known = self._known.get(key, b"")
         try:
-            stored = store.open(key, self._cache.layout, namespace)
+            stored = store.open(key, self._cache.layout, namespace, known)
         except (LayoutMismatchError, ChunkMissingError):
             if not store.shares(key):
                 raise
-            source = _Converted(store, self._cache, namespace, key)
+            source = _Converted(store, self._cache, namespace, key, known)
             self._tally.count("chunks_converted")
             yield source
             return
         with stored:
-            yield _Straight(stored)
+            yield _Straight(stored, known)
 
     def _read(self, source: _Straight | _Converted, buffer: Bytes) -> None:
         """Read a whole chunk into host memory."""
         layers = layers_of(buffer, self._cache.layout, source.page_count)
         source.copy(0, source.page_count, [[layer] for layer in layers])
 
-    def _bring(self, source: _Straight | _Converted, filling: Filling) -> Bytes | None:
+    def _bring(self, key: bytes, source: _Straight | _Converted, filling: Filling) -> Bytes | None:
         """Read a whole chunk into the host tier, where it stays; None: it does not fit."""
         buffer = filling.memory(source.page_count * self._page_bytes)
         if buffer is not None:
             self._read(source, buffer)
             filling.commit()
+            if self._known.get(key, b"") != source.known:
+                # The catalogue has learnt of a newer one meanwhile.
+                self._host.drop(key)
         return buffer
 
     def _copy_in_place(self, source: _Straight | _Converted, chunk: ChunkLoad) -> None:
@@ -325,7 +354,7 @@ class Chunks:
                 if filling is None:
                     return "present"
                 with filling, self._source(self._store, namespace, key) as source:
-                    return "no_room" if self._bring(source, filling) is None else "done"
+                    return "no_room" if self._bring(key, source, filling) is None else "done"
             if not self.has_object_tier or self._store.disk.has(
                 key, self._cache.layout.rank, self._cache.layout.world_size
             ):
@@ -366,6 +395,12 @@ class Chunks:
             or self._store.make_durable(key, layout.rank, layout.world_size)
         ):
             raise ChunkMissingError(f"{key.hex()}: left the store; publish the document again")
+
+    def described(self, key: bytes) -> list[StoredShare]:
+        """What the catalogue records of this rank's share of a chunk that was just saved."""
+        layout = self._cache.layout
+        share = self._store.describe(key, layout.rank, layout.world_size)
+        return [share] if share is not None else []
 
     def _is_stored_otherwise(self, namespace: bytes, key: bytes) -> bool:
         """Whether it is there, whole, for good, in a layout that can be converted into this one.

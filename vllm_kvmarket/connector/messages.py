@@ -14,6 +14,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 )
 
 from vllm_kvmarket.core.model_identity import TOKEN_BYTES
+from vllm_kvmarket.core.stored_share import StoredShare
 
 # Why a chunk was not loaded: its file is bad, is gone, has a layout that this engine cannot use, or
 # could not be read now.
@@ -42,10 +43,14 @@ class GroupPages:
 
 @dataclass(frozen=True, slots=True)
 class ChunkLoad:
-    """Copy pages of a stored chunk into blocks; `groups` has one entry for each KV cache group."""
+    """Copy pages of a stored chunk into blocks; `groups` has one entry for each KV cache group.
+
+    `known` are the fingerprints of its shares, one after another: a copy that has another is old.
+    """
 
     key: bytes
     groups: tuple[GroupPages, ...]
+    known: bytes = b""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +68,8 @@ class ChunkPrefetch:
 
     namespace: bytes
     keys: tuple[bytes, ...]
+    # As ChunkLoad.known, for each key; none at all when none is known.
+    known: tuple[bytes, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,15 +161,18 @@ class SaveReport:
     """How one publishing request's save went on the ranks that have reported.
 
     `failure` says why it ended early, empty when it did not; `is_full`: the store was full.
+    `shares` describe what is stored now of its chunks.
     """
 
     stored_bytes: int = 0
+    shares: list[StoredShare] = field(default_factory=list)
     failure: str = ""
     is_full: bool = False
 
     def add(self, other: SaveReport) -> None:
         """Take in another rank's report of the same request; mutates."""
         self.stored_bytes += other.stored_bytes
+        self.shares += other.shares
         self.failure = self.failure or other.failure
         self.is_full = self.is_full or other.is_full
 

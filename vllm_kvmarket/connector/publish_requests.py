@@ -153,7 +153,9 @@ class PublishRequest:
             done = market.fail_listing(document.document_id, failure)
         else:
             stored_bytes = self.report.stored_bytes
-            done = market.commit_listing(document.document_id, stored_bytes, document.keys)
+            done = market.commit_listing(
+                document.document_id, stored_bytes, document.keys, self.report.shares
+            )
         done.add_done_callback(log_failure)
         if self.charge is not None:
             done.add_done_callback(partial(self._pay, self.charge, failure))

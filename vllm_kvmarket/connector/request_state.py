@@ -167,7 +167,8 @@ class Reuse:
                 for group, blocks in zip(facts.groups, block_ids, strict=True)
             )
             if any(group.block_ids for group in pages):
-                loads.append(ChunkLoad(self.match.chunks[index].key, pages))
+                chunk = self.match.chunks[index]
+                loads.append(ChunkLoad(chunk.key, pages, chunk.known))
         return LoadPlan(self.request.request_id, self.match.listing.namespace, tuple(loads))
 
     def exclude(self, keys: set[bytes], chunk_tokens: int) -> None:

@@ -346,7 +346,8 @@ class SchedulerHalf:
             match = made.reuse.match
             if found is Lookup.HIT and match is not None:
                 keys = tuple(chunk.key for chunk in match.chunks)
-                self._next.prefetches.append(ChunkPrefetch(match.listing.namespace, keys))
+                known = tuple(chunk.known for chunk in match.chunks)
+                self._next.prefetches.append(ChunkPrefetch(match.listing.namespace, keys, known))
 
     # Ends
 

@@ -296,6 +296,8 @@ class Transfers:
 
     def prefetch(self, prefetch: ChunkPrefetch) -> None:
         """Read ahead when there is nothing else to do; the result is only counted."""
+        for key, known in zip(prefetch.keys, prefetch.known, strict=False):
+            self._chunks.learn(key, known)
         dropped = self._prefetcher.add(prefetch.namespace, prefetch.keys)
         if dropped:
             self._tally.count("prefetches", "dropped", dropped)
@@ -459,14 +461,16 @@ class Transfers:
         report = save.report
         while save.left and not report.failure:
             started_s = time.perf_counter()
+            chunk = save.left.popleft()
             try:
-                stored = self._save_chunk(save.plan, save.left.popleft())
+                stored = self._save_chunk(save.plan, chunk)
             except Exception as error:  # noqa: BLE001  # the engine must go on
                 report.failure = _describe(error)
                 report.is_full = isinstance(error, StoreFullError)
                 self._tally.count("save_failures", "full" if report.is_full else "io")
             else:
                 report.stored_bytes += stored
+                report.shares += self._chunks.described(chunk.key)
                 if stored:
                     self._tally.count("chunks_saved")
                     self._tally.count("saved_bytes", amount=stored)

@@ -28,6 +28,7 @@ from vllm_kvmarket.core.errors import (
     StoreError,
     StoreFullError,
 )
+from vllm_kvmarket.core.stored_share import StoredShare
 from vllm_kvmarket.ledger import Account, Ledger, Receipt, Transfer
 from vllm_kvmarket.market import engine_operations, shared_bucket
 from vllm_kvmarket.market.bucket_identity import BucketIdentity
@@ -303,14 +304,27 @@ class Market:
         return begun
 
     def commit_listing(
-        self, document_id: str, stored_bytes: int, stored_keys: Sequence[bytes]
+        self,
+        document_id: str,
+        stored_bytes: int,
+        stored_keys: Sequence[bytes],
+        shares: Sequence[StoredShare] = (),
     ) -> Future[None]:
-        """Put a document on offer: every chunk of it is durable, `stored_keys` seen just now."""
-        return self._clerk.submit(self._commit_listing, document_id, stored_bytes, stored_keys)
+        """Put a document on offer: every chunk of it is durable, `stored_keys` seen just now.
+
+        `shares` describe what is stored of them.
+        """
+        commit = self._commit_listing
+        return self._clerk.submit(commit, document_id, stored_bytes, stored_keys, shares)
 
     def _commit_listing(
-        self, document_id: str, stored_bytes: int, stored_keys: Sequence[bytes]
+        self,
+        document_id: str,
+        stored_bytes: int,
+        stored_keys: Sequence[bytes],
+        shares: Sequence[StoredShare],
     ) -> None:
+        self.catalogue.shares.note(shares)
         self.catalogue.heal_all(stored_keys)
         if self.catalogue.get(document_id).state != "publishing":
             return

@@ -25,6 +25,7 @@ from vllm_kvmarket.core.errors import (
 )
 from vllm_kvmarket.core.listing_terms import YEAR_9999_S, ListingTerms
 from vllm_kvmarket.core.model_identity import KEY_BYTES, pack_tokens, unpack_tokens
+from vllm_kvmarket.core.stored_share import StoredShare
 from vllm_kvmarket.ledger import Ledger
 from vllm_kvmarket.market.publishers import ensure_account
 from vllm_kvmarket.store import ObjectTier, Tiers, bucket_listings
@@ -47,6 +48,8 @@ class Entry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     terms: ListingTerms
     created_at_s: Annotated[float, msgspec.Meta(ge=0, le=YEAR_9999_S)]
     stored_bytes: Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
+    # What is stored of its chunks, so that other homes know an old copy of theirs.
+    shares: tuple[StoredShare, ...] = ()
 
 
 def offer(store: Tiers, catalogue: Catalogue, document_id: str, stored_bytes: int = 0) -> None:
@@ -65,6 +68,7 @@ def offer(store: Tiers, catalogue: Catalogue, document_id: str, stored_bytes: in
         terms=listing.terms,
         created_at_s=listing.created_at_s,
         stored_bytes=max(stored_bytes, listing.stored_bytes),
+        shares=tuple(catalogue.shares.of(listing.chunk_keys)),
     )
     bucket_listings.publish_listing(store.objects, msgspec.msgpack.encode(entry), document_id)
 
@@ -121,11 +125,12 @@ class Directory:
         self._catalogue = catalogue
         self._ledger = ledger
         self._identity = identity
-        self._seen: set[str] = set()
+        # The entries that were looked at, by version.
+        self._seen: dict[str, str | None] = {}
 
     def sync(self) -> int:
-        """Put on offer here what other homes published, delist what they withdrew; how many were
-        new.
+        """Put on offer here what other homes published, note what they stored anew, delist what
+        they withdrew; how many were new.
 
         An entry that cannot be read is skipped with a warning. Raises StoreError when the object
         store does not answer.
@@ -133,8 +138,8 @@ class Directory:
         if self._store.objects is None:
             return 0
         self._identity.confirm()
-        there = bucket_listings.listed_documents(self._store.objects)
-        gone = sorted(self._seen - there)
+        there = bucket_listings.listed_versions(self._store.objects)
+        gone = sorted(self._seen.keys() - there)
         if left_out := bucket_listings.still_listed(self._store.objects, gone):
             raise StoreError(
                 f"the bucket's list left out {len(left_out)} entries that are there, so it may "
@@ -142,9 +147,12 @@ class Directory:
             )
         again: set[str] = set()
         adopted = 0
-        for document_id in sorted(there - self._seen):
+        for document_id in sorted(name for name, _ in there.items() - self._seen.items()):
             try:
-                adopted += self._adopt(document_id)
+                if document_id in self._seen:
+                    self._learn(document_id)
+                else:
+                    adopted += self._adopt(document_id)
             except UnavailableError as error:
                 logger.warning("kvmarket: the bucket's entry %s waits: %s", document_id, error)
                 again.add(document_id)
@@ -153,8 +161,18 @@ class Directory:
         for document_id in gone:
             with contextlib.suppress(NotFoundError):
                 self._catalogue.delist(document_id)
-        self._seen = there - again
+        self._seen = {name: version for name, version in there.items() if name not in again}
         return adopted
+
+    def _learn(self, document_id: str) -> None:
+        """Note what is stored now of a document that was published again."""
+        assert self._store.objects is not None
+        if (entry := read_entry(self._store.objects, document_id)) is not None:
+            self._note(entry, chunks_of(entry, self._catalogue.chunk_tokens))
+
+    def _note(self, entry: Entry, document: DocumentChunks) -> None:
+        own = set(document.keys)
+        self._catalogue.shares.note([share for share in entry.shares if share.key in own])
 
     def _adopt(self, document_id: str) -> bool:
         with contextlib.suppress(NotFoundError):
@@ -168,4 +186,5 @@ class Directory:
         ensure_account(self._ledger, entry.terms.publisher)
         listing = Listing.of(document, entry.terms, created_at_s=entry.created_at_s)
         listing = dataclasses.replace(listing, stored_bytes=entry.stored_bytes)
+        self._note(entry, document)
         return self._catalogue.adopt(listing, document).state == "live"

@@ -37,12 +37,21 @@ def withdraw_listing(tier: ObjectTier, document_id: str) -> None:
 
 def listed_documents(tier: ObjectTier) -> set[str]:
     """Ids of all documents that have an entry. Raises StoreError."""
-    return _documents(tier.names(PREFIX))
+    return set(listed_versions(tier))
 
 
-def _documents(names: Iterable[str]) -> set[str]:
-    parts = (name.rpartition("/") for name in names)
-    return {last for folder, _, last in parts if folder == PREFIX and _ID.fullmatch(last)}
+def listed_versions(tier: ObjectTier) -> dict[str, str | None]:
+    """Ids of all documents that have an entry, and the entry's version. Raises StoreError."""
+    return _documents(tier.entries(PREFIX))
+
+
+def _documents(objects: Iterable[ObjectFacts]) -> dict[str, str | None]:
+    parts = ((*facts.name.rpartition("/"), facts.version) for facts in objects)
+    return {
+        last: version
+        for folder, _, last, version in parts
+        if folder == PREFIX and _ID.fullmatch(last)
+    }
 
 
 def read_listing(tier: ObjectTier, document_id: str) -> bytes | None:
@@ -66,7 +75,7 @@ def read_whole(tier: ObjectTier) -> tuple[list[ObjectFacts], Iterator[tuple[str,
             f"{tier.url}: the list of its objects is not whole ({MARKER} is not in it), and "
             "nothing was deleted; try again"
         )
-    documents = sorted(_documents(facts.name for facts in objects))
+    documents = sorted(_documents(objects))
     entries = ((document_id, read_listing(tier, document_id)) for document_id in documents)
     # None: withdrawn meanwhile.
     return objects, ((name, entry) for name, entry in entries if entry is not None)

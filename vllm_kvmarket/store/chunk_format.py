@@ -82,6 +82,13 @@ class ChunkLayout(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         return -(-token_count // self.block_tokens)
 
 
+@lru_cache(maxsize=256)
+def layout_digest(layout: ChunkLayout) -> str:
+    """A short name of how pages are arranged: equal for all ranks that have the same layers."""
+    alike = msgspec.structs.replace(layout, rank=0)
+    return xxhash.xxh3_64_hexdigest(_encoder.encode(alike))
+
+
 class ChunkHeader(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The header of a chunk file.
 
@@ -303,6 +310,11 @@ def front_bytes(prefix: bytes, name: str) -> int:
     if magic != MAGIC:
         raise damaged(name, "not a chunk file")
     return aligned(PREFIX_BYTES + length)
+
+
+def fingerprint(front: bytes) -> bytes:
+    """The checksum in front of the header, which covers the checksums of all layers."""
+    return front[_FACTS.size : PREFIX_BYTES]
 
 
 def decode(front: bytes, name: str) -> ChunkHeader:

@@ -97,7 +97,9 @@ class StoredChunk:
     Stays readable when the file is deleted or replaced meanwhile.
     """
 
-    def __init__(self, name: str, descriptor: int, header: ChunkHeader, payload: int) -> None:
+    def __init__(
+        self, name: str, descriptor: int, header: ChunkHeader, payload: int, fingerprint: bytes
+    ) -> None:
         self._name = name
         self._descriptor = descriptor
         self._payload = payload
@@ -106,6 +108,7 @@ class StoredChunk:
         self._page_bytes = chunk_format.raw_sizes(header.layout, 1)
         self._is_raw = header.codec == CODEC_RAW
         self.header = header
+        self.fingerprint = fingerprint
 
     def __enter__(self) -> Self:
         return self
@@ -310,16 +313,16 @@ def _open_chunk(
     except OSError as error:
         raise _failure(name, error) from None
     try:
-        header, payload = _read_header(descriptor, name)
+        header, payload, fingerprint = _read_header(descriptor, name)
         _check_identity(header, name, key=key, layout=layout, namespace=namespace)
     except BaseException:
         os.close(descriptor)
         raise
-    return StoredChunk(name, descriptor, header, payload)
+    return StoredChunk(name, descriptor, header, payload, fingerprint)
 
 
-def _read_header(descriptor: int, name: str) -> tuple[ChunkHeader, int]:
-    """Read and verify the header; returns it and the payload's position."""
+def _read_header(descriptor: int, name: str) -> tuple[ChunkHeader, int, bytes]:
+    """Read and verify the header; returns it, the payload's position and its fingerprint."""
     # 0 for pipes and devices.
     size = os.fstat(descriptor).st_size
     front = _read(descriptor, min(_FIRST_READ_BYTES, size), 0, name)
@@ -333,7 +336,7 @@ def _read_header(descriptor: int, name: str) -> tuple[ChunkHeader, int]:
     expected = payload + header.layer_offsets[-1] + header.layer_bytes[-1]
     if expected != size:
         raise chunk_format.damaged(name, f"has {size} bytes instead of {expected}")
-    return header, payload
+    return header, payload, chunk_format.fingerprint(front)
 
 
 def _check_identity(

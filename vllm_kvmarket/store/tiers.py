@@ -25,6 +25,7 @@ from vllm_kvmarket.core.errors import (
     LayoutMismatchError,
     StoreError,
 )
+from vllm_kvmarket.core.stored_share import StoredShare, is_known
 from vllm_kvmarket.store.chunk_format import (
     SUFFIX,
     Bytes,
@@ -32,9 +33,10 @@ from vllm_kvmarket.store.chunk_format import (
     ChunkLayout,
     check_complete,
     chunk_name,
+    layout_digest,
     missing,
 )
-from vllm_kvmarket.store.chunk_reader import StoredChunk
+from vllm_kvmarket.store.chunk_reader import StoredChunk, open_chunk
 from vllm_kvmarket.store.disk import CHUNKS_FOLDER, DiskStore, verify_share
 from vllm_kvmarket.store.object_tier import ObjectReplacedError, ObjectTier
 
@@ -42,6 +44,7 @@ from vllm_kvmarket.store.object_tier import ObjectReplacedError, ObjectTier
 # deletes old objects that no listing needs, and a young one is safe from it.
 FRESH_S = 6 * 3600.0
 _ATTEMPTS = 2
+_MOST_ACCEPTED = 10_000
 
 
 T = TypeVar("T")
@@ -58,6 +61,22 @@ class ShareId(NamedTuple):
     def name(self) -> str:
         """The name of its object, and of its file below the store's folder."""
         return chunk_name(self.key, self.rank, self.world_size)
+
+
+class KnownShares:
+    """The shares of chunks in the tiers, old copies fetched again; see conversion.ShareStore."""
+
+    def __init__(self, store: Tiers, known: bytes) -> None:
+        self._store = store
+        self._known = known
+        self.shares = store.shares
+        self.quarantine = store.quarantine
+
+    def open_share(
+        self, key: bytes, rank: int, world_size: int, namespace: bytes | None = None
+    ) -> OpenChunk:
+        """See Tiers.open_share."""
+        return self._store.open_share(key, rank, world_size, namespace, self._known)
 
 
 class MirroredChunk:
@@ -128,8 +147,18 @@ class Tiers:
     def __init__(self, disk: DiskStore, objects: ObjectTier | None = None) -> None:
         self.disk = disk
         self.objects = objects
+        # Copies that were fetched though the catalogue knows others: fingerprint, and what it knew.
+        self._accepted: dict[str, tuple[bytes, bytes]] = {}
         self._lock = threading.Lock()
         self._fetching: dict[str, Future[None]] = {}
+
+    def local(self) -> Tiers:
+        """The same without the object store, for threads that must not wait for it."""
+        if self.objects is None:
+            return self
+        local = Tiers(self.disk)
+        local._accepted = self._accepted
+        return local
 
     def close(self) -> None:
         """Cancel running calls to the object store; may be called twice."""
@@ -219,29 +248,41 @@ class Tiers:
 
     # Reading
 
-    def open(self, key: bytes, layout: ChunkLayout, namespace: bytes) -> OpenChunk:
+    def open(
+        self, key: bytes, layout: ChunkLayout, namespace: bytes, known: bytes = b""
+    ) -> OpenChunk:
         """Open a chunk for loading into this layout, as DiskStore.open.
 
         With an object store, a chunk that is missing or damaged on the disk is fetched first, which
-        takes no longer than the object store's deadline. Raises ChunkMissingError when it is
+        takes no longer than the object store's deadline. So is a copy whose fingerprint is not
+        among those that are `known`: it is old. Raises ChunkMissingError when it is
         nowhere, ChunkDamagedError when the object is damaged too, LayoutMismatchError, StoreError,
         StoreFullError when the disk has no space for it.
         """
-        if self.objects is None:
-            return self.disk.open(key, layout, namespace)
         share = ShareId(key, layout.rank, layout.world_size)
-        return self._open(share, partial(self.disk.open, key, layout, namespace))
+        return self._open(share, partial(self.disk.open, key, layout, namespace), known)
 
     def open_share(
-        self, key: bytes, rank: int, world_size: int, namespace: bytes | None = None
+        self,
+        key: bytes,
+        rank: int,
+        world_size: int,
+        namespace: bytes | None = None,
+        known: bytes = b"",
     ) -> OpenChunk:
         """Open one share of a chunk in whatever layout it is; fetches and raises as `open`."""
-        if self.objects is None:
-            return self.disk.open_share(key, rank, world_size, namespace)
         share = ShareId(key, rank, world_size)
-        return self._open(share, partial(self.disk.open_share, *share, namespace))
+        return self._open(share, partial(self.disk.open_share, *share, namespace), known)
 
-    def _open(self, share: ShareId, open_file: Callable[[], StoredChunk]) -> MirroredChunk:
+    def _open(
+        self, share: ShareId, open_file: Callable[[], StoredChunk], known: bytes
+    ) -> OpenChunk:
+        if self.objects is None:
+            chunk = open_file()
+            if self._is_old(share, chunk, known):
+                chunk.close()
+                raise missing(*share)
+            return chunk
         replace = partial(self._replace, share, open_file)
         try:
             chunk = open_file()
@@ -249,7 +290,23 @@ class Tiers:
             chunk = self._fetch_and_open(share, open_file)
         except ChunkDamagedError as error:
             chunk = replace(error)
+        if self._is_old(share, chunk, known):
+            chunk.close()
+            self._fetch_once(share)
+            chunk = open_file()
+            if len(self._accepted) >= _MOST_ACCEPTED:
+                self._accepted.clear()
+            self._accepted[share.name] = chunk.fingerprint, known
         return MirroredChunk(chunk, replace)
+
+    def _is_old(self, share: ShareId, chunk: StoredChunk, known: bytes) -> bool:
+        """Whether a cached copy is not the object that the catalogue knows.
+
+        One that was just fetched is new, whatever the catalogue knows.
+        """
+        if not self.disk.is_cache or is_known(chunk.fingerprint, known):
+            return False
+        return self._accepted.get(share.name) != (chunk.fingerprint, known)
 
     def _fetch_and_open(self, share: ShareId, open_file: Callable[[], StoredChunk]) -> StoredChunk:
         self.fetch(*share)
@@ -274,16 +331,18 @@ class Tiers:
         share = ShareId(key, rank, world_size)
         if self.disk.has(*share):
             return False
+        self._fetch_once(share)
+        return True
+
+    def _fetch_once(self, share: ShareId) -> None:
         if self.objects is None:
-            raise ChunkMissingError(
-                f"{share.name}: no such chunk in the store; publish its document again"
-            )
+            raise missing(*share)
         mine: Future[None] = Future()
         with self._lock:
             running = self._fetching.setdefault(share.name, mine)
         if running is not mine:
             running.result()
-            return True
+            return
         try:
             self._download(self.objects, share)
         except BaseException as error:
@@ -294,7 +353,6 @@ class Tiers:
         finally:
             with self._lock:
                 del self._fetching[share.name]
-        return True
 
     def _download(self, objects: ObjectTier, share: ShareId) -> None:
         until_s = time.monotonic() + objects.timeout_s
@@ -321,6 +379,17 @@ class Tiers:
                     raise
             else:
                 return
+
+    def describe(self, key: bytes, rank: int = 0, world_size: int = 1) -> StoredShare | None:
+        """What the catalogue records of a share that is on the disk; None when it is not there."""
+        path = self.disk.path(key, rank, world_size)
+        try:
+            with open_chunk(path, key) as chunk:
+                layout = layout_digest(chunk.header.layout)
+                size = path.stat().st_size
+                return StoredShare(key, rank, world_size, layout, size, chunk.fingerprint)
+        except (StoreError, FileNotFoundError):
+            return None
 
     def has(self, key: bytes, rank: int = 0, world_size: int = 1) -> bool:
         """Whether there is a file or an object for this chunk; it may be damaged.

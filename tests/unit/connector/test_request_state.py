@@ -45,6 +45,7 @@ def matching(count):
             tokens=pack_tokens(DOCUMENT[start : start + CHUNK]),
             token_count=len(DOCUMENT[start : start + CHUNK]),
             matched=min(CHUNK, count - start),
+            known=bytes([index]) * 8,
         )
         for index, start in enumerate(range(0, count, CHUNK))
     ]
@@ -86,6 +87,7 @@ def usage_of(state, output):
 def planned(state):
     plan = state.load_plan([BLOCK_IDS], FACTS)
     assert plan.namespace == NAMESPACE
+    assert [chunk.known[0] for chunk in plan.chunks] == [KEYS.index(c.key) for c in plan.chunks]
     return [
         (KEYS.index(chunk.key), pages.first_page, [each - BLOCK_IDS[0] for each in pages.block_ids])
         for chunk in plan.chunks

@@ -4,11 +4,23 @@ from __future__ import annotations
 
 import threading
 import time
+from dataclasses import replace
 
 import pytest
 
-from tests.support.paged import PLENTY, Bench, assert_loaded, into, stored, until
+from tests.support.paged import (
+    NAMESPACE,
+    PLENTY,
+    Bench,
+    assert_loaded,
+    blocks_of,
+    fill,
+    into,
+    stored,
+    until,
+)
 from vllm_kvmarket.connector.chunk_io import Chunks
+from vllm_kvmarket.connector.messages import ChunkPrefetch, ChunkSave
 from vllm_kvmarket.store.host_memory import HostTier
 
 
@@ -77,3 +89,36 @@ def test_a_hot_chunk_that_is_damaged_meanwhile_does_not_get_into_host_memory(ben
     assert not path.exists()
     assert bench.load(into(chunk, 20)).reasons == {"missing": 1}
     bench.host.check_integrity()
+
+
+@pytest.mark.parametrize("ahead", [False, True])
+def test_pages_of_an_older_chunk_leave_host_memory(bench, ahead):
+    """When the catalogue knows another fingerprint, a load or a prefetch of it reads anew."""
+    chunk = stored(bench)
+    old = described(bench, chunk)
+    for _ in range(2):
+        bench.load(replace(into(chunk, 20), known=old))
+    until(lambda: bench.host.has(chunk.key))
+    bench.store.disk.delete(chunk.key)
+    fill(bench.cache, blocks_of(chunk), seed=2)
+    assert bench.save(chunk).shares == [bench.store.describe(chunk.key)]
+    new = described(bench, chunk)
+    assert new != old
+    same_as_before = into(chunk, 20)
+    bench.load(replace(same_as_before, known=old))
+    assert bench.count("chunks_loaded/host") == 1
+    if ahead:
+        bench.transfers.prefetch(ChunkPrefetch(NAMESPACE, (chunk.key,), (new,)))
+        bench.wait_for_count("prefetches/done")
+    load = replace(into(chunk, 40), known=new)
+    assert bench.load(load).failures == {}
+    assert_loaded(bench, chunk, load)
+    # A plan that knows nothing changes nothing.
+    assert bench.load(into(chunk, 40)).failures == {}
+    bench.host.check_integrity()
+
+
+def described(bench: Bench, chunk: ChunkSave) -> bytes:
+    share = bench.store.describe(chunk.key)
+    assert share is not None
+    return share.fingerprint

@@ -1,0 +1,63 @@
+"""The catalogue knows what is stored of a chunk, and its matches say so."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.support.catalogue_documents import NAMESPACE, publish, tokens
+from vllm_kvmarket.catalogue import Catalogue
+from vllm_kvmarket.core.stored_share import StoredShare, is_known
+
+DOCUMENT = tokens(600)
+
+
+def share(key: bytes, fingerprint: bytes, rank: int = 0, world_size: int = 1) -> StoredShare:
+    return StoredShare(key, rank, world_size, "layout", 1000, fingerprint)
+
+
+@pytest.fixture(params=[None, 0], ids=["memory", "database"])
+def catalogue(request, path):
+    """A catalogue that matches in memory, and one that matches in its database."""
+    with Catalogue.open(path, chunks_in_memory=request.param) as catalogue:
+        yield catalogue
+        assert catalogue.check_integrity() == []
+
+
+def known(catalogue: Catalogue) -> list[bytes]:
+    match = catalogue.match_anywhere(NAMESPACE, DOCUMENT)
+    assert match is not None
+    return [chunk.known for chunk in match.chunks]
+
+
+def test_a_match_names_the_fingerprints_of_its_chunks(catalogue, path):
+    """Of every rank; a share that replaces another is news to every process at once."""
+    first, second, third = publish(catalogue, DOCUMENT).chunk_keys
+    assert known(catalogue) == [b"", b"", b""]
+    ranks = [share(second, bytes([rank]) * 8, rank, 2) for rank in range(2)]
+    catalogue.shares.note([share(first, b"a" * 8), *ranks])
+    assert known(catalogue) == [b"a" * 8, b"\0" * 8 + b"\1" * 8, b""]
+    assert catalogue.shares.of([first, second, third]) == [share(first, b"a" * 8), *ranks]
+    with Catalogue.open(path) as other:
+        assert known(other) == known(catalogue)
+        catalogue.shares.note([share(first, b"b" * 8)])
+        assert other.refresh()
+        assert known(other)[0] == known(catalogue)[0] == b"b" * 8
+        catalogue.shares.note([share(first, b"b" * 8)])
+        assert not other.refresh(), "nothing is new"
+
+
+def test_what_was_deleted_is_not_known(catalogue):
+    """A chunk that is stored anew later has new shares."""
+    listing = publish(catalogue, DOCUMENT)
+    first = listing.chunk_keys[0]
+    catalogue.shares.note([share(first, b"a" * 8)])
+    catalogue.delist(listing.document_id)
+    catalogue.leftovers.release([first], lambda _: None)
+    publish(catalogue, DOCUMENT)
+    assert known(catalogue) == [b"", b"", b""]
+
+
+def test_fingerprints_are_compared_whole():
+    """Eight bytes that lie across two of them are none."""
+    assert is_known(b"a" * 8, b"") and is_known(b"b" * 8, b"a" * 8 + b"b" * 8)
+    assert not is_known(b"aaaabbbb", b"a" * 8 + b"b" * 8)

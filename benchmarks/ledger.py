@@ -139,7 +139,8 @@ class Load:
 
     def _reserve(self, key: str) -> None:
         at_s = time.perf_counter()
-        self._ledger.submit(reservation(key, self._buyer)).add_done_callback(
+        # More patience than an engine has: a disk that stalls is part of the figure.
+        self._ledger.submit(reservation(key, self._buyer), patience_s=60).add_done_callback(
             lambda answer: self._answers.put((key, True, at_s, answer))
         )
 

@@ -11,8 +11,9 @@ The servers run at once and are asked in turn: the market from many accounts and
 plain vLLM with its prefix cache, in blocks of 128 and of 16 tokens, and without it. (vLLM 0.32
 refuses `--prefix-match-unit 16` for a model with one KV cache group; blocks of 16 are what comes
 nearest.) Before each run the prefix cache is emptied. Then plain vLLM is asked once about each
-document, so that its cache is warm; the market has to load them. Figures are medians over rounds.
-Writes docs/results/crowd.json.
+document, so that its cache is warm; the market has to load them. Figures are medians over rounds;
+without a cache there is one, of few requests, since it takes so long. Writes
+docs/results/crowd.json.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +45,7 @@ from vllm_kvmarket.market.market import DATABASE_FILE
 
 OUTPUT_TOKENS = 16
 LOOK_EVERY_S = 0.5
+UNCACHED, FEWEST = "plain_without_cache", 4
 # A document's name, and the lengths of the documents that are asked about.
 LENGTHS = {"one": (3774,), "blocks": (2816,), "zipf": (1408,) * 8, "short": (1000,)}
 USAGE = "vllm:kv_cache_usage_perc"
@@ -50,7 +53,7 @@ LOADS, CHUNKS = "vllm:kvmarket_load_seconds_count", "vllm:kvmarket_chunks_loaded
 PLAIN = {
     "plain": (),
     "plain_blocks_of_16": ("--block-size", "16"),
-    "plain_without_cache": ("--no-enable-prefix-caching",),
+    UNCACHED: ("--no-enable-prefix-caching",),
 }
 
 
@@ -201,8 +204,8 @@ class Bench:
         for tokens in texts:
             self._publish(tokens)
         for at_a_time in self._args.concurrency:
-            for _ in range(self._args.rounds):
-                self._round(name, texts, at_a_time)
+            for number in range(self._args.rounds):
+                self._round(name, texts, at_a_time, first=number == 0)
 
     def _publish(self, tokens: list[int]) -> None:
         posted = self._sold.post("/v1/kvmarket/documents", {"token_ids": tokens})
@@ -213,8 +216,8 @@ class Bench:
             time.sleep(0.2)
         time.sleep(1)  # until the server has seen it
 
-    def _round(self, name: str, texts: list[list[int]], at_a_time: int) -> None:
-        """Each system once, in turn."""
+    def _round(self, name: str, texts: list[list[int]], at_a_time: int, *, first: bool) -> None:
+        """Each system once, in turn; the one without a cache in the first round only."""
         chosen = popularity(len(texts), self._args.requests)
 
         def asks(keys: Sequence[str]) -> list[Ask]:
@@ -229,11 +232,13 @@ class Bench:
             "many_accounts": lambda: self._run(self._sold, asks(self._keys), at_a_time),
             "one_account": lambda: self._run(self._sold, asks(self._keys[:1]), at_a_time),
         }
+        warm = [Ask(each, "") for each in texts]
         for system, plain in self._plain.items():
-            warm = [] if system == "plain_without_cache" else [Ask(each, "") for each in texts]
-            systems[system] = lambda plain=plain, warm=warm: self._run(  # type: ignore[misc]
-                plain, asks(()), at_a_time, warm
-            )
+            if system != UNCACHED:
+                systems[system] = partial(self._run, plain, asks(()), at_a_time, warm)
+            elif first:
+                few = asks(())[: max(FEWEST, at_a_time)]
+                systems[system] = partial(self._run, plain, few, at_a_time)
         for system, run in systems.items():
             self.rounds.setdefault((name, at_a_time, system), []).append(run().figures())
 

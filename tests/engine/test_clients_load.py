@@ -113,7 +113,10 @@ def test_under_load_charges_are_receipts_are_reused_tokens(shop, ann, ben, token
             (kind, each) for who, kind, each in answers_of if who == name and each is not None
         ]
         for kind, (tokens, charge) in answers:
-            assert tokens * PRICE_NANO == charge == (0 if kind == "computed" else 300_000), kind
+            if kind == "computed":  # at most vLLM's hit on what the account computed before
+                assert (charge, tokens) in ((0, 0), (0, 512))
+            else:
+                assert tokens * PRICE_NANO == charge == 300_000, kind
         # A stream that was left has cost; an answer that was never sent has not.
         left = sum(who == name and kind == "dropped stream" for who, kind, _ in answers_of)
         assert spent == sum(charge for _, (_, charge) in answers) + left * 300_000

@@ -115,7 +115,8 @@ class Reuse:
     reused: int = 0
     loaded: int = 0
     cached: int = 0
-    # After a failed load: what a preempted request finds of the rest, it has computed itself.
+    # After a failed load: what a preempted request, or another sample, finds of the rest was
+    # computed for the same buyer.
     countable: int | None = None
     # vLLM's own count of what it need not compute, until it has reported it in the answer's usage.
     prefill: PrefillStats | None = None
@@ -202,14 +203,19 @@ class Reuse:
         if report.failures:
             self.countable = self.reused
 
+    def others_compute_behind(self, end: int) -> None:
+        """Count nothing behind `end` tokens from now on: another sample computes it. Mutates."""
+        self.countable = max(self.reused, end)
+
     def _count(self) -> None:
         assert self.match is not None
         cached = min(self.local, self._most())
         total = cached + self.external
         if self.countable is not None and total > self.countable:
-            return
+            total = self.countable
+            cached = min(cached, total)
         if total > self.reused:
-            self.reused, self.loaded, self.cached = total, self.external, cached
+            self.reused, self.loaded, self.cached = total, total - cached, cached
 
     def usage(self) -> Usage:
         """The request in tokens, as of now."""

@@ -232,6 +232,18 @@ def test_what_a_request_computed_after_a_failure_is_not_sold_to_it():
     assert usage_of(state, 0).reused == 64
 
 
+@pytest.mark.parametrize("local", [32, 64, 320])
+def test_what_another_sample_computed_after_a_failure_is_not_sold(local):
+    """It finds the tokens in the paged cache, where one of its own buyer's samples put them."""
+    state = asking(240)
+    state.others_compute_behind(64)
+    assert admit(state, local) == (local < 240)
+    state.load_ended(LoadReport(), FACTS) if local < 240 else None
+    usage = usage_of(state, 0)
+    assert (usage.reused, usage.from_paged_cache) == (64, min(local, 64))
+    assert usage.loaded == 64 - min(local, 64)
+
+
 def test_a_preempted_request_pays_for_its_best_admission():
     """Loading again is not reusing twice, and a worse second time takes nothing back."""
     state = asking(100)

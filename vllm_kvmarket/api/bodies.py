@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import Awaitable, Callable, Coroutine, MutableMapping
 from functools import partial
 from typing import Any, TypeVar
@@ -24,7 +25,10 @@ Result = TypeVar("Result")
 QUICK_BYTES = 1 << 16
 # Values in a body: tokens, messages and their parts.
 MOST_ITEMS = 100_000
+# vLLM checks each message, or part of one, for a long time when it is wrong.
+MOST_OBJECTS = 2_000
 MOST_DEPTH = 64
+_DEEP = re.compile(rb"(?:\{s:|\[){%d}" % (MOST_DEPTH + 1))
 FORM_TYPE = "application/x-www-form-urlencoded"
 # In a form, one byte of text may be percent-encoded as three.
 FORM_FACTOR = 3
@@ -99,8 +103,8 @@ def replay(body: bytes, receive: Receive) -> Receive:
 async def parse_object(scope: Scope, body: bytes, most_items: int = MOST_ITEMS) -> dict[str, Any]:
     """The JSON object in a body. Raises ApiError.
 
-    It has at most `most_items` values and MOST_DEPTH levels: vLLM goes through them once more on
-    the event loop.
+    It has at most `most_items` values, MOST_OBJECTS objects and MOST_DEPTH levels: vLLM checks
+    them once more on the event loop.
     """
     kind = media_type(scope)
     if kind != "application/json" and not kind.endswith("+json"):
@@ -118,28 +122,53 @@ async def parse_object(scope: Scope, body: bytes, most_items: int = MOST_ITEMS) 
 
 def _parse(body: bytes, most_items: int) -> Any:
     # Texts may contain these characters too, so only many of them make it worth to look closely.
-    commas, opened = body.count(b","), body.count(b"[") + body.count(b"{")
+    objects = body.count(b"{")
+    opened = objects + body.count(b"[")
+    if body.count(b",") + opened > most_items or objects > MOST_OBJECTS:
+        _check_size(body, most_items)
     parsed = msgspec.json.decode(body)
-    if commas + opened > most_items or opened > MOST_DEPTH:
-        _check_shape(parsed, most_items)
+    if opened > MOST_DEPTH:
+        _check_depth(parsed)
     return parsed
 
 
-def _check_shape(parsed: Any, most_items: int) -> None:
-    """Raises ApiError if a value has too many values in it, or too many levels."""
-    level, depth, items = [parsed], 0, 0
+def _check_size(body: bytes, most_items: int) -> None:
+    """Raises ApiError if a JSON text has too many values or levels.
+
+    It looks at the bytes, because decoding many values stops all threads for as long as it takes.
+    """
+    text = body.replace(rb"\\", b"").replace(rb"\"", b"")
+    too_many = ApiError(413, "body_too_long", f"the body has more than {most_items} values")
+    if text.count(b'"') > 4 * most_items:  # two for each text, which is a key or a value
+        raise too_many
+    marks = b"s".join(text.split(b'"')[::2]).translate(None, b" \t\r\n")
+    if _DEEP.search(marks):
+        raise _too_deep()
+    objects = marks.count(b"{")
+    values = marks.count(b",") + marks.count(b"[") + objects
+    if values - marks.count(b"[]") - marks.count(b"{}") > most_items:
+        raise too_many
+    if objects > MOST_OBJECTS:
+        message = f"the body has more than {MOST_OBJECTS} JSON objects"
+        raise ApiError(413, "body_too_long", message)
+
+
+def _check_depth(parsed: Any) -> None:
+    """Raises ApiError if a value has too many levels."""
+    level, depth = [parsed], 0
     while level:
         depth += 1
         if depth > MOST_DEPTH:
-            raise invalid(f"the body has more than {MOST_DEPTH} levels", code="body_too_deep")
+            raise _too_deep()
         inner: list[Any] = []
         for each in level:
-            items += len(each)
-            if items > most_items:
-                raise ApiError(413, "body_too_long", f"the body has more than {most_items} values")
             values = each.values() if isinstance(each, dict) else each
             inner += [value for value in values if isinstance(value, dict | list) and value]
         level = inner
+
+
+def _too_deep() -> ApiError:
+    return invalid(f"the body has more than {MOST_DEPTH} levels", code="body_too_deep")
 
 
 async def beside_loop(size: int, step: Callable[[Any], Result], value: Any) -> Result:

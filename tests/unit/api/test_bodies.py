@@ -8,7 +8,7 @@ import json
 import pytest
 
 from tests.support.api_server import as_, running
-from vllm_kvmarket.api.bodies import MOST_DEPTH, MOST_ITEMS, parse_object
+from vllm_kvmarket.api.bodies import MOST_DEPTH, MOST_ITEMS, MOST_OBJECTS, parse_object
 from vllm_kvmarket.api.errors import ApiError
 
 SCOPE = {"headers": [(b"content-type", b"application/json")]}
@@ -30,6 +30,8 @@ def nested(depth):
         (nested(5000), 400),
         (json.dumps({"a": [0] * (MOST_ITEMS + 1)}), 413),
         (json.dumps({"a": [[0] * 1000] * 101}), 413),
+        (json.dumps({"a": ['\\\\"'] * (MOST_ITEMS + 1)}), 413),
+        (json.dumps({"a": [{"b": 1}] * MOST_OBJECTS}), 413),
         (json.dumps({str(number): 0 for number in range(MOST_ITEMS + 1)}), 413),
     ],
 )
@@ -47,6 +49,9 @@ def test_a_body_of_too_many_values_or_levels_is_refused(text, status):
         json.dumps({"a": [0] * (MOST_ITEMS - 1)}),
         json.dumps({"a": ",[{" * MOST_ITEMS}),
         json.dumps({"a": [[], {}] * 1000}),
+        json.dumps({"a": [[]] * (MOST_ITEMS - 2), "b": 1}),
+        json.dumps({"a": ['\\\\"{'] * (MOST_ITEMS - 1)}),
+        json.dumps({"a": [{"b": "{"}] * (MOST_OBJECTS - 1)}),
     ],
 )
 def test_a_text_may_contain_what_separates_values(text):

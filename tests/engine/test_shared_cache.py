@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import time
+
+import httpx
 import pytest
 from vllm import SamplingParams
+from vllm.sampling_params import RequestOutputKind
 
 from tests.support.asking import Bill, Requests, sold, wait_until
 from tests.support.engines import NANO, running, words
+from tests.support.serving import MODEL
 from vllm_kvmarket import Market
+from vllm_kvmarket.auth.api_keys import Keys
+from vllm_kvmarket.market.market import DATABASE_FILE
 from vllm_kvmarket.market.timed_requests import ask, empty_prefix_cache
 
 # Ten whole blocks, five chunks: nothing of it lies in a block with a question.
@@ -219,6 +226,74 @@ def test_the_samples_of_one_request_share_one_load_and_one_charge(llm, market, b
     assert len(answer.outputs) == 3
     assert bills["buyer4"].tokens() == LENGTH
     assert chunks_loaded(llm) - before == 5
+
+
+def test_a_resumable_request_reuses_and_pays_once(llm, market, bills):
+    """Its input comes in two parts, of which the first begins with the document."""
+    document, _ = published(llm, market, 9100)
+    parts = [document + QUESTION, words(9101, 400)]
+    before = chunks_loaded(llm)
+    answers = [session(llm, market, name, parts) for name in ("buyer5", "buyer6")]
+    assert answers[0] == answers[1]
+    assert [len(each) for each in answers[0]] == [4, 4]
+    assert chunks_loaded(llm) - before == 5
+    assert (bills["buyer5"].tokens(), bills["buyer6"].tokens()) == (LENGTH, LENGTH)
+
+
+def session(llm, market, account, parts):
+    """The answers to a request's input as it comes in parts, as vLLM's AsyncLLM sends it."""
+    engine, answers = llm.llm_engine, []
+    for number, part in enumerate([*parts, [0]]):
+        params = SamplingParams(temperature=0.0, max_tokens=4, min_tokens=4)
+        params.output_kind = RequestOutputKind.DELTA
+        params.extra_args = market.params(account)
+        made = engine.input_processor.process_inputs(
+            f"session of {account}",
+            {"prompt_token_ids": list(part), "cache_salt": account},
+            params,
+            supported_tasks=("generate",),
+            resumable=number < len(parts),
+        )
+        made.external_req_id = made.request_id
+        engine.output_processor.add_request(made, None, None, 0)
+        engine.engine_core.add_request(made)
+        if not made.resumable:  # the input has ended
+            return answers
+        answers.append([])
+        deadline = time.monotonic() + 60
+        while len(answers[-1]) < 4:
+            assert time.monotonic() < deadline
+            for output in engine.step():
+                answers[-1] += output.outputs[0].token_ids
+    return answers
+
+
+def test_a_document_that_is_preloaded_and_pinned_over_http_serves_http_buyers(
+    llm, market, bills, open_server
+):
+    """In a server that has never seen it: the buyer's request loads nothing."""
+    document, listing = published(llm, market, 9120)
+    market.catalogue.set_pinned(listing.document_id, pinned=True)
+    keys = Keys(market.home / DATABASE_FILE)
+    admin, buyer = (keys.create(*each)[0] for each in (("boss", ["admin"]), ("buyer8", ["buyer"])))
+
+    def post(path, key, **body):
+        headers = {"authorization": f"Bearer {key}"}
+        answer = httpx.post(open_server + path, json=body or None, headers=headers, timeout=120)
+        assert answer.status_code == 200, answer.text
+        return answer.json()
+
+    path = f"/v1/kvmarket/documents/{listing.document_id}/preload"
+    wait_until(lambda: post(path, admin)["pinned_tokens"] == LENGTH)
+    assert post(path, admin)["loaded_tokens"] < 128
+    wish = {"prompt": document + QUESTION, "kvmarket": {"reuse": "require"}, "max_tokens": 2}
+    answer = post("/v1/completions", buyer, model=MODEL, **wish)
+    found = answer["kv_transfer_params"]["kvmarket"]
+    assert (found["reused_tokens"], found["loaded_tokens"]) == (LENGTH, 0)
+    assert answer["usage"]["prompt_tokens_details"]["cached_tokens"] == LENGTH
+    assert bills["buyer8"].tokens() == LENGTH
+    keys.close()
+    market.unpin(listing.document_id)
 
 
 @pytest.mark.long

@@ -109,7 +109,7 @@ def measure(args: argparse.Namespace, folder: Path) -> list[dict[str, float]]:
         httpx.Client(timeout=600) as client,
     ):
         market.create_account("buyer")
-        market.deposit("buyer", 10**15)
+        market.deposit("buyer", 10**15, "first")
         keys = Keys(market.home / DATABASE_FILE)
         client.headers["authorization"] = f"Bearer {keys.create('buyer', ('buyer',))[0]}"
         keys.close()

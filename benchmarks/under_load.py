@@ -135,7 +135,7 @@ def main() -> None:
     args = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="kvmarket-bench-") as home, Market.open(home) as market:
         market.create_account("buyer")
-        market.deposit("buyer", 10**15)
+        market.deposit("buyer", 10**15, "first")
         with engine_output():
             bench = Bench(args, market)
             for _ in range(args.rounds):

@@ -13,7 +13,7 @@ MODEL_NAME = "soak"
 CONTEXT = 2048
 BLOCK_TOKENS = 128
 # Of the paged cache: fewer than the requests under way grow to, so that vLLM preempts some.
-BLOCKS = 36
+BLOCKS = 24
 MOST_SEQUENCES = 10
 WRITE_NANO_PER_MTOK = 1 * NANO
 # Short, so that what is remembered of a purchase for its retry is forgotten within the soak.

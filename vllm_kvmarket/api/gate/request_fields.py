@@ -42,7 +42,7 @@ _SAMPLING = frozenset(
         "stop", "stop_token_ids", "ignore_eos", "presence_penalty", "frequency_penalty",
         "repetition_penalty", "logit_bias", "logprobs", "bad_words", "skip_special_tokens",
         "spaces_between_special_tokens", "include_stop_str_in_output", "structured_outputs",
-        "response_format", "detokenize", "thinking_token_budget",
+        "response_format", "detokenize", "thinking_token_budget", "return_tokens_as_token_ids",
     )
 )
 # fmt: on

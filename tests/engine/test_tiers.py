@@ -197,9 +197,11 @@ def black_hole() -> Iterator[int]:
 
 @pytest.mark.long
 def test_an_object_store_that_never_answers_costs_a_deadline_and_no_token(
-    tiny, tmp_path, black_hole
+    tiny, tmp_path, black_hole, monkeypatch
 ):
     """The document is computed, not charged, and stays on offer: nothing says that it is bad."""
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "key")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
     document = words(506, LENGTH)
     home = tmp_path / "home"
     with funded(home) as market, running(tiny(1), market) as llm:
@@ -216,8 +218,6 @@ def test_an_object_store_that_never_answers_costs_a_deadline_and_no_token(
             "endpoint": f"http://127.0.0.1:{black_hole}",
             "region": "us-east-1",
             "allow_http": "true",
-            "access_key_id": "key",
-            "secret_access_key": "secret",
         },
         "object_store_timeout_s": 2.0,
     }

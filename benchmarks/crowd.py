@@ -8,11 +8,11 @@ whole blocks. `zipf`: about 8 documents of 1,408 tokens, the n-th with a share o
 has a question of its own, and is answered with 16 tokens.
 
 The servers run at once and are asked in turn: the market from many accounts and from one account,
-plain vLLM with its prefix cache, in blocks of 128 and of 16 tokens, and without it. (vLLM 0.32
-refuses `--prefix-match-unit 16` for a model with one KV cache group; blocks of 16 are what comes
-nearest.) Before each run the prefix cache is emptied. Then plain vLLM is asked once about each
-document, so that its cache is warm; the market has to load them. Figures are medians over rounds;
-without a cache there is one, of few requests, since it takes so long. Writes
+plain vLLM with its prefix cache, in blocks of 128 and of 32 tokens, and without it. (vLLM 0.32
+refuses `--prefix-match-unit 16` for a model with one KV cache group, and its CPU kernels take
+multiples of 32 only.) Before each run the prefix cache is emptied. Then plain vLLM is asked once
+about each document, so that its cache is warm; the market has to load them. Figures are medians
+over rounds; without a cache there is one, of few requests, since it takes so long. Writes
 docs/results/crowd.json.
 """
 
@@ -52,7 +52,7 @@ USAGE = "vllm:kv_cache_usage_perc"
 LOADS, CHUNKS = "vllm:kvmarket_load_seconds_count", "vllm:kvmarket_chunks_loaded_total"
 PLAIN = {
     "plain": (),
-    "plain_blocks_of_16": ("--block-size", "16"),
+    "plain_blocks_of_32": ("--block-size", "32"),
     UNCACHED: ("--no-enable-prefix-caching",),
 }
 

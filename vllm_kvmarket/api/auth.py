@@ -30,7 +30,7 @@ class Caller:
     """Who sends a request: the owner of a key, or an anonymous client (no account).
 
     On the routes of vLLM it may also be the holder of an operator's token: then `operation` is
-    what the connector shall do, with that token, or `account` is the one that the token is for.
+    what the connector is asked to do, with that token, or `account` is the token's account.
     """
 
     account: str | None = None

@@ -103,8 +103,8 @@ def replay(body: bytes, receive: Receive) -> Receive:
 async def parse_object(scope: Scope, body: bytes, most_items: int = MOST_ITEMS) -> dict[str, Any]:
     """The JSON object in a body. Raises ApiError.
 
-    It has at most `most_items` values, MOST_OBJECTS objects and MOST_DEPTH levels: vLLM checks
-    them once more on the event loop.
+    It has at most `most_items` values, MOST_OBJECTS objects and MOST_DEPTH levels: vLLM reads them
+    once more on the event loop.
     """
     kind = media_type(scope)
     if kind != "application/json" and not kind.endswith("+json"):

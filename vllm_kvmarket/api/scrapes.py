@@ -1,4 +1,4 @@
-"""Scrapes of /metrics: they wake an idle engine, and show no amounts of money to everybody."""
+"""Scrapes of /metrics: they wake an idle engine, and show amounts of money to admins only."""
 
 from __future__ import annotations
 

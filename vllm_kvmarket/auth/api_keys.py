@@ -155,7 +155,7 @@ class Keys:
 
     Every method raises KeysUnavailableError when the database cannot be used, `check` too when its
     copy of the keys is older than REFRESH_S: a key may have been revoked meanwhile. Readers never
-    wait for a writer: each has a connection of its own, and `check` is a look-up in memory.
+    wait for a writer: they have their own connection, and `check` is a look-up in memory.
     """
 
     def __init__(

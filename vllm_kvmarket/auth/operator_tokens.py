@@ -28,7 +28,7 @@ from vllm_kvmarket.core.errors import ConfigError
 
 SECRET_FILE = "operator.key"  # noqa: S105  # its name, not the secret
 SECRET_BYTES = 32
-# An account's name, whole; wherever one is read.
+# An account's whole name.
 ACCOUNT_PATTERN = r"[A-Za-z0-9._:@-]{1,128}"
 REQUEST_LIFETIME_S = 60.0
 GRACE_S = 60.0
@@ -128,7 +128,7 @@ class Credentials:
         # Two threads may both read here; they find the same.
         now_s = time.monotonic()
         if now_s >= self._fresh_until_s:
-            # Without its file a running process goes on: a backup may be restored underneath it.
+            # A running process continues without the file: a backup may be restored meanwhile.
             with contextlib.suppress(OSError):
                 if self._stamp_of_file() != self._stamp:
                     self._known = self._read()

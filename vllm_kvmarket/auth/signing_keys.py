@@ -66,7 +66,7 @@ def decode_base64url(text: str) -> bytes:
 
 @dataclass(frozen=True, slots=True)
 class PublicKey:
-    """One Ed25519 public key, 32 bytes; equal keys are one key, wherever they came from.
+    """One Ed25519 public key, 32 bytes; two keys are equal if their bytes are.
 
     A market is named by its first key. `market` is set when that key endorsed this one, so that it
     may sign in the market's name; every key may sign in its own. Times are seconds of the epoch; 0
@@ -103,9 +103,8 @@ class PublicKey:
             raise ConfigError(
                 f'{where}: its "x" is not {_PUBLIC_BYTES} bytes in base64url; ask for the key again'
             ) from None
-        said = jwk.get("kvmarket")
         try:
-            claims = msgspec.convert(said or {}, _Claims)
+            claims = msgspec.convert(jwk.get("kvmarket") or {}, _Claims)
             endorsement = decode_base64url(claims.endorsement)
         except (msgspec.ValidationError, ValueError) as error:
             raise ConfigError(f"{where}: its kvmarket member is malformed ({error})") from None
@@ -274,8 +273,8 @@ class SigningKeys:
     def revoke(self, kid: str, reason: str) -> SigningKey:
         """Make a key of this home worthless from now on; return the key that signs instead.
 
-        Anyone may hold it: whatever it signed, at any time, no longer verifies with this home's
-        key set. When it is the market's first key, the market gets another name. Raises
+        Somebody else may have it, so nothing that it ever signed verifies with this home's key set
+        any more. When it is the market's first key, the market gets another name. Raises
         NotFoundError for an unknown key.
         """
         if self.find(kid) is None:
@@ -415,7 +414,7 @@ def read_jwks(path: Path) -> list[PublicKey]:
 
 
 class TrustedKeys:
-    """Whose bundles a home takes: a file a key under `trusted`, which may be put there by hand."""
+    """The keys whose bundles a home imports: one file each under `trusted`; a user may add files."""
 
     def __init__(self, home: Path) -> None:
         self._folder = home / TRUSTED_FOLDER
@@ -425,7 +424,7 @@ class TrustedKeys:
         return {key.kid: key for _, key in self._files()}
 
     def add(self, key: PublicKey) -> bool:
-        """Trust a key from now on; whether that is news."""
+        """Trust a key from now on; False if it was trusted before."""
         if key.kid in self.all():
             return False
         self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)

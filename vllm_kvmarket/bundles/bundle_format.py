@@ -179,7 +179,7 @@ class Reader:
     def manifest(self, trusted: Mapping[str, PublicKey]) -> Manifest:
         """Read the manifest, signed by one of `trusted`, which has their kids as its keys.
 
-        Raises BundleError. Memory is bounded by MAX_MANIFEST_BYTES, whatever the file says.
+        Raises BundleError. Needs at most MAX_MANIFEST_BYTES of memory for any file.
         """
         encoded = self._content(MANIFEST, None)
         signature = self._content(SIGNATURE, SIGNATURE_BYTES)

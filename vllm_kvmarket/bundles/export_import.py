@@ -290,7 +290,7 @@ def _store_files(
 
 
 def _has_whole(market: Market, file: File) -> bool:
-    """Whether the chunk's file is there for good already, whole, in whatever layout."""
+    """Whether the store has the chunk's file already, durable and whole, in any layout."""
     try:
         with open_chunk(market.store.disk.path(*file.place), file.key) as chunk:
             chunk.verify()

@@ -38,7 +38,7 @@ class Argument:
 
 
 def argument(*names: str, **settings: Any) -> Argument:
-    """Describe what argparse's `add_argument` shall add."""
+    """Describe an argument, with the parameters of argparse's `add_argument`."""
     return Argument(names, settings)
 
 

@@ -166,9 +166,7 @@ def key_rotate(args: argparse.Namespace) -> None:
     """Make a new key, which signs from now on."""
     with open_market(args) as market:
         key = SigningKeys(market.home).rotate()
-    text = (
-        f"{key.kid} signs from now on; give `kvmarket key show` to everybody who trusted the last"
-    )
+    text = f"{key.kid} signs from now on; give `kvmarket key show` to everyone who trusted the last"
     emit(args, key.public.jwk(), lambda where: where.print(text))
 
 
@@ -181,7 +179,7 @@ def key_revoke(args: argparse.Namespace) -> None:
     """Make a signing key worthless, because others may have it."""
     with open_market(args) as market:
         key = SigningKeys(market.home).revoke(args.kid, args.reason)
-    text = f"{args.kid} is revoked; {key.kid} signs: give `kvmarket key show --all` to everybody"
+    text = f"{args.kid} is revoked; {key.kid} signs: give `kvmarket key show --all` to everyone"
     emit(args, key.public.jwk(), lambda where: where.print(text))
 
 

@@ -80,7 +80,7 @@ def table(
 
 
 def pairs(where: Console, facts: Iterable[tuple[str, object]]) -> None:
-    """Print facts, one a line, with their names in front."""
+    """Print each fact on its own line, with its name in front."""
     from rich.table import Table
     from rich.text import Text
 

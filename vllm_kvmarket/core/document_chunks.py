@@ -18,7 +18,7 @@ from vllm_kvmarket.core.model_identity import (
 
 
 class DocumentChunks(msgspec.Struct, frozen=True):
-    """Keys and packed tokens, one each a chunk, in order; only the last chunk may be shorter."""
+    """The key and the packed tokens of each chunk, in order; only the last one may be shorter."""
 
     namespace: bytes
     keys: tuple[bytes, ...]

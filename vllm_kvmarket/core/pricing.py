@@ -34,7 +34,7 @@ def amount_nano(tokens: int, nano_per_mtok: int) -> int:
 
 
 class Terms(msgspec.Struct, frozen=True):
-    """The unit prices that hold for one reservation, whatever the tariff does meanwhile."""
+    """The unit prices of one reservation; they stay when the tariff changes."""
 
     input_nano_per_mtok: int
     cache_read_nano_per_mtok: int

@@ -101,7 +101,7 @@ class StoredHashes:
     """
 
     def __init__(self, path: Path, size: int) -> None:
-        """Open the file, making it where there is none; what lies behind `size` leaves goes."""
+        """Open or make the file; hashes after those of `size` leaves are cut off."""
         self._path = path
         self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         self.size = size

@@ -70,7 +70,7 @@ class MarketField(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     @property
     def is_binding(self) -> bool:
-        """Whether the request shall fail if it cannot reuse."""
+        """Whether the request fails if it cannot reuse."""
         return self.document is not None or self.reuse == "require"
 
     def wants_reuse(self, limits: KeyLimits) -> bool:

@@ -1,7 +1,7 @@
 """How the gate treats each route of vLLM's API server.
 
-The application's own router says which route a request goes to, so no spelling of a path leads
-around the gate. A route that is not listed here is for admins only, whatever its method.
+The application's own router decides which route a request belongs to, so no spelling of a path
+leads around the gate. A route that is not listed here is for admins only, whatever its method.
 """
 
 from __future__ import annotations

@@ -16,7 +16,6 @@ from markupsafe import Markup
 
 from vllm_kvmarket.api.models import Document
 from vllm_kvmarket.api.pages.formatting import count, exactly, money, seconds, share
-from vllm_kvmarket.api.pages.server_metrics import quantile
 from vllm_kvmarket.ledger import Receipt
 
 DAY_S = 86_400
@@ -161,6 +160,21 @@ def first_tokens(buckets: Sequence[tuple[float, int]]) -> Figure | None:
     picture = _columns(labels, series, "first token within", _short)
     head = ["First token within", "Answers", "Share"]
     return Figure("ttft", "Time to the first token", description, picture, series, head, rows)
+
+
+def quantile(buckets: Sequence[tuple[float, int]], share: float) -> float | None:
+    """The value below which `share` of a histogram lies; None if it is empty or beyond its ends.
+
+    Inside a bucket values are taken as evenly spread, as Prometheus does.
+    """
+    wanted = share * sum(number for _, number in buckets)
+    start = 0.0
+    for end, number in buckets:
+        if number and wanted <= number:
+            return None if math.isinf(end) else start + (end - start) * wanted / number
+        wanted -= number
+        start = end
+    return None
 
 
 def _by_period(

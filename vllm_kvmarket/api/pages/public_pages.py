@@ -1,4 +1,4 @@
-"""Pages for everybody: the catalogue, documents, public keys, signing in and out."""
+"""Pages for everyone: the catalogue, documents, public keys, signing in and out."""
 
 from __future__ import annotations
 

@@ -15,11 +15,11 @@ from tests.support.page_visitor import Visitor, sell
 from vllm_kvmarket.api.pages.charts import (
     MOST_COLUMNS,
     first_tokens,
+    quantile,
     reuse_over_time,
     revenue_over_time,
 )
-from vllm_kvmarket.api.pages.provider_page import traffic
-from vllm_kvmarket.api.pages.server_metrics import ServerMetrics, quantile
+from vllm_kvmarket.api.pages.provider_page import ServerMetrics, traffic
 from vllm_kvmarket.catalogue import Use
 from vllm_kvmarket.core.pricing import format_nano
 

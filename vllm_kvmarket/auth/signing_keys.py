@@ -414,7 +414,7 @@ def read_jwks(path: Path) -> list[PublicKey]:
 
 
 class TrustedKeys:
-    """The keys whose bundles a home imports: one file each under `trusted`; a user may add files."""
+    """The keys whose bundles a home imports: one file each under `trusted`. A user may add some."""
 
     def __init__(self, home: Path) -> None:
         self._folder = home / TRUSTED_FOLDER

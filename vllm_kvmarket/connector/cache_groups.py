@@ -109,6 +109,11 @@ def groups_of(kv_cache_config: KVCacheConfig, chunk_tokens: int) -> tuple[CacheG
         if len(specs) == 1:
             page_bytes *= len(names)
         groups.append(CacheGroup(kind, block_tokens, names, page_bytes, reach))
+    if len({group.block_tokens for group in groups}) > 1:
+        raise ConfigError(
+            "this model's attention layers have blocks of different sizes, which kvmarket does not "
+            "support; start it without kvmarket"
+        )
     return tuple(groups)
 
 

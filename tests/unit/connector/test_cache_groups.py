@@ -41,6 +41,7 @@ def cache_of(*specs):
         ([SinkFullAttentionSpec(**SHAPE, sink_len=4)], "SinkFullAttentionSpec"),
         ([FULL, MambaSpec(16, shapes=((2, 3),), dtypes=(torch.float32,))], "recurrent state"),
         ([FullAttentionSpec(**{**SHAPE, "block_size": 96})], "--block-size"),
+        ([FullAttentionSpec(**{**SHAPE, "block_size": 32}), WINDOW], "blocks of different sizes"),
     ],
 )
 def test_layers_that_were_not_shown_to_be_exact_are_refused(specs, complaint):

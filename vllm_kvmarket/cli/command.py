@@ -69,7 +69,7 @@ def command(
 
     def made(run: Callable[[argparse.Namespace], int | None]) -> Command:
         noun, _, verb = run.__name__.partition("_")
-        text = (run.__doc__ or "").removesuffix(".")
+        text = " ".join((run.__doc__ or "").split()).removesuffix(".")
         name = f"{noun} {verb.replace('_', '-')}".strip()
         return Command(name, text[:1].lower() + text[1:], run, arguments, changes)
 

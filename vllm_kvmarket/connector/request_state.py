@@ -115,8 +115,8 @@ class Reuse:
     reused: int = 0
     loaded: int = 0
     cached: int = 0
-    # After a failed load: what a preempted request, or another sample, finds of the rest was
-    # computed for the same buyer.
+    # What a preempted request finds behind its first admission's plan, or behind a failed load, was
+    # computed for the same buyer, by itself or by another sample.
     countable: int | None = None
     # vLLM's own count of what it need not compute, until it has reported it in the answer's usage.
     prefill: PrefillStats | None = None
@@ -147,6 +147,8 @@ class Reuse:
             return False
         self.asked = False
         self.external = external
+        if self.countable is None:
+            self.countable = self.local + external
         # A preempted request has reported its count already.
         self.prefill = self.request.prefill_stats if self.request.num_preemptions == 0 else None
         if external == 0:

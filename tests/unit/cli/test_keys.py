@@ -103,5 +103,7 @@ def test_every_command_that_writes_is_recorded():
         *("log admin", "key show", "trust list", "store check", "store codecs", "economics"),
         # They need no market, or make their own.
         *("env", "demo", "backup restore"),
+        # It asks a server, which records it.
+        "document preload",
     }
     assert {command.name for command in cli.commands() if not command.changes} == looking

@@ -257,6 +257,18 @@ def test_a_preempted_request_pays_for_its_best_admission():
     assert usage_of(state, 0).reused == 100
 
 
+def test_a_preempted_request_pays_nothing_for_what_it_computed_itself():
+    """It was admitted with less than the match: what it finds of the rest later is its own work."""
+    state = asking(240)
+    state.exclude({state.match.chunks[1].key}, FACTS.chunk_tokens)
+    admit(state, 0)
+    state.load_ended(LoadReport(), FACTS)
+    before = usage_of(state, 0).reused
+    assert 0 < before < 240
+    admit(state, 240)
+    assert usage_of(state, 1).reused == before
+
+
 def test_a_request_without_a_match_computes_all():
     """A request that only publishes, or may not reuse, has a usage too."""
     usage = usage_of(Reuse(request_of(400), None), 9)

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from tests.support.asking import Bill, Requests
-from tests.support.engines import NANO, SMOLLM, running
+from tests.support.engines import NANO, SMALL, SMOLLM, running
 from tests.support.serving import serving
 from tools.make_tiny_model import make_tiny_model
 from vllm_kvmarket import Market
@@ -59,20 +59,13 @@ def market(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Market]:
 @pytest.fixture(scope="session")
 def llm(tiny: Callable[[int], Path], market: Market) -> Iterator[Any]:
     """The shared engine: prefill in pieces of 512 tokens, blocks of 128, few of them."""
-    with running(
-        tiny(1),
-        market,
-        max_num_batched_tokens=512,
-        num_gpu_blocks_override=44,
-        max_num_seqs=8,
-        disable_log_stats=False,
-    ) as engine:
+    with running(tiny(1), market, **SMALL) as engine:
         yield engine
 
 
 @pytest.fixture(scope="session")
-def open_server(llm: Any, tiny: Callable[[int], Path], market: Market) -> Iterator[str]:
-    """The address of a server beside the shared engine, on the same market and model."""
+def open_server(tiny: Callable[[int], Path], market: Market) -> Iterator[str]:
+    """The address of a server on the shared market and model."""
     config = {"metrics_money": True}
     with serving(tiny(1), market.home, "--enable-prompt-tokens-details", config=config) as running:
         yield running.base

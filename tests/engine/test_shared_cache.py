@@ -10,7 +10,7 @@ from vllm import SamplingParams
 from vllm.sampling_params import RequestOutputKind
 
 from tests.support.asking import Bill, Requests, sold, wait_until
-from tests.support.engines import NANO, running, words
+from tests.support.engines import NANO, SMALL, running, words
 from tests.support.serving import MODEL
 from vllm_kvmarket import Market
 from vllm_kvmarket.auth.api_keys import Keys
@@ -21,6 +21,13 @@ from vllm_kvmarket.market.timed_requests import ask, empty_prefix_cache
 LENGTH = 1280
 QUESTION = words(994, 40)
 BUYERS = [f"buyer{number}" for number in range(16)]
+
+
+@pytest.fixture(scope="module")
+def llm(tiny, market):
+    """An engine of this module: vLLM shows the metrics of the engine that started last."""
+    with running(tiny(1), market, **SMALL) as engine:
+        yield engine
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -17,6 +17,15 @@ SMOLLM = ROOT / ".cache" / "models" / "SmolLM2-135M-Instruct"
 NANO = 1_000_000_000
 
 
+# Prefill in pieces of 512 tokens, and so few blocks that preemption is easy to provoke.
+SMALL: dict[str, Any] = {
+    "max_num_batched_tokens": 512,
+    "num_gpu_blocks_override": 44,
+    "max_num_seqs": 8,
+    "disable_log_stats": False,
+}
+
+
 @contextmanager
 def running(model: Path, market: Market, **engine_args: Any) -> Iterator[Any]:
     """An engine on a market that is gone, process and all, afterwards."""

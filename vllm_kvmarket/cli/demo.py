@@ -135,9 +135,10 @@ def sell(llm: Any, market: Market, document_id: str) -> tuple[list[Sale], list[A
     bought = {}
     for buyer, prompt in prompts.items():
         bought[buyer] = ask(llm, prompt, market.params(buyer), ANSWER_TOKENS)
-    empty_prefix_cache(llm)
     sales = []
     for buyer, prompt in prompts.items():
+        # It would find what the question before has computed for the same account.
+        empty_prefix_cache(llm)
         full = ask(llm, prompt, market.params(PAUPER), ANSWER_TOKENS)
         sales.append(Sale(buyer, BUYERS[buyer], bought[buyer], full))
     tails = [prompt[len(document) :] for prompt in prompts.values()]

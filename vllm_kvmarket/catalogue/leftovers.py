@@ -84,11 +84,19 @@ class Leftovers:
         return released
 
     def _mark(self, batch: list[bytes]) -> list[bytes]:
+        """Mark what this process may delete: nothing needs it, and nobody else is deleting it.
+
+        A mark has one owner, so that a chunk is not let go while another process deletes it.
+        """
         with self._db.transaction() as db:
             self._owner.announce()
-            free = [key for key in batch if not queries.is_held(db, key, NEEDED)]
+            free = [
+                key
+                for key in batch
+                if not queries.is_held(db, key, NEEDED) and not self._are_being_deleted(db, [key])
+            ]
             marks = [(key, self._owner.name) for key in free]
-            db.executemany("INSERT INTO releasing VALUES (?, ?) ON CONFLICT DO NOTHING", marks)
+            db.executemany("INSERT INTO releasing VALUES (?, ?)", marks)
             return free
 
     def _unmark(self, gone: list[bytes]) -> None:

@@ -207,7 +207,8 @@ class Reuse:
 
     def others_compute_behind(self, end: int) -> None:
         """Count nothing behind `end` tokens from now on: another sample computes it. Mutates."""
-        self.countable = max(self.reused, end)
+        end = max(self.reused, end)
+        self.countable = end if self.countable is None else min(self.countable, end)
 
     def _count(self) -> None:
         assert self.match is not None

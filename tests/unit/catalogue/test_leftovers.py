@@ -118,6 +118,43 @@ def test_the_marks_of_a_process_that_died_mean_nothing(catalogue, path):
     assert left == [(0,)]
 
 
+def test_two_that_delete_the_same_chunks_do_not_free_them_for_each_other(catalogue, path):
+    """The second leaves them to the first: a publisher would write what it still deletes."""
+    gone = publish(catalogue, DOCUMENT)
+    catalogue.delist(gone.document_id)
+    deleted: list[bytes] = []
+    with Catalogue.open(path) as other:
+
+        def delete(key: bytes) -> None:
+            if not deleted:
+                assert other.leftovers.release(gone.chunk_keys, pytest.fail) == 0
+            deleted.append(key)
+
+        assert catalogue.leftovers.release(gone.chunk_keys, delete) == len(gone.chunk_keys)
+        assert deleted == list(gone.chunk_keys)
+        assert publish(other, DOCUMENT).state == "live"
+
+
+def test_who_deletes_after_a_process_that_died_is_waited_for(catalogue, path, monkeypatch):
+    """The dead one's marks are replaced, so that nobody publishes what is being deleted."""
+    monkeypatch.setattr(module, "_PATIENCE_S", 0.05)
+    process = start_process(DIE_WHILE_DELETING, path)
+    assert heard(process) == "deleting"
+    tell(process)
+    ended(process)
+    keys = chunks_of(DOCUMENT).keys
+    begun: list[bytes] = []
+    with Catalogue.open(path) as other:
+
+        def delete(key: bytes) -> None:
+            with pytest.raises(CatalogueUnavailableError, match="still being deleted"):
+                publish(other, DOCUMENT)
+            begun.append(key)
+
+        assert catalogue.leftovers.release(keys, delete) == len(begun) > 0
+        assert publish(other, DOCUMENT).state == "live"
+
+
 def test_documents_that_left_are_found_without_looking_at_files(catalogue):
     """Each once; one that was published again is none."""
     leaves = {

@@ -244,6 +244,15 @@ def test_what_another_sample_computed_after_a_failure_is_not_sold(local):
     assert usage.loaded == 64 - min(local, 64)
 
 
+def test_another_samples_failure_raises_no_bound():
+    """Its own load failed earlier: what lies between the two was computed too."""
+    state = asking(240)
+    state.others_compute_behind(64)
+    state.others_compute_behind(128)
+    admit(state, 240)
+    assert usage_of(state, 0).reused == 64
+
+
 def test_a_preempted_request_pays_for_its_best_admission():
     """Loading again is not reusing twice, and a worse second time takes nothing back."""
     state = asking(100)

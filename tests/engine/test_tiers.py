@@ -5,16 +5,15 @@ from __future__ import annotations
 import socket
 import time
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
-from tests.support.engines import NANO, running, words
+from tests.support.engines import NANO, SMALL, running, words
+from tests.support.store_chunks import replace_pages
 from vllm_kvmarket import Market
 from vllm_kvmarket.catalogue.store_record import RecordedStore
 from vllm_kvmarket.connector.metrics import PREFIX
 from vllm_kvmarket.market.timed_requests import ask, empty_prefix_cache
-from vllm_kvmarket.store import DiskStore
 
 LENGTH = 700  # two whole chunks and a short one
 CHUNKS = 3
@@ -24,14 +23,7 @@ QUESTION = words(995, 10)
 @pytest.fixture(scope="module")
 def llm(tiny, market: Market):
     """An engine of this file's own: vLLM forgets the metrics of one when another starts."""
-    with running(
-        tiny(1),
-        market,
-        max_num_batched_tokens=512,
-        num_gpu_blocks_override=44,
-        max_num_seqs=8,
-        disable_log_stats=False,
-    ) as engine:
+    with running(tiny(1), market, **SMALL) as engine:
         yield engine
 
 
@@ -161,7 +153,7 @@ def test_a_document_is_fetched_from_the_object_store(tiny, tmp_path):
         listing = market.publish(llm, token_ids=document)
         full = computed(llm, market, document + QUESTION)
         for key in listing.chunk_keys:
-            falsify(market, key, tmp_path / "false")
+            falsify(market, key)
         fetched = counted(llm, "chunks_loaded", tier="objects")
         answer = reuse(llm, market, document + QUESTION)
         assert answer.market["reused_tokens"] == LENGTH
@@ -169,21 +161,11 @@ def test_a_document_is_fetched_from_the_object_store(tiny, tmp_path):
         assert counted(llm, "chunks_loaded", tier="objects") - fetched == CHUNKS
 
 
-def falsify(market: Market, key: bytes, folder: Path) -> None:
+def falsify(market: Market, key: bytes) -> None:
     """Put a valid file with other pages in place of a chunk's copy on the disk."""
     with market.store.open_share(key, 0, 1) as chunk:
-        header = chunk.header
-        layers = [[chunk.layer(index) ^ 1] for index in range(len(header.layout.layers))]
-    false = DiskStore(folder)
-    false.put(
-        key=key,
-        parent=header.parent,
-        namespace=header.namespace,
-        tokens=header.tokens,
-        layout=header.layout,
-        layers=layers,
-    )
-    false.path(key).rename(market.store.disk.path(key))
+        layers = [[chunk.layer(index) ^ 1] for index in range(len(chunk.header.layout.layers))]
+    replace_pages(market.store.disk.path(key), key, layers)
 
 
 @pytest.fixture

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import os
 import time
 
 import pytest
 
 from tests.support.engines import NANO, running, words
+from tests.support.store_chunks import replace_pages
 from vllm_kvmarket import Market, PublishFailedError
 from vllm_kvmarket.core.errors import PinError
 from vllm_kvmarket.market.timed_requests import ask, empty_prefix_cache
+from vllm_kvmarket.store import open_chunk
 
 QUESTION = words(995, 9)
 
@@ -118,24 +119,9 @@ def test_an_audit_tells_honest_chunks_from_poisoned_ones(llm, market: Market):
 
 def poison(market: Market, key: bytes, source: bytes) -> None:
     """Give a chunk the pages of another one, in a file that verifies."""
-    from vllm_kvmarket.store import chunk_format, open_chunk
-
     with open_chunk(market.store.disk.path(source), source) as chunk:
         layers = [[chunk.layer(index)] for index in range(len(chunk.header.layout.layers))]
-    path = market.store.disk.path(key)
-    with open_chunk(path, key) as chunk:
-        header = chunk.header
-    prepared = chunk_format.prepare(
-        key=key,
-        parent=header.parent,
-        namespace=header.namespace,
-        tokens=header.tokens,
-        layout=header.layout,
-        layers=layers,
-    )
-    descriptor = os.open(path, os.O_WRONLY | os.O_TRUNC)
-    prepared.write(descriptor)
-    os.close(descriptor)
+    replace_pages(market.store.disk.path(key), key, layers)
 
 
 def test_a_full_store_evicts_what_is_worth_least_and_never_exceeds_its_quota(tiny, tmp_path):

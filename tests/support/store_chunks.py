@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import random
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,8 @@ import pytest
 
 from vllm_kvmarket.core.errors import ChunkDamagedError
 from vllm_kvmarket.core.model_identity import ROOT, chunk_key, pack_tokens
-from vllm_kvmarket.store import ChunkLayout, DiskStore, LayerLayout
+from vllm_kvmarket.store import ChunkLayout, DiskStore, LayerLayout, open_chunk
+from vllm_kvmarket.store.chunk_format import prepare
 from vllm_kvmarket.store.quota import RECORD_NAME
 
 NAMESPACE = bytes(range(32))
@@ -19,6 +21,24 @@ OTHER_NAMESPACE = bytes(32)
 # Layers that end inside a block of 4,096 are padded; others lie one after another.
 PADDED = 100
 DENSE = 2048
+
+
+def replace_pages(path: Path, key: bytes, layers: Sequence[Sequence[np.ndarray]]) -> None:
+    """Put a file with other pages, which verifies, in a stored chunk's place."""
+    with open_chunk(path, key) as chunk:
+        header = chunk.header
+    prepared = prepare(
+        key=key,
+        parent=header.parent,
+        namespace=header.namespace,
+        tokens=header.tokens,
+        layout=header.layout,
+        layers=layers,
+    )
+    draft = path.with_suffix(".draft")
+    with draft.open("wb", buffering=0) as file:
+        prepared.write(file.fileno())
+    draft.replace(path)
 
 
 def layout_of(page_bytes: int = PADDED, layers: int = 3, **facts: object) -> ChunkLayout:

@@ -2,7 +2,7 @@
 
 A pin holds no block. vLLM takes free blocks from the front of a queue; pinned ones that come near
 the front are moved to its end, again and again. So other requests push them out only where nothing
-else is left, and the engine can sleep, take new weights or empty its cache: a pin ends with that.
+else is left, and the engine can sleep or empty its cache: a pin ends with that.
 """
 
 from __future__ import annotations

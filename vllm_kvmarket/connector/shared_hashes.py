@@ -1,4 +1,4 @@
-"""Block hashes of published tokens: one copy in vLLM's paged cache, whoever reads it.
+"""Block hashes of published tokens: one copy in vLLM's paged cache for all readers.
 
 vLLM finds a block of its cache by a hash over all tokens up to the block's end, and an account's
 salt in the first block makes every hash of a request the account's own. Where a request reuses

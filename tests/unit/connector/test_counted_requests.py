@@ -14,16 +14,9 @@ from tests.support.scheduler_half import (
     DOCUMENT,
     half_of,
     local_tokens,
-    opened_market,
     request_of,
 )
 from vllm_kvmarket.connector.metrics import MarketStats
-
-
-@pytest.fixture
-def market(tmp_path):
-    with opened_market(tmp_path) as opened:
-        yield opened
 
 
 @pytest.fixture

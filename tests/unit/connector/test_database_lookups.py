@@ -16,19 +16,12 @@ from tests.support.scheduler_half import (
     cache_document,
     half_of,
     local_tokens,
-    opened_market,
     request_of,
 )
 from vllm_kvmarket.connector.scheduler import NOT_LOOKED_UP, DatabaseLookup
 from vllm_kvmarket.core.errors import CatalogueError
 
 PROMPT = [*DOCUMENT, 7, 8]
-
-
-@pytest.fixture
-def market(tmp_path):
-    with opened_market(tmp_path) as opened:
-        yield opened
 
 
 @pytest.fixture

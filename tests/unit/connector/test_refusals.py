@@ -17,26 +17,12 @@ from tests.support.scheduler_half import (
     DOCUMENT,
     half_of,
     local_tokens,
-    opened_market,
     request_of,
 )
 from vllm_kvmarket.connector import refusals
 from vllm_kvmarket.core.errors import CatalogueError, LedgerUnavailableError
 
 PROMPT = [*DOCUMENT, 7, 8]
-
-
-@pytest.fixture
-def market(tmp_path):
-    with opened_market(tmp_path) as opened:
-        yield opened
-
-
-@pytest.fixture
-def half(market, monkeypatch):
-    made = half_of(market, monkeypatch)
-    yield made
-    made.close()
 
 
 def params(**fields):

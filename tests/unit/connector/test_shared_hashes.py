@@ -18,7 +18,6 @@ from tests.support.scheduler_half import (
     CACHED,
     DOCUMENT,
     cache_blocks,
-    half_of,
     local_tokens,
     opened_market,
     request_of,
@@ -180,13 +179,6 @@ def market(tmp_path):
         opened.create_account("bob")
         opened.deposit("bob", 1 << 40, "d2")
         yield opened
-
-
-@pytest.fixture
-def half(market, monkeypatch):
-    made = half_of(market, monkeypatch)
-    yield made
-    made.close()
 
 
 def until_decided(half, request):

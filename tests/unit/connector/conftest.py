@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import pytest
 
-from tests.support.scheduler_half import half_of, opened_market
-
 
 @pytest.fixture
 def market(tmp_path):
+    # Here, because modules beside this one also run without vLLM.
+    from tests.support.scheduler_half import opened_market
+
     with opened_market(tmp_path) as opened:
         yield opened
 
 
 @pytest.fixture
 def half(market, monkeypatch):
+    from tests.support.scheduler_half import half_of
+
     made = half_of(market, monkeypatch)
     yield made
     made.close()

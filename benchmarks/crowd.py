@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import itertools
 import json
 import os
 import random
@@ -189,6 +190,7 @@ class Bench:
         self._sold = clients("market", ours)
         self._plain = {name: clients(name, arguments) for name, arguments in PLAIN.items()}
         self._asked = 0
+        self._published: set[str] = set()
         self.rounds: dict[tuple[str, int, str], list[dict[str, float]]] = {}
 
     def _account(self, keys: Keys, name: str) -> str:
@@ -196,16 +198,17 @@ class Bench:
         self._market.deposit(name, 10**15, f"first:{name}")
         return keys.create(name, ["buyer"])[0]
 
-    def measure(self, tokenizer: Any, name: str) -> None:
-        """All concurrencies and rounds about one set of documents."""
+    def measure(self, tokenizer: Any, name: str, at_a_time: int) -> None:
+        """All rounds about one set of documents."""
         lengths = LENGTHS[name]
         cut = documents(tokenizer, tuple(range(max(lengths), max(lengths) + len(lengths))))
         texts = [tokens[:length] for tokens, length in zip(cut.values(), lengths, strict=True)]
-        for tokens in texts:
-            self._publish(tokens)
-        for at_a_time in self._args.concurrency:
-            for number in range(self._args.rounds):
-                self._round(name, texts, at_a_time, first=number == 0)
+        if name not in self._published:
+            self._published.add(name)
+            for tokens in texts:
+                self._publish(tokens)
+        for number in range(self._args.rounds):
+            self._round(name, texts, at_a_time, first=number == 0)
 
     def _publish(self, tokens: list[int]) -> None:
         posted = self._sold.post("/v1/kvmarket/documents", {"token_ids": tokens})
@@ -321,8 +324,15 @@ def main() -> None:
         ExitStack() as stack,
     ):
         bench = Bench(args, Path(folder), stack)
-        for name in args.documents:
-            bench.measure(tokenizer, name)
+        for name, at_a_time in itertools.product(args.documents, args.concurrency):
+            bench.measure(tokenizer, name, at_a_time)
+            # An hour's run that is ended early has not been in vain.
+            write(args, bench.rows())
+    print(f"\nwrote {args.output}")
+
+
+def write(args: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
+    """Write and print what has been measured so far."""
     result = {
         "command": "python -m benchmarks.crowd " + " ".join(sys.argv[1:]),
         "model": Path(args.model).name,
@@ -330,11 +340,10 @@ def main() -> None:
         "accounts": args.accounts,
         "output_tokens": OUTPUT_TOKENS,
         "machine": describe_machine(),
-        "rows": bench.rows(),
+        "rows": rows,
     }
     args.output.write_text(json.dumps(result, indent=1) + "\n")
-    print(report(result["rows"]))
-    print(f"\nwrote {args.output}")
+    print(report(rows), flush=True)
 
 
 if __name__ == "__main__":

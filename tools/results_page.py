@@ -28,10 +28,9 @@ PAGE = ROOT / "docs" / "RESULTS.md"
 HEAD = """# Results
 
 One picture or table for each claim. Every figure comes from a script in `benchmarks/` and a file in
-`docs/results/`, and this page is written from those files (`tools/results_page.py`). All of it ran on 2 cores
-of an AMD EPYC without a GPU, with vLLM 0.32's CPU build; unless said otherwise the model is
-SmolLM2-135M-Instruct in float32. Such a machine's seconds are noisy: read the ratios. What goes against us is
-at the end of each part.
+`docs/results/`, and this page is written from those files (`tools/results_page.py`). Unless said otherwise it ran on
+2 cores of an AMD EPYC without a GPU, with vLLM 0.32's CPU build, and the model is SmolLM2-135M-Instruct in float32.
+Such a machine's seconds are noisy: read the ratios. What goes against us is at the end of each part.
 """
 NOT_PROVEN = """## What is not proven
 
@@ -78,6 +77,41 @@ def peers(found: Result) -> str:
     ]
     notes = {s["note"] for s in found["systems"].values() if s.get("note", "").startswith("(*)")}
     return text + "\n" + "\n".join([*sorted(notes), "", *cannot]) + "\n"
+
+
+def crowd(found: Result) -> str:
+    """Many buyers of one document."""
+    by = {(row["documents"], row["at_a_time"], row["system"]): row for row in found["rows"]}
+    names = {"one": "3,774 tokens", "blocks": "2,816 tokens, 22 blocks", "zipf": "8 documents"}
+    rows = []
+    for (documents, at_a_time, system), row in by.items():
+        plain = by[documents, at_a_time, "plain"]
+        rows.append(
+            (
+                names.get(documents, documents),
+                str(at_a_time),
+                system.replace("_", " "),
+                f"{row['requests_per_s']:.2f}",
+                f"{row['requests_per_s'] / plain['requests_per_s']:.2f}",
+                f"{row['ttft_p50_s']:.2f}",
+                f"{row['ttft_p99_s']:.2f}",
+                f"{row['peak_usage']:.0%}",
+                f"{row['chunks_loaded']:.0f}",
+            )
+        )
+    head = (
+        *("document", "at a time", "system", "requests/s", "/ plain"),
+        *("TTFT p50 s", "p99 s", "paged cache", "chunks loaded"),
+    )
+    return f"""## A crowd of buyers
+
+`{found["command"]}`: a real server, {found["requests"]} requests of {found["accounts"]} accounts, in turn with one
+account and with plain vLLM, whose prefix cache is warm ("plain", and with blocks of 32 tokens) or off. Measured on
+{found["machine"]["cores"]} cores of an {found["machine"]["cpu"]}. A document's last block, if it is not full, is loaded
+for each request.
+
+{table(head, rows)}
+"""
 
 
 def store(found: Result) -> str:
@@ -269,6 +303,7 @@ PAPER: dict[str, Callable[[Result], str]] = {
     "prize": prize,
 }
 FILES: dict[str, Callable[[Result], str]] = {
+    "crowd": crowd,
     "peers": peers,
     "store": store,
     "ledger": ledger,

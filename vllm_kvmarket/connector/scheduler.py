@@ -417,7 +417,7 @@ class SchedulerHalf:
                     made.reuse.exclude(load.damaged, self._config.chunk_tokens)
 
     def _load_ended(self, request_id: str, load: LoadReport) -> None:
-        self._engine.loads.ended(request_id)
+        self._engine.loads.ended(request_id, brought=not load.failures)
         made = self._requests.get(request_id)
         if made is not None and not isinstance(made, DatabaseLookup):
             made.reuse.load_ended(load, self._engine.facts)

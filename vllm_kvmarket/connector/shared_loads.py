@@ -2,7 +2,8 @@
 
 A request that waits holds no blocks, and what it waits for is a load, which ends by itself. When it
 has ended, vLLM finds the blocks by their shared hashes; what it did not bring is loaded by the next
-request, for which the others wait in turn. No request waits longer than a deadline in all.
+request, for which the others wait in turn. No request waits longer than a deadline in all, nor
+twice for a block that a load has brought: of a model with windows vLLM finds it only beside others.
 """
 
 from __future__ import annotations
@@ -34,6 +35,8 @@ class SharedLoads:
         self._loader: dict[BlockHash, str] = {}
         self._blocks: dict[str, list[BlockHash]] = {}
         self._waits_since: dict[str, float] = {}
+        # By the request that waits: the block, the request that loads it, whether it did.
+        self._waits_for: dict[str, tuple[BlockHash, str, bool]] = {}
 
     def waits(self, request_id: str) -> bool:
         """Whether a request waits for another's load."""
@@ -43,8 +46,13 @@ class SharedLoads:
         """Whether the first block behind a request's `local` tokens is on its way. Mutates."""
         name, index = request.request_id, self._hashes.count(local)
         shared = self._hashes.of(request)
-        if index < len(shared) and self._loader.get(shared[index], name) != name:
+        loader = self._loader.get(shared[index], name) if index < len(shared) else name
+        if loader != name:
             now_s = self._clock()
+            block, _, brought = self._waits_for.get(name, (None, "", False))
+            if brought and block == shared[index]:
+                return False
+            self._waits_for[name] = shared[index], loader, False
             if now_s < self._waits_since.setdefault(name, now_s) + self._deadline_s:
                 return True
         return False
@@ -52,14 +60,24 @@ class SharedLoads:
     def began(self, request: Request, local: int, end: int) -> None:
         """A request loads its tokens `local` to `end`; paired with `ended`. Mutates."""
         name = request.request_id
-        self._waits_since.pop(name, None)
+        self._forget(name)
         first, last = self._hashes.count(local), self._hashes.count(end)
         self._blocks[name] = blocks = list(self._hashes.of(request)[first:last])
         self._loader.update(dict.fromkeys(blocks, name))
 
-    def ended(self, request_id: str) -> None:
-        """A request's load has ended, or the request has, if there were any. Mutates."""
-        self._waits_since.pop(request_id, None)
+    def ended(self, request_id: str, *, brought: bool = False) -> None:
+        """A request's load has ended, or the request has, if there were any; `brought`: nothing of
+        it has failed. Mutates.
+        """
+        self._forget(request_id)
+        if brought:
+            for name, (block, loader, _) in self._waits_for.items():
+                if loader == request_id:
+                    self._waits_for[name] = block, loader, True
         for block in self._blocks.pop(request_id, ()):
             if self._loader.get(block) == request_id:
                 del self._loader[block]
+
+    def _forget(self, request_id: str) -> None:
+        self._waits_since.pop(request_id, None)
+        self._waits_for.pop(request_id, None)

@@ -17,9 +17,11 @@ from vllm_kvmarket.connector.messages import ChunkAudit, PageCopy
 from vllm_kvmarket.core.errors import StoreError
 from vllm_kvmarket.store.codec import Bytes
 
-# Copies that wait to be stored. A step waits when there are more, so that a store that is slower
-# than the model does not fill the memory.
+# Copies that wait to be stored. Where there would be more, a step waits so long for the store, and
+# then the publication fails: a slow store must neither fill the memory nor stop the model.
 MOST_BYTES = 256 * 1024 * 1024
+PATIENCE_S = 0.05
+TOO_SLOW = "the store is slower than the model; publish the document again"
 
 Outcome = int | ChunkAudit
 
@@ -41,10 +43,14 @@ class StepCopies:
         self._submit = submit
         self._changed = threading.Condition()
         self._copies: dict[str, dict[bytes, _Copy]] = {}
+        # Requests of which something was not taken, and nothing more is.
+        self._given_up: set[str] = set()
         self._waiting_bytes = 0
 
     def take(self, wanted: PageCopy) -> None:
-        """Copy the pages that a step has filled; waits while too many wait to be stored."""
+        """Copy the pages that a step has filled; waits at most PATIENCE_S for the store."""
+        if wanted.request_id in self._given_up:
+            return
         copies = self._copies.setdefault(wanted.request_id, {})
         chunk = wanted.chunk
         copy = copies.get(chunk.key)
@@ -66,9 +72,14 @@ class StepCopies:
             return
         size = sum(layer.nbytes for layer in copy.layers)
         with self._changed:
-            self._changed.wait_for(
-                lambda: self._waiting_bytes == 0 or self._waiting_bytes + size <= MOST_BYTES
+            has_room = self._changed.wait_for(
+                lambda: self._waiting_bytes == 0 or self._waiting_bytes + size <= MOST_BYTES,
+                PATIENCE_S,
             )
+            if not has_room:
+                self._given_up.add(wanted.request_id)
+                copies.clear()
+                return
             self._waiting_bytes += size
         layers, copy.layers = copy.layers, []
         self._submit(lambda: self._work(wanted, copy.outcome, layers, size))
@@ -94,8 +105,10 @@ class StepCopies:
     def outcome(self, request_id: str, key: bytes) -> Outcome | None:
         """What came of a chunk, None when the request did not compute it; waits for the store.
 
-        Raises what storing or reading it raised.
+        Raises what storing or reading it raised, and StoreError where the store was too slow.
         """
+        if request_id in self._given_up:
+            raise StoreError(f"{key.hex()}: {TOO_SLOW}")
         copy = self._copies.get(request_id, {}).get(key)
         if copy is None:
             return None
@@ -106,3 +119,4 @@ class StepCopies:
     def forget(self, request_id: str) -> None:
         """Drop what is kept of a request; what is being stored is stored."""
         self._copies.pop(request_id, None)
+        self._given_up.discard(request_id)

@@ -141,6 +141,17 @@ def test_a_load_that_covers_a_part_is_waited_for_and_the_rest_is_loaded(crowd, m
     )
 
 
+def test_nobody_waits_twice_for_a_block_that_was_loaded(crowd):
+    """Where vLLM does not find it: the window of a match that ends there begins elsewhere."""
+    one, two, three = (crowd.arrives(name, LONG) for name in ("r1", "r2", "r3"))
+    crowd.loads(one, crowd.look(one)[1])
+    assert crowd.look(two) is crowd.look(three) is None
+    crowd.reports(one)
+    assert crowd.look(two) == (0, 1280)
+    crowd.loads(two, 1280)
+    assert crowd.look(three) == (0, 1280)
+
+
 def test_nobody_waits_for_a_page_that_is_not_shared(crowd, market):
     """The last, partly filled one: the question goes into the same block."""
     document = tokens(200, 4)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import threading
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
-from tests.support.paged import HEAD_DIM, HEADS, NAMESPACE, Bench
+from tests.support.paged import HEAD_DIM, HEADS, NAMESPACE, PLENTY, Bench
 from vllm_kvmarket.connector import step_copies
 from vllm_kvmarket.connector.cache_groups import CacheGroup, GroupKind
 from vllm_kvmarket.connector.messages import ChunkLoad, SavePlan
@@ -125,5 +126,26 @@ def test_a_request_that_ended_early_leaves_no_copies(bench):
 def test_a_slow_store_makes_steps_wait_and_not_the_memory_full(bench, monkeypatch):
     """Copies that wait to be stored have a bound; one chunk always fits."""
     monkeypatch.setattr(step_copies, "MOST_BYTES", 1)
+    monkeypatch.setattr(step_copies, "PATIENCE_S", 60.0)
     blocks = compute(bench, range(TOKENS))
     assert stored(bench, blocks).failure == ""
+
+
+def test_a_store_that_stands_still_fails_the_publication_and_lets_the_model_go_on(
+    bench, monkeypatch
+):
+    """No step waits for it without end. What comes later is published as before."""
+    monkeypatch.setattr(step_copies, "MOST_BYTES", 1)
+    save, goes_on = bench.transfers._chunks.save, threading.Event()
+
+    def stands_still(*args):
+        assert goes_on.wait(60)
+        return save(*args)
+
+    monkeypatch.setattr(bench.transfers._chunks, "save", stands_still)
+    compute(bench, range(100))
+    blocks = compute(bench, range(100, TOKENS))
+    goes_on.set()
+    assert step_copies.TOO_SLOW in stored(bench, blocks).failure
+    monkeypatch.setattr(step_copies, "MOST_BYTES", PLENTY)
+    assert stored(bench, compute(bench, range(TOKENS))).failure == ""

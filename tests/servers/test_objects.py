@@ -19,7 +19,7 @@ from vllm_kvmarket.core.errors import ConfigError, StoreError
 from vllm_kvmarket.store import object_tier
 from vllm_kvmarket.store.chunk_format import chunk_name
 from vllm_kvmarket.store.object_client import Breaker
-from vllm_kvmarket.store.object_tier import PART_BYTES, ObjectReplacedError, ObjectTier
+from vllm_kvmarket.store.object_tier import PART_BYTES, ObjectFacts, ObjectReplacedError, ObjectTier
 
 KEY = bytes(range(32))
 Connect = Callable[..., ObjectTier]
@@ -105,6 +105,21 @@ def test_names_and_shares(tier: ObjectTier) -> None:
     assert len(list(tier.names())) == 9
     tier.delete("listings/one")
     assert list(tier.names("listings")) == []
+
+
+def test_shares_are_found_without_the_rest_of_the_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A bucket of a million chunks has four thousand names in each folder."""
+    tier = ObjectTier("s3://bucket", {"region": "us-east-1"})
+
+    def entries(_folder: str, *, after: str) -> Iterator[ObjectFacts]:
+        assert after == chunk_name(KEY).removesuffix(".kv")
+        for name in (chunk_name(KEY, 0, 2), chunk_name(KEY, 1, 2), chunk_name(KEY[:-1] + b"\xff")):
+            yield ObjectFacts(name, 1, 0.0, None)
+        pytest.fail("the whole folder is listed")
+
+    monkeypatch.setattr(tier, "entries", entries)
+    assert tier.shares(KEY) == [(0, 2), (1, 2)]
+    tier.close()
 
 
 def test_more_names_than_one_answer_holds(

@@ -65,7 +65,7 @@ def test_a_second_home_finds_what_the_first_published(homes):
     """The listing by its bucket entry, the bytes by read-through, the publisher by an account."""
     first, second = homes
     listing = publish(first)
-    directory = Directory(second.store, second.catalogue, second.ledger, second.identity)
+    directory = Directory(second)
     assert directory.sync() == 1
     found = second.match(NAMESPACE, [*TOKENS, 1, 2, 3])
     assert found is not None
@@ -88,7 +88,7 @@ def test_an_entry_that_is_rubbish_stops_nothing(homes):
     publish(first)
     assert first.store.objects is not None
     first.store.objects.put_bytes("listings/kvd_00000000000000000000000000000000", b"rubbish")
-    directory = Directory(second.store, second.catalogue, second.ledger, second.identity)
+    directory = Directory(second)
     assert directory.sync() == 1
 
 
@@ -127,7 +127,7 @@ def test_a_disk_moves_into_a_bucket(seaweed: SeaweedFS, bucket: str, tmp_path):
         for key in listing.chunk_keys:
             market.store.disk.delete(key)
             market.store.verify(key)
-        directory = Directory(new.store, new.catalogue, new.ledger, new.identity)
+        directory = Directory(new)
         assert directory.sync() == 1
     with pytest.raises(ConfigError, match="chunk_tokens"):
         Market.open(tmp_path / "third", {**config, "chunk_tokens": 128})

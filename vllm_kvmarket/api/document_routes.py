@@ -154,8 +154,7 @@ def change(
     if "ttl_s" in wish.model_fields_set:
         ends = None if wish.ttl_s is None else time.time() + wish.ttl_s
         market.catalogue.set_expiry(document_id, ends)
-    shared_bucket.offer(market.store, market.catalogue, document_id)
-    return describe(market, market.catalogue.get(document_id))
+    return describe(market, shared_bucket.offer_changes(market, document_id))
 
 
 @router.delete("/{document_id}", response_model=Deleted)

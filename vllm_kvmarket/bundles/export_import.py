@@ -246,7 +246,7 @@ def import_(
             market.catalogue.leftovers.release(list(stored), market.store.disk.delete)
             raise
         _store_again(market, reader, files)
-    shared_bucket.offer(market.store, market.catalogue, listing.document_id)
+    shared_bucket.offer(market, listing.document_id)
     return market.catalogue.get(listing.document_id)
 
 

@@ -245,7 +245,10 @@ class Catalogue:
         publisher's `limits` with `needed_bytes` more; a repair is not limited.
         """
         chunks = self._check(listing, document)
-        fresh = dataclasses.replace(listing, state="publishing", reason="", stored_bytes=0)
+        # What it will store counts from now on.
+        fresh = dataclasses.replace(
+            listing, state="publishing", reason="", stored_bytes=needed_bytes
+        )
         with self.leftovers.undisturbed(document.keys, self._changing) as db:
             if limits is not None and not queries.is_listed(db, listing.document_id):
                 queries.check_limits(db, listing, limits, needed_bytes)
@@ -366,6 +369,7 @@ class Catalogue:
         if queries.is_listed(db, document_id):
             queries.set_offered(db, document_id, reason)
         else:
+            queries.set_stored_bytes(db, document_id, 0)
             queries.set_state(db, document_id, "failed", reason)
         return True
 
@@ -385,7 +389,7 @@ class Catalogue:
                 if self._fail_unless_published(db, document_id, reason)
             ]
 
-    def delist(self, document_id: str) -> None:
+    def delist(self, document_id: str, reason: str = "") -> None:
         """Take a document off the market at once; mutates the database.
 
         Raises NotFoundError when it is not on it.
@@ -393,7 +397,7 @@ class Catalogue:
         with self._changing() as db:
             if self._read(db, document_id).state == "delisted":
                 raise NotFoundError(f"document {document_id} is delisted already")
-            queries.set_state(db, document_id, "delisted")
+            queries.set_state(db, document_id, "delisted", reason)
             queries.end_publishing(db, document_id)
 
     def evict(self, document_id: str, reason: str) -> bool:
@@ -517,13 +521,6 @@ class Catalogue:
             if len(asked) > _MANY:
                 return asked & queries.all_held(db, NEEDED)
             return {key for key in asked if queries.is_held(db, key, NEEDED)}
-
-    def needed_bytes(self, *, fixed: bool = False) -> int:
-        """Return the bytes that documents on offer or on their way have stored; if `fixed`, only
-        those that are pinned or on their way.
-        """
-        with self._db.snapshot() as db:
-            return queries.needed_bytes(db, fixed=fixed)
 
     # Damage
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 
 import apsw
 
@@ -41,6 +41,36 @@ class ChunkShares:
         with self._db.snapshot() as db:
             found = [queries.rows(db, statement, (key,)) for key in keys]
         return [StoredShare(*row) for share in found for row in share]
+
+    def needed_bytes(self, asking: Collection[str] = (), *, fixed: bool = False) -> int:
+        """Return the bytes in the store that this home's documents on offer or on their way need.
+
+        Each share counts once, however many documents hold its chunk. What is on its way counts
+        with what it has asked for, except where it is `asking` now. Documents whose shares were
+        never recorded count with what they wrote. If `fixed`, only those that are pinned, on their
+        way or asking. Reads a row for each of their chunks.
+        """
+        asking = list(asking) or [""]
+        marks = ", ".join("?" * len(asking))
+        needed = (
+            "NOT adopted AND (state = 'publishing' OR state IN ('live', 'damaged') "
+            f"AND (pinned OR NOT ? OR document_id IN ({marks})))"
+        )
+        shares = (
+            "SELECT coalesce(sum(bytes), 0) FROM chunk_share WHERE key IN "  # noqa: S608  # the same
+            f"(SELECT key FROM listing JOIN listing_chunk USING (document_id) WHERE {needed})"
+        )
+        others = (
+            f"SELECT coalesce(sum(stored_bytes), 0) FROM listing WHERE {needed} "  # noqa: S608  # the same
+            f"AND NOT (state = 'publishing' AND document_id IN ({marks})) "
+            "AND (state = 'publishing' AND NOT listed OR NOT EXISTS (SELECT 1 FROM listing_chunk "
+            "JOIN chunk_share USING (key) WHERE listing_chunk.document_id = listing.document_id))"
+        )
+        values = (fixed, *asking)
+        with self._db.snapshot() as db:
+            counted = queries.rows(db, shares, values)
+            counted += queries.rows(db, others, (*values, *asking))
+        return sum(int(count) for (count,) in counted)
 
 
 def forget(db: apsw.Connection, keys: Iterable[bytes]) -> None:

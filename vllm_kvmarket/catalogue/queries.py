@@ -24,7 +24,7 @@ from vllm_kvmarket.core.listing_terms import ListingTerms
 _TERMS = ListingTerms.__struct_fields__
 _FACTS = tuple(field.name for field in fields(Listing) if field.name not in ("terms", "chunk_keys"))
 _COLUMNS = ", ".join((*_FACTS, *_TERMS))
-_FLAGS = ("pinned", "paid_for")
+_FLAGS = ("pinned", "paid_for", "adopted")
 
 
 # The numbers that listings are ordered by, smallest first.
@@ -254,9 +254,9 @@ def chunks_of(db: apsw.Connection, document_id: str) -> list[StoredChunk]:
 def write_listing(db: apsw.Connection, listing: Listing) -> None:
     """Insert a listing, or restart the one of the same document; its chunks are not touched.
 
-    One that is damaged keeps its bytes, its pin, that it was paid for, and its end where it is
-    given no other. The place in the order of first offers is the publisher's own: anyone else who
-    lists the document again gets a new one.
+    One that is damaged keeps its bytes, its pin, that it was paid for or adopted, and its end where
+    it is given no other. The place in the order of first offers is the publisher's own: anyone else
+    who lists the document again gets a new one.
     """
     values = [getattr(listing, name) for name in _FACTS]
     values += msgspec.structs.astuple(listing.terms)
@@ -274,6 +274,7 @@ def write_listing(db: apsw.Connection, listing: Listing) -> None:
         "stored_bytes = iif(listed, stored_bytes, excluded.stored_bytes), "
         "pinned = excluded.pinned OR (listed AND pinned), "
         "paid_for = excluded.paid_for OR (listed AND paid_for), "
+        "adopted = CASE WHEN listing.listed THEN listing.adopted ELSE excluded.adopted END, "
         "stored = 1, purged = 0, ended_at_s = NULL, "
         "expires_at_s = coalesce(excluded.expires_at_s, iif(listed, expires_at_s, NULL)), "
         "offered_seq = iif(listed, offered_seq, (SELECT seq FROM first_offer WHERE "
@@ -345,8 +346,11 @@ def set_offered(
 
 def set_stored_bytes(db: apsw.Connection, document_id: str, stored_bytes: int) -> None:
     """Note how much publishing wrote; repairing a listing writes a part of it only."""
-    statement = "UPDATE listing SET stored_bytes = max(stored_bytes, ?) WHERE document_id = ?"
-    db.execute(statement, (stored_bytes, document_id))
+    statement = (
+        "UPDATE listing SET stored_bytes = ? WHERE document_id = ? "
+        "AND (stored_bytes < ? OR NOT listed)"
+    )
+    db.execute(statement, (stored_bytes, document_id, stored_bytes))
 
 
 def is_listed(db: apsw.Connection, document_id: str) -> bool:
@@ -387,15 +391,6 @@ def all_held(db: apsw.Connection, states: Sequence[ListingState]) -> set[bytes]:
         f"WHERE state IN ({', '.join('?' * len(states))})"
     )
     return {key for (key,) in db.execute(statement, states)}
-
-
-def needed_bytes(db: apsw.Connection, *, fixed: bool) -> int:
-    """Sum up what documents on offer or on their way have stored; or only those that stay."""
-    statement = (
-        "SELECT coalesce(sum(stored_bytes), 0) FROM listing WHERE state = 'publishing' "
-        "OR (state IN ('live', 'damaged') AND (pinned OR NOT ?))"
-    )
-    return int(rows(db, statement, (fixed,))[0][0])
 
 
 def add_publishing(db: apsw.Connection, document_id: str, owner: str) -> None:

@@ -135,7 +135,13 @@ CREATE TABLE chunk_share (
     PRIMARY KEY (key, rank, world_size)
 ) STRICT, WITHOUT ROWID;
 """
-MIGRATIONS = (SCHEMA, STORE_SCHEMA, LEFTOVERS_SCHEMA, SHARES_SCHEMA)
+# `adopted`: published by another home of the same object store. And listings that had left before
+# LEFTOVERS_SCHEMA are kept from now on, not from their publication on.
+ADOPTED_SCHEMA = """
+ALTER TABLE listing ADD COLUMN adopted INTEGER NOT NULL DEFAULT 0 CHECK (adopted IN (0, 1));
+UPDATE listing SET ended_at_s = unixepoch() WHERE ended_at_s = created_at_s;
+"""
+MIGRATIONS = (SCHEMA, STORE_SCHEMA, LEFTOVERS_SCHEMA, SHARES_SCHEMA, ADOPTED_SCHEMA)
 
 # Made only where documents may not fit into memory: a chunk takes about five kilobytes here.
 BEYOND_ROOM = "catalogue_beyond"

@@ -331,7 +331,7 @@ def document_delist(args: argparse.Namespace) -> None:
     changes=True,
 )
 def document_purge(args: argparse.Namespace) -> None:
-    """Remove the tokens of documents that left the market; receipts and titles stay."""
+    """Remove the tokens of documents that left the market; docs/DEPLOYMENT.md: what remains."""
     if args.document_ids and args.older_than is not None:
         raise UsageError("give documents or --older-than, not both")
     with open_market(args) as market:
@@ -341,12 +341,22 @@ def document_purge(args: argparse.Namespace) -> None:
             if age_s is None:
                 raise UsageError("name the documents, or give --older-than")
             chosen = market.catalogue.leftovers.overdue(time.time() - age_s)
-        purged = garbage_collection.purge(market, chosen)
+        report = garbage_collection.purge(market, chosen)
+        has_bucket = market.store.objects is not None
     emit(
         args,
-        {"purged": purged, "document_ids": chosen},
-        lambda where: where.print(f"removed the tokens of {purged} documents"),
+        {**msgspec.to_builtins(report), "document_ids": chosen},
+        lambda where: _show_purged(where, report, has_bucket),
     )
+
+
+def _show_purged(where: Console, report: garbage_collection.PurgeReport, has_bucket: bool) -> None:
+    where.print(f"removed the tokens of {report.purged} documents")
+    if has_bucket:
+        where.print(
+            f"deleted {report.objects_deleted} objects; those of the last day, and what other "
+            "documents need, stay until `kvmarket store gc`"
+        )
 
 
 @command(

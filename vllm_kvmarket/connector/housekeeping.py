@@ -28,11 +28,10 @@ class Housekeeping:
     ) -> None:
         self._market = market
         self._interval_s = interval_s
-        directory = Directory(market.store, market.catalogue, market.ledger, market.identity)
         self._chores: dict[str, Callable[[], object]] = {
             "expiring reservations": market.ledger.expire_pending,
             "noting uses": market.flush_uses,
-            "following the object store": directory.sync,
+            "following the object store": Directory(market).sync,
             "removing old documents' tokens": partial(purge, market),
             "taking metrics": metrics.look,
         }

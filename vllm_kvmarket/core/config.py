@@ -233,7 +233,8 @@ class MarketConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
         Annotated[int, msgspec.Meta(ge=0)] | None,
         msgspec.Meta(
             description="seconds after which the tokens of a document that was delisted, expired "
-            "or failed are removed from the database; null: they are kept"
+            "or failed are removed from database and disk; null: they are kept. "
+            "docs/DEPLOYMENT.md says what remains"
         ),
     ] = None
     refresh_interval_s: Annotated[

@@ -16,6 +16,7 @@ from vllm_kvmarket.core.durable_files import make_private
 from vllm_kvmarket.core.errors import ConfigError
 
 BUSY_TIMEOUT_MS = 10_000
+LOG_TIMEOUT_MS = 200
 
 
 def connect(path: Path) -> apsw.Connection:
@@ -36,7 +37,27 @@ def connect(path: Path) -> apsw.Connection:
     connection.pragma("journal_mode", "wal")
     connection.pragma("synchronous", "full")
     connection.pragma("foreign_keys", True)
+    # Documents' tokens are deleted by more than one statement: all of them overwrite with zeros.
+    connection.pragma("secure_delete", True)
     return connection
+
+
+def empty_log(path: Path) -> bool:
+    """Take what the write-ahead log still has of deleted rows out of it; whether that was done.
+
+    Not while someone else reads or writes for longer than a moment. Raises apsw.Error.
+    """
+    connection = apsw.Connection(str(path))
+    try:
+        connection.set_busy_timeout(LOG_TIMEOUT_MS)
+        # A connection that has read nothing does not know that there is a log.
+        connection.pragma("schema_version")
+        connection.wal_checkpoint(mode=apsw.SQLITE_CHECKPOINT_TRUNCATE)
+    except (apsw.BusyError, apsw.LockedError):
+        return False
+    finally:
+        connection.close()
+    return True
 
 
 def refuse_newer(room: str, version: int, known: int) -> None:

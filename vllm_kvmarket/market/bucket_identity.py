@@ -65,6 +65,7 @@ class BucketIdentity:
     def __init__(self, store: Tiers, catalogue: Catalogue) -> None:
         self._store = store
         self._catalogue = catalogue
+        self._is_confirmed = False
 
     def check_configuration(self) -> None:
         """Refuse a store that is not this market's, when a market opens.
@@ -109,22 +110,28 @@ class BucketIdentity:
         """
         if self._store.objects is None:
             return
+        self._is_confirmed = False
         record = self._catalogue.store_record.read()
         if record.store_id is None:
             marker = claim(self._store.objects, self._catalogue.chunk_tokens)
             self._catalogue.store_record.write(RecordedStore(self._url, marker.store_id))
-            return
-        found = read_marker(self._store.objects)
-        if found is None or found.store_id != record.store_id:
-            raise StoreError(
-                f"{self._url} is empty or another market's: its {MARKER} is not the one that this "
-                "market knows, and nothing was changed; restore the bucket, or set the right URL"
-            )
-        self._catalogue.store_record.store_id = record.store_id
+        else:
+            found = read_marker(self._store.objects)
+            if found is None or found.store_id != record.store_id:
+                raise StoreError(
+                    f"{self._url} is empty or another market's: its {MARKER} is not the one that "
+                    "this market knows, and nothing was changed; restore the bucket, or set the "
+                    "right URL"
+                )
+            self._catalogue.store_record.store_id = record.store_id
+        self._is_confirmed = True
 
     def confirm_once(self) -> None:
-        """Confirm the object store unless this process has done so; before a document is stored."""
-        if self._catalogue.store_record.store_id is None:
+        """Confirm the object store unless the last time was in this process, and a success.
+
+        For what writes into the store: another bucket may be behind the URL that is recorded.
+        """
+        if not self._is_confirmed:
             self.confirm()
 
     @property
@@ -234,34 +241,35 @@ class _Mover:
                     if self._on_progress is not None:
                         self._on_progress(len(self.done), total)
             if listing.state == "live" and self.damaged.isdisjoint(listing.chunk_keys):
-                shared_bucket.offer(self._both, self._market.catalogue, listing.document_id)
+                shared_bucket.put_entry(self._objects, self._market.catalogue, listing.document_id)
 
     def _move_chunk(self, key: bytes) -> None:
+        unusable = (ChunkDamagedError, ChunkMissingError, LayoutMismatchError)
         try:
             self._market.store.disk.verify(key)
-        except (ChunkDamagedError, ChunkMissingError, LayoutMismatchError) as error:
-            self._market.catalogue.report_damage(key, str(error))
-            self.damaged.add(key)
+        except unusable:
+            # An older kvmarket used an object store without recording it; its disk was a cache.
+            try:
+                self._both.verify(key)
+            except unusable as error:
+                self._market.catalogue.report_damage(key, str(error))
+                self.damaged.add(key)
+            else:
+                self.present += len(self._objects.shares(key))
             return
         for share in self._market.store.disk.shares(key):
             sent = self._both.upload(key, *share)
             self.uploaded += sent > 0
             self.present += not sent
             self.uploaded_bytes += sent
+        # The object is what counts, should it differ from the file that was here.
+        stored = [self._both.describe(key, *share) for share in self._both.disk.shares(key)]
+        self._market.catalogue.shares.note([share for share in stored if share is not None])
 
     def withdraw(self) -> None:
         """Withdraw entries of documents that left the market while others were uploaded."""
         for document_id in bucket_listings.listed_documents(self._objects):
-            try:
+            with contextlib.suppress(NotFoundError):
                 listing = self._market.catalogue.get(document_id)
-            except NotFoundError:
-                continue
-            if listing.state in NEEDED:
-                continue
-            entry = shared_bucket.read_entry(self._objects, document_id)
-            # Another market may offer the same document, on its own terms.
-            if entry is not None and (entry.terms, entry.created_at_s) == (
-                listing.terms,
-                listing.created_at_s,
-            ):
-                bucket_listings.withdraw_listing(self._objects, document_id)
+                if listing.state not in NEEDED:
+                    shared_bucket.remove_entry(self._objects, listing)

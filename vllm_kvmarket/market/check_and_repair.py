@@ -67,7 +67,7 @@ def check(market: Market, verify: bool = True, on_progress: Progress | None = No
     bad = []
     for number, (key, holder) in enumerate(holders.items() if verify else (), 1):
         try:
-            market.store.verify(key)
+            market.verify(key)
         except StoreError as error:
             if market.catalogue.chunk_is_listed(key):
                 bad.append(f"store: {error} (document {holder.document_id})")
@@ -171,7 +171,7 @@ def _settle_chunk(market: Market, key: bytes) -> bool:
     Raises StoreError when that cannot be found out.
     """
     try:
-        market.store.verify(key)
+        market.verify(key)
     except (ChunkDamagedError, ChunkMissingError, LayoutMismatchError) as error:
         for rank, world_size in market.store.disk.shares(key):
             market.store.disk.quarantine(key, rank, world_size, str(error))

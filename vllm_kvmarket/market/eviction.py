@@ -22,20 +22,21 @@ def make_room(market: Market, needed_bytes: int, protect: Collection[str] = froz
 
     Chunks that no listing needs are deleted first. Then whole documents are evicted, in the order
     of the configured policy, until it fits. Documents in `protect` and pinned ones are never
-    evicted, and those whose publisher paid for storage come last. When the bytes cannot fit at all,
+    evicted, nor those that other homes published, and those whose publisher paid for storage come
+    last. When the bytes cannot fit at all,
     nothing is evicted. Nothing is done without a quota. With an object store, its quota counts, and
     the disk evicts by itself. No folder is scanned unless the disk's quota is used up. Raises
     CatalogueError, StoreError.
     """
-    space = _Bucket(market) if market.store.objects is not None else _Disk(market)
+    space = _Bucket(market, protect) if market.store.objects is not None else _Disk(market, protect)
     free = space.free_bytes()
     if free >= needed_bytes or not space.has_quota:
         return free
     for document_id in market.catalogue.expire():
-        shared_bucket.withdraw(market.store, document_id)
+        shared_bucket.withdraw(market, document_id)
     space.release()
     free = space.free_bytes()
-    if free >= needed_bytes or needed_bytes > space.bytes_that_can_be_free(protect):
+    if free >= needed_bytes or needed_bytes > space.bytes_that_can_be_free():
         return free
     reason = f"the store needed {needed_bytes} bytes"
     victims = _victims(market, protect)
@@ -45,7 +46,7 @@ def make_room(market: Market, needed_bytes: int, protect: Collection[str] = froz
             break
         for victim in chosen:
             if market.catalogue.evict(victim.document_id, reason):
-                shared_bucket.withdraw(market.store, victim.document_id)
+                shared_bucket.withdraw(market, victim.document_id)
         space.release()
         free = space.free_bytes()
     return free
@@ -54,8 +55,9 @@ def make_room(market: Market, needed_bytes: int, protect: Collection[str] = froz
 class _Disk:
     """The chunks folder; what is counted are its bytes."""
 
-    def __init__(self, market: Market) -> None:
+    def __init__(self, market: Market, protect: Collection[str]) -> None:
         self._market = market
+        self._protect = protect
         self.has_quota = market.store.disk.quota_bytes is not None
 
     def free_bytes(self) -> int:
@@ -64,11 +66,11 @@ class _Disk:
     def release(self) -> None:
         release_leftovers(self._market)
 
-    def bytes_that_can_be_free(self, protect: Collection[str]) -> int:
+    def bytes_that_can_be_free(self) -> int:
         keys = {
             key
             for listing in self._market.catalogue.listings()
-            if _stays(listing, protect)
+            if _stays(listing, self._protect)
             for key in listing.chunk_keys
         }
         quota = self._market.store.disk.quota_bytes or 0
@@ -76,29 +78,25 @@ class _Disk:
 
 
 class _Bucket:
-    """The object store; what is counted are the bytes of the documents that need it.
+    """The object store; what is counted are the bytes that this home's own documents need there.
 
     Objects that none of them needs are left to `kvmarket store gc`: another market may need them.
     """
 
-    def __init__(self, market: Market) -> None:
-        self._market = market
+    def __init__(self, market: Market, protect: Collection[str]) -> None:
+        self._shares = market.catalogue.shares
+        self._protect = protect
         self._quota = market.config.object_store_quota_bytes or 0
         self.has_quota = market.config.object_store_quota_bytes is not None
 
     def free_bytes(self) -> int:
-        return self._quota - self._market.catalogue.needed_bytes()
+        return self._quota - self._shares.needed_bytes(self._protect)
 
     def release(self) -> None:
         """The bytes of a document that left are not counted any more."""
 
-    def bytes_that_can_be_free(self, protect: Collection[str]) -> int:
-        catalogue = self._market.catalogue
-        protected = (catalogue.get(each) for each in protect)
-        stay = sum(
-            each.stored_bytes for each in protected if each.state in ON_OFFER and not each.pinned
-        )
-        return self._quota - stay - catalogue.needed_bytes(fixed=True)
+    def bytes_that_can_be_free(self) -> int:
+        return self._quota - self._shares.needed_bytes(self._protect, fixed=True)
 
 
 def _stays(listing: Listing, protect: Collection[str]) -> bool:
@@ -108,11 +106,10 @@ def _stays(listing: Listing, protect: Collection[str]) -> bool:
 
 
 def _victims(market: Market, protect: Collection[str]) -> Iterator[Candidate]:
-    # What is protected still holds the chunks that others share with it.
+    # What stays still holds the chunks that others share with it.
+    stay = {each.document_id for each in market.catalogue.listings() if each.adopted}.union(protect)
     candidates = [
-        dataclasses.replace(candidate, pinned=True)
-        if candidate.document_id in protect
-        else candidate
+        dataclasses.replace(candidate, pinned=True) if candidate.document_id in stay else candidate
         for candidate in market.catalogue.candidates()
     ]
     return iter(
@@ -139,7 +136,5 @@ def set_time_to_live(market: Market, document_id: str, expires_at_s: float | Non
 
     Raises NotFoundError, CatalogueError for one that is not on offer, StoreError.
     """
-    listing = market.catalogue.set_expiry(document_id, expires_at_s)
-    if listing.state == "live":
-        shared_bucket.offer(market.store, market.catalogue, document_id)
-    return listing
+    market.catalogue.set_expiry(document_id, expires_at_s)
+    return shared_bucket.offer_changes(market, document_id)

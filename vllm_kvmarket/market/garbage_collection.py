@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Set
 from typing import TYPE_CHECKING
 
 import msgspec
 
 from vllm_kvmarket.catalogue.listing import NEEDED, ON_OFFER
+from vllm_kvmarket.core import sqlite
 from vllm_kvmarket.core.errors import CatalogueRefusedError, StoreError
 from vllm_kvmarket.market import shared_bucket
 from vllm_kvmarket.store import bucket_listings
@@ -28,6 +29,13 @@ class GcReport(msgspec.Struct, frozen=True, kw_only=True):
     bytes_freed: int
     drafts_swept: int
     objects_deleted: int
+
+
+class PurgeReport(msgspec.Struct, frozen=True, kw_only=True):
+    """How many documents had tokens that were removed, and how many objects in the bucket went."""
+
+    purged: int = 0
+    objects_deleted: int = 0
 
 
 def collect_garbage(market: Market, *, dry_run: bool = False) -> GcReport:
@@ -86,18 +94,31 @@ def release_leftovers(market: Market) -> tuple[int, int]:
     return release_unneeded(market, market.catalogue.leftovers.keys_of(left))
 
 
-def purge(market: Market, document_ids: Iterable[str] | None = None) -> int:
+def purge(market: Market, document_ids: Iterable[str] | None = None) -> PurgeReport:
     """Remove the tokens of documents that left the market, and what only they need on the disk.
 
-    Without `document_ids`, those that were delisted, expired or failed longer ago than the
-    configuration's retention. Returns how many documents had tokens. Raises as Leftovers.purge.
+    Their entries in the bucket go too. Without `document_ids`, those that were delisted, expired or
+    failed longer ago than the configuration's retention; the bucket's objects are left to
+    `collect_garbage` then, since it takes long to know who needs them. Raises as Leftovers.purge,
+    and StoreError.
     """
+    from vllm_kvmarket.market.market import DATABASE_FILE
+
     leftovers, kept_s = market.catalogue.leftovers, market.config.retention_s
+    named = document_ids is not None
     if document_ids is None:
-        if kept_s is None:
-            return 0
-        document_ids = leftovers.overdue(time.time() - kept_s)
-    return leftovers.purge(document_ids, market.store.disk.delete)
+        document_ids = [] if kept_s is None else leftovers.overdue(time.time() - kept_s)
+    chosen = list(document_ids)
+    if not chosen:
+        return PurgeReport()
+    for document_id in chosen:
+        if market.catalogue.get(document_id).state not in NEEDED:
+            shared_bucket.withdraw(market, document_id)
+    keys = set(leftovers.keys_of(chosen))
+    purged = leftovers.purge(chosen, market.store.disk.forget)
+    deleted = _collect_objects(market, only=keys) if named and keys else 0
+    sqlite.empty_log(market.home / DATABASE_FILE)
+    return PurgeReport(purged=purged, objects_deleted=deleted)
 
 
 def release_unneeded(market: Market, keys: Iterable[bytes]) -> tuple[int, int]:
@@ -130,10 +151,12 @@ def bytes_on_disk(market: Market, keys: Iterable[bytes]) -> int:
     return total
 
 
-def _collect_objects(market: Market, *, dry_run: bool) -> int:
+def _collect_objects(
+    market: Market, *, dry_run: bool = False, only: Set[bytes] | None = None
+) -> int:
     """Delete the bucket's objects that no home's listing needs, and its entries that are over.
 
-    Raises StoreError when a home's needs cannot be read.
+    With `only`, objects of just these chunks. Raises StoreError when a home's needs cannot be read.
     """
     objects = market.store.objects
     if objects is None:
@@ -157,7 +180,7 @@ def _collect_objects(market: Market, *, dry_run: bool) -> int:
         ends_at_s = entry.terms.expires_at_s
         if ends_at_s is not None and ends_at_s <= now_s:
             if not dry_run:
-                shared_bucket.withdraw(market.store, document_id)
+                bucket_listings.withdraw_listing(objects, document_id)
         else:
             needed.update(document.keys)
-    return len(bucket_listings.collect(objects, stored, needed, dry_run=dry_run))
+    return len(bucket_listings.collect(objects, stored, needed, only=only, dry_run=dry_run))

@@ -156,10 +156,16 @@ class Market:
     def delist(self, document_id: str) -> None:
         """Take a document off the market at once; `kvmarket store gc` frees its space.
 
-        Raises NotFoundError, and StoreError when a shared object store cannot be reached.
+        One that another home published goes on there. Raises NotFoundError, and StoreError when a
+        shared object store cannot be reached: then do it again.
         """
-        self.catalogue.delist(document_id)
-        shared_bucket.withdraw(self.store, document_id)
+        try:
+            self.catalogue.delist(document_id)
+        except NotFoundError:
+            # It may have been delisted while the object store was away.
+            shared_bucket.withdraw(self, document_id)
+            raise
+        shared_bucket.withdraw(self, document_id)
 
     # Money
 
@@ -330,7 +336,7 @@ class Market:
             return
         try:
             # Its chunks are durable: other homes may sell it a moment before this one does.
-            shared_bucket.offer(self.store, self.catalogue, document_id, stored_bytes)
+            shared_bucket.offer(self, document_id, stored_bytes)
         except StoreError as error:
             self.catalogue.fail(document_id, str(error))
             raise
@@ -352,9 +358,14 @@ class Market:
         if self.catalogue.store_record.is_current():
             self.identity.confirm()
             try:
-                self.store.verify(key)
+                self.verify(key)
             except (ChunkDamagedError, ChunkMissingError):
                 self.catalogue.report_damage(key)
+
+    def verify(self, key: bytes) -> None:
+        """Check every byte of every share of a chunk. Raises as Tiers.verify."""
+        stored = self.catalogue.shares.of([key])
+        self.store.verify(key, [(share.rank, share.world_size) for share in stored])
 
     def note_use(self, use: Use) -> None:
         """Remember a reuse for the eviction policy; written with others, soon."""

@@ -87,21 +87,22 @@ def collect(
     needed: Set[bytes],
     grace_s: float = GRACE_S,
     *,
+    only: Set[bytes] | None = None,
     dry_run: bool = False,
 ) -> list[str]:
     """Delete chunks that no listing needs; the names of their objects, in order.
 
     `objects` are all that there are; `needed` are keys of every chunk of every entry, read before
-    this is called. What was written less than `grace_s` ago stays: its document may be about to be
-    listed. A publisher that relies on an older object writes it again (tiers.FRESH_S, which
-    `grace_s` must exceed by the time that publishing takes). Raises StoreError; what was deleted
-    until then is gone.
+    this is called. With `only`, just these chunks may go. What was written less than `grace_s` ago
+    stays: its document may be about to be listed. A publisher that relies on an older object writes
+    it again (tiers.FRESH_S, which `grace_s` must exceed by the time that publishing takes). Raises
+    StoreError; what was deleted until then is gone.
     """
     written_before_s = time.time() - grace_s
     unneeded = sorted(
         facts.name
         for facts in objects
-        if facts.modified_s < written_before_s and _is_unneeded(facts.name, needed)
+        if facts.modified_s < written_before_s and _is_unneeded(facts.name, needed, only)
     )
     if dry_run:
         return unneeded
@@ -115,12 +116,13 @@ def collect(
     return deleted
 
 
-def _is_unneeded(name: str, needed: Set[bytes]) -> bool:
+def _is_unneeded(name: str, needed: Set[bytes], only: Set[bytes] | None) -> bool:
     folder, _, last = name.rpartition("/")
     # What is no chunk, or set aside, is none of ours to delete.
     if share_of(last) is None or folder != last[:2]:
         return False
-    return bytes.fromhex(last[:64]) not in needed
+    key = bytes.fromhex(last[:64])
+    return key not in needed and (only is None or key in only)
 
 
 def _name(document_id: str) -> str:

@@ -207,6 +207,12 @@ class DiskStore:
                     else:
                         count.shrink(size)
 
+    def forget(self, key: bytes) -> None:
+        """Remove a chunk's files as `delete` does, and those in quarantine. Raises StoreError."""
+        self.delete(key)
+        with self._locked() as count:
+            self._quarantine.discard(count, key.hex())
+
     # Reading
 
     def path(self, key: bytes, rank: int = 0, world_size: int = 1) -> Path:
@@ -574,11 +580,15 @@ def _scan(folder: Path) -> list[os.DirEntry[str]]:
         return []
 
 
-def verify_share(path: Path, key: bytes, rank: int, world_size: int) -> None:
-    """Check every byte of a file, and whose share it is. Raises what `DiskStore.verify` raises."""
+def verify_share(path: Path, key: bytes, rank: int, world_size: int) -> bytes:
+    """Check every byte of a file, and whose share it is; its fingerprint.
+
+    Raises what `DiskStore.verify` raises.
+    """
     with open_chunk(path, key) as chunk:
         chunk.verify()
         _check_share(chunk, path.name, rank, world_size)
+        return chunk.fingerprint
 
 
 def _check_share(chunk: StoredChunk, name: str, rank: int, world_size: int) -> None:

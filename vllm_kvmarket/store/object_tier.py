@@ -168,9 +168,13 @@ class ObjectTier:
         """(rank, world_size) of each object of a chunk, in order."""
         folder, _, name = chunk_name(key).partition("/")
         stem = name[: 2 * len(key)]
-        # Names of shares follow the stem. Not every store lists in order, so all after it are read.
-        names = (facts.name for facts in self.entries(folder, after=f"{folder}/{stem}"))
-        found = (share_of(name.rpartition("/")[2]) for name in names if stem in name)
+        found = []
+        # Names of shares follow the stem. A folder is not listed in order.
+        for facts in self.entries(folder, after=f"{folder}/{stem}"):
+            if stem in facts.name:
+                found.append(share_of(facts.name.rpartition("/")[2]))
+            elif self._root is None:
+                break
         return sorted(share for share in found if share is not None)
 
     # Anything

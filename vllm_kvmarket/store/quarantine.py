@@ -73,6 +73,12 @@ class Quarantine:
             self._remove(count, entry)
             size -= entry.bytes
 
+    def discard(self, count: ByteCount, beginning: str) -> None:
+        """Delete the files whose old names begin so. Raises OSError."""
+        for entry in self.entries():
+            if entry.name.startswith(beginning):
+                self._remove(count, entry)
+
     def _remove(self, count: ByteCount, entry: Quarantined) -> None:
         if entry.path.is_dir() and not entry.path.is_symlink():
             # It is unknown whether its bytes were counted; the next count corrects that.

@@ -12,7 +12,7 @@ import contextlib
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from functools import partial
 from pathlib import Path
@@ -218,12 +218,13 @@ class Tiers:
                     return False
                 self.disk.make_durable(key)
                 return True
-            if _holds(self.objects, share):
-                return True
-            self.fetch(*share)
+            try:
+                self._keep_object(self.objects, share)
+            except FileNotFoundError:
+                # Nothing whole is anywhere: say why.
+                self.fetch(*share)
         except ChunkMissingError:
             return False
-        self._upload(self.objects, share, is_new=True)
         return True
 
     def upload(self, key: bytes, rank: int = 0, world_size: int = 1) -> int:
@@ -235,16 +236,35 @@ class Tiers:
         return self._upload(self.objects, ShareId(key, rank, world_size), is_new=False)
 
     def _upload(self, objects: ObjectTier, share: ShareId, *, is_new: bool) -> int:
-        """Upload a whole file unless a fresh, whole object is there; returns the bytes."""
+        """Upload a whole file, unless it is not new and the object will do; returns the bytes."""
         try:
-            if not is_new and _holds(objects, share):
-                return 0
+            if not is_new:
+                return self._keep_object(objects, share)
             return objects.upload(share.name, self.disk.path(*share))
         except FileNotFoundError:
             raise StoreError(
                 f"{share.name}: left the disk before it was uploaded; make the disk quota larger, "
                 "then publish the document again"
             ) from None
+
+    def _keep_object(self, objects: ObjectTier, share: ShareId) -> int:
+        """Make sure that an object is there, whole and young; returns the bytes that were sent.
+
+        A whole object with other content is newer than the file here, which may be a cached copy
+        of what was replaced: then the object replaces the file, and not the other way round. Raises
+        FileNotFoundError when there is no file to send, StoreError.
+        """
+        found = _whole_object(objects, share)
+        if found is not None:
+            fingerprint, modified_s = found
+            is_young = time.time() - modified_s < FRESH_S
+            ours = self.describe(*share)
+            is_other = ours is not None and ours.fingerprint != fingerprint
+            if is_other or (ours is None and not is_young):
+                self._fetch_once(share)
+            if is_young:
+                return 0
+        return objects.upload(share.name, self.disk.path(*share))
 
     # Reading
 
@@ -415,17 +435,21 @@ class Tiers:
             return on_disk
         return sorted({*on_disk, *self.objects.shares(key)})
 
-    def verify(self, key: bytes) -> None:
+    def verify(self, key: bytes, expected: Iterable[tuple[int, int]] = ()) -> None:
         """Check every byte of a chunk, and that each rank has its share; as DiskStore.verify.
 
         With an object store, its objects are read: a share that is on this disk alone is a
-        ChunkMissingError. A damaged copy on the disk is moved away, to be fetched again.
+        ChunkMissingError. Those that are `expected` are asked for one by one, since a list of
+        objects may leave some out. A damaged copy on the disk is moved away, to be fetched again.
         """
         if self.objects is None:
             self.disk.verify(key)
             return
-        shares = self.objects.shares(key)
-        for share in shares:
+        shares = set(self.objects.shares(key))
+        for share in {(0, 1), *expected, *self.disk.shares(key)} - shares:
+            if self.objects.head(chunk_name(key, *share)) is not None:
+                shares.add(share)
+        for share in sorted(shares):
             _verify_object(self.objects, ShareId(key, *share))
         check_complete(key, shares)
         for share in self.disk.shares(key):
@@ -436,30 +460,32 @@ class Tiers:
         return self.disk.quarantine(key, rank, world_size, reason)
 
 
-def _holds(objects: ObjectTier, share: ShareId) -> bool:
-    """Whether a share's object is there and whole, and young enough to rely on.
+def _whole_object(objects: ObjectTier, share: ShareId) -> tuple[bytes, float] | None:
+    """The fingerprint and the time of a share's object; None when there is none, or a damaged one.
 
     Raises StoreError when the object store does not answer.
     """
     facts = objects.facts(share.name)
-    if facts is None or time.time() - facts.modified_s >= FRESH_S:
-        return False
+    if facts is None:
+        return None
     try:
-        _verify_object(objects, share)
+        return _verify_object(objects, share), facts.modified_s
     except (ChunkDamagedError, ChunkMissingError, LayoutMismatchError, ObjectReplacedError):
-        return False
-    return True
+        return None
 
 
-def _verify_object(objects: ObjectTier, share: ShareId) -> None:
-    """Read an object and check every byte. Raises as Tiers.verify, and ObjectReplacedError."""
+def _verify_object(objects: ObjectTier, share: ShareId) -> bytes:
+    """Read an object and check every byte; its fingerprint.
+
+    Raises as Tiers.verify, and ObjectReplacedError.
+    """
     facts = objects.facts(share.name)
     if facts is None:
         raise missing(*share)
     with tempfile.NamedTemporaryFile(suffix=SUFFIX) as copy:
         objects.download(share.name, copy.fileno(), facts.size, version=facts.version)
         try:
-            verify_share(Path(copy.name), *share)
+            return verify_share(Path(copy.name), *share)
         except ChunkDamagedError as error:
             what = str(error).replace(Path(copy.name).name, share.name)
             raise ChunkDamagedError(f"{what} ({objects.url})") from None

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from pathlib import Path
 
+import apsw
 import msgspec
+import numpy as np
 import pytest
 
-from tests.support.catalogue_documents import listing_of, store_and_list, tokens
+from tests.support.catalogue_documents import LAYOUT, listing_of, store_and_list, tokens
+from vllm_kvmarket.catalogue import Listing
 from vllm_kvmarket.core.document_chunks import DocumentChunks
 from vllm_kvmarket.core.errors import (
     CatalogueRefusedError,
@@ -19,10 +23,11 @@ from vllm_kvmarket.core.errors import (
 from vllm_kvmarket.core.listing_terms import ListingTerms
 from vllm_kvmarket.market import check_and_repair, garbage_collection, shared_bucket
 from vllm_kvmarket.market.bucket_identity import upload
-from vllm_kvmarket.market.market import Market
+from vllm_kvmarket.market.market import DATABASE_FILE, Market
 from vllm_kvmarket.market.shared_bucket import Directory
 from vllm_kvmarket.store import ObjectTier, bucket_listings
 from vllm_kvmarket.store.bucket_listings import MARKER
+from vllm_kvmarket.store.chunk_format import chunk_name
 
 LENGTH = 600
 
@@ -33,7 +38,7 @@ def bucket_of(folder: Path, **more: object) -> dict[str, object]:
 
 
 def directory_of(market: Market) -> Directory:
-    return Directory(market.store, market.catalogue, market.ledger, market.identity)
+    return Directory(market)
 
 
 def move(home: Path, config: dict[str, object]):
@@ -147,20 +152,42 @@ def test_what_left_the_market_during_the_upload_is_withdrawn(tmp_path, monkeypat
         first, second = (store_and_list(market, tokens(LENGTH, seed)) for seed in range(2))
     with Market.open(tmp_path / "other", config) as other:
         same = store_and_list(other, tokens(LENGTH, 7), title="theirs")
-        shared_bucket.offer(other.store, other.catalogue, same.document_id)
-    offer = shared_bucket.offer
+        shared_bucket.offer(other, same.document_id)
+    put_entry = shared_bucket.put_entry
 
-    def offer_and_delist(store, catalogue, document_id, stored_bytes=0):
-        offer(store, catalogue, document_id, stored_bytes)
+    def put_and_delist(objects, catalogue, document_id):
+        put_entry(objects, catalogue, document_id)
         catalogue.delist(document_id)
 
-    monkeypatch.setattr(shared_bucket, "offer", offer_and_delist)
+    monkeypatch.setattr(shared_bucket, "put_entry", put_and_delist)
     move(home, config)
     with Market.open(home, config) as market:
         assert not market.catalogue.listings("live")
         listed = bucket_listings.listed_documents(market.store.objects)
     assert listed == {same.document_id}
     assert first.document_id != second.document_id
+
+
+def test_a_home_that_had_a_bucket_before_it_was_recorded_is_moved_whole(tmp_path):
+    """Its chunks are in the bucket, and not all of them on its disk any more."""
+    home, config = tmp_path / "home", bucket_of(tmp_path / "bucket")
+    with Market.open(home, config) as market:
+        listings = [store_and_list(market, tokens(LENGTH, seed)) for seed in range(2)]
+        lost = listings[1].chunk_keys[2]
+        for key in (listings[0].chunk_keys[1], lost):
+            market.store.disk.delete(key)
+        market.store.objects.delete(chunk_name(lost))
+        market.store.disk.path(listings[0].chunk_keys[2]).write_bytes(b"damaged")
+    with contextlib.closing(apsw.Connection(str(home / DATABASE_FILE))) as db:
+        db.execute("UPDATE catalogue SET store_url = NULL, store_id = NULL")
+    with pytest.raises(ConfigError, match="run `kvmarket store upload`"):
+        Market.open(home, config)
+    report = move(home, config)
+    assert (report.uploaded, report.present, report.damaged) == (0, 5, [lost.hex()])
+    with Market.open(home, config) as market:
+        assert market.catalogue.get(listings[0].document_id).state == "live"
+        for key in listings[0].chunk_keys:
+            market.store.verify(key)
 
 
 # Another object store
@@ -204,6 +231,36 @@ def test_another_chunk_size_is_refused(tmp_path):
         Market.open(tmp_path / "second", config | {"chunk_tokens": 128})
 
 
+@pytest.mark.parametrize("replaced", ["another market's", "empty"])
+@pytest.mark.parametrize("running", [True, False], ids=["running", "restarted"])
+def test_a_bucket_that_was_replaced_behind_its_url_gets_nothing(tmp_path, replaced, running):
+    """Its URL is the recorded one, and its id is not: nothing is published or withdrawn there."""
+    home, config = tmp_path / "home", bucket_of(tmp_path / "bucket")
+    market = Market.open(home, config)
+    listing = store_and_list(market, tokens(LENGTH, 1))
+    shared_bucket.offer(market, listing.document_id)
+    (tmp_path / "bucket").rename(tmp_path / "gone")
+    bucket_of(tmp_path / "bucket")
+    if replaced == "another market's":
+        with Market.open(tmp_path / "stranger", config) as stranger:
+            same = store_and_list(stranger, tokens(LENGTH, 1))
+            shared_bucket.offer(stranger, same.document_id)
+    before = sorted(each for each in (tmp_path / "bucket").rglob("*") if each.is_file())
+    if running:
+        with pytest.raises(StoreError, match="restore the bucket"):
+            directory_of(market).sync()
+    else:
+        market.close()
+        market = Market.open(home, config)
+    with market:
+        coming = DocumentChunks.of(bytes(range(32)), tokens(LENGTH, 2))
+        with pytest.raises(StoreError, match=r"empty or another market's.*restore the bucket"):
+            market.begin_listing(listing_of(tokens(LENGTH, 2)), coming).result()
+        with pytest.raises(StoreError, match="restore the bucket"):
+            market.delist(listing.document_id)
+    assert before == sorted(each for each in (tmp_path / "bucket").rglob("*") if each.is_file())
+
+
 # Lists that lie
 
 
@@ -213,7 +270,7 @@ def homes(tmp_path):
     config = bucket_of(tmp_path / "bucket")
     with Market.open(tmp_path / "a", config) as one, Market.open(tmp_path / "b", config) as other:
         listing = store_and_list(one, tokens(LENGTH, 1))
-        shared_bucket.offer(one.store, one.catalogue, listing.document_id)
+        shared_bucket.offer(one, listing.document_id)
         directory = directory_of(other)
         assert directory.sync() == 1
         yield one, other, directory, listing
@@ -242,6 +299,44 @@ def test_an_empty_list_delists_and_deletes_nothing(homes, tmp_path, monkeypatch)
     assert other.catalogue.get(listing.document_id).state == "live"
     directory.sync()
     assert check_and_repair.check(one).ok
+
+
+def test_an_empty_list_damages_nothing(tmp_path, monkeypatch):
+    """What is judged is asked for by name: each rank's share, though no disk has it."""
+    with Market.open(tmp_path / "home", bucket_of(tmp_path / "bucket")) as market:
+        listing = store_and_list(market, tokens(LENGTH, 1))
+        whole, halves, lost = listing.chunk_keys
+        names = {chunk_name(halves, rank, 2) for rank in range(2)}
+        for rank in range(2):
+            put_half(market, listing, rank)
+        market.store.objects.delete(chunk_name(halves))
+        for key in (whole, halves, lost):
+            market.store.disk.delete(key)
+        assert names < set(market.store.objects.names())
+        market.store.objects.delete(chunk_name(lost))
+        monkeypatch.setattr(ObjectTier, "entries", lambda *_, **__: iter(()))
+        for key in (whole, halves):
+            market.report_damage(key).result()
+        assert market.catalogue.get(listing.document_id).state == "live"
+        market.report_damage(lost).result()
+        assert market.catalogue.get(listing.document_id).state == "damaged"
+
+
+def put_half(market: Market, listing: Listing, rank: int) -> None:
+    """Store the second chunk's share of one of two ranks, as its engine would."""
+    document = DocumentChunks.of(listing.namespace, tokens(LENGTH, 1))
+    layout = msgspec.structs.replace(LAYOUT, rank=rank, world_size=2)
+    market.store.put(
+        key=document.keys[1],
+        parent=document.parents[1],
+        namespace=listing.namespace,
+        tokens=document.tokens[1],
+        layout=layout,
+        layers=[[np.full(16 * 64, rank, dtype=np.uint8)]],
+    )
+    share = market.store.describe(document.keys[1], rank, 2)
+    assert share is not None
+    market.catalogue.shares.note([share])
 
 
 def test_a_bucket_that_was_emptied_delists_nothing(homes):

@@ -7,7 +7,7 @@ import time
 import pytest
 
 from tests.support.catalogue_documents import chunks_of, listing_of, store_and_list, tokens
-from vllm_kvmarket.catalogue import Use
+from vllm_kvmarket.catalogue import Listing, Use
 from vllm_kvmarket.core.errors import NotFoundError, StoreFullError
 from vllm_kvmarket.market import eviction, garbage_collection, shared_bucket
 from vllm_kvmarket.market.market import Market
@@ -68,7 +68,7 @@ def bucket(tmp_path):
 
 def publish(market: Market, seed: int) -> str:
     listing = store_and_list(market, tokens(LENGTH, seed))
-    shared_bucket.offer(market.store, market.catalogue, listing.document_id)
+    shared_bucket.offer(market, listing.document_id)
     return listing.document_id
 
 
@@ -96,6 +96,40 @@ def test_what_does_not_fit_into_the_bucket_is_refused(bucket):
     assert begin(market, 5, size).state == "publishing"
 
 
+def noted(market: Market, listing: Listing) -> Listing:
+    """Record what is stored of a document, as a publication does."""
+    market.catalogue.shares.note([market.store.describe(key) for key in listing.chunk_keys])
+    return listing
+
+
+def test_a_chunk_counts_as_long_as_a_document_needs_it(bucket):
+    """Also when the document that wrote it has left, once, and with what is on its way."""
+    market, size = bucket
+    first = noted(market, store_and_list(market, tokens(LENGTH, 1)))
+    longer = [*tokens(LENGTH, 1)[:512], *tokens(400, 2)]
+    second = noted(market, store_and_list(market, longer))
+    both = first.stored_bytes + second.stored_bytes
+    assert second.stored_bytes < size and market.catalogue.shares.needed_bytes() == both
+    market.delist(first.document_id)
+    own_end = market.store.describe(first.chunk_keys[-1])
+    assert market.catalogue.shares.needed_bytes() == both - own_end.size_bytes
+    begin(market, 3, 1000)
+    assert market.catalogue.shares.needed_bytes() == both - own_end.size_bytes + 1000
+    market.catalogue.fail(listing_of(tokens(LENGTH, 3)).document_id, "gone")
+    assert market.catalogue.shares.needed_bytes() == both - own_end.size_bytes
+
+
+def test_two_publications_do_not_count_on_the_same_space(bucket):
+    """What the first is about to store is taken, before it has stored a byte."""
+    market, size = bucket
+    names = [noted(market, store_and_list(market, tokens(LENGTH, seed))) for seed in (1, 2)]
+    for each in names:
+        market.catalogue.set_pinned(each.document_id, pinned=True)
+    assert begin(market, 3, size).state == "publishing"
+    with pytest.raises(StoreFullError, match="raise object_store_quota_bytes"):
+        begin(market, 4, size)
+
+
 # Retention
 
 
@@ -106,12 +140,12 @@ def test_old_tokens_are_removed_after_the_retention(tmp_path):
         keys = store_and_list(market, tokens(LENGTH, 1)).chunk_keys
         kept = store_and_list(market, tokens(LENGTH, 2)).document_id
         market.delist(name)
-        assert garbage_collection.purge(market) == 0
+        assert garbage_collection.purge(market).purged == 0
         assert len(market.catalogue.tokens_of(name)) == LENGTH
     with Market.open(tmp_path, {"retention_s": 3600}) as market:
-        assert garbage_collection.purge(market) == 0
+        assert garbage_collection.purge(market).purged == 0
     with Market.open(tmp_path, {"retention_s": 0}) as market:
-        assert garbage_collection.purge(market) == 1
+        assert garbage_collection.purge(market).purged == 1
         assert not any(market.store.has(key) for key in keys)
         with pytest.raises(NotFoundError, match="were removed"):
             market.catalogue.tokens_of(name)

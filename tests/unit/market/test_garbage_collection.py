@@ -20,9 +20,11 @@ from tests.support.catalogue_documents import (
     tokens,
 )
 from vllm_kvmarket.core.errors import StoreError
+from vllm_kvmarket.core.model_identity import pack_tokens
 from vllm_kvmarket.market import check_and_repair, garbage_collection, shared_bucket
 from vllm_kvmarket.market.market import Market
-from vllm_kvmarket.store import bucket_listings
+from vllm_kvmarket.market.shared_bucket import Directory
+from vllm_kvmarket.store import ObjectTier, bucket_listings
 
 # Garbage
 
@@ -209,7 +211,7 @@ def test_objects_that_another_home_needs_stay(shared):
     """A home's garbage collection asks the bucket who needs what, and spares what is fresh."""
     one, other, bucket = shared
     listing = store(one, 1)
-    shared_bucket.offer(one.store, one.catalogue, listing.document_id)
+    shared_bucket.offer(one, listing.document_id)
     fresh = store(one, 2)
     one.catalogue.delist(fresh.document_id)
     assert garbage_collection.collect_garbage(other).objects_deleted == 0
@@ -225,7 +227,7 @@ def test_entries_that_are_over_are_withdrawn(shared):
     """And what only they needed goes with them."""
     one, other, bucket = shared
     listing = store(one, 1, expires_at_s=time.time() + 0.1)
-    shared_bucket.offer(one.store, one.catalogue, listing.document_id)
+    shared_bucket.offer(one, listing.document_id)
     time.sleep(0.2)
     age(bucket)
     assert garbage_collection.collect_garbage(other).objects_deleted == 3
@@ -240,4 +242,63 @@ def test_an_entry_that_nobody_can_read_stops_the_collection(shared):
     age(bucket)
     with pytest.raises(StoreError, match="entry kvd_1 cannot be read"):
         garbage_collection.collect_garbage(other)
+    assert check_and_repair.check(one).ok
+
+
+# What is purged
+
+
+@pytest.mark.parametrize("beyond", [None, 1], ids=["in memory", "beyond memory"])
+def test_nothing_of_a_purged_document_is_in_home_or_bucket(tmp_path, monkeypatch, beyond):
+    """Not in the database and its log, in files, in quarantine, in objects, or in its entry."""
+    (tmp_path / "bucket").mkdir()
+    config = {
+        "object_store_url": (tmp_path / "bucket").as_uri(),
+        "catalogue_chunks_in_memory": beyond,
+    }
+    document, other_end = tokens(LENGTH, 1), [*tokens(LENGTH, 1)[:256], *tokens(300, 2)]
+    with Market.open(tmp_path / "home", config) as market:
+        gone, kept = store_and_list(market, document), store_and_list(market, other_end)
+        for each in (gone, kept):
+            shared_bucket.offer(market, each.document_id)
+        file = market.store.disk.path(gone.chunk_keys[1])
+        content = bytearray(file.read_bytes())
+        content[-1] ^= 1
+        file.write_bytes(content)
+        assert market.store.disk.quarantine(gone.chunk_keys[1], 0, 1, "damaged")
+        with monkeypatch.context() as away:
+
+            def unanswered(_tier, name):
+                raise StoreError("the object store did not answer")
+
+            away.setattr(ObjectTier, "delete", unanswered)
+            with pytest.raises(StoreError, match="did not answer"):
+                market.delist(gone.document_id)
+        age(tmp_path / "bucket")
+        report = garbage_collection.purge(market, [gone.document_id])
+        assert (report.purged, report.objects_deleted) == (1, 2)
+        contents = {each: each.read_bytes() for each in tmp_path.rglob("*") if each.is_file()}
+        for start in range(0, LENGTH - 16, 16):
+            packed = pack_tokens(document[start : start + 16])
+            there = [str(each) for each, content in contents.items() if packed in content]
+            assert bool(there) == (start < 256), (start, there)
+        assert check_and_repair.check(market).ok
+        market.store.verify(kept.chunk_keys[0])
+
+
+def test_objects_that_may_be_in_use_survive_a_purge(shared):
+    """Those of the last day, and those of another home's documents; and so does its entry."""
+    one, other, bucket = shared
+    listing = store(one, 1)
+    shared_bucket.offer(one, listing.document_id)
+    assert Directory(other).sync() == 1
+    other.delist(listing.document_id)
+    age(bucket)
+    assert garbage_collection.purge(other, [listing.document_id]).objects_deleted == 0
+    assert bucket_listings.listed_documents(one.store.objects) == {listing.document_id}
+    young = store(one, 2)
+    one.delist(young.document_id)
+    assert garbage_collection.purge(one, [young.document_id]).objects_deleted == 0
+    age(bucket)
+    assert garbage_collection.collect_garbage(one).objects_deleted == 3
     assert check_and_repair.check(one).ok

@@ -78,9 +78,9 @@ def test_a_publisher_has_a_limited_number_of_documents(tmp_path):
 
 
 def test_a_publisher_has_a_limited_number_of_bytes(tmp_path):
-    """Stored documents and the new one must fit together."""
+    """Stored documents, those on their way and the new one must fit together."""
     with Market.open(tmp_path, {"publisher_max_bytes": 5000}) as market:
         publish(market, 1, stored_bytes=3000)
         assert begin(market, 2, needed_bytes=2000).state == "publishing"
-        with pytest.raises(CatalogueRefusedError, match="stores 3000 bytes and may store 5000"):
-            begin(market, 3, needed_bytes=2001)
+        with pytest.raises(CatalogueRefusedError, match="stores 5000 bytes and may store 5000"):
+            begin(market, 3, needed_bytes=1)

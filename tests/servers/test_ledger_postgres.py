@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import math
 import signal
 import socket
+import subprocess
+import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
+import msgspec
 import pytest
 
 from tests.support.ledger_books import NANO, fresh_number, funded_ledger, hold, receipt
@@ -18,7 +22,7 @@ from tests.support.ledger_keeping import *  # noqa: F403
 from tests.support.ledger_processes import *  # noqa: F403
 from tests.support.ledger_processes import writer
 from vllm_kvmarket import LedgerError
-from vllm_kvmarket.ledger import Ledger, Outcome, plain, post
+from vllm_kvmarket.ledger import Ledger, Outcome, plain, post, postgres_schema
 
 psycopg = pytest.importorskip("psycopg", reason="pip install vllm-kvmarket[postgres]")
 from tests.support.postgres import PostgreSQL, needed_binaries  # noqa: E402  # needs psycopg
@@ -73,7 +77,7 @@ def held_up(place):
     @contextmanager
     def hold_up():
         with psycopg.connect(place) as other:
-            other.execute("SELECT FROM kvmarket.turn FOR UPDATE")
+            other.execute("LOCK TABLE kvmarket.transfer IN SHARE MODE")
             yield
 
     return hold_up
@@ -90,17 +94,152 @@ def test_nothing_is_truncated(ledger, by_hand, table):
 
 
 def test_the_log_of_transfers_has_no_gaps(ledger, place):
-    """Sequence numbers follow each other in the order of effect, over writers and refusals."""
+    """Leaves are numbered while others write, over refusals: a prefix of the log never changes."""
     writers = [writer(place, name, 30) for name in "ab"]
-    for number in range(30):
-        ledger.submit([hold(f"x{number}", NANO)]).result()
+    known = []
+    while any(process.poll() is None for process in writers):
+        found = [each.id for each in ledger.transfers_after(0, 1000)]
+        assert found[: len(known)] == known
+        known = found
+        ledger.submit([hold(f"x{len(known)}", NANO + 1)]).result()
     for process in writers:
-        process.communicate(timeout=60)
-    with psycopg.connect(place) as db:
-        rows = db.execute("SELECT sequence FROM kvmarket.transfer ORDER BY sequence").fetchall()
-        turn = db.execute("SELECT transfers FROM kvmarket.turn").fetchone()
-    assert [sequence for (sequence,) in rows] == list(range(1, len(rows) + 1))
-    assert turn == (len(rows),)
+        assert process.communicate(timeout=60)[0].split()[1::2] == ["OK"] * 30
+    log = ledger.transfers_after(0, 1000)
+    assert [each.id for each in log][: len(known)] == known
+    assert len(log) == len(ledger.transfers()) == 181
+    assert [ledger.sequence_of(each.id) for each in log] == list(range(1, len(log) + 1))
+    assert ledger.check_integrity() == []
+
+
+def booking(number, credit="pat", debit="world"):
+    """What a writer sends for a plain transfer of 5."""
+    transfer = {
+        "id": f"t{number}",
+        "kind": "plain",
+        "debit": debit,
+        "credit": credit,
+        "amount_nano": 5,
+        "pending_id": "",
+        "timeout_s": 0,
+        "code": "x",
+        "user_data": "",
+        "receipt_digest": "",
+        "created_at_s": 1.0,
+    }
+    rest = {"dues": {}, "receipts": [], "documents": [], "now_s": time.time()}
+    return json.dumps({"transfers": [transfer], **rest})
+
+
+def test_a_leaf_of_a_writer_who_was_slow_comes_last(ledger, place):
+    """What is numbered stays where it is; a number is given once the transfer is committed."""
+    before = len(ledger.transfers_after(0, 99))
+    with psycopg.connect(place) as slow:
+        slow.execute("SELECT kvmarket.book(%s)", (booking(1),))
+        for number in range(3):
+            ledger.submit([hold(f"h{number}", 1)]).result()
+            found = [each.id for each in ledger.transfers_after(before, 99)]
+            assert found == [f"h{each}" for each in range(number + 1)]
+        slow.commit()
+    ledger.submit([hold("h3", 1)]).result()
+    found = [each.id for each in ledger.transfers_after(before, 99)]
+    assert found == ["h0", "h1", "h2", "t1", "h3"]
+    assert ledger.check_integrity() == []
+
+
+def test_credits_wait_for_nobody(ledger, place):
+    """Another writer has credited the same accounts, and has not committed."""
+    ledger.submit([hold("h", 9)]).result()
+    with psycopg.connect(place) as other:
+        other.execute("SELECT kvmarket.book(%s)", (booking(1, "provider"),))
+        other.execute("SELECT kvmarket.book(%s)", (booking(2, "pat"),))
+        other.execute("SELECT kvmarket.book(%s)", (booking(3, "alice"),))
+        sold = [
+            post(id="p", pending_id="h", amount_nano=9),
+            plain(id="r", debit="provider", credit="pat", amount_nano=4, code="royalty"),
+        ]
+        kept = receipt("kvr_1", 9, "p", "r", royalty=4)
+        results = ledger.submit(sold, receipt=kept).result(30)
+        assert [each.outcome for each in results] == [Outcome.OK] * 2
+        assert ledger.submit([hold("g", NANO - 9)]).result(30)[0].outcome is Outcome.OK
+        assert ledger.submit([hold("f", 1)]).result(30)[0].outcome is Outcome.EXCEEDS_CREDITS
+        other.commit()
+    assert ledger.submit([hold("e", 5)]).result(30)[0].outcome is Outcome.OK
+    assert ledger.account("provider").balance_nano == 10
+    assert ledger.account("pat").balance_nano == 9
+    assert ledger.account("alice").available_nano == 0
+    assert ledger.check_integrity() == []
+
+
+def test_royalties_beyond_the_groups_charges_need_the_providers_funds(ledger):
+    """Where the provider has them they are paid, and no payout spends them at the same time."""
+    royalty = {"debit": "provider", "credit": "pat", "code": "royalty"}
+    (result,) = ledger.submit([plain(id="r0", amount_nano=1, **royalty)]).result()
+    assert (result.outcome, result.detail) == (Outcome.EXCEEDS_CREDITS, "provider")
+    ledger.deposit("provider", 10, "d2")
+    assert ledger.submit([plain(id="r1", amount_nano=7, **royalty)]).result()[0].outcome.good
+    assert ledger.submit([plain(id="r2", amount_nano=7, **royalty)]).result()[0].outcome is (
+        Outcome.EXCEEDS_CREDITS
+    )
+    assert ledger.account("provider").balance_nano == 3
+    assert ledger.check_integrity() == ["transfer r1: its receipt is missing"]
+
+
+def test_a_transfer_that_two_writers_submit_at_once_takes_effect_once(ledger, place):
+    """The second finds it when the first has committed; nobody sees a database's error."""
+    with psycopg.connect(place) as other:
+        other.execute("SELECT kvmarket.book(%s)", (booking(1),))
+        same = plain(id="t1", debit="world", credit="pat", amount_nano=5, code="x")
+        differs = plain(id="t1", debit="world", credit="pat", amount_nano=6, code="x")
+        answers = [ledger.submit([each]) for each in (same, differs)]
+        assert not answers[0].done()
+        other.commit()
+    outcomes = [answer.result(30)[0].outcome for answer in answers]
+    assert outcomes == [Outcome.EXISTS, Outcome.EXISTS_WITH_DIFFERENT_FIELDS]
+    assert ledger.account("pat").balance_nano == 5
+    assert ledger.check_integrity() == []
+
+
+# Stops itself between its two calls, with alice locked.
+STOPS = """
+import os, signal, sys
+from vllm_kvmarket.ledger import Ledger, pending, postgres
+postgres.WRITER_SETTINGS = postgres.WRITER_SETTINGS.replace("'2s'", "'600s'")
+ledger, apply_group = Ledger.open(sys.argv[1]), postgres.apply_group
+def stop(*given):
+    print("stops", flush=True)
+    os.kill(os.getpid(), signal.SIGSTOP)
+    return apply_group(*given)
+postgres.apply_group = stop
+held = pending(id="s", debit="alice", credit="provider", amount_nano=1, timeout_s=900, code="hold")
+print(ledger.submit([held], patience_s=60).result()[0].outcome.name, flush=True)
+ledger.close()
+"""
+
+
+def test_a_stopped_client_delays_nobody_but_its_own_rows(ledger, place):
+    """In one group with what waits for it, too; the order of what follows from it is kept."""
+    ledger.create_account("bob", "buyer")
+    ledger.deposit("bob", NANO, "d-bob")
+    command = [sys.executable, "-c", STOPS, place]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as stopped:
+        assert stopped.stdout.readline() == "stops\n"
+        waits = [
+            ledger.submit([hold("a", 5)], patience_s=math.inf),
+            ledger.submit([post(id="ap", pending_id="a", amount_nano=5)], patience_s=math.inf),
+        ]
+        for number in range(20):
+            held = msgspec.structs.replace(hold(f"b{number}", 3), debit="bob")
+            assert ledger.submit([held]).result(30)[0].outcome is Outcome.OK
+            moved = post(id=f"p{number}", pending_id=held.id, amount_nano=2)
+            assert ledger.submit([moved]).result(30)[0].outcome is Outcome.OK
+        ledger.deposit("alice", 1, "d2")
+        assert not any(answer.done() for answer in waits)
+        stopped.send_signal(signal.SIGCONT)
+        assert stopped.stdout.readline() == "OK\n"
+        assert [answer.result(30)[0].outcome for answer in waits] == [Outcome.OK] * 2
+    assert ledger.account("bob").available_nano == NANO - 40
+    assert ledger.account("alice").available_nano == NANO + 1 - 1 - 5
+    assert ledger.check_integrity() == []
 
 
 def test_balances_change_by_what_the_transfers_move(ledger, by_hand):
@@ -109,12 +248,13 @@ def test_balances_change_by_what_the_transfers_move(ledger, by_hand):
     ledger.submit([hold("g", 20)]).result()
     before = ledger.account("alice")
     by_hand(
-        """SELECT keep('{"now_s": 1, "dues": {"g": null}, "receipts": [], "documents": [],
-        "accounts": [{"id": "alice", "debits_pending": 0, "credits_pending": 0, "debits_posted": 0,
-            "credits_posted": 7777, "late_nano": 0}],
-        "transfers": [{"id": "q", "kind": "post", "debit": "alice", "credit": "provider",
+        f"""SELECT book('{{"now_s": {time.time()}, "dues": {{"g": null}},
+        "receipts": [], "documents": [],
+        "accounts": [{{"id": "alice", "debits_pending": 0, "credits_pending": 0,
+            "debits_posted": 0, "credits_posted": 7777, "late_nano": 0}}],
+        "transfers": [{{"id": "q", "kind": "post", "debit": "alice", "credit": "provider",
             "amount_nano": 5, "pending_id": "g", "timeout_s": 0, "code": "hold", "user_data": "",
-            "receipt_digest": "", "created_at_s": 1}]}')"""
+            "receipt_digest": "", "created_at_s": 1}}]}}')"""
     )
     after = ledger.account("alice")
     assert after.credits_posted == before.credits_posted
@@ -138,17 +278,31 @@ def test_a_role_that_may_make_nothing_uses_tables_that_are_there(server, place):
         assert ledger.check_integrity() == []
 
 
-def test_functions_of_an_older_version_are_replaced(place, by_hand):
-    """The tables stay as they are, and so does what is in them."""
-    with funded_ledger(place) as ledger:
-        balance = ledger.account("alice").balance_nano
+def test_books_of_an_older_version_keep_balances_and_places_in_the_log(place, by_hand):
+    """Where writers took turns: balances were in the accounts' rows, sequences had no gaps."""
+    with psycopg.connect(place) as db:
+        db.execute(postgres_schema.VERSION_TABLE)
+        for migration in postgres_schema.MIGRATIONS[:2]:
+            db.execute(migration)
+        db.execute("INSERT INTO kvmarket.schema_version VALUES ('ledger', 2)")
     by_hand(
-        "UPDATE schema_version SET version = 1; CREATE OR REPLACE FUNCTION keep(changes json) "
-        "RETURNS void LANGUAGE plpgsql AS $$ BEGIN RAISE 'an older one'; END $$"
+        """INSERT INTO account VALUES ('world', 'world', true, 'USD', 0, 0, 100, 0),
+            ('alice', 'buyer', false, 'USD', 60, 0, 0, 100),
+            ('provider', 'provider', false, 'USD', 0, 60, 0, 0);
+        INSERT INTO transfer VALUES
+            (1, 'd', 'plain', 'world', 'alice', 100, NULL, 0, 'deposit', '', '', 1),
+            (2, 'h', 'pending', 'alice', 'provider', 60, NULL, 900, 'hold', '', '', 2);
+        INSERT INTO hold VALUES ('h', 902); UPDATE turn SET transfers = 2, at_s = 2"""
     )
     with Ledger.open(place) as ledger:
-        assert ledger.submit([hold("h", 1)]).result()[0].outcome is Outcome.OK
-        assert ledger.account("alice").available_nano == balance - 1
+        assert ledger.account("alice").available_nano == 40
+        assert ledger.submit([hold("g", 41)]).result()[0].outcome is Outcome.EXCEEDS_CREDITS
+        settled = [post(id="p", pending_id="h", amount_nano=50)]
+        assert ledger.submit(settled).result()[0].outcome is Outcome.OK
+        assert ledger.submit([hold("g", 50)]).result()[0].outcome is Outcome.OK
+        assert [each.id for each in ledger.transfers_after(0, 9)] == ["d", "h", "p", "g"]
+        assert ledger.account("alice").available_nano == 0
+        assert ledger.check_integrity() == []
 
 
 def test_many_processes_open_a_new_database_at_once(place):
@@ -251,7 +405,7 @@ def test_a_stalled_writer_is_rolled_back(ledger, place, by_hand):
     with psycopg.connect(place, autocommit=True) as silent:
         silent.execute("SET idle_in_transaction_session_timeout = '300ms'")
         silent.execute("BEGIN")
-        silent.execute("SELECT kvmarket.find('{}')")
+        silent.execute("""SELECT kvmarket.look_up('{"spender_ids": ["alice"]}')""")
         facts = {"debit": "alice", "credit": "pat", "amount_nano": 1, "code": "x"}
         assert ledger.submit([plain(id="t", **facts)]).result(30)[0].outcome is Outcome.OK
         with pytest.raises(psycopg.errors.IdleInTransactionSessionTimeout):

@@ -12,6 +12,7 @@ from vllm_kvmarket.connector.scheduler_metrics import SchedulerMetrics
 from vllm_kvmarket.market.garbage_collection import purge
 from vllm_kvmarket.market.market import Market
 from vllm_kvmarket.market.shared_bucket import Directory
+from vllm_kvmarket.proofs import TransparencyLog
 
 INTERVAL_S = 2.0
 
@@ -19,8 +20,8 @@ logger = init_logger("vllm.kvmarket.housekeeping")
 
 
 class Housekeeping:
-    """Expires overdue reservations, writes down what was used, follows a shared bucket, and takes
-    the metrics that wait for disk or database.
+    """Expires overdue reservations, writes down what was used, follows a shared bucket, signs the
+    log, and takes the metrics that wait for disk or database.
     """
 
     def __init__(
@@ -33,6 +34,7 @@ class Housekeeping:
             "noting uses": market.flush_uses,
             "following the object store": Directory(market).sync,
             "removing old documents' tokens": partial(purge, market),
+            "signing the log": TransparencyLog(market.ledger, market.home).keep_signed,
             "taking metrics": metrics.look,
         }
         self._problems: dict[str, str] = {}

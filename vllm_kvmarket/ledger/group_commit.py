@@ -24,7 +24,7 @@ from vllm_kvmarket.core.errors import (
 )
 from vllm_kvmarket.ledger.model import Outcome, Result, void
 from vllm_kvmarket.ledger.outbox import Outbox
-from vllm_kvmarket.ledger.storage import Batch, MalformedBatchError, Storage
+from vllm_kvmarket.ledger.storage import Batch, MalformedBatchError, RowsHeldError, Storage
 
 logger = logging.getLogger(__name__)
 
@@ -144,15 +144,16 @@ class Writer:
         answers = self._commit(group)
         if self.on_commit and any(isinstance(answer, list) for answer in answers):
             self.on_commit(time.perf_counter() - started_s)
-        self._kept = []
+        self._kept, away = [], False
         for batch, answer in zip(group, answers, strict=True):
             if isinstance(answer, LedgerUnavailableError) and self._patient(batch):
                 self._kept.append(batch)
+                away = away or not isinstance(answer, RowsHeldError)
             else:
                 self._answer(batch, answer)
-        if not self._kept:
+        if not away:
             self._pause_s = FIRST_PAUSE_S
-            return 0.0
+            return FIRST_PAUSE_S if self._kept and self._queue.empty() else 0.0
         pause_s, self._pause_s = self._pause_s, min(2 * self._pause_s, LONGEST_PAUSE_S)
         return pause_s
 

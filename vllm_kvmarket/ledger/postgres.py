@@ -1,7 +1,12 @@
 """The ledger in PostgreSQL: for a market that several machines share.
 
-A group takes two calls: `kvmarket.find` takes the turn and looks up what the rules need,
-`kvmarket.keep` is the one server-side function that writes what they decided, all or nothing.
+A group takes two calls: `kvmarket.look_up` finds what the rules need and locks, in a fixed order,
+what nobody else may change meanwhile: the accounts that the group spends from, and the holds that
+it names. `kvmarket.book` writes what the rules decided, all or nothing. Credits and releases only
+add to what an account has, so that they need no lock; each writer adds them up in rows of its own.
+So groups of different buyers never wait for each other. The provider pays royalties out of charges
+of the same group: it is only locked where these do not cover them. When another writer keeps a lock
+for long, what needs it is put off, and the rest of the group goes on.
 """
 
 from __future__ import annotations
@@ -17,16 +22,28 @@ from vllm_kvmarket.core.errors import LedgerError, LedgerUnavailableError
 from vllm_kvmarket.ledger import postgres_schema
 from vllm_kvmarket.ledger.group_commit import malformed, unavailable
 from vllm_kvmarket.ledger.known_funds import KnownFunds
-from vllm_kvmarket.ledger.model import GRACE_S, Account, Receipt, Result, Transfer
+from vllm_kvmarket.ledger.model import (
+    GRACE_S,
+    OWED,
+    PROVIDER,
+    ROYALTY,
+    Account,
+    Outcome,
+    Receipt,
+    Result,
+    Transfer,
+)
 from vllm_kvmarket.ledger.storage import (
     Batch,
     Everything,
     KeyedRequest,
     NewReceipt,
+    RowsHeldError,
     apply_group,
+    storable,
     wanted,
 )
-from vllm_kvmarket.ledger.working_set import Found, GroupBooks
+from vllm_kvmarket.ledger.working_set import Found, GroupBooks, Wanted
 
 try:
     import psycopg
@@ -51,23 +68,56 @@ CONNECTION: dict[str, Any] = {
     "tcp_user_timeout": 10_000,
     "application_name": "kvmarket-ledger",
 }
-# Durable whatever the server's default is. A writer that stalls between its two calls (a stopped
-# process, a lost network) holds the others up no longer than this: the server rolls it back.
-WRITER_SETTINGS = (
-    "SET synchronous_commit = on; SET idle_in_transaction_session_timeout = '5s'; "
-    "SET lock_timeout = '10s'"
+# Durable whatever the server's default is.
+SETTINGS = "SET synchronous_commit = on"
+# Behind a lock each statement must see what was committed. A writer that stalls between its two
+# calls (a stopped process, a lost network) keeps its locks no longer than this: the server rolls it
+# back. The last statement gives the writer balance rows that nobody else uses, or shared ones.
+WRITERS = 64
+WRITER_SETTINGS = f"""{SETTINGS};
+SET default_transaction_isolation = 'read committed';
+SET idle_in_transaction_session_timeout = '2s';
+SET lock_timeout = '300ms';
+SELECT set_config('kvmarket.writer', coalesce((
+    SELECT number FROM generate_series(1, {WRITERS}) AS number
+    WHERE pg_try_advisory_lock({0x6B766D}, number) LIMIT 1), 0)::text, false)
+"""  # noqa: S608  # numbers are ours
+# Another writer was faster with the same id, or the server chose this one to end a deadlock.
+RACES = (
+    psycopg.errors.UniqueViolation,
+    psycopg.errors.DeadlockDetected,
+    psycopg.errors.SerializationFailure,
 )
+MOST_RACES = 5
 # Only one process at a time makes the tables; the number is arbitrary.
 SCHEMA_LOCK = 0x6B766D61726B6574
-ACCOUNT_COLUMNS = ", ".join(Account.__struct_fields__)
+# Those that have no number yet depend on what has one, and not the other way round.
+IN_LOG_ORDER = "LEFT JOIN kvmarket.log_leaf USING (sequence) ORDER BY number NULLS LAST, sequence"
 TRANSFER_COLUMNS = ", ".join(
     "coalesce(pending_id, '') AS pending_id" if field == "pending_id" else field
     for field in Transfer.__struct_fields__
 )
 
 
+class Request(Wanted, frozen=True):
+    """What kvmarket.look_up expects: what a group names, and the accounts to lock.
+
+    `skip_held` is for not waiting for other writers' locks.
+    """
+
+    spender_ids: list[str]
+    skip_held: bool
+
+
+class Looked(Found, frozen=True):
+    """What it returns; with the accounts and holds that another writer has locked."""
+
+    held_accounts: list[str] = msgspec.field(default_factory=list)
+    held_holds: list[str] = msgspec.field(default_factory=list)
+
+
 class Changes(msgspec.Struct, frozen=True):
-    """What a group changed, as the function kvmarket.keep expects it."""
+    """What a group changed, as kvmarket.book expects it."""
 
     transfers: list[Transfer]
     dues: dict[str, float | None]
@@ -83,6 +133,8 @@ class PostgresStorage:
         self._url = url
         self._place = _without_password(url)
         self._writing: psycopg.Connection[Any] | None = None
+        # Another writer keeps a lock for long: it is not waited for.
+        self._skip_held = False
         self.funds = KnownFunds()
         with self._reported():
             with self._writer().transaction():
@@ -90,6 +142,7 @@ class PostgresStorage:
             self._pool = psycopg_pool.ConnectionPool(
                 url,
                 kwargs={**CONNECTION, "autocommit": True},
+                configure=_configure,
                 min_size=0,
                 max_size=READERS,
                 timeout=READ_TIMEOUT_S,
@@ -104,25 +157,58 @@ class PostgresStorage:
         self._drop_writer()
         self._pool.close()
 
-    def write(self, group: Sequence[Batch]) -> list[list[Result]]:
-        try:
-            return self._write(self._writer(), group)
-        except Exception as error:
-            # Whatever state the connection is in: the next attempt starts with a new one.
-            self._drop_writer()
-            if _is_away(error):
-                raise unavailable(error) from error
-            raise malformed(error) from error
+    def write(self, group: Sequence[Batch]) -> list[list[Result] | RowsHeldError]:
+        races = 0
+        while True:
+            try:
+                return self._write(self._writer(), group)
+            except Exception as error:
+                # Whatever state the connection is in: the next attempt starts with a new one.
+                self._drop_writer()
+                if isinstance(error, RACES) and races < MOST_RACES:
+                    races += 1
+                    continue
+                if isinstance(error, psycopg.errors.LockNotAvailable) and not self._skip_held:
+                    self._skip_held = True
+                    continue
+                if _is_away(error):
+                    raise unavailable(error) from error
+                raise malformed(error) from error
 
-    def _write(self, db: psycopg.Connection[Any], group: Sequence[Batch]) -> list[list[Result]]:
-        looked_for = msgspec.json.encode(wanted(group)).decode()
+    def _write(
+        self, db: psycopg.Connection[Any], group: Sequence[Batch]
+    ) -> list[list[Result] | RowsHeldError]:
+        spenders = _spenders(group)
+        try:
+            return self._apply(db, group, spenders)
+        except _ProviderShortError:
+            return self._apply(db, group, spenders | {PROVIDER})
+
+    def _apply(
+        self, db: psycopg.Connection[Any], group: Sequence[Batch], spenders: set[str]
+    ) -> list[list[Result] | RowsHeldError]:
+        names = wanted(group)
+        request = Request(
+            transfer_ids=names.transfer_ids,
+            pending_ids=names.pending_ids,
+            account_ids=names.account_ids,
+            spender_ids=storable(spenders),
+            skip_held=self._skip_held,
+        )
+        text = msgspec.json.encode(request).decode()
         # Two round trips a group: BEGIN goes with the first call, COMMIT with the second.
         with db.pipeline(), db.transaction():
-            row = db.execute("SELECT kvmarket.find(%s)::text", (looked_for,)).fetchone()
+            row = db.execute("SELECT kvmarket.look_up(%s)::text", (text,)).fetchone()
             assert row is not None
-            found = msgspec.json.decode(row[0], type=Found)
+            found = msgspec.json.decode(row[0], type=Looked)
+            if PROVIDER not in spenders:
+                found = _without_provider_funds(found)
             books = GroupBooks(found)
-            answers, receipts = apply_group(books, group, found.now_s)
+            put_off = _put_off(group, found)
+            ready = [batch for batch in group if batch not in put_off] if put_off else group
+            answers, receipts = apply_group(books, ready, found.now_s)
+            if PROVIDER not in spenders and any(map(_is_provider_short, answers)):
+                raise _ProviderShortError
             changes = Changes(
                 books.new_transfers,
                 books.changed_dues,
@@ -136,9 +222,11 @@ class PostgresStorage:
             )
             if changes.transfers:
                 text = msgspec.json.encode(changes).decode()
-                db.execute("SELECT kvmarket.keep(%s)", (text,))
+                db.execute("SELECT kvmarket.book(%s)", (text,))
         self.funds.learn(books.accounts)
-        return answers
+        self._skip_held = bool(put_off)
+        done = iter(answers)
+        return [RowsHeldError() if batch in put_off else next(done) for batch in group]
 
     def _writer(self) -> psycopg.Connection[Any]:
         if self._writing is None:
@@ -161,11 +249,11 @@ class PostgresStorage:
 
     def account(self, account_id: str) -> Account | None:
         with self._reading() as db:
-            return _accounts(db, sql.SQL("WHERE id = %s"), (account_id,)).fetchone()
+            return next(iter(_accounts(db, sql.SQL("WHERE id = %s"), (account_id,))), None)
 
     def accounts(self) -> list[Account]:
         with self._reading() as db:
-            return _accounts(db).fetchall()
+            return _accounts(db)
 
     def transfer(self, transfer_id: str) -> Transfer | None:
         with self._reading() as db:
@@ -197,15 +285,25 @@ class PostgresStorage:
             return _transfers(db, where, values).fetchall()
 
     def transfers_after(self, sequence: int, limit: int) -> list[Transfer]:
-        behind = sql.SQL("WHERE sequence > %s ORDER BY sequence LIMIT %s")
+        behind = sql.SQL(
+            "JOIN kvmarket.log_leaf USING (sequence) WHERE number > %s ORDER BY number LIMIT %s"
+        )
         with self._reading() as db:
-            return _transfers(db, behind, (sequence, limit)).fetchall()
+            found = _transfers(db, behind, (sequence, limit)).fetchall()
+            if len(found) < limit and _number_leaves(db):
+                found = _transfers(db, behind, (sequence, limit)).fetchall()
+            return found
 
     def sequence_of(self, transfer_id: str) -> int | None:
+        query = (
+            "SELECT number FROM kvmarket.log_leaf JOIN kvmarket.transfer USING (sequence) "
+            "WHERE id = %s"
+        )
         with self._reading() as db, db.cursor(row_factory=scalar_row) as cursor:
-            query = "SELECT sequence FROM kvmarket.transfer WHERE id = %s"
-            sequence: int | None = cursor.execute(query, (transfer_id,)).fetchone()
-            return sequence
+            number: int | None = cursor.execute(query, (transfer_id,)).fetchone()
+            if number is None and _number_leaves(db):
+                number = cursor.execute(query, (transfer_id,)).fetchone()
+            return number
 
     def receipts(
         self, where: Mapping[str, str], limit: int | None, before: str | None = None
@@ -254,8 +352,8 @@ class PostgresStorage:
             db.execute("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ READ ONLY")
             dues = db.execute("SELECT pending_id, due_at_s FROM kvmarket.hold").fetchall()
             return Everything(
-                _accounts(db).fetchall(),
-                _transfers(db, sql.SQL("ORDER BY sequence")).fetchall(),
+                _accounts(db),
+                _transfers(db, sql.SQL(IN_LOG_ORDER)).fetchall(),
                 _receipts(db, {}, None)[::-1],
                 dict(dues),
             )
@@ -277,6 +375,66 @@ class PostgresStorage:
                 f"the ledger's database {self._place} cannot be used ({reason}); see whether "
                 "PostgreSQL runs there and lets this user in"
             ) from error
+
+
+def _configure(db: psycopg.Connection[Any]) -> None:
+    db.execute(SETTINGS)
+
+
+class _ProviderShortError(Exception):
+    """The charges of a group do not cover what it takes from the provider."""
+
+
+def _spenders(group: Sequence[Batch]) -> set[str]:
+    """The accounts whose funds decide; royalties come out of charges of their own group."""
+    return {
+        each.debit
+        for batch in group
+        for each in batch.operations
+        if each.kind in ("plain", "pending")
+        and not (each.kind == "plain" and each.code == OWED)
+        and not (each.code == ROYALTY and each.debit == PROVIDER)
+    }
+
+
+def _put_off(group: Sequence[Batch], found: Looked) -> set[Batch]:
+    """The batches that need what another writer has locked, and those that follow from them."""
+    accounts, ids, put_off = set(found.held_accounts), set(found.held_holds), set[Batch]()
+    if accounts or ids:
+        for batch in group:
+            if _spenders([batch]) & accounts or any(
+                each.id in ids or each.pending_id in ids for each in batch.operations
+            ):
+                put_off.add(batch)
+                ids.update(each.id for each in batch.operations)
+    return put_off
+
+
+def _without_provider_funds(found: Looked) -> Looked:
+    """What is found, but of the provider's funds none: others may be spending them."""
+    accounts = [
+        msgspec.structs.replace(each, credits_posted=each.debits_posted + each.debits_pending)
+        if each.id == PROVIDER
+        else each
+        for each in found.accounts
+    ]
+    return msgspec.structs.replace(found, accounts=accounts)
+
+
+def _is_provider_short(results: Sequence[Result]) -> bool:
+    return any(
+        each.outcome is Outcome.EXCEEDS_CREDITS and each.detail == PROVIDER for each in results
+    )
+
+
+def _number_leaves(db: psycopg.Connection[Any]) -> int:
+    """Number the transfers that have no number yet; how many that were.
+
+    One statement: no client that stops holds the others up.
+    """
+    row = db.execute("SELECT kvmarket.number_leaves()").fetchone()
+    assert row is not None
+    return int(row[0])
 
 
 def _is_away(error: Exception) -> bool:
@@ -316,11 +474,11 @@ def _make_tables(db: psycopg.Connection[Any]) -> None:
 
 def _accounts(
     db: psycopg.Connection[Any], where: sql.Composable | None = None, values: Sequence[Any] = ()
-) -> psycopg.Cursor[Account]:
-    query = sql.SQL("SELECT {} FROM kvmarket.account {} ORDER BY id").format(
-        sql.SQL(ACCOUNT_COLUMNS), where or sql.SQL("")
+) -> list[Account]:
+    query = sql.SQL("SELECT to_json(balance)::text FROM kvmarket.balance {} ORDER BY id").format(
+        where or sql.SQL("")
     )
-    return db.cursor(row_factory=class_row(Account)).execute(query, values)
+    return [msgspec.json.decode(row, type=Account) for (row,) in db.execute(query, values)]
 
 
 def _transfers(

@@ -14,6 +14,7 @@ import msgspec
 
 from vllm_kvmarket.core import sqlite
 from vllm_kvmarket.core.errors import LedgerUnavailableError
+from vllm_kvmarket.ledger import sqlite_schema
 from vllm_kvmarket.ledger.clock import Mark, Reading, advance, machine_clock
 from vllm_kvmarket.ledger.group_commit import malformed, unavailable
 from vllm_kvmarket.ledger.known_funds import KnownFunds
@@ -39,119 +40,6 @@ CHECKPOINT_PAGES = 4000  # a page that many groups change is copied to the file 
 # The clock's row is a page more to sync: the last transfer's time stands for it meanwhile.
 CLOCK_ROW_S = 0.5
 ROOM = "ledger"
-SCHEMA = """
-CREATE TABLE account (
-    id TEXT PRIMARY KEY CHECK (length(id) BETWEEN 1 AND 128),
-    kind TEXT NOT NULL CHECK (kind IN ('buyer', 'publisher', 'provider', 'world', 'suspense')),
-    may_go_negative INTEGER NOT NULL CHECK (may_go_negative IN (0, 1)),
-    currency TEXT NOT NULL CHECK (length(currency) BETWEEN 3 AND 12),
-    debits_pending INTEGER NOT NULL DEFAULT 0 CHECK (debits_pending >= 0),
-    credits_pending INTEGER NOT NULL DEFAULT 0 CHECK (credits_pending >= 0),
-    debits_posted INTEGER NOT NULL DEFAULT 0 CHECK (debits_posted >= 0),
-    credits_posted INTEGER NOT NULL DEFAULT 0 CHECK (credits_posted >= 0),
-    late_nano INTEGER NOT NULL DEFAULT 0 CHECK (late_nano >= 0),
-    CHECK (may_go_negative
-        OR debits_posted - late_nano + debits_pending <= credits_posted)
-) STRICT;
-CREATE TABLE transfer (
-    sequence INTEGER PRIMARY KEY,
-    id TEXT NOT NULL UNIQUE CHECK (length(id) BETWEEN 1 AND 512),
-    kind TEXT NOT NULL
-        CHECK (kind IN ('plain', 'pending', 'renew', 'post', 'void', 'expire', 'late')),
-    debit TEXT NOT NULL REFERENCES account (id),
-    credit TEXT NOT NULL REFERENCES account (id),
-    amount_nano INTEGER NOT NULL CHECK (amount_nano >= 0),
-    pending_id TEXT REFERENCES transfer (id),
-    timeout_s INTEGER NOT NULL CHECK (timeout_s >= 0),
-    code TEXT NOT NULL,
-    user_data TEXT NOT NULL,
-    receipt_digest TEXT NOT NULL,
-    created_at_s REAL NOT NULL,
-    CHECK (debit <> credit),
-    CHECK ((pending_id IS NULL) = (kind IN ('plain', 'pending'))),
-    CHECK ((timeout_s > 0) = (kind IN ('pending', 'renew')))
-) STRICT;
-CREATE UNIQUE INDEX transfer_resolution ON transfer (pending_id)
-    WHERE kind IN ('post', 'void', 'expire');
-CREATE UNIQUE INDEX transfer_late ON transfer (pending_id) WHERE kind = 'late';
-CREATE INDEX transfer_debit ON transfer (debit);
-CREATE INDEX transfer_credit ON transfer (credit);
-CREATE TABLE hold (
-    pending_id TEXT PRIMARY KEY REFERENCES transfer (id),
-    due_at_s REAL NOT NULL
-) STRICT, WITHOUT ROWID;
-CREATE INDEX hold_due ON hold (due_at_s);
-CREATE TABLE receipt (
-    sequence INTEGER PRIMARY KEY,
-    id TEXT NOT NULL UNIQUE,
-    request_id TEXT NOT NULL,
-    account TEXT NOT NULL REFERENCES account (id),
-    document_id TEXT NOT NULL,
-    charge_nano INTEGER NOT NULL CHECK (charge_nano >= 0),
-    body TEXT NOT NULL
-) STRICT;
-CREATE TABLE receipt_line (
-    document_id TEXT NOT NULL,
-    receipt_id TEXT NOT NULL REFERENCES receipt (id),
-    PRIMARY KEY (document_id, receipt_id)
-) STRICT, WITHOUT ROWID;
-CREATE TABLE clock (
-    only_one INTEGER PRIMARY KEY CHECK (only_one = 1),
-    at_s REAL NOT NULL,
-    uptime_s REAL NOT NULL,
-    boot_id TEXT NOT NULL
-) STRICT;
-CREATE TABLE keyed_request (
-    account TEXT NOT NULL,
-    key TEXT NOT NULL,
-    body_digest TEXT NOT NULL,
-    purchase_key TEXT NOT NULL,
-    first_used_at_s REAL NOT NULL,
-    uses INTEGER NOT NULL,
-    PRIMARY KEY (account, key)
-) STRICT, WITHOUT ROWID;
-CREATE INDEX keyed_request_age ON keyed_request (first_used_at_s);
-CREATE INDEX receipt_account ON receipt (account);
-CREATE INDEX receipt_request ON receipt (request_id);
-CREATE INDEX receipt_document ON receipt (document_id);
--- INSERT OR REPLACE deletes without asking the other triggers: those BEFORE INSERT ask first.
--- One trigger for all that an insert must fulfil: each is a program to start, a row.
-CREATE TRIGGER transfer_fits BEFORE INSERT ON transfer BEGIN
-    SELECT CASE
-        WHEN EXISTS (SELECT 1 FROM transfer WHERE id = NEW.id)
-            OR EXISTS (SELECT 1 FROM transfer WHERE sequence = NEW.sequence)
-            THEN RAISE (ABORT, 'transfers are never replaced')
-        WHEN (SELECT currency FROM account WHERE id = NEW.debit)
-            <> (SELECT currency FROM account WHERE id = NEW.credit)
-            THEN RAISE (ABORT, 'both accounts of a transfer have one currency')
-        WHEN NEW.pending_id IS NOT NULL AND (
-            coalesce((SELECT kind FROM transfer WHERE pending_id = NEW.pending_id
-                AND kind IN ('post', 'void', 'expire')), 'open')
-                <> iif(NEW.kind = 'late', 'expire', 'open')
-            OR NOT EXISTS (
-                SELECT 1 FROM transfer WHERE id = NEW.pending_id AND kind = 'pending'
-                AND debit = NEW.debit AND credit = NEW.credit
-                AND NEW.amount_nano <= iif(NEW.kind IN ('post', 'late'), amount_nano, 0)))
-            THEN RAISE (ABORT, 'what names a pending transfer fits it, while it is open')
-    END;
-END;
-CREATE TRIGGER transfer_is_final BEFORE UPDATE ON transfer
-    BEGIN SELECT RAISE (ABORT, 'transfers never change'); END;
-CREATE TRIGGER transfer_stays BEFORE DELETE ON transfer
-    BEGIN SELECT RAISE (ABORT, 'transfers are never deleted'); END;
-CREATE TRIGGER receipt_is_new BEFORE INSERT ON receipt
-    WHEN EXISTS (SELECT 1 FROM receipt WHERE id = NEW.id OR sequence = NEW.sequence)
-    BEGIN SELECT RAISE (ABORT, 'receipts are never replaced'); END;
-CREATE TRIGGER receipt_is_final BEFORE UPDATE ON receipt
-    BEGIN SELECT RAISE (ABORT, 'receipts never change'); END;
-CREATE TRIGGER receipt_stays BEFORE DELETE ON receipt
-    BEGIN SELECT RAISE (ABORT, 'receipts are never deleted'); END;
-CREATE TRIGGER account_stays BEFORE DELETE ON account
-    BEGIN SELECT RAISE (ABORT, 'accounts are never deleted'); END;
-CREATE TRIGGER account_is_itself BEFORE UPDATE OF id, kind, may_go_negative, currency ON account
-    BEGIN SELECT RAISE (ABORT, 'accounts keep their id, kind, limit and currency'); END;
-"""
-
 ACCOUNT_COLUMNS = ", ".join(Account.__struct_fields__)
 TRANSFER_COLUMNS = ", ".join(Transfer.__struct_fields__)
 # Most transfers resolve nothing: "" in a Transfer, NULL in the table.
@@ -205,7 +93,9 @@ class SqliteStorage:
             self._writing = sqlite.connect(path)
             self._writing.pragma("cache_size", -WRITER_CACHE_KIB)
             self._writing.pragma("wal_autocheckpoint", CHECKPOINT_PAGES)
-            sqlite.migrate(self._writing, ROOM, (SCHEMA,))
+            sqlite.migrate(self._writing, ROOM, sqlite_schema.MIGRATIONS)
+            # The triggers look up what a row refers to, once; nothing of it is ever deleted.
+            self._writing.pragma("foreign_keys", False)
 
     def close(self) -> None:
         self._writing.close()
@@ -494,12 +384,19 @@ def _write(db: apsw.Connection, books: GroupBooks, receipts: Sequence[NewReceipt
         db.execute(
             "DELETE FROM hold WHERE pending_id IN (SELECT value FROM json_each(?))", (_json(ended),)
         )
-    new = _new(db, receipts) if receipts else []
-    _insert(db, INSERT_RECEIPT, map(_receipt_row, new))
+    if receipts:
+        try:
+            _write_receipts(db, receipts)
+        except apsw.ConstraintError:
+            _write_receipts(db, _new(db, receipts))
+
+
+def _write_receipts(db: apsw.Connection, receipts: Sequence[NewReceipt]) -> None:
+    _insert(db, INSERT_RECEIPT, map(_receipt_row, receipts))
     _insert(
         db,
         INSERT_RECEIPT_LINE,
-        [(line.document_id, each.receipt.id) for each in new for line in each.receipt.lines],
+        [(line.document_id, each.receipt.id) for each in receipts for line in each.receipt.lines],
     )
 
 

@@ -10,7 +10,7 @@ from typing import Protocol
 
 import msgspec
 
-from vllm_kvmarket.core.errors import LedgerRefusedError
+from vllm_kvmarket.core.errors import LedgerRefusedError, LedgerUnavailableError
 from vllm_kvmarket.ledger.known_funds import KnownFunds
 from vllm_kvmarket.ledger.model import (
     ROYALTY,
@@ -29,6 +29,13 @@ from vllm_kvmarket.ledger.working_set import Wanted
 
 class MalformedBatchError(LedgerRefusedError):
     """A database can never store this batch; nothing of its group took effect."""
+
+
+class RowsHeldError(LedgerUnavailableError):
+    """Another writer holds what a batch needs. It had no effect, and is tried again."""
+
+    def __init__(self) -> None:
+        super().__init__("the account is in use elsewhere; submit the same again")
 
 
 class Batch(msgspec.Struct, frozen=True, eq=False):
@@ -85,10 +92,11 @@ class Storage(Protocol):
 
     funds: KnownFunds
 
-    def write(self, group: Sequence[Batch]) -> list[list[Result]]:
+    def write(self, group: Sequence[Batch]) -> Sequence[list[Result] | RowsHeldError]:
         """Apply a group in one transaction, durable on return.
 
-        Raises MalformedBatchError or LedgerUnavailableError.
+        A batch whose answer is RowsHeldError is not part of it. Raises MalformedBatchError or
+        LedgerUnavailableError.
         """
 
     def open_account(self, account: Account) -> None:
@@ -149,13 +157,13 @@ def wanted(group: Sequence[Batch]) -> Wanted:
     if any(each.code == ROYALTY for each in moves):
         account_ids.add(SUSPENSE)
     return Wanted(
-        transfer_ids=_storable({operation.id for operation in operations} | pending_ids),
-        pending_ids=_storable(pending_ids),
-        account_ids=_storable(account_ids),
+        transfer_ids=storable({operation.id for operation in operations} | pending_ids),
+        pending_ids=storable(pending_ids),
+        account_ids=storable(account_ids),
     )
 
 
-def _storable(ids: set[str]) -> list[str]:
+def storable(ids: set[str]) -> list[str]:
     """The ids that a database can have: no text of PostgreSQL contains a NUL."""
     return [id for id in ids if "\0" not in id]
 

@@ -42,6 +42,7 @@ from vllm_kvmarket.proofs.notes import (
     sign_checkpoint,
 )
 
+CHECKPOINT_S = 60.0  # how often the log is signed while transfers are added
 LOG_FOLDER = "log"
 HASHES_FILE = "hashes"
 HEAD_FILE = "head.json"
@@ -169,6 +170,15 @@ class TransparencyLog:
         """
         with self._tree() as tree:
             return self._checkpoint(tree)
+
+    def keep_signed(self, interval_s: float = CHECKPOINT_S) -> None:
+        """Sign the log as it stands, unless that was done just before; for a schedule.
+
+        Nothing is done in a home that has no log. Raises ProofError as `checkpoint` does.
+        """
+        last = _read_lines(self.folder / CHECKPOINTS_FILE, Signed, last=True)
+        if last and abs(time.time() - last[0].at_s) >= interval_s:
+            self.checkpoint()
 
     def checkpoints(self) -> list[Signed]:
         """Every checkpoint that was signed, oldest first, but those of epochs that ended."""

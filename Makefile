@@ -14,7 +14,7 @@ CHECK := .venv-check/bin
 CHECK_READY := .venv-check/.ready
 PYTEST := $(BIN)/python -m pytest
 
-.PHONY: help demo check test test-unit test-servers test-engine test-long test-machine lint bench bench-paper \
+.PHONY: help demo check test test-unit test-servers test-engine test-long test-machine lint bench bench-models bench-paper \
 	bench-peers bench-market soak env clean
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
@@ -65,6 +65,9 @@ bench: $(READY) $(MODEL_READY) ## speed of a reuse, of the store, of the ledger
 	$(BIN)/python -m benchmarks.miss_cost --model $(MODEL)
 	$(BIN)/python -m benchmarks.store --model $(MODEL)
 	$(BIN)/python -m benchmarks.ledger
+
+bench-models: $(READY) $(MODEL_READY) ## every family of models, token for token: docs/MODELS.md
+	$(BIN)/python -m benchmarks.models
 
 bench-paper: $(READY) $(MODEL_READY) ## the paper's claims, one after the other
 	$(BIN)/python -m benchmarks.paper --model $(MODEL)

@@ -7,6 +7,7 @@ FAMILY is one of FAMILIES, "qwen3" when it is left out.
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,10 @@ _HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2}
 _ATTENTION = {"hidden_size": 128, "intermediate_size": 256, **_HEADS, "head_dim": 32}
 _WINDOWS = ["sliding_attention", "full_attention"]
 _MAMBA = {"mamba_n_heads": 8, "mamba_d_head": 32, "mamba_d_state": 16, "mamba_n_groups": 1}
+_DELTA_NET = {
+    "linear_num_value_heads": 4, "linear_num_key_heads": 2, "linear_key_head_dim": 128,
+    "linear_value_head_dim": 128,
+}  # fmt: skip
 _LONG_ROPE = {"rope_type": "longrope", "short_factor": [1.0] * 16, "long_factor": [4.0] * 16}
 
 # Each family: its configuration's class in transformers, and what is not the class's default.
@@ -87,12 +92,76 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
         "Qwen3NextConfig",
         {**_ATTENTION, "num_hidden_layers": 4, "num_experts": 4, "num_experts_per_tok": 2,
          "moe_intermediate_size": 64, "shared_expert_intermediate_size": 64,
-         "linear_num_value_heads": 4, "linear_num_key_heads": 2, "linear_key_head_dim": 32,
-         "linear_value_head_dim": 32},
+         **_DELTA_NET},
+    ),
+    "qwen3.5": ("Qwen3_5TextConfig", {**_ATTENTION, "num_hidden_layers": 4, **_DELTA_NET}),
+    "qwen-vl": (
+        "Qwen2_5_VLConfig",
+        {"text_config": {"hidden_size": 128, "intermediate_size": 256, **_HEADS,
+                         "num_hidden_layers": 3,
+                         "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0,
+                                             "mrope_section": [4, 6, 6]}},
+         "vision_config": {"depth": 1, "hidden_size": 64, "intermediate_size": 64, "num_heads": 2,
+                           "out_hidden_size": 128}},
+    ),
+    "deepseek-v32": (
+        "DeepseekV32Config",
+        {"hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 4,
+         "num_key_value_heads": 4, "num_hidden_layers": 3, "q_lora_rank": 32, "kv_lora_rank": 32,
+         "qk_nope_head_dim": 32, "qk_rope_head_dim": 32, "v_head_dim": 32, "n_routed_experts": 8,
+         "num_experts_per_tok": 2, "first_k_dense_replace": 3, "moe_intermediate_size": 64,
+         "index_topk": 256, "index_head_dim": 128, "index_n_heads": 2},
+    ),
+    "gemma2": (
+        "Gemma2Config",
+        {**_ATTENTION, "num_hidden_layers": 4, "sliding_window": 200, "query_pre_attn_scalar": 32,
+         "layer_types": _WINDOWS * 2},
+    ),
+    "gemma4": (
+        "Gemma4TextConfig",
+        {**_ATTENTION, "num_hidden_layers": 6, "sliding_window": 200,
+         "hidden_size_per_layer_input": 0,
+         "layer_types": ["sliding_attention"] * 5 + ["full_attention"]},
+    ),
+    "olmo3": (
+        "Olmo3Config",
+        {**_ATTENTION, "num_hidden_layers": 4, "sliding_window": 200, "layer_types": _WINDOWS * 2},
+    ),
+    "cohere2": (
+        "Cohere2Config",
+        {**_ATTENTION, "num_hidden_layers": 4, "sliding_window": 200, "layer_types": _WINDOWS * 2},
+    ),
+    "exaone4": (
+        "Exaone4Config",
+        {**_ATTENTION, "num_hidden_layers": 4, "sliding_window": 200, "layer_types": _WINDOWS * 2},
+    ),
+    "nemotron-h": (
+        "NemotronHConfig",
+        {**_ATTENTION, "layers_block_type": ["mamba", "mlp", "attention", "mlp"],
+         "mamba_num_heads": 8, "mamba_head_dim": 32, "ssm_state_size": 16, "n_groups": 1,
+         "n_routed_experts": 4, "moe_intermediate_size": 64,
+         "moe_shared_expert_intermediate_size": 64},
+    ),
+    "kimi-linear": (
+        "KimiLinearConfig",
+        {"hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 4,
+         "num_key_value_heads": 4, "num_hidden_layers": 4, "kv_lora_rank": 32,
+         "qk_nope_head_dim": 32, "qk_rope_head_dim": 32, "v_head_dim": 32, "num_local_experts": 4,
+         "num_experts_per_tok": 2, "moe_intermediate_size": 64, "linear_head_dim": 128,
+         "linear_num_heads": 2},
+    ),
+    "glm4-moe": (
+        "Glm4MoeConfig",
+        {**_ATTENTION, "num_hidden_layers": 3, "n_routed_experts": 4, "num_experts_per_tok": 2,
+         "moe_intermediate_size": 64},
+    ),
+    "minimax-m2": (
+        "MiniMaxM2Config",
+        {**_ATTENTION, "num_hidden_layers": 3, "num_local_experts": 4, "num_experts_per_tok": 2},
     ),
 }  # fmt: skip
 # These architectures are written by another class than AutoModelForCausalLM finds for them.
-DTYPES = {"qwen3-next": "bfloat16", "gpt-oss": "bfloat16"}
+DTYPES = {"qwen3-next": "bfloat16", "qwen3.5": "bfloat16", "gpt-oss": "bfloat16"}
 
 
 def make_tiny_model(
@@ -116,12 +185,38 @@ def make_tiny_model(
         "initializer_range": 0.2,  # wide, so that greedy answers depend on the whole prompt
     }
     kind = dtype or DTYPES.get(family, "float32")
+    loader = transformers.AutoModelForCausalLM
+    if "text_config" in facts:
+        loader = transformers.AutoModelForImageTextToText
+        facts = facts | {"text_config": common | facts["text_config"]}
     config = getattr(transformers, name)(**common | facts, dtype=kind)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = transformers.AutoModelForCausalLM.from_config(config)
+        model = loader.from_config(config)
     model.to(getattr(torch, kind)).save_pretrained(out)
     tokenizer.save_pretrained(out)
+    return out
+
+
+def make_adapter(seed: int, model: Path, out: Path, rank: int = 8) -> Path:
+    """Write a random LoRA adapter of the model's query and value projections; returns `out`."""
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    weights = {}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        for name, weight in load_file(model / "model.safetensors").items():
+            if name.endswith(("q_proj.weight", "v_proj.weight")):
+                rows, columns = weight.shape
+                stem = f"base_model.model.{name.removesuffix('.weight')}"
+                weights[f"{stem}.lora_A.weight"] = torch.randn(rank, columns) * 0.2
+                weights[f"{stem}.lora_B.weight"] = torch.randn(rows, rank) * 0.2
+    out.mkdir()
+    save_file(weights, out / "adapter_model.safetensors")
+    facts = {"peft_type": "LORA", "r": rank, "lora_alpha": rank, "bias": "none",
+             "target_modules": ["q_proj", "v_proj"]}  # fmt: skip
+    (out / "adapter_config.json").write_text(json.dumps(facts))
     return out
 
 

@@ -1,4 +1,4 @@
-"""Write docs/COMMANDS.md, docs/CONFIGURATION.md and the README's tables of measured results.
+"""Write docs/COMMANDS.md, docs/CONFIGURATION.md, docs/MODELS.md, and the README's tables.
 
 python -m tools.update_docs [--check]
 
@@ -14,6 +14,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from tools import results_models
 from vllm_kvmarket.cli.app import NOUNS, build_parser, commands_of
 from vllm_kvmarket.cli.command import Command
 from vllm_kvmarket.core import config
@@ -191,7 +192,12 @@ def readme() -> str:
 
 def main() -> int:
     """Write the files, or with --check name those that are stale."""
-    pages = {COMMANDS: commands_page(), CONFIGURATION: configuration_page(), README: readme()}
+    pages = {
+        COMMANDS: commands_page(),
+        CONFIGURATION: configuration_page(),
+        results_models.PAGE: results_models.page(),
+        README: readme(),
+    }
     stale = [path for path, text in pages.items() if not path.exists() or path.read_text() != text]
     if "--check" in sys.argv:
         for path in stale:

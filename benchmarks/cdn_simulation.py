@@ -52,7 +52,7 @@ from benchmarks.simulation.limits import known_rates_share
 from benchmarks.simulation.reads import Population, Workload, read_trace
 from benchmarks.simulation.replay import POLICIES, PUBLISHED, Outcome, money, replay
 from benchmarks.simulation.scaling import ENGINES, Demand, breaking_points, measured_parts, table
-from vllm_kvmarket.cli.economics import PAPER_AGENTS, PAPER_KV_BYTES_PER_TOKEN
+from benchmarks.economics import PAPER_AGENTS, PAPER_KV_BYTES_PER_TOKEN
 from vllm_kvmarket.core.pricing import Tariff
 
 ROOT = Path(__file__).parents[1]

@@ -15,7 +15,7 @@ from typing import Any
 
 from benchmarks.paper_sections.inputs import PAPER_MODEL, PAPER_POINTS, SOURCES, Prices, units
 from benchmarks.paper_sections.tables import table
-from vllm_kvmarket.cli.economics import GB, PAPER_KV_BYTES_PER_TOKEN, PAPER_TOKENS, Economics
+from benchmarks.economics import GB, PAPER_KV_BYTES_PER_TOKEN, PAPER_TOKENS, Economics
 from vllm_kvmarket.core.pricing import NANO, Tariff
 
 LENGTHS = (255, 1024, PAPER_TOKENS, 16_384, 32_768)

@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from vllm_kvmarket.cli.economics import EGRESS_NANO_PER_GB
+from benchmarks.economics import EGRESS_NANO_PER_GB
 from vllm_kvmarket.core.pricing import NANO, Tariff, parse_nano
 
 # Two ends of the paper's measurements: tokens, seconds of prefill, seconds of reuse.
@@ -17,7 +17,7 @@ STORAGE = "object store=0.023,disk=0.08,host memory=2"
 SOURCES = {
     "input_price": "the paper's: $1.5M for 80M reads of 3,774 tokens is 5 a million tokens",
     "egress_prices": (
-        "assumptions: a sweep of steps; 0.09 a GB is vllm_kvmarket.cli.economics' default, a "
+        "assumptions: a sweep of steps; 0.09 a GB is benchmarks.economics' default, a "
         "large public cloud's usual list price to the internet; 0.01 stands for a cheap host; none "
         "was looked up today"
     ),

@@ -1,6 +1,6 @@
 """Section 5: the prize: 80 million readers of one document, and who earns what under which tariff.
 
-All amounts come from vllm_kvmarket.cli.economics. Reuse is priced by the share of prefill's time
+All amounts come from benchmarks.economics. Reuse is priced by the share of prefill's time
 that it takes: the paper's, and the one measured here before (section 2), where there is one.
 """
 
@@ -11,7 +11,7 @@ from typing import Any
 
 from benchmarks.paper_sections.inputs import SOURCES, Prices, units
 from benchmarks.paper_sections.tables import table
-from vllm_kvmarket.cli.economics import (
+from benchmarks.economics import (
     PAPER_AGENTS,
     PAPER_PREFILL_TO_REUSE,
     PAPER_TOKENS,

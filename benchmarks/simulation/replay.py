@@ -12,7 +12,7 @@ from benchmarks.simulation.policies import Published, published
 from benchmarks.simulation.reads import Workload
 from benchmarks.simulation.stores import Belady, ChunkLru, DocumentStore, Store
 from vllm_kvmarket.catalogue.eviction_policy import recompute_tokens
-from vllm_kvmarket.cli.economics import (
+from benchmarks.economics import (
     GB,
     PAPER_KV_BYTES_PER_TOKEN,
     PAPER_PREFILL_TO_REUSE,

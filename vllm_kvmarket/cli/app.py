@@ -28,7 +28,6 @@ NOUNS = (
     ("trust", "key_commands", "whose bundles this market imports"),
     ("store", "store_commands", "check, clean and repair the stored chunks"),
     ("backup", "archive_commands", "copy a whole market and bring it back"),
-    ("economics", "economics", "what prefill, reuse and shipping cost for many readers"),
     ("env", "environment", "show versions and paths, and what is wrong with them"),
     ("demo", "demo", "publish, reuse and charge for a real document, end to end"),
 )

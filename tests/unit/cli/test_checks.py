@@ -1,4 +1,4 @@
-"""`store check`, `env` and `economics`."""
+"""`store check` and `env`."""
 
 import argparse
 import json
@@ -98,39 +98,6 @@ def test_an_unsupported_vllm_is_a_problem(monkeypatch, run, versions, problem):
 def test_supported_versions_are_supported(version):
     """0.32 and 0.33 work, builds included."""
     assert environment.supported(version)
-
-
-def test_economics_reproduces_the_papers_abstract(run, run_json):
-    """80 million agents, 3,774 tokens: 1.5M to prefill, 0.03M to reuse, 49.7 times less."""
-    document = run_json("economics")
-    assert (document["agents"], document["tokens"]) == (80_000_000, 3_774)
-    assert document["prefill_to_reuse"] == 49.7
-    assert round(document["total"]["prefill_nano"] / 10**15, 1) == 1.5
-    assert round(document["total"]["reuse_nano"] / 10**15, 2) == 0.03
-    shown = run("economics").out
-    assert "reuse is 49.7x cheaper than prefill" in shown
-    assert "shipping the KV costs more than the prefill it saves" in shown
-
-
-def test_economics_takes_measured_figures_and_own_prices(run_json):
-    """Every figure can be given; the configuration's tariff is the default for prices."""
-    words = "--agents 2k --tokens 1000 --prefill-s 3 --reuse-s 0.1 --royalty 0.25 --kv-bytes 1M"
-    document = run_json("economics", *words.split(), "--egress-price", "0", "--input-price", "2")
-    assert (document["agents"], document["prefill_to_reuse"]) == (2_000, 30.0)
-    assert document["per_read"] == {
-        "reads": 1,
-        "prefill_nano": 2_000_000,
-        "reuse_nano": 66_666,
-        "shipping_nano": 0,
-        "charge_nano": 200_000,
-        "royalty_nano": 50_000,
-        "margin_nano": 83_334,
-        "saved_nano": 1_800_000,
-    }
-    config = '{"tariff": {"cache_read_nano_per_mtok": 7000000}}'
-    assert (
-        run_json("economics", "--config", config)["terms"]["cache_read_nano_per_mtok"] == 7 * 10**6
-    )
 
 
 @pytest.mark.parametrize(("text", "number"), [("1", 1), ("4k", 4_000), ("80M", 80_000_000)])

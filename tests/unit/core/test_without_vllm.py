@@ -83,13 +83,6 @@ def test_the_command_keeps_books_without_vllm_and_torch(bare, tmp_path):
     assert "alice" in run(*command, "list", *options)
 
 
-def test_the_command_calculates_without_vllm_and_torch(bare):
-    """The installed `kvmarket economics` prints the paper's figures as JSON."""
-    figures = json.loads(run(bare / "kvmarket", "economics", "--json"))
-    assert (figures["agents"], figures["tokens"]) == (80_000_000, 3_774)
-    assert figures["prefill_to_reuse"] == 49.7
-
-
 def test_the_wheel_carries_its_data(bare):
     """Type marker, licence and the demo's document arrive with the wheel."""
     script = (

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vllm_kvmarket.cli.economics import Economics
+from benchmarks.economics import Economics
 from vllm_kvmarket.core.pricing import NANO, PPM, Tariff
 
 MILLION = 1_000_000 * NANO

@@ -46,13 +46,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from benchmarks.economics import PAPER_AGENTS, PAPER_KV_BYTES_PER_TOKEN
 from benchmarks.machine import describe_machine
 from benchmarks.simulation.fleet import ROUTES, Engine, replicated, simulate
 from benchmarks.simulation.limits import known_rates_share
 from benchmarks.simulation.reads import Population, Workload, read_trace
 from benchmarks.simulation.replay import POLICIES, PUBLISHED, Outcome, money, replay
 from benchmarks.simulation.scaling import ENGINES, Demand, breaking_points, measured_parts, table
-from benchmarks.economics import PAPER_AGENTS, PAPER_KV_BYTES_PER_TOKEN
 from vllm_kvmarket.core.pricing import Tariff
 
 ROOT = Path(__file__).parents[1]

@@ -13,9 +13,9 @@ from dataclasses import asdict, replace
 from fractions import Fraction
 from typing import Any
 
+from benchmarks.economics import GB, PAPER_KV_BYTES_PER_TOKEN, PAPER_TOKENS, Economics
 from benchmarks.paper_sections.inputs import PAPER_MODEL, PAPER_POINTS, SOURCES, Prices, units
 from benchmarks.paper_sections.tables import table
-from benchmarks.economics import GB, PAPER_KV_BYTES_PER_TOKEN, PAPER_TOKENS, Economics
 from vllm_kvmarket.core.pricing import NANO, Tariff
 
 LENGTHS = (255, 1024, PAPER_TOKENS, 16_384, 32_768)

@@ -9,14 +9,14 @@ from __future__ import annotations
 from fractions import Fraction
 from typing import Any
 
-from benchmarks.paper_sections.inputs import SOURCES, Prices, units
-from benchmarks.paper_sections.tables import table
 from benchmarks.economics import (
     PAPER_AGENTS,
     PAPER_PREFILL_TO_REUSE,
     PAPER_TOKENS,
     Economics,
 )
+from benchmarks.paper_sections.inputs import SOURCES, Prices, units
+from benchmarks.paper_sections.tables import table
 from vllm_kvmarket.core.pricing import NANO, PPM, Tariff
 
 TARIFF_PPM = (20_000, 30_000, 50_000, 75_000, 100_000, 150_000, 200_000, 250_000)

@@ -13,10 +13,10 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.economics import PAPER_KV_BYTES_PER_TOKEN
 from benchmarks.simulation.reads import Workload
 from benchmarks.simulation.replay import Outcome
 from vllm_kvmarket.catalogue.eviction_policy import recompute_tokens
-from benchmarks.economics import PAPER_KV_BYTES_PER_TOKEN
 
 ROUTES = ("random", "prefix-aware")
 CANDIDATES = 8

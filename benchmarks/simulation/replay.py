@@ -8,16 +8,16 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.simulation.policies import Published, published
-from benchmarks.simulation.reads import Workload
-from benchmarks.simulation.stores import Belady, ChunkLru, DocumentStore, Store
-from vllm_kvmarket.catalogue.eviction_policy import recompute_tokens
 from benchmarks.economics import (
     GB,
     PAPER_KV_BYTES_PER_TOKEN,
     PAPER_PREFILL_TO_REUSE,
     Economics,
 )
+from benchmarks.simulation.policies import Published, published
+from benchmarks.simulation.reads import Workload
+from benchmarks.simulation.stores import Belady, ChunkLru, DocumentStore, Store
+from vllm_kvmarket.catalogue.eviction_policy import recompute_tokens
 from vllm_kvmarket.core.listing_terms import ListingTerms
 from vllm_kvmarket.core.pricing import NANO, Tariff
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import sys
 import time
@@ -14,7 +15,7 @@ from urllib.parse import quote
 import msgspec
 
 from vllm_kvmarket.catalogue import Listing
-from vllm_kvmarket.cli import engine, server_calls
+from vllm_kvmarket.cli import engine
 from vllm_kvmarket.cli.command import (
     DOCUMENT_ID,
     UsageError,
@@ -29,16 +30,27 @@ from vllm_kvmarket.cli.command import (
     span_s,
 )
 from vllm_kvmarket.cli.output import clean, emit, moment, pairs, progress, size, table
-from vllm_kvmarket.core.errors import NotPublishableError, PublishFailedError
+from vllm_kvmarket.core.errors import (
+    ConfigError,
+    NotPublishableError,
+    PublishFailedError,
+    RefusedError,
+    UnavailableError,
+)
 from vllm_kvmarket.core.pricing import PPM, format_nano
 from vllm_kvmarket.market import eviction, garbage_collection
 from vllm_kvmarket.market.market import Market
 
 if TYPE_CHECKING:
+    from urllib.error import HTTPError
+
     from rich.console import Console
 
 STATES = ("publishing", "live", "damaged", "failed", "delisted", "expired", "evicted")
 STDIN = "-"
+KEY_VARIABLE = "KVMARKET_API_KEY"
+# An engine with much to do is slow to answer.
+SERVER_TIMEOUT_S = 600.0
 # Rounding differs between engines, batches and kernels; wrong KV differs by orders of magnitude.
 VERDICTS = {
     "exact": "bit for bit what this engine computes",
@@ -407,7 +419,7 @@ def document_preload(args: argparse.Namespace) -> None:
     """Bring a document into a running server's paged cache; needs an admin's key in
     $KVMARKET_API_KEY.
     """
-    preloaded = server_calls.post(
+    preloaded = _post(
         args.server, f"/v1/kvmarket/documents/{quote(args.document_id, safe='')}/preload"
     )
     facts = [
@@ -419,6 +431,43 @@ def document_preload(args: argparse.Namespace) -> None:
     if preloaded["not_pinned"]:
         facts.append(("not pinned", str(preloaded["not_pinned"])))
     emit(args, preloaded, lambda where: pairs(where, facts))
+
+
+def _post(server: str, path: str) -> dict[str, Any]:
+    """Send a POST request without a body; the answer.
+
+    The key comes from the environment: other users of a machine can read a command's arguments.
+    Raises ConfigError, RefusedError, and UnavailableError.
+    """
+    import urllib.error
+    import urllib.request
+    from http.client import HTTPException
+
+    key = os.environ.get(KEY_VARIABLE, "")
+    if not key:
+        raise ConfigError(
+            f"{KEY_VARIABLE} is not set; it must hold an admin's key of {server} "
+            "(`kvmarket key create`)"
+        )
+    if not server.startswith(("http://", "https://")):
+        raise ConfigError(f"{server!r} is no address of a server, such as http://127.0.0.1:8000")
+    request = urllib.request.Request(  # noqa: S310  # the scheme was checked
+        server.rstrip("/") + path, method="POST", headers={"authorization": f"Bearer {key}"}
+    )
+    try:
+        with urllib.request.urlopen(request, timeout=SERVER_TIMEOUT_S) as answer:  # noqa: S310
+            return dict(json.load(answer))
+    except urllib.error.HTTPError as error:
+        raise RefusedError(f"{server} answered {error.code}: {_message(error)}") from None
+    except (OSError, HTTPException, ValueError) as error:
+        raise UnavailableError(f"{server} cannot be reached: {error}; is it running?") from None
+
+
+def _message(error: HTTPError) -> str:
+    try:
+        return str(json.load(error)["error"]["message"])
+    except (OSError, ValueError, LookupError, TypeError):
+        return str(error.reason)
 
 
 # audit

@@ -100,7 +100,7 @@ def test_every_command_that_writes_is_recorded():
         *("document list", "document show", "document audit", "account list", "apikey list"),
         *("ledger show", "ledger statement", "ledger check", "receipt list", "receipt show"),
         *("receipt verify", "log checkpoint", "log prove", "log consistency", "log verify"),
-        *("log admin", "key show", "trust list", "store check", "store codecs"),
+        *("log admin", "key show", "trust list", "store check"),
         # They need no market, or make their own.
         *("env", "demo", "backup restore"),
         # It asks a server, which records it.

@@ -1,14 +1,16 @@
-"""`kvmarket store codecs`: ratio and speed on a stored document, and which codec pays where."""
+"""The codecs on a stored document: ratio and speed, and which codec pays where."""
 
 import itertools
+import json
 import math
 
 import numpy as np
 import pytest
 
+from benchmarks.codecs import SAMPLE_BYTES, Speeds, main, report_on, winners
 from vllm_kvmarket.catalogue import Listing
-from vllm_kvmarket.cli.store_commands import Speeds, winners
 from vllm_kvmarket.core.document_chunks import DocumentChunks
+from vllm_kvmarket.core.errors import NotFoundError, StoreError
 from vllm_kvmarket.core.listing_terms import ListingTerms
 from vllm_kvmarket.core.model_identity import ROOT, pack_tokens
 from vllm_kvmarket.market.market import Market
@@ -20,17 +22,17 @@ ZSTD = Speeds("zstd-exponent", 1.5, 1e9, 1.5e9)
 
 
 @pytest.fixture
-def document(home):
-    """A listed document of two chunks of bfloat16 numbers, in two layers of blocks of 16 tokens."""
+def market(tmp_path):
+    """A market with one document of two chunks of bfloat16 numbers, in two layers."""
     layout = ChunkLayout(
         "test", "bfloat16", 16, tuple(LayerLayout(f"l{i}", (2048,), 4096) for i in range(2))
     )
     tokens = list(range(512))
     chunks = DocumentChunks.of(NAMESPACE, tokens, 256)
-    keys, name = chunks.keys, chunks.document_id
+    keys = chunks.keys
     numbers = np.random.default_rng(0).standard_normal(16 * 2048).astype(np.float32)
     pages = (numbers.view(np.uint32) >> 16).astype(np.uint16).view(np.uint8)
-    with Market.open(home) as market:
+    with Market.open(tmp_path / "home") as market:
         market.catalogue.begin(Listing.of(chunks, ListingTerms(title="numbers")), chunks)
         for number, key in enumerate(keys):
             market.store.put(
@@ -41,13 +43,21 @@ def document(home):
                 layout=layout,
                 layers=[[pages], [pages]],
             )
-        market.catalogue.commit(name, 4 * pages.nbytes)
-    return name
+        market.catalogue.commit(chunks.document_id, 4 * pages.nbytes)
+        yield market
 
 
-def test_ratio_and_speed_of_every_codec(run_json, document):
+@pytest.fixture
+def document(market):
+    """The document's id."""
+    (listing,) = market.catalogue.listings()
+    return listing.document_id
+
+
+def test_ratio_and_speed_of_every_codec(market, document, capsys):
     """Each codec has a ratio and speeds, measured on the document's own pages."""
-    measured = run_json("store", "codecs", document, "--threads", 3)
+    assert main([document, "--home", str(market.home), "--threads", "3", "--json"]) == 0
+    measured = json.loads(capsys.readouterr().out)
     assert (measured["document_id"], measured["tokens"]) == (document, 512)
     assert (measured["dtype"], measured["threads"]) == ("bfloat16", 3)
     assert measured["sampled_bytes"] == 2 * 2 * 16 * 4096
@@ -62,29 +72,29 @@ def test_ratio_and_speed_of_every_codec(run_json, document):
     assert won[-1]["to_bytes_per_s"] is None
 
 
-def test_the_table_says_where_each_codec_pays(run, document):
+def test_the_table_says_where_each_codec_pays(market, document, capsys):
     """The table names the codecs; a line each says from which source which of them is fastest."""
-    shown = run("store", "codecs", document).out
+    main([document, "--home", str(market.home)])
+    shown = capsys.readouterr().out
     assert "512 tokens of bfloat16" in shown
     assert "raw " in shown
-    assert "zstd-exponent loads fastest from a source of 0 B/s up to " in shown
+    assert "zstd-exponent loads fastest from a source of 0.00 GB/s up to " in shown
 
 
-def test_a_sample_is_bounded(run_json, document):
-    """No more pages are taken into memory than --sample, but one layer at least."""
+def test_a_sample_is_bounded(market, document):
+    """No more pages are taken into memory than the sample's bytes, but one layer at least."""
     for limit, expected in ((1, 65536), (65536, 65536), (200_000, 196_608)):
-        measured = run_json("store", "codecs", document, "--sample", limit)
-        assert measured["sampled_bytes"] == expected
+        assert report_on(market, document, 1, limit)["sampled_bytes"] == expected
 
 
-def test_what_cannot_be_measured(run, document, home):
+def test_what_cannot_be_measured(market, document):
     """An unknown document, and one whose chunks are gone, are errors with a remedy."""
-    assert "kvd_" in run("store", "codecs", "kvd_" + "0" * 32, code=1).err
-    with Market.open(home) as market:
-        for key in list(market.store.disk.keys()):
-            market.store.disk.delete(key)
-    assert "publish it again" in run("store", "codecs", document, code=1).err
-    run("store", "codecs", code=2)
+    with pytest.raises(NotFoundError, match="kvd_"):
+        report_on(market, "kvd_" + "0" * 32, 1, SAMPLE_BYTES)
+    for key in list(market.store.disk.keys()):
+        market.store.disk.delete(key)
+    with pytest.raises(StoreError, match="publish it again"):
+        report_on(market, document, 1, SAMPLE_BYTES)
 
 
 def test_a_codec_wins_below_what_its_threads_decode():
@@ -114,11 +124,12 @@ def test_ranges_agree_with_the_rates():
             assert rates[codec] == max(rates.values())
 
 
-def test_a_codec_that_is_not_exact_is_an_error(monkeypatch, run, document):
+def test_a_codec_that_is_not_exact_is_an_error(monkeypatch, market, document):
     """Measuring also proves that every page comes back as it was."""
 
     def forgetful(*args, page_bytes):
         args[-1][0].fill(0)
 
     monkeypatch.setattr("vllm_kvmarket.store.codec.decode_into", forgetful)
-    assert "is not exact here" in run("store", "codecs", document, code=1).err
+    with pytest.raises(StoreError, match="is not exact here"):
+        report_on(market, document, 1, SAMPLE_BYTES)

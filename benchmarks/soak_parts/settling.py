@@ -23,18 +23,18 @@ BAD_LINES = re.compile(r"Traceback|\bERROR\b|\bCRITICAL\b|was not booked|Task ex
 
 def evidence(server: Soaked, story: Story) -> dict[str, Any]:
     """That what was to be soaked took place, from the server's own counters."""
-    metrics = server.metrics()
+    counters = server.metrics()
     listings = server.market.catalogue.listings()
     kinds = ("load_failures", "chunks_loaded", "chunks_quarantined", "save_failures", "prefetches")
     metrics = {
         name: value
-        for name, value in sorted(metrics.items())
+        for name, value in sorted(counters.items())
         if name.startswith(tuple(KVMARKET + kind for kind in kinds)) and "_created" not in name
     }
     failures = [n for n in metrics if n.startswith(f"{KVMARKET}load_failures") and "{" not in n]
     sold = {"published", *(each.document_id for each in listings if each.stored_bytes)}
     return {
-        "preemptions": int(metrics.get("vllm:num_preemptions_total", 0)),
+        "preemptions": int(counters.get("vllm:num_preemptions_total", 0)),
         "load_failures": int(sum(metrics[name] for name in failures)),
         "faults_injected": sum(n for c, n in story.counts.items() if c.startswith("fault: ")),
         "faults_found_by_commands": story.counts["found by fsck"] + story.counts["found by repair"],

@@ -447,7 +447,7 @@ def _post(server: str, path: str) -> dict[str, Any]:
     if not key:
         raise ConfigError(
             f"{KEY_VARIABLE} is not set; it must hold an admin's key of {server} "
-            "(`kvmarket key create`)"
+            "(`kvmarket apikey create --scope admin`)"
         )
     if not server.startswith(("http://", "https://")):
         raise ConfigError(f"{server!r} is no address of a server, such as http://127.0.0.1:8000")

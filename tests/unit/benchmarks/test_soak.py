@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 
-from benchmarks.soak_parts import growth, money, oracle
+from benchmarks.soak_parts import growth, money, oracle, settling
 from benchmarks.soak_parts.plan import Asked, Story
 from vllm_kvmarket.core.pricing import NANO
 from vllm_kvmarket.ledger import Receipt, ReceiptLine
@@ -82,6 +84,16 @@ def test_a_request_that_was_charged_as_it_says_is_right():
 def test_a_wrong_charge_is_found(asked, receipts):
     """Each way in which a charge can be wrong."""
     assert judged(asked, *receipts) != []
+
+
+def test_what_took_place_is_read_from_the_servers_counters():
+    """vLLM's own as well as ours: a counter that is never found would always be zero."""
+    counters = {"vllm:num_preemptions_total": 3.0, "vllm:kvmarket_load_failures_total": 2.0}
+    catalogue = SimpleNamespace(listings=list)
+    market = SimpleNamespace(catalogue=catalogue)
+    server = SimpleNamespace(metrics=lambda: counters, market=market)
+    found = settling.evidence(server, Story())
+    assert (found["preemptions"], found["load_failures"]) == (3, 2)
 
 
 def test_what_goes_on_growing_is_told_from_what_levels_off():

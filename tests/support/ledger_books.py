@@ -11,7 +11,8 @@ from vllm_kvmarket.ledger import Account, Ledger, Receipt, Transfer, pending
 from vllm_kvmarket.ledger.integrity import problems
 from vllm_kvmarket.ledger.ledger import storage_of
 from vllm_kvmarket.ledger.rules import ENDS, apply
-from vllm_kvmarket.ledger.storage import Batch, Everything
+from vllm_kvmarket.ledger.storage import Batch, Everything, apply_group, wanted
+from vllm_kvmarket.ledger.working_set import Found, GroupBooks
 
 NANO = 1_000_000_000
 FOREVER = float("inf")
@@ -69,6 +70,49 @@ class MemoryBooks:
 
     def close(self):
         pass
+
+
+class SimulatedDatabase:
+    """The part that outlives a crash: books to which a group is added whole or not at all."""
+
+    def __init__(self, chance):
+        self.books = MemoryBooks(
+            Account("world", "world", may_go_negative=True),
+            Account("provider", "provider"),
+            Account("suspense", "suspense"),
+            Account("pat", "publisher"),
+            Account("alice", "buyer"),
+        )
+        self.receipts = {}
+        self.chance = chance
+        self.faults = 0.0
+        self.ends = {}
+
+    def apply(self, group, now_s=0.0):
+        """What a group would change, its answers and its receipts; changes nothing."""
+        looked_for = wanted(group)
+        transfers = [self.books.transfer(id) for id in looked_for.transfer_ids]
+        ends = [self.ends.get(id) for id in looked_for.pending_ids]
+        books = GroupBooks(
+            Found(
+                list(self.books.accounts.values()),
+                [each for each in transfers if each],
+                self.books.open_holds(),
+                [each for each in ends if each],
+            )
+        )
+        return books, *apply_group(books, group, now_s)
+
+    def keep(self, changed, receipts):
+        """Make a group's changes durable."""
+        for account in changed.changed_accounts.values():
+            self.books.put_account(account)
+        for transfer in changed.new_transfers:
+            self.books.put_transfer(transfer)
+            if transfer.kind in ENDS:
+                self.ends[transfer.pending_id] = transfer
+        self.books.dues |= changed.changed_dues
+        self.receipts |= {each.receipt.id: each.receipt for each in receipts}
 
 
 class StoredBooks:

@@ -195,6 +195,16 @@ def test_the_repository_names_no_registry_and_no_machine(pattern):
     assert found == []
 
 
+def test_no_symbolic_link_is_tracked():
+    """A link would lead to another file, or to nothing, on another machine."""
+    if not (ROOT / ".git").exists():
+        pytest.skip("not a git work tree")
+    command = ["git", "ls-files", "--stage"]
+    listed = subprocess.run(command, cwd=ROOT, capture_output=True, check=True, text=True).stdout
+    assert len(listed.splitlines()) > 100
+    assert [line for line in listed.splitlines() if line.startswith("120000")] == []
+
+
 @pytest.mark.parametrize("command", ["make demo", "make test"])
 def test_the_readme_names_the_first_commands(command):
     """The README says how to see it work and how to test it."""

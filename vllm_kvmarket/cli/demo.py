@@ -87,6 +87,7 @@ def demo(args: argparse.Namespace) -> int:
     kept = (
         result["greedy_equal"] == result["greedy_total"]
         and result["reused_tokens"] == result["tokens"]
+        and result["prefill_cached_tokens"] == 0
         and result["ledger_balanced"]
     )
     return 0 if kept else 1
@@ -161,6 +162,8 @@ def report(
         "model": model,
         "tokens": tokens,
         "reused_tokens": min(sale.reuse.market.get("reused_tokens", 0) for sale in sales),
+        # Nothing, or the time beside it is no prefill's.
+        "prefill_cached_tokens": max(sale.prefill.cached_tokens for sale in sales),
         "ttft_prefill_s": statistics.median(sale.prefill.ttft_s for sale in sales),
         "ttft_reuse_s": sales[0].reuse.ttft_s,
         "ttft_later_reuse_s": statistics.median(sale.reuse.ttft_s for sale in sales[1:]),

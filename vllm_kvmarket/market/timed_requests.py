@@ -19,13 +19,15 @@ class Answer:
     """What came back: greedy tokens with their log-probabilities, and when.
 
     `ttft_s` is the time to the first token, seen from the process that asks. `market` is the
-    connector's object, empty where there is none.
+    connector's object, empty where there is none. `cached_tokens` of the prompt were not computed,
+    wherever they came from.
     """
 
     token_ids: tuple[int, ...]
     logprobs: tuple[float, ...]
     ttft_s: float
     total_s: float
+    cached_tokens: int = 0
     market: dict[str, Any] = field(default_factory=dict)
 
     def equal_tokens(self, other: Answer) -> int:
@@ -72,6 +74,7 @@ def ask(
         ),
         ttft_s=first,
         total_s=total,
+        cached_tokens=output.num_cached_tokens or 0,
         market=dict((output.kv_transfer_params or {}).get("kvmarket") or {}),
     )
 

@@ -296,7 +296,7 @@ def test_lists_of_transfers_and_accounts_are_paged_while_they_grow(server):
     assert names == ["bea", "eve", "pat", "provider", "suspense", "world"]
 
 
-def test_whoever_asks_too_often_is_told_when_to_come_again(server):
+def test_a_client_that_asks_too_often_learns_when_to_try_again(server):
     """By account; others are served meanwhile."""
     server.service.writes = Limiter(Rate(burst=2, per_s=0.01))
     for status in (404, 404, 429):

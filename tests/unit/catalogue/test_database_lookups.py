@@ -43,7 +43,7 @@ def test_without_the_key_there_are_no_tables_and_no_threads(path):
     assert count_of(path, TABLES) == 0
 
 
-def test_the_tables_are_made_for_what_is_there_and_kept_by_whoever_writes(path):
+def test_the_tables_are_made_for_what_is_there_and_every_writer_updates_them(path):
     """Once; also by a process that keeps everything in memory, and has no use for them."""
     with Catalogue.open(path) as plain:
         first = publish(plain, DOCUMENT)

@@ -10,13 +10,11 @@ import random
 
 import pytest
 
-from tests.support.ledger_books import MemoryBooks, batch, receipt
+from tests.support.ledger_books import SimulatedDatabase, batch, receipt
 from vllm_kvmarket.core.errors import LedgerError
-from vllm_kvmarket.ledger import Account, Outcome, expire, pending, plain, post, renew, void
+from vllm_kvmarket.ledger import Outcome, expire, pending, plain, post, renew, void
 from vllm_kvmarket.ledger import group_commit as writing
 from vllm_kvmarket.ledger.group_commit import Writer, malformed, unavailable
-from vllm_kvmarket.ledger.storage import apply_group, wanted
-from vllm_kvmarket.ledger.working_set import Found, GroupBooks
 
 FUNDS = 10_000
 BAD = "malformed"
@@ -26,20 +24,10 @@ class Crash(BaseException):
     """The process is gone: nothing behind this line happens."""
 
 
-class Disk:
-    """The part that outlives a crash: books to which a group is added whole or not at all."""
+class Disk(SimulatedDatabase):
+    """A database that is away, breaks, or crashes with the process."""
 
-    def __init__(self, chance):
-        self.books = MemoryBooks(
-            Account("world", "world", may_go_negative=True),
-            Account("provider", "provider"),
-            Account("pat", "publisher"),
-            Account("alice", "buyer"),
-        )
-        self.receipts = {}
-        self.chance = chance
-        self.faults = 0.0
-        self.away_for = 0
+    away_for = 0
 
     def write(self, group):
         if self.away_for:
@@ -56,31 +44,12 @@ class Disk:
         changed, answers, receipts = self.apply(group)
         if fault == "crash before":
             raise Crash
-        for account in changed.changed_accounts.values():
-            self.books.put_account(account)
-        for transfer in changed.new_transfers:
-            self.books.put_transfer(transfer)
-        self.books.dues |= changed.changed_dues
-        self.receipts |= {each.receipt.id: each.receipt for each in receipts}
+        self.keep(changed, receipts)
         if fault == "crash after":
             raise Crash
         if fault == "answer lost":
             raise unavailable(OSError("the connection broke during COMMIT"))
         return answers
-
-    def apply(self, group):
-        looked_for = wanted(group)
-        transfers = [self.books.transfer(id) for id in looked_for.transfer_ids]
-        ends = [self.books.resolution(id) for id in looked_for.pending_ids]
-        books = GroupBooks(
-            Found(
-                list(self.books.accounts.values()),
-                [each for each in transfers if each],
-                self.books.open_holds(),
-                [each for each in ends if each],
-            )
-        )
-        return books, *apply_group(books, group, 0.0)
 
 
 class Request:

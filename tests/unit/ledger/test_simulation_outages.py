@@ -12,11 +12,10 @@ from concurrent.futures import Future
 
 import pytest
 
-from tests.support.ledger_books import MemoryBooks, receipt
+from tests.support.ledger_books import SimulatedDatabase, receipt
 from vllm_kvmarket.ledger import (
     GRACE_S,
     OWED,
-    Account,
     expire,
     pending,
     plain,
@@ -28,9 +27,7 @@ from vllm_kvmarket.ledger.clock import MOST_CORRECTION, Reading, advance
 from vllm_kvmarket.ledger.group_commit import Writer, unavailable
 from vllm_kvmarket.ledger.known_funds import KnownFunds
 from vllm_kvmarket.ledger.outbox import Outbox, batch_of
-from vllm_kvmarket.ledger.rules import ENDS
-from vllm_kvmarket.ledger.storage import Batch, apply_group, wanted
-from vllm_kvmarket.ledger.working_set import Found, GroupBooks
+from vllm_kvmarket.ledger.storage import Batch
 
 FUNDS = 500  # some settlements come late and without funds
 TIMEOUT_S = 60
@@ -41,27 +38,17 @@ class Killed(BaseException):
     """kill -9: nothing behind this line happens."""
 
 
-class Database:
+class Database(SimulatedDatabase):
     """Books that outlive every engine, with the ledger's clock over a machine's clocks that lie."""
 
     def __init__(self, chance):
-        self.chance = chance
-        self.books = MemoryBooks(
-            Account("world", "world", may_go_negative=True),
-            Account("provider", "provider"),
-            Account("suspense", "suspense"),
-            Account("pat", "publisher"),
-            Account("alice", "buyer"),
-        )
-        self.receipts = {}
+        super().__init__(chance)
         self.true_s = 5_000.0
         self.wall_offset_s, self.boot_id, self.booted_at_s = 0.0, "boot-0", 0.0
         self.mark = None
         self.kept_since_s = {}  # when each hold was made or renewed, in true time
-        self.faults = 0.0
         self.expired_early = []
         self.largest_debt = 0
-        self.ends = {}
 
     def reading(self):
         uptime_s = self.true_s - self.booted_at_s
@@ -72,27 +59,12 @@ class Database:
             ["before", "after", "answer lost"]
         )
         mark = advance(self.mark, self.reading())
-        looked_for = wanted(group)
-        transfers = [self.books.transfer(id) for id in looked_for.transfer_ids]
-        ends = [self.ends.get(id) for id in looked_for.pending_ids]
-        books = GroupBooks(
-            Found(
-                list(self.books.accounts.values()),
-                [each for each in transfers if each],
-                self.books.open_holds(),
-                [each for each in ends if each],
-            )
-        )
-        answers, receipts = apply_group(books, group, mark.at_s)
+        changed, answers, receipts = self.apply(group, mark.at_s)
         if fault == "before":
             raise Killed
-        for account in books.changed_accounts.values():
-            self.books.put_account(account)
-        for transfer in books.new_transfers:
-            self.books.put_transfer(transfer)
+        self.keep(changed, receipts)
+        for transfer in changed.new_transfers:
             self.note(transfer)
-        self.books.dues |= books.changed_dues
-        self.receipts |= {each.receipt.id: each.receipt for each in receipts}
         self.mark = mark
         self.largest_debt = max(self.largest_debt, self.books.account("alice").debt_nano)
         if fault == "after":
@@ -104,8 +76,6 @@ class Database:
     def note(self, transfer):
         if transfer.kind in ("pending", "renew"):
             self.kept_since_s[transfer.pending_id or transfer.id] = self.true_s, self.boot_id
-        if transfer.kind in ENDS:
-            self.ends[transfer.pending_id] = transfer
         if transfer.kind == "expire":
             since_s, boot_id = self.kept_since_s[transfer.pending_id]
             lived_s = self.true_s - since_s

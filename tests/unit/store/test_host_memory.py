@@ -319,7 +319,7 @@ class HostTierMachine(RuleBasedStateMachine):
         self.dropped.update(id(pages) for other, _, pages in self.held if other == number)
 
     @invariant()
-    def whoever_holds_a_chunk_sees_it_whole(self) -> None:
+    def a_reader_of_a_chunk_sees_it_whole(self) -> None:
         for number, _, pages in self.held:
             assert (pages == number).all()
 

@@ -124,7 +124,7 @@ def test_parameters_signed_by_the_operator_are_heard(client, market, alice):
     assert "kv_transfer_params" not in got
 
 
-def test_a_server_may_refuse_whoever_has_no_key(tmp_path, keys):
+def test_a_server_may_refuse_clients_without_a_key(tmp_path, keys):
     """On all routes that work, and on none that only reads."""
     with Market.open(tmp_path / "home", {"anonymous": "refuse"}) as market:
         client = TestClient(make_app(market, keys))
@@ -316,7 +316,7 @@ def test_reuse_has_a_limit(client, alice, market):
     assert ask(client, alice, [1, 2], reuse="require").status_code == 404
 
 
-def test_a_server_may_refuse_whoever_cannot_pay(tmp_path, keys):
+def test_a_server_may_refuse_clients_that_cannot_pay(tmp_path, keys):
     """402; what matches nothing costs nothing, and is computed."""
     with Market.open(tmp_path / "home", {"unfunded": "refuse"}) as market:
         prompt = [*tokens(300), 1]

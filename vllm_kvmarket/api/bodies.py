@@ -23,11 +23,16 @@ Result = TypeVar("Result")
 
 # Longer bodies are parsed and written in a thread.
 QUICK_BYTES = 1 << 16
-# Values in a body: tokens, messages and their parts.
+# Values in a body, most of them token ids.
 MOST_ITEMS = 100_000
-# vLLM checks each message, or part of one, for a long time when it is wrong.
-MOST_OBJECTS = 2_000
+# Values that are no token ids: vLLM reports each that is wrong, on the event loop.
+MOST_VALUES = 5_000
+# Messages, their parts and tool calls: vLLM tries each as some ten types.
+MOST_PARTS = 500
 MOST_DEPTH = 64
+MOST_TOKEN_ID = 2**32
+_TOKEN_FIELDS = ("prompt", "token_ids", "prompt_token_ids", "tokens", "query", "items")
+_CONVERSATIONS = ("messages", "input", "system")
 _DEEP = re.compile(rb"(?:\{s:|\[){%d}" % (MOST_DEPTH + 1))
 FORM_TYPE = "application/x-www-form-urlencoded"
 # In a form, one byte of text may be percent-encoded as three.
@@ -103,8 +108,8 @@ def replay(body: bytes, receive: Receive) -> Receive:
 async def parse_object(scope: Scope, body: bytes, most_items: int = MOST_ITEMS) -> dict[str, Any]:
     """The JSON object in a body. Raises ApiError.
 
-    It has at most `most_items` values, MOST_OBJECTS objects and MOST_DEPTH levels: vLLM reads them
-    once more on the event loop.
+    It has at most `most_items` values, of which MOST_VALUES are no token ids, MOST_PARTS parts of a
+    conversation, and MOST_DEPTH levels: vLLM reads and checks them once more on the event loop.
     """
     kind = media_type(scope)
     if kind != "application/json" and not kind.endswith("+json"):
@@ -122,13 +127,15 @@ async def parse_object(scope: Scope, body: bytes, most_items: int = MOST_ITEMS) 
 
 def _parse(body: bytes, most_items: int) -> Any:
     # Texts may contain these characters too, so only many of them make it worth to look closely.
-    objects = body.count(b"{")
-    opened = objects + body.count(b"[")
-    if body.count(b",") + opened > most_items or objects > MOST_OBJECTS:
+    opened = body.count(b"{") + body.count(b"[")
+    values = body.count(b",") + opened
+    if values > most_items:
         _check_size(body, most_items)
     parsed = msgspec.json.decode(body)
     if opened > MOST_DEPTH:
         _check_depth(parsed)
+    if values > MOST_PARTS and isinstance(parsed, dict):
+        _check_values(parsed)
     return parsed
 
 
@@ -144,13 +151,48 @@ def _check_size(body: bytes, most_items: int) -> None:
     marks = b"s".join(text.split(b'"')[::2]).translate(None, b" \t\r\n")
     if _DEEP.search(marks):
         raise _too_deep()
-    objects = marks.count(b"{")
-    values = marks.count(b",") + marks.count(b"[") + objects
+    values = marks.count(b",") + marks.count(b"[") + marks.count(b"{")
     if values - marks.count(b"[]") - marks.count(b"{}") > most_items:
         raise too_many
-    if objects > MOST_OBJECTS:
-        message = f"the body has more than {MOST_OBJECTS} JSON objects"
+
+
+def _check_values(body: dict[str, Any]) -> None:
+    """Raises ApiError if too many values are no token ids, or parts of a conversation."""
+    values = 0
+    for name, value in body.items():
+        inside, listed = _count(value, with_ids=name in _TOKEN_FIELDS)
+        if name in _CONVERSATIONS and listed > MOST_PARTS:
+            message = f"{name}: there are more than {MOST_PARTS} messages, parts and tool calls"
+            raise ApiError(413, "body_too_long", message, param=name)
+        values += 1 + inside
+    if values > MOST_VALUES:
+        message = f"the body has more than {MOST_VALUES} values that are no token ids"
         raise ApiError(413, "body_too_long", message)
+
+
+def _count(value: Any, *, with_ids: bool) -> tuple[int, int]:
+    """How many values are inside a value, and how many of these are in lists.
+
+    Lists of token ids count as one value each where a field may have them.
+    """
+    inside = listed = 0
+    waiting = [value]
+    while waiting:
+        each = waiting.pop()
+        if isinstance(each, dict):
+            inside += len(each)
+            waiting += each.values()
+        elif isinstance(each, list) and not (with_ids and _are_token_ids(each)):
+            inside += len(each)
+            listed += len(each)
+            waiting += each
+    return inside, listed
+
+
+def _are_token_ids(values: list[Any]) -> bool:
+    if set(map(type, values)) != {int}:
+        return False
+    return min(values) >= 0 and max(values) < MOST_TOKEN_ID
 
 
 def _check_depth(parsed: Any) -> None:

@@ -33,9 +33,9 @@ from vllm_kvmarket.api.gate.request_fields import (
     GatedRequest,
     cache_salt,
     engine_params,
-    has_samples,
     remove_admin_fields,
     remove_server_fields,
+    samples_of,
     scope_media,
     sender_of,
     take_market_field,
@@ -114,12 +114,15 @@ class Gate:
         if kind is Kind.METRICS and not (config.metrics_money or caller.is_admin):
             scope, send = without_money(scope, send)
         content = await read_bounded(scope, receive, config.max_body_bytes)
-        if service is None or not kind.generates:
+        if service is None or not (kind.generates or kind is Kind.WORK):
             return {**scope, CALLER: caller}, replay(content, receive), send
+        body = await parse_object(scope, content, service.most_items)
+        if kind is Kind.WORK:
+            scope, receive = await with_body(scope, receive, body, len(content), {})
+            return scope, receive, send
         request_id = single_header(scope, "x-request-id") or secrets.token_hex(16)
         if not _REQUEST_ID.fullmatch(request_id):
             raise invalid("X-Request-Id: expected up to 256 visible characters")
-        body = await parse_object(scope, content, service.most_items)
         caller = sender_of(caller, service.market.credentials, body)
         caller.need_reader()
         if not (caller.is_admin or caller.operation is not None):
@@ -155,6 +158,7 @@ class Gate:
         Mutates the request. Raises ApiError, and KVMarketError if the ledger must be asked.
         """
         market, kind, caller, body = service.market, request.kind, request.caller, request.body
+        samples = samples_of(body)
         field = request.field = take_market_field(body)
         request.max_price_nano = field.max_price_nano
         salt = cache_salt(caller, market.credentials, remove_server_fields(body))
@@ -172,7 +176,7 @@ class Gate:
             await self._documents_of(service, request.app).place(request, field.document)
         if request.idempotency_key and caller.account is not None:
             request.purchase_key = await _purchase_key(service, request, caller.account)
-        elif has_samples(body):
+        elif samples > 1:
             # vLLM may compute each on another engine; the key makes them one purchase.
             request.purchase_key = secrets.token_hex(16)
         if kind is not Kind.SALTED and caller.operation is None:

@@ -30,6 +30,10 @@ _CONNECTOR_FIELDS = ("kv_transfer_params", "ec_transfer_params")
 # They reorder vLLM's queue, choose an engine, or replace the model: for admins only.
 _ADMIN_HEADERS = ("x-vllm-priority", "x-data-parallel-rank")
 _ADMIN_HEADER_PREFIX = "x-amzn-sagemaker-"
+# Prompts times samples of one request.
+MOST_ANSWERS = 128
+# Fields that may hold several prompts, conversations, texts to score, or questions.
+_PROMPT_LISTS = ("prompt", "messages", "items", "questions")
 # Fields of a body in which media stand with an id of the client's choice.
 _MEDIA_HOLDERS = ("messages", "input", "content_parts")
 
@@ -221,11 +225,27 @@ def _scope_ids(value: Any, prefix: str) -> None:
                 _scope_ids(each, prefix)
 
 
-def has_samples(body: Mapping[str, Any]) -> bool:
-    """Whether a request asks for several answers to one prompt."""
+def samples_of(body: Mapping[str, Any]) -> int:
+    """How many answers to each prompt a request asks for. Raises ApiError.
+
+    Also if there are too many of them: vLLM makes them all requests in one go, on the event loop.
+    """
     sampling = body.get("sampling_params")
     count = (sampling if isinstance(sampling, dict) else body).get("n")
-    return isinstance(count, int) and count > 1
+    if count is None:
+        count = 1
+    if type(count) is not int or count < 1:
+        raise invalid("n: expected a whole number above 0", "n")
+    prompts = 1
+    for field in _PROMPT_LISTS:
+        given = body.get(field)
+        several = isinstance(given, list) and given and not isinstance(given[0], int | dict)
+        if several or (isinstance(given, dict) and field == "questions"):
+            prompts = max(prompts, len(given))
+    if count * prompts > MOST_ANSWERS:
+        message = f"the request asks for more than {MOST_ANSWERS} answers; send several requests"
+        raise ApiError(413, "too_many_answers", message, param="n")
+    return count
 
 
 def sender_of(caller: Caller, credentials: Credentials, body: dict[str, Any]) -> Caller:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from tests.support.engines import NANO, words
+from tests.support.asking import spent
+from tests.support.engines import NANO, metric, words
 from vllm_kvmarket.market.timed_requests import ask, empty_prefix_cache
 
 QUESTION = words(998, 13)
@@ -43,7 +44,7 @@ def test_a_purchase_moves_the_charge_and_the_royalty(llm, market, document):
 def test_a_request_that_must_be_reserved_is_ended_if_it_cannot_be(llm, market, document):
     """Without a token and uncomputed, though vLLM's cache holds the document; the next one buys."""
     ask(llm, document + QUESTION, market.params("alice"), max_tokens=1, rest_s=0)
-    settle(market)
+    spent(market)
     before = balances(market)
     for account, status in (("dave", 402), ("nobody", 402), (None, 402)):
         params = {"account": account, "must_reserve": True}
@@ -55,7 +56,7 @@ def test_a_request_that_must_be_reserved_is_ended_if_it_cannot_be(llm, market, d
     params = {"account": "alice", "must_reserve": True}
     answer = ask(llm, document + QUESTION, {"kv_transfer_params": {"kvmarket": params}})
     assert (answer.market["reused_tokens"], len(answer.token_ids)) == (600, 24)
-    settle(market)
+    spent(market)
 
 
 @pytest.mark.parametrize(
@@ -65,7 +66,7 @@ def test_a_request_that_must_be_reserved_is_ended_if_it_cannot_be(llm, market, d
 def test_who_cannot_pay_gets_the_answer_but_no_reuse(llm, market, document, account, reason):
     """Not from the store and not from vLLM's own prefix cache, which holds the document now."""
     ask(llm, document + QUESTION, market.params("alice"), max_tokens=1, rest_s=0)
-    settle(market)
+    spent(market)
     before = balances(market)
     answer = ask(llm, document + QUESTION, market.params(account), rest_s=0)
     assert reason in answer.market["declined"]
@@ -99,7 +100,7 @@ def test_several_samples_of_one_request_are_charged_once(llm, market, document):
     sampling.extra_args = market.params("alice")
     (output,) = llm.generate([{"prompt_token_ids": document + QUESTION}], sampling, use_tqdm=False)
     assert len(output.outputs) == 3
-    settle(market)
+    spent(market)
     assert before["alice"] - balances(market)["alice"] == 600 * 500
 
 
@@ -114,15 +115,15 @@ def test_a_batch_of_requests_for_one_document_is_charged_one_by_one(llm, market,
     sampling.extra_args = market.params("dave")
     full = llm.generate([{"prompt_token_ids": p} for p in prompts], sampling, use_tqdm=False)
     empty_prefix_cache(llm)
-    preempted = preemptions(llm)
+    preempted = metric(llm, "vllm:num_preemptions")
     sampling.extra_args = market.params("alice")
     bought = llm.generate([{"prompt_token_ids": p} for p in prompts], sampling, use_tqdm=False)
     # Batches of different shapes round differently, so late tokens may part; the first must not.
     for one, other in zip(full, bought, strict=True):
         assert one.outputs[0].token_ids[:8] == other.outputs[0].token_ids[:8]
     assert [o.kv_transfer_params["kvmarket"]["reused_tokens"] for o in bought] == [600] * 12
-    assert preemptions(llm) > preempted
-    settle(market)
+    assert metric(llm, "vllm:num_preemptions") > preempted
+    spent(market)
     assert before["alice"] - balances(market)["alice"] == 12 * 600 * 500
     assert market.ledger.check_integrity() == []
 
@@ -138,22 +139,5 @@ def test_an_abort_before_the_first_token_costs_nothing(llm, market, document):
     while engine.has_unfinished_requests():
         engine.step()
     ask(llm, words(70, 200), max_tokens=1, rest_s=0)  # one more step: the engine has seen the abort
-    settle(market)
+    spent(market)
     assert balances(market) == before
-
-
-def preemptions(llm) -> int:
-    """How many requests vLLM has preempted so far."""
-    return sum(
-        metric.value for metric in llm.get_metrics() if metric.name == "vllm:num_preemptions"
-    )
-
-
-def settle(market) -> None:
-    """Wait until no reservation of alice's is open."""
-    import time
-
-    deadline = time.monotonic() + 10
-    while market.ledger.account("alice").debits_pending and time.monotonic() < deadline:
-        time.sleep(0.02)
-    assert market.ledger.account("alice").debits_pending == 0

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import os
 import shutil
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 import msgspec
 import pytest
 
+from tests.support.asking import wait_until
 from tests.support.engines import words
 from vllm_kvmarket import Market
 from vllm_kvmarket.core.model_identity import chunk_key
@@ -186,11 +186,3 @@ def test_a_file_in_a_layout_that_nobody_knows_is_a_miss_and_no_damage(llm, marke
     assert (answer.market["reused_tokens"], answer.market["charge_nano"]) == (0, 0)
     assert market.catalogue.get(listing.document_id).state == "live"
     assert market.store.has(listing.chunk_keys[0])
-
-
-def wait_until(condition: Callable[[], bool], timeout_s: float = 5.0) -> None:
-    """Wait, because an engine's threads write a moment later."""
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < deadline, "it did not come true"
-        time.sleep(0.02)

@@ -10,7 +10,7 @@ from vllm import SamplingParams
 from vllm.sampling_params import RequestOutputKind
 
 from tests.support.asking import Bill, Requests, sold, wait_until
-from tests.support.engines import NANO, SMALL, running, words
+from tests.support.engines import NANO, SMALL, metric, running, words
 from tests.support.serving import MODEL
 from vllm_kvmarket import Market
 from vllm_kvmarket.auth.api_keys import Keys
@@ -55,11 +55,6 @@ def published(llm, market, seed, length=LENGTH):
     listing = market.publish(llm, token_ids=document)
     empty_prefix_cache(llm)
     return document, listing
-
-
-def metric(llm, name):
-    """The sum of a counter's values, over its labels."""
-    return sum(each.value for each in llm.get_metrics() if each.name == name)
 
 
 def chunks_loaded(llm):

@@ -47,3 +47,8 @@ def words(seed: int, count: int) -> list[int]:
         state = (state * 1664525 + 1013904223) % 2**32
         tokens.append(1000 + state // 65536 % 40000)
     return tokens
+
+
+def metric(llm: Any, name: str) -> float:
+    """The sum of a counter of the engine that started last, over its labels."""
+    return sum(each.value for each in llm.get_metrics() if each.name == name)

@@ -13,7 +13,7 @@ from vllm_kvmarket.market import document_tokens
 def server(tiny, tmp_path_factory):
     home = tmp_path_factory.mktemp("gate") / "home"
     arguments = ["--enable-scale-out", "--generation-config", "vllm"]
-    with serving(tiny(1), home, *arguments, config={"max_body_bytes": 1 << 20}) as running:
+    with serving(tiny(1), home, *arguments) as running:
         yield running
 
 

@@ -25,14 +25,15 @@ Result = TypeVar("Result")
 QUICK_BYTES = 1 << 16
 # Values in a body, most of them token ids.
 MOST_ITEMS = 100_000
-# Values that are no token ids: vLLM reports each that is wrong, on the event loop.
+# Values that are no token ids.
 MOST_VALUES = 5_000
-# Messages, their parts and tool calls: vLLM tries each as some ten types.
-MOST_PARTS = 500
+# Messages, their parts and tool calls: vLLM tries each as some ten types, or some thirty.
+CONVERSATIONS = {"messages": 1_000, "system": 1_000, "input": 400}
 MOST_DEPTH = 64
 MOST_TOKEN_ID = 2**32
-_TOKEN_FIELDS = ("prompt", "token_ids", "prompt_token_ids", "tokens", "query", "items")
-_CONVERSATIONS = ("messages", "input", "system")
+_TOKEN_FIELDS = ("prompt", "token_ids", "tokens", "query")
+# Python reads such a number for a while.
+_LONG_NUMBER = re.compile(rb"[0-9]{100}")
 _DEEP = re.compile(rb"(?:\{s:|\[){%d}" % (MOST_DEPTH + 1))
 FORM_TYPE = "application/x-www-form-urlencoded"
 # In a form, one byte of text may be percent-encoded as three.
@@ -108,8 +109,8 @@ def replay(body: bytes, receive: Receive) -> Receive:
 async def parse_object(scope: Scope, body: bytes, most_items: int = MOST_ITEMS) -> dict[str, Any]:
     """The JSON object in a body. Raises ApiError.
 
-    It has at most `most_items` values, of which MOST_VALUES are no token ids, MOST_PARTS parts of a
-    conversation, and MOST_DEPTH levels: vLLM reads and checks them once more on the event loop.
+    It has at most `most_items` values, MOST_VALUES that are no token ids, MOST_DEPTH levels, and
+    conversations of a bounded length: vLLM reads it all once more on the event loop.
     """
     kind = media_type(scope)
     if kind != "application/json" and not kind.endswith("+json"):
@@ -129,18 +130,18 @@ def _parse(body: bytes, most_items: int) -> Any:
     # Texts may contain these characters too, so only many of them make it worth to look closely.
     opened = body.count(b"{") + body.count(b"[")
     values = body.count(b",") + opened
-    if values > most_items:
+    if values > most_items or body.count(b":") > MOST_VALUES or _LONG_NUMBER.search(body):
         _check_size(body, most_items)
     parsed = msgspec.json.decode(body)
     if opened > MOST_DEPTH:
         _check_depth(parsed)
-    if values > MOST_PARTS and isinstance(parsed, dict):
+    if values > min(CONVERSATIONS.values()) and isinstance(parsed, dict):
         _check_values(parsed)
     return parsed
 
 
 def _check_size(body: bytes, most_items: int) -> None:
-    """Raises ApiError if a JSON text has too many values or levels.
+    """Raises ApiError if a JSON text has too many values, names or levels, or a long number.
 
     It looks at the bytes, because decoding many values stops all threads for as long as it takes.
     """
@@ -154,27 +155,32 @@ def _check_size(body: bytes, most_items: int) -> None:
     values = marks.count(b",") + marks.count(b"[") + marks.count(b"{")
     if values - marks.count(b"[]") - marks.count(b"{}") > most_items:
         raise too_many
+    if marks.count(b":") > MOST_VALUES:
+        raise _too_many_values()
+    if _LONG_NUMBER.search(marks):
+        raise invalid("the body has a number of 100 digits or more", code="not_json")
 
 
 def _check_values(body: dict[str, Any]) -> None:
     """Raises ApiError if too many values are no token ids, or parts of a conversation."""
     values = 0
     for name, value in body.items():
-        inside, listed = _count(value, with_ids=name in _TOKEN_FIELDS)
-        if name in _CONVERSATIONS and listed > MOST_PARTS:
-            message = f"{name}: there are more than {MOST_PARTS} messages, parts and tool calls"
+        inside, listed = count_values(name, value)
+        most = CONVERSATIONS.get(name)
+        if most is not None and listed > most:
+            message = f"{name}: there are more than {most} messages, parts and tool calls"
             raise ApiError(413, "body_too_long", message, param=name)
         values += 1 + inside
     if values > MOST_VALUES:
-        message = f"the body has more than {MOST_VALUES} values that are no token ids"
-        raise ApiError(413, "body_too_long", message)
+        raise _too_many_values()
 
 
-def _count(value: Any, *, with_ids: bool) -> tuple[int, int]:
-    """How many values are inside a value, and how many of these are in lists.
+def count_values(name: str, value: Any) -> tuple[int, int]:
+    """How many values are inside a field's value, and how many of these are in lists.
 
-    Lists of token ids count as one value each where a field may have them.
+    Lists of token ids are one value each where a field may have them.
     """
+    with_ids = name in _TOKEN_FIELDS
     inside = listed = 0
     waiting = [value]
     while waiting:
@@ -187,6 +193,11 @@ def _count(value: Any, *, with_ids: bool) -> tuple[int, int]:
             listed += len(each)
             waiting += each
     return inside, listed
+
+
+def _too_many_values() -> ApiError:
+    message = f"the body has more than {MOST_VALUES} values that are no token ids"
+    return ApiError(413, "body_too_long", message)
 
 
 def _are_token_ids(values: list[Any]) -> bool:
@@ -220,14 +231,10 @@ async def beside_loop(size: int, step: Callable[[Any], Result], value: Any) -> R
     return step(value)
 
 
-async def with_body(
-    scope: Scope, receive: Receive, body: dict[str, Any], size: int, headers: dict[str, str]
+def with_body(
+    scope: Scope, receive: Receive, text: bytes, headers: dict[str, str]
 ) -> tuple[Scope, Receive]:
-    """The request with another JSON body, of about `size` bytes, and with `headers` set.
-
-    Mutates nothing.
-    """
-    text = await beside_loop(size, msgspec.json.encode, body)
+    """The request with another body, and with `headers` set; mutates nothing."""
     changed = {**headers, "content-length": str(len(text))}
     names = {name.encode() for name in changed} | {b"transfer-encoding"}
     kept = [(name, value) for name, value in scope["headers"] if name.lower() not in names]

@@ -8,7 +8,13 @@ import json
 import pytest
 
 from tests.support.api_server import as_, running
-from vllm_kvmarket.api.bodies import MOST_DEPTH, MOST_ITEMS, MOST_OBJECTS, parse_object
+from vllm_kvmarket.api.bodies import (
+    CONVERSATIONS,
+    MOST_DEPTH,
+    MOST_ITEMS,
+    MOST_VALUES,
+    parse_object,
+)
 from vllm_kvmarket.api.errors import ApiError
 
 SCOPE = {"headers": [(b"content-type", b"application/json")]}
@@ -28,11 +34,21 @@ def nested(depth):
         (nested(MOST_DEPTH + 1), 400),
         ('{"a":' + "[" * 500 + "]" * 500 + "}", 400),
         (nested(5000), 400),
-        (json.dumps({"a": [0] * (MOST_ITEMS + 1)}), 413),
-        (json.dumps({"a": [[0] * 1000] * 101}), 413),
+        (json.dumps({"prompt": [0] * (MOST_ITEMS + 1)}), 413),
+        (json.dumps({"prompt": [[0] * 1000] * 101}), 413),
         (json.dumps({"a": ['\\\\"'] * (MOST_ITEMS + 1)}), 413),
-        (json.dumps({"a": [{"b": 1}] * MOST_OBJECTS}), 413),
         (json.dumps({str(number): 0 for number in range(MOST_ITEMS + 1)}), 413),
+        (json.dumps({"stop": [0] * (MOST_VALUES + 1)}), 413),
+        (json.dumps({"prompt": ["x"] * (MOST_VALUES + 1)}), 413),
+        (json.dumps({"prompt": [*[0] * MOST_VALUES, "x"]}), 413),
+        (json.dumps({"prompt": [-1] * (MOST_VALUES + 1)}), 413),
+        (json.dumps({"token_ids": [2**32] * (MOST_VALUES + 1)}), 413),
+        (json.dumps({"prompt": [True] * (MOST_VALUES + 1)}), 413),
+        (json.dumps({"a": {str(number): {} for number in range(MOST_VALUES)}}), 413),
+        (json.dumps({"messages": [{"b": 1}] * (CONVERSATIONS["messages"] + 1)}), 413),
+        (json.dumps({"messages": [{"b": [1] * CONVERSATIONS["messages"]}]}), 413),
+        (json.dumps({"input": ["x"] * (CONVERSATIONS["input"] + 1)}), 413),
+        ('{"seed": ' + "9" * 4000 + "}", 400),
     ],
 )
 def test_a_body_of_too_many_values_or_levels_is_refused(text, status):
@@ -46,12 +62,13 @@ def test_a_body_of_too_many_values_or_levels_is_refused(text, status):
     "text",
     [
         nested(MOST_DEPTH),
-        json.dumps({"a": [0] * (MOST_ITEMS - 1)}),
+        json.dumps({"prompt": [0] * (MOST_ITEMS - 1)}),
+        json.dumps({"prompt": [[7] * 1000] * 90, "stop": ["x"] * 4000}),
         json.dumps({"a": ",[{" * MOST_ITEMS}),
         json.dumps({"a": [[], {}] * 1000}),
-        json.dumps({"a": [[]] * (MOST_ITEMS - 2), "b": 1}),
-        json.dumps({"a": ['\\\\"{'] * (MOST_ITEMS - 1)}),
-        json.dumps({"a": [{"b": "{"}] * (MOST_OBJECTS - 1)}),
+        json.dumps({"a": ['\\\\"{'] * (MOST_VALUES - 1)}),
+        json.dumps({"messages": [{"b": "{" * 200}] * (CONVERSATIONS["messages"] - 1)}),
+        json.dumps({"text": "9" * 4000}),
     ],
 )
 def test_a_text_may_contain_what_separates_values(text):

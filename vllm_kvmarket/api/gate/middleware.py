@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
 import secrets
 from dataclasses import asdict
 from functools import partial
 from typing import Any
 
+import msgspec
 from fastapi import FastAPI, Request
 from fastapi.concurrency import run_in_threadpool
 
@@ -27,6 +29,7 @@ from vllm_kvmarket.api.bodies import (
     with_body,
 )
 from vllm_kvmarket.api.errors import ApiError, invalid, missing_key, translate
+from vllm_kvmarket.api.gate import body_checks
 from vllm_kvmarket.api.gate.engine_answers import MarketResponse
 from vllm_kvmarket.api.gate.placement import Documents, prompts_of
 from vllm_kvmarket.api.gate.request_fields import (
@@ -51,6 +54,8 @@ from vllm_kvmarket.core.errors import KVMarketError, UnavailableError
 
 _REQUEST_ID = re.compile(r"[\x21-\x7e]{1,256}")
 _IDEMPOTENCY_KEY = re.compile(r"[\x21-\x7e]{1,255}")
+# vLLM answers /tokenize and its like with the tokens, which it writes on its event loop.
+MOST_WORK_BYTES = 1 << 18
 _PASSED = "kvmarket.passed_the_gate"
 
 
@@ -113,13 +118,13 @@ class Gate:
             return scope, receive, send
         if kind is Kind.METRICS and not (config.metrics_money or caller.is_admin):
             scope, send = without_money(scope, send)
-        content = await read_bounded(scope, receive, config.max_body_bytes)
+        content = await read_bounded(scope, receive, _most_bytes(kind, caller, config))
         if service is None or not (kind.generates or kind is Kind.WORK):
             return {**scope, CALLER: caller}, replay(content, receive), send
         body = await parse_object(scope, content, service.most_items)
         if kind is Kind.WORK:
-            scope, receive = await with_body(scope, receive, body, len(content), {})
-            return scope, receive, send
+            text = await _checked(scope, caller, body, len(content))
+            return *with_body(scope, receive, text, {}), send
         request_id = single_header(scope, "x-request-id") or secrets.token_hex(16)
         if not _REQUEST_ID.fullmatch(request_id):
             raise invalid("X-Request-Id: expected up to 256 visible characters")
@@ -141,9 +146,8 @@ class Gate:
             await self._prepare(service, request)
         if kind is Kind.RESPONSES:
             body["request_id"] = f"resp_{request_id}"
-        scope, receive = await with_body(
-            scope, receive, body, len(content), {"x-request-id": request_id}
-        )
+        text = await _checked(scope, caller, body, len(content))
+        scope, receive = with_body(scope, receive, text, {"x-request-id": request_id})
         if (
             caller.account is not None
             and request.declined is None
@@ -197,6 +201,22 @@ class Gate:
             tokenizer = app.state.online_renderer.renderer.get_tokenizer()
             self._documents = Documents(service.market, service.frontend.namespace, tokenizer)
         return self._documents
+
+
+async def _checked(scope: Scope, caller: Caller, body: dict[str, Any], size: int) -> bytes:
+    """A body as vLLM gets it. Raises ApiError if vLLM would check it for too long.
+
+    Admins' bodies are not checked.
+    """
+    if caller.is_admin or caller.operation is not None:
+        return await beside_loop(size, msgspec.json.encode, body)
+    await beside_loop(size, body_checks.check_forms, body)
+    needed = await beside_loop(size, body_checks.needs_check, body)
+    text = await beside_loop(size, msgspec.json.encode, body)
+    kind = body_checks.body_type(scope["app"], scope, body) if needed else None
+    if kind is not None:
+        await asyncio.to_thread(body_checks.check, kind, text)
+    return text
 
 
 async def _purchase_key(service: Service, request: GatedRequest, account: str) -> str | None:
@@ -303,6 +323,12 @@ def _has_market(state: Any) -> bool:
         return True
     config = getattr(state, "vllm_config", None)
     return market_settings(getattr(config, "kv_transfer_config", None)) is not None
+
+
+def _most_bytes(kind: Kind, caller: Caller, config: MarketConfig) -> int:
+    if kind is Kind.WORK and not caller.is_admin:
+        return min(config.max_body_bytes, MOST_WORK_BYTES)
+    return config.max_body_bytes
 
 
 def _check_scope(kind: Kind, caller: Caller) -> None:

@@ -33,7 +33,7 @@ _ADMIN_HEADER_PREFIX = "x-amzn-sagemaker-"
 # Prompts times samples of one request.
 MOST_ANSWERS = 128
 # Fields that may hold several prompts, conversations, texts to score, or questions.
-_PROMPT_LISTS = ("prompt", "messages", "items", "questions")
+_PROMPT_LISTS = ("prompt", "messages", "items")
 # Fields of a body in which media stand with an id of the client's choice.
 _MEDIA_HOLDERS = ("messages", "input", "content_parts")
 
@@ -237,10 +237,12 @@ def samples_of(body: Mapping[str, Any]) -> int:
     if type(count) is not int or count < 1:
         raise invalid("n: expected a whole number above 0", "n")
     prompts = 1
+    questions = body.get("questions")
+    if isinstance(questions, dict):
+        prompts = len(questions)
     for field in _PROMPT_LISTS:
         given = body.get(field)
-        several = isinstance(given, list) and given and not isinstance(given[0], int | dict)
-        if several or (isinstance(given, dict) and field == "questions"):
+        if isinstance(given, list) and given and not isinstance(given[0], int | dict):
             prompts = max(prompts, len(given))
     if count * prompts > MOST_ANSWERS:
         message = f"the request asks for more than {MOST_ANSWERS} answers; send several requests"

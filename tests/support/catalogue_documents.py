@@ -102,13 +102,15 @@ def matched(catalogue: Catalogue, token_ids: Sequence[int]) -> int:
 def start_process(script: str, *arguments: object) -> subprocess.Popen[str]:
     """Run a script in a separate process that talks over stdin and stdout.
 
-    Everything of this module is imported already, and `home` is its first argument as a path.
+    Everything of this module is imported already. Its first argument is `home` as a path, and
+    `place` as the path or the URL of a database.
     """
     preamble = (
         "import sys, time, os\n"
         "from pathlib import Path\n"
         "from tests.support.catalogue_documents import *\n"
         "home = Path(sys.argv[1])\n"
+        "place = sys.argv[1] if '://' in sys.argv[1] else home\n"
     )
     return subprocess.Popen(
         [sys.executable, "-c", preamble + script, *map(str, arguments)],

@@ -28,7 +28,7 @@ from vllm_kvmarket.api.publication_queue import Publications
 from vllm_kvmarket.api.service import Frontend, Service, ServiceOf, market_settings
 from vllm_kvmarket.auth.api_keys import Keys
 from vllm_kvmarket.core.config import MarketConfig, load
-from vllm_kvmarket.market.market import DATABASE_FILE, Market
+from vllm_kvmarket.market.market import Market
 
 PATH = "/v1/kvmarket"
 REFUSALS: dict[int | str, dict[str, Any]] = {
@@ -93,7 +93,7 @@ def open_service(config: MarketConfig, frontend: Frontend | None, model: str) ->
     market.catalogue.watch(config.refresh_interval_s)
     return Service(
         market=market,
-        keys=Keys(market.home / DATABASE_FILE),
+        keys=Keys(market.database),
         info=_describe(config, frontend, model),
         frontend=frontend,
         publications=None if frontend is None else Publications(market, frontend),

@@ -28,7 +28,7 @@ from vllm_kvmarket.api.errors import ApiError
 from vllm_kvmarket.api.sessions import Sessions
 from vllm_kvmarket.auth.admin_log import AdminLog
 from vllm_kvmarket.auth.api_keys import Keys
-from vllm_kvmarket.market.market import DATABASE_FILE, Market
+from vllm_kvmarket.market.market import Market
 
 if TYPE_CHECKING:
     from vllm_kvmarket.api.publication_queue import Publications
@@ -87,7 +87,7 @@ class Service:
     sessions: Sessions = field(init=False)
 
     def __post_init__(self) -> None:
-        self.admin_log = AdminLog(self.market.home / DATABASE_FILE)
+        self.admin_log = AdminLog(self.market.database)
         self.key_checker = KeyChecker(self.keys)
         self.sessions = Sessions(self.market.credentials, self.keys, self.market.home)
 

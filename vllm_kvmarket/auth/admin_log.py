@@ -12,27 +12,47 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import apsw
 import msgspec
 
-from vllm_kvmarket.core import sqlite
+from vllm_kvmarket.core.database import Connection, Room, open_database
 from vllm_kvmarket.core.errors import UnavailableError
 
-ROOM = "admin_log"
-MIGRATIONS = (
-    """
-    CREATE TABLE admin_log (
-        number INTEGER PRIMARY KEY AUTOINCREMENT,
-        at_s REAL NOT NULL,
-        actor TEXT NOT NULL,
-        action TEXT NOT NULL,
-        details TEXT NOT NULL
-    ) STRICT;
-    CREATE TRIGGER admin_log_entries_are_final BEFORE UPDATE ON admin_log
-    BEGIN SELECT RAISE(ABORT, 'an entry of the admin log never changes'); END;
-    CREATE TRIGGER admin_log_entries_stay BEFORE DELETE ON admin_log
-    BEGIN SELECT RAISE(ABORT, 'an entry of the admin log is never removed'); END;
-    """,
+_TABLE = """
+CREATE TABLE admin_log (
+    number INTEGER PRIMARY KEY AUTOINCREMENT,
+    at_s REAL NOT NULL,
+    actor TEXT NOT NULL,
+    action TEXT NOT NULL,
+    details TEXT NOT NULL
+) STRICT;
+"""
+_SQLITE_GUARDS = """
+CREATE TRIGGER admin_log_entries_are_final BEFORE UPDATE ON admin_log
+BEGIN SELECT RAISE(ABORT, 'an entry of the admin log never changes'); END;
+CREATE TRIGGER admin_log_entries_stay BEFORE DELETE ON admin_log
+BEGIN SELECT RAISE(ABORT, 'an entry of the admin log is never removed'); END;
+"""
+_POSTGRES_GUARDS = """
+CREATE FUNCTION kvmarket.keep_admin_log() RETURNS trigger LANGUAGE plpgsql AS $$
+BEGIN
+    RAISE integrity_constraint_violation
+        USING MESSAGE = 'an entry of the admin log is never changed or removed';
+END $$;
+CREATE TRIGGER admin_log_entries_are_final BEFORE UPDATE OR DELETE OR TRUNCATE ON admin_log
+    FOR EACH STATEMENT EXECUTE FUNCTION kvmarket.keep_admin_log();
+"""
+
+
+def _unavailable(text: str) -> UnavailableError:
+    return UnavailableError(f"the admin log is not there: {text}")
+
+
+ADMIN_LOG = Room(
+    "admin_log",
+    (_TABLE,),
+    _unavailable,
+    sqlite_only=_SQLITE_GUARDS,
+    postgres_only=_POSTGRES_GUARDS,
 )
 
 
@@ -52,10 +72,9 @@ class AdminLog:
     Every method raises UnavailableError when the database cannot be used.
     """
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        with self._open() as db:
-            sqlite.migrate(db, ROOM, MIGRATIONS)
+    def __init__(self, place: Path | str) -> None:
+        self._place = place
+        open_database(place, ADMIN_LOG).close()
 
     def record(self, actor: str, action: str, details: Mapping[str, Any]) -> None:
         """Append an entry, durably; `details` are JSON values without secrets. Mutates.
@@ -74,8 +93,8 @@ class AdminLog:
         with self._open() as db:
             rows = db.execute(
                 "SELECT number, at_s, actor, action, details FROM admin_log "
-                "WHERE ?1 IS NULL OR number < ?1 ORDER BY number DESC LIMIT ?2",
-                (before, limit),
+                "WHERE :before IS NULL OR number < :before ORDER BY number DESC LIMIT :limit",
+                {"before": before, "limit": limit},
             ).fetchall()
         return [
             AdminEntry(number, at_s, actor, action, msgspec.json.decode(details))
@@ -83,12 +102,10 @@ class AdminLog:
         ]
 
     @contextlib.contextmanager
-    def _open(self) -> Iterator[Any]:
+    def _open(self) -> Iterator[Connection]:
         # An administrator's change is rare: a connection for each keeps this free of locks.
-        try:
-            with contextlib.closing(sqlite.connect(self._path)) as db:
-                yield db
-        except apsw.Error as error:
-            raise UnavailableError(
-                f"the admin log in {self._path} cannot be used ({error}); see `kvmarket env`"
-            ) from error
+        with (
+            contextlib.closing(open_database(self._place, ADMIN_LOG)) as database,
+            database.transaction() as db,
+        ):
+            yield db

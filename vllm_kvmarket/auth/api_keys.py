@@ -12,23 +12,21 @@ import re
 import secrets
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
-import apsw
 import msgspec
 from blake3 import blake3
 
 from vllm_kvmarket.auth.operator_tokens import ACCOUNT_PATTERN
-from vllm_kvmarket.core import sqlite
+from vllm_kvmarket.core.database import Bindings, Room, open_database
 from vllm_kvmarket.core.errors import ConfigError, NotFoundError, UnavailableError
 
 Scope = Literal["admin", "publisher", "buyer", "read-only"]
 SCOPES: tuple[Scope, ...] = get_args(Scope)
 PREFIX = "kvm_"
-ROOM = "keys"
 # The ledger's own accounts; `world` may go below zero, so that a key for it would be free money.
 RESERVED_ACCOUNTS = frozenset({"world", "provider", "suspense"})
 # Every process sees a revocation within a second.
@@ -43,35 +41,33 @@ _ACCOUNT = re.compile(ACCOUNT_PATTERN)
 _SECRET = re.compile(r"kvm_[A-Za-z0-9_-]{43}")
 _CONTEXT = b"kvmarket api key 1\0"
 
-MIGRATIONS = (
-    """
-    CREATE TABLE api_key (
-        key_id TEXT PRIMARY KEY,
-        digest BLOB NOT NULL UNIQUE CHECK (length(digest) = 32),
-        account TEXT NOT NULL,
-        scopes TEXT NOT NULL,
-        label TEXT NOT NULL,
-        limits TEXT NOT NULL,
-        created_at_s REAL NOT NULL,
-        revoked_at_s REAL,
-        changed INTEGER NOT NULL  -- the revision of this row's last change
-    ) STRICT;
-    CREATE INDEX api_key_account ON api_key (account);
-    CREATE INDEX api_key_changed ON api_key (changed);
-    CREATE TABLE api_key_revision (
-        one INTEGER PRIMARY KEY CHECK (one = 1),
-        revision INTEGER NOT NULL
-    ) STRICT;
-    INSERT INTO api_key_revision VALUES (1, 0);
-    CREATE TABLE api_key_use (
-        key_id TEXT PRIMARY KEY REFERENCES api_key,
-        last_used_at_s REAL NOT NULL DEFAULT 0,
-        day INTEGER NOT NULL DEFAULT 0,  -- since 1970, in UTC
-        spent_of_day_nano INTEGER NOT NULL DEFAULT 0,
-        spent_nano INTEGER NOT NULL DEFAULT 0
-    ) STRICT, WITHOUT ROWID;
-    """,
-)
+_SCHEMA = """
+CREATE TABLE api_key (
+    key_id TEXT PRIMARY KEY,
+    digest BLOB NOT NULL UNIQUE CHECK (length(digest) = 32),
+    account TEXT NOT NULL,
+    scopes TEXT NOT NULL,
+    label TEXT NOT NULL,
+    limits TEXT NOT NULL,
+    created_at_s REAL NOT NULL,
+    revoked_at_s REAL,
+    changed INTEGER NOT NULL  -- the revision of this row's last change
+) STRICT;
+CREATE INDEX api_key_account ON api_key (account);
+CREATE INDEX api_key_changed ON api_key (changed);
+CREATE TABLE api_key_revision (
+    one INTEGER PRIMARY KEY CHECK (one = 1),
+    revision INTEGER NOT NULL
+) STRICT;
+INSERT INTO api_key_revision VALUES (1, 0);
+CREATE TABLE api_key_use (
+    key_id TEXT PRIMARY KEY REFERENCES api_key,
+    last_used_at_s REAL NOT NULL DEFAULT 0,
+    day INTEGER NOT NULL DEFAULT 0,  -- since 1970, in UTC
+    spent_of_day_nano INTEGER NOT NULL DEFAULT 0,
+    spent_nano INTEGER NOT NULL DEFAULT 0
+) STRICT, WITHOUT ROWID;
+"""
 _COLUMNS = (
     "api_key.key_id, account, scopes, label, limits, created_at_s, revoked_at_s, "
     "last_used_at_s, day, spent_of_day_nano, spent_nano"
@@ -83,6 +79,9 @@ Nano = Annotated[int, msgspec.Meta(ge=0, le=(1 << 63) - 1)]
 
 class KeysUnavailableError(UnavailableError):
     """The table of keys cannot be read: nobody can be let in."""
+
+
+KEYS = Room("keys", (_SCHEMA,), KeysUnavailableError, patience_ms=WRITE_PATIENCE_MS)
 
 
 class KeyLimits(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -160,14 +159,13 @@ class Keys:
 
     def __init__(
         self,
-        path: Path,
+        place: Path | str,
         clock: Callable[[], float] = time.monotonic,
         wall_clock: Callable[[], float] = time.time,
     ) -> None:
-        self._path = path
         self._clock = clock
         self._wall_clock = wall_clock
-        self._reading, self._writing = threading.Lock(), threading.Lock()
+        self._reading = threading.Lock()
         self._known: dict[bytes, Principal] = {}
         self._by_id: dict[str, bytes] = {}
         self._revision = -1
@@ -175,13 +173,7 @@ class Keys:
         self._used_at_s: dict[str, float] = {}
         self._closing = threading.Event()
         self._use_writer: threading.Thread | None = None
-        try:
-            self._writer = sqlite.connect(path)
-            sqlite.migrate(self._writer, ROOM, MIGRATIONS)
-            self._writer.set_busy_timeout(WRITE_PATIENCE_MS)
-            self._reader = sqlite.connect(path)
-        except apsw.Error as error:
-            raise self._unavailable(error) from error
+        self._db = open_database(place, KEYS)
         with self._reading:
             self._refresh()
 
@@ -190,9 +182,8 @@ class Keys:
         self._closing.set()
         if self._use_writer is not None:
             self._use_writer.join()
-        with self._reading, self._writing:
-            self._reader.close()
-            self._writer.close()
+        with self._reading:
+            self._db.close()
 
     def create(
         self,
@@ -254,9 +245,10 @@ class Keys:
         with self._reading:
             rows = self._read(
                 f"SELECT {_COLUMNS} FROM {_TABLES} "  # noqa: S608  # constants
-                "WHERE (?1 IS NULL OR account = ?1) AND (?2 IS NULL OR api_key.key_id = ?2) "
-                "ORDER BY created_at_s DESC, api_key.rowid DESC",
-                (account, key_id),
+                "WHERE (:account IS NULL OR account = :account) "
+                "AND (:key_id IS NULL OR api_key.key_id = :key_id) "
+                "ORDER BY created_at_s DESC, changed DESC",
+                {"account": account, "key_id": key_id},
             )
         return [self._info(row) for row in rows]
 
@@ -288,40 +280,56 @@ class Keys:
             return False
         day = int(self._wall_clock() // DAY_S)
         limits = found.limits
-        with self._changing() as db:
-            db.execute("INSERT OR IGNORE INTO api_key_use (key_id) VALUES (?)", (key_id,))
+        asked: dict[str, int | str | None] = {
+            "key_id": key_id,
+            "day": day,
+            "amount": amount_nano,
+            "of_day": limits.day_budget_nano,
+            "in_all": limits.total_budget_nano,
+        }
+        with self._db.transaction() as db:
             db.execute(
-                "UPDATE api_key_use SET day = ?2, spent_of_day_nano = 0 WHERE key_id = ?1 "
-                "AND day < ?2",
-                (key_id, day),
+                "INSERT INTO api_key_use (key_id) VALUES (:key_id) ON CONFLICT DO NOTHING", asked
             )
             db.execute(
-                "UPDATE api_key_use SET spent_of_day_nano = spent_of_day_nano + ?2, "
-                "spent_nano = spent_nano + ?2 WHERE key_id = ?1 "
-                "AND (?3 IS NULL OR spent_of_day_nano <= ?3 - ?2) "
-                "AND (?4 IS NULL OR spent_nano <= ?4 - ?2)",
-                (key_id, amount_nano, limits.day_budget_nano, limits.total_budget_nano),
+                "UPDATE api_key_use SET day = :day, spent_of_day_nano = 0 WHERE key_id = :key_id "
+                "AND day < :day",
+                asked,
             )
-            return bool(db.changes())
+            spent = db.execute(
+                "UPDATE api_key_use SET spent_of_day_nano = spent_of_day_nano + :amount, "
+                "spent_nano = spent_nano + :amount WHERE key_id = :key_id "
+                "AND (:of_day IS NULL OR spent_of_day_nano <= :of_day - :amount) "
+                "AND (:in_all IS NULL OR spent_nano <= :in_all - :amount) RETURNING 1",
+                asked,
+            )
+            return bool(spent.fetchall())
 
     def refund(self, key_id: str, amount_nano: int) -> None:
         """Give back a part of today's spending that was not charged in the end. Mutates."""
-        with self._changing() as db:
+        with self._db.transaction() as db:
             db.execute(
-                "UPDATE api_key_use SET spent_nano = max(0, spent_nano - ?2), spent_of_day_nano = "
-                "max(0, spent_of_day_nano - iif(day = ?3, ?2, 0)) WHERE key_id = ?1",
-                (key_id, amount_nano, int(self._wall_clock() // DAY_S)),
+                "UPDATE api_key_use SET spent_nano = CASE WHEN spent_nano > :amount "
+                "THEN spent_nano - :amount ELSE 0 END, "
+                "spent_of_day_nano = CASE WHEN day <> :day THEN spent_of_day_nano "
+                "WHEN spent_of_day_nano > :amount THEN spent_of_day_nano - :amount ELSE 0 END "
+                "WHERE key_id = :key_id",
+                {
+                    "key_id": key_id,
+                    "amount": amount_nano,
+                    "day": int(self._wall_clock() // DAY_S),
+                },
             )
 
     def write_uses(self) -> None:
         """Write the times of last use that are not written yet. Mutates the database."""
         used, self._used_at_s = self._used_at_s, {}
         if used:
-            with self._changing() as db:
+            with self._db.transaction() as db:
                 db.executemany(
                     "INSERT INTO api_key_use (key_id, last_used_at_s) VALUES (?, ?) "
-                    "ON CONFLICT (key_id) DO UPDATE SET "
-                    "last_used_at_s = max(last_used_at_s, excluded.last_used_at_s)",
+                    "ON CONFLICT (key_id) DO UPDATE SET last_used_at_s = excluded.last_used_at_s "
+                    "WHERE api_key_use.last_used_at_s < excluded.last_used_at_s",
                     used.items(),
                 )
 
@@ -397,31 +405,15 @@ class Keys:
             spent_nano=spent or 0,
         )
 
-    def _read(self, sql: str, values: tuple[object, ...]) -> list[tuple[Any, ...]]:
-        try:
-            return self._reader.execute(sql, values).fetchall()
-        except apsw.Error as error:
-            raise self._unavailable(error) from error
+    def _read(self, statement: str, values: Bindings) -> list[tuple[Any, ...]]:
+        with self._db.reading() as db:
+            return db.execute(statement, values).fetchall()
 
-    @contextlib.contextmanager
-    def _changing(self) -> Iterator[apsw.Connection]:
-        with self._writing:
-            try:
-                with self._writer:
-                    yield self._writer
-            except apsw.Error as error:
-                raise self._unavailable(error) from error
-
-    def _change(self, sql: str, values: tuple[object, ...]) -> None:
-        with self._changing() as db:
+    def _change(self, statement: str, values: Bindings) -> None:
+        with self._db.transaction() as db:
             db.execute("UPDATE api_key_revision SET revision = revision + 1")
-            db.execute(sql, values)
+            db.execute(statement, values)
         self._fresh_until_s = float("-inf")
-
-    def _unavailable(self, error: Exception) -> KeysUnavailableError:
-        return KeysUnavailableError(
-            f"the keys in {self._path} cannot be used ({error}); see `kvmarket env`"
-        )
 
 
 def _digest(secret: str) -> bytes:

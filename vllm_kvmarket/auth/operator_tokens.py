@@ -1,4 +1,4 @@
-"""Tokens under the market home's secret: only a process that can read the home can make them.
+"""Tokens under the market's secret: only a process that can read it can make them.
 
 The secret is never used itself. Each purpose has a key derived from it, so that a token for one
 purpose is worthless for every other. The token of a request is bound to all its parameters and
@@ -18,13 +18,13 @@ import secrets
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import msgspec
 from blake3 import blake3
 
 from vllm_kvmarket.core.durable_files import make_private, write_durably
-from vllm_kvmarket.core.errors import ConfigError
+from vllm_kvmarket.core.errors import ConfigError, UnavailableError
 
 SECRET_FILE = "operator.key"  # noqa: S105  # its name, not the secret
 SECRET_BYTES = 32
@@ -48,30 +48,87 @@ class _Secrets(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     rotated_at_s: float = 0.0
 
 
-class Credentials:
-    """Makes and checks tokens under one home's secret; thread-safe.
+class SecretPlace(Protocol):
+    """Where the secret is: a file of the home, or a sealed row of the market's database.
 
-    Every method raises ConfigError when the file does not hold a secret of ours.
+    `name` says where. A method may raise OSError or UnavailableError while it cannot be read.
     """
 
-    def __init__(self, path: Path, clock: Callable[[], float] = time.time) -> None:
+    name: str
+
+    def stamp(self) -> object:
+        """Return what changes with the content; never waits."""
+
+    def read(self) -> bytes | None:
+        """Return the content, None where there is none."""
+
+    def write(self, content: bytes, *, replace: bool) -> None:
+        """Write it durably; without `replace`, content that is there stays."""
+
+    def close(self) -> None:
+        """Release what is held open."""
+
+
+class SecretFile:
+    """See SecretPlace."""
+
+    def __init__(self, path: Path) -> None:
         self._path = path
+        self.name = str(path)
+
+    def stamp(self) -> object:
+        """See SecretPlace."""
+        status = self._path.stat()
+        return status.st_ino, status.st_mtime_ns
+
+    def read(self) -> bytes | None:
+        """See SecretPlace."""
+        return self._path.read_bytes() if self._path.exists() else None
+
+    def write(self, content: bytes, *, replace: bool) -> None:
+        """See SecretPlace."""
+        with contextlib.suppress(FileExistsError):
+            write_durably(self._path, content, replace=replace)
+
+    def close(self) -> None:
+        """See SecretPlace."""
+
+
+class Credentials:
+    """Makes and checks tokens under one market's secret; thread-safe.
+
+    Every method raises ConfigError when the place does not hold a secret of ours.
+    """
+
+    def __init__(self, place: SecretPlace, clock: Callable[[], float] = time.time) -> None:
+        self._place = place
         self._clock = clock
-        self._stamp: tuple[int, int] | None = None
+        self._stamp: object = None
         self._fresh_until_s = 0.0
         self._known = self._read()
 
     @classmethod
     def of_home(cls, home: Path, clock: Callable[[], float] = time.time) -> Credentials:
         """Read the home's secret, or make it; a home of ours becomes private (mode 0700)."""
-        path = home / SECRET_FILE
         home.mkdir(mode=0o700, parents=True, exist_ok=True)
         make_private(home)
-        if not path.exists():
-            # A secret that another process makes meanwhile stays.
-            with contextlib.suppress(FileExistsError):
-                write_durably(path, _encode(_Secrets(_new_secret())), replace=False)
-        return cls(path, clock)
+        return cls.of(SecretFile(home / SECRET_FILE), clock)
+
+    @classmethod
+    def of(cls, place: SecretPlace, clock: Callable[[], float] = time.time) -> Credentials:
+        """Read the secret that is at a place, or make it."""
+        try:
+            if place.read() is None:
+                # A secret that another process makes meanwhile stays.
+                place.write(_encode(_Secrets(_new_secret())), replace=False)
+            return cls(place, clock)
+        except BaseException:
+            place.close()
+            raise
+
+    def close(self) -> None:
+        """Release the place."""
+        self._place.close()
 
     def sign(self, purpose: Purpose, text: str) -> str:
         """The token for `text` and one purpose: 64 hexadecimal digits, the same each time."""
@@ -101,6 +158,7 @@ class Credentials:
         They must be JSON values. A `request_id` among them binds the token to one request.
         """
         signed = {**params, "expires_at_s": self._clock() + REQUEST_LIFETIME_S}
+        signed.pop("token", None)
         return {**signed, "token": self.sign("request", _canonical(signed))}
 
     def allows_params(self, params: Mapping[str, Any]) -> bool:
@@ -121,7 +179,7 @@ class Credentials:
         """Make a new secret; the old one is good for GRACE_S more. Mutates the home."""
         known = self._read()
         made = _Secrets(_new_secret(), known.secret, self._clock())
-        write_durably(self._path, _encode(made))
+        self._place.write(_encode(made), replace=True)
         self._fresh_until_s = 0.0
 
     def _current(self) -> _Secrets:
@@ -129,20 +187,16 @@ class Credentials:
         now_s = time.monotonic()
         if now_s >= self._fresh_until_s:
             # A running process continues without the file: a backup may be restored meanwhile.
-            with contextlib.suppress(OSError):
-                if self._stamp_of_file() != self._stamp:
+            with contextlib.suppress(OSError, UnavailableError):
+                if self._place.stamp() != self._stamp:
                     self._known = self._read()
             self._fresh_until_s = now_s + REFRESH_S
         return self._known
 
-    def _stamp_of_file(self) -> tuple[int, int]:
-        status = self._path.stat()
-        return status.st_ino, status.st_mtime_ns
-
     def _read(self) -> _Secrets:
-        stamp = self._stamp_of_file()
+        stamp = self._place.stamp()
         try:
-            found = msgspec.json.decode(self._path.read_bytes(), type=_Secrets)
+            found = msgspec.json.decode(self._place.read() or b"", type=_Secrets)
             if any(
                 len(bytes.fromhex(secret)) != SECRET_BYTES
                 for secret in (found.secret, found.previous)
@@ -151,7 +205,7 @@ class Credentials:
                 raise ValueError
         except (msgspec.DecodeError, ValueError):
             raise ConfigError(
-                f"{self._path} does not hold an operator's secret; restore it from a backup, "
+                f"{self._place.name} does not hold an operator's secret; restore it from a backup, "
                 "or remove it to have a new one made (tokens from before then end)"
             ) from None
         self._stamp = stamp

@@ -12,10 +12,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal, Self
 
-import apsw
-
 from vllm_kvmarket.catalogue import queries, use_queries
 from vllm_kvmarket.catalogue.chunk_shares import ChunkShares
+from vllm_kvmarket.catalogue.connections import open_connections
 from vllm_kvmarket.catalogue.eviction_policy import Candidate
 from vllm_kvmarket.catalogue.index import Index, Sellable
 from vllm_kvmarket.catalogue.leftovers import Leftovers
@@ -30,9 +29,8 @@ from vllm_kvmarket.catalogue.listing import (
     Usage,
     Use,
 )
-from vllm_kvmarket.catalogue.publisher_locks import Owner
-from vllm_kvmarket.catalogue.schema import BusyError, Connections
 from vllm_kvmarket.catalogue.store_record import StoreRecord
+from vllm_kvmarket.core.database import BusyError, Connection
 from vllm_kvmarket.core.document_chunks import DocumentChunks
 from vllm_kvmarket.core.errors import (
     CatalogueError,
@@ -42,7 +40,6 @@ from vllm_kvmarket.core.errors import (
 )
 from vllm_kvmarket.core.model_identity import CHUNK_TOKENS, unpack_tokens
 
-OWNERS_FOLDER = "publishing"
 EXPIRED_REASON = "its time to live is over"
 # From this number of chunks on, reading all that are needed is quicker than asking for each.
 _MANY = 1000
@@ -59,24 +56,24 @@ class Catalogue:
     """
 
     def __init__(
-        self, path: Path, chunk_tokens: int, memory: int | None, sellable: Sellable
+        self, place: Path | str, chunk_tokens: int, memory: int | None, sellable: Sellable
     ) -> None:
         self.last_error: Exception | None = None
         self.chunk_tokens = chunk_tokens
         self._closing = threading.Event()
         self._watcher: threading.Thread | None = None
-        self._owner = Owner(path.parent / OWNERS_FOLDER)
-        self._db = Connections(path)
+        self._db = open_connections(place)
+        self._owner = self._db.owner
         self.store_record = StoreRecord(self._db)
-        self.leftovers = Leftovers(self._db, self._owner)
+        self.leftovers = Leftovers(self._db)
         self.shares = ChunkShares(self._db, lambda: self._attempt(self.refresh))
         with self._db.transaction() as db:
             chosen = queries.fix_chunk_tokens(db, chunk_tokens)
         if chosen != chunk_tokens:
             self._db.close()
             raise ConfigError(
-                f"chunk_tokens is {chunk_tokens}, but the market in {path.parent} was made with "
-                f"{chosen}: set it to {chosen}, or use another home"
+                f"chunk_tokens is {chunk_tokens}, but the market in {self._db.place} was made "
+                f"with {chosen}: set it to {chosen}, or use another home or database"
             )
         self.index = Index(self._db, chunk_tokens, memory, sellable)
         self.refresh()
@@ -84,19 +81,20 @@ class Catalogue:
     @classmethod
     def open(
         cls,
-        path: Path,
+        place: Path | str,
         chunk_tokens: int = CHUNK_TOKENS,
         chunks_in_memory: int | None = None,
         is_sellable: Sellable = lambda _terms: True,
     ) -> Self:
         """Open the catalogue in the market's database, making its tables where there are none.
 
+        `place` is the path of a SQLite file or a `postgresql://` URL.
         At most `chunks_in_memory` chunks go into the prefix tree, None for all; the others are
         matched in tables made for it. A listing that is not `is_sellable` owns only what no other
         listing contains. Raises ConfigError when it was made with another chunk size,
         CatalogueError when the database cannot be used.
         """
-        return cls(path, chunk_tokens, chunks_in_memory, is_sellable)
+        return cls(place, chunk_tokens, chunks_in_memory, is_sellable)
 
     def close(self) -> None:
         """Stop watching and release the database; what this process was publishing is given up."""
@@ -105,7 +103,6 @@ class Catalogue:
             self._watcher.join()
         self.index.close()
         self._db.close()
-        self._owner.close()
 
     def __enter__(self) -> Self:
         return self
@@ -162,7 +159,7 @@ class Catalogue:
             self._watcher.start()
 
     def _watch(self, interval_s: float) -> None:
-        while not self._closing.wait(interval_s):
+        while self._db.wait_for_change(interval_s, self._closing):
             self._attempt(self._look)
 
     def _look(self) -> None:
@@ -213,7 +210,7 @@ class Catalogue:
         return ended
 
     @contextmanager
-    def _changing(self, *, wait: bool = True) -> Iterator[apsw.Connection]:
+    def _changing(self, *, wait: bool = True) -> Iterator[Connection]:
         """Change the database, all or nothing, and then the tree."""
         with self._db.transaction(wait=wait) as db:
             yield db
@@ -221,7 +218,7 @@ class Catalogue:
         self._attempt(self.refresh)
 
     @staticmethod
-    def _read(db: apsw.Connection, document_id: str) -> Listing:
+    def _read(db: Connection, document_id: str) -> Listing:
         listing = queries.find_listing(db, document_id)
         if listing is None:
             raise NotFoundError(f"there is no document {document_id}; see `kvmarket document list`")
@@ -254,13 +251,11 @@ class Catalogue:
                 queries.check_limits(db, listing, limits, needed_bytes)
             begun = self._start(db, fresh, chunks)
             if begun.state == "publishing":
-                self._owner.announce()
+                self._owner.announce(db)
                 queries.add_publishing(db, begun.document_id, self._owner.name)
         return begun
 
-    def _start(
-        self, db: apsw.Connection, fresh: Listing, chunks: list[tuple[bytes, bytes]]
-    ) -> Listing:
+    def _start(self, db: Connection, fresh: Listing, chunks: list[tuple[bytes, bytes]]) -> Listing:
         """Write a listing and its chunks unless it is taken; returns the listing that holds."""
         name = fresh.document_id
         self.store_record.check(db)
@@ -301,7 +296,7 @@ class Catalogue:
             return self._read(db, name)
 
     @staticmethod
-    def _offer(db: apsw.Connection, document_id: str, stored_bytes: int) -> None:
+    def _offer(db: Connection, document_id: str, stored_bytes: int) -> None:
         queries.set_stored_bytes(db, document_id, stored_bytes)
         queries.set_offered(db, document_id)
         queries.end_publishing(db, document_id)
@@ -320,15 +315,15 @@ class Catalogue:
             )
         return list(zip(document.keys, document.tokens, strict=True))
 
-    def _is_taken(self, db: apsw.Connection, listing: Listing) -> bool:
+    def _is_taken(self, db: Connection, listing: Listing) -> bool:
         """Say whether a listing is live, or another living process is publishing it."""
         others = self._publishers(db, listing.document_id) - {self._owner.name}
         return listing.state == "live" or (listing.state == "publishing" and bool(others))
 
-    def _publishers(self, db: apsw.Connection, name: str) -> set[str]:
+    def _publishers(self, db: Connection, name: str) -> set[str]:
         """Find which living processes publish a document; forgets the others."""
         owners = queries.owners_of(db, name)
-        alive = {owner for owner in owners if self._owner.is_alive(owner)}
+        alive = {owner for owner in owners if self._owner.is_alive(db, owner)}
         for owner in owners - alive:
             queries.forget_owner(db, owner)
         return alive
@@ -363,7 +358,7 @@ class Catalogue:
             queries.end_publishing(db, document_id, self._owner.name)
             self._fail_unless_published(db, document_id, reason)
 
-    def _fail_unless_published(self, db: apsw.Connection, document_id: str, reason: str) -> bool:
+    def _fail_unless_published(self, db: Connection, document_id: str, reason: str) -> bool:
         if self._publishers(db, document_id):
             return False
         if queries.is_listed(db, document_id):

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Sequence
 
-import apsw
-
 from vllm_kvmarket.catalogue import queries
+from vllm_kvmarket.catalogue.connections import Connections
 from vllm_kvmarket.catalogue.listing import ON_OFFER
-from vllm_kvmarket.catalogue.schema import Connections
+from vllm_kvmarket.core.database import Connection, Value
 from vllm_kvmarket.core.stored_share import StoredShare
 
 
@@ -66,19 +65,19 @@ class ChunkShares:
             "AND (state = 'publishing' AND NOT listed OR NOT EXISTS (SELECT 1 FROM listing_chunk "
             "JOIN chunk_share USING (key) WHERE listing_chunk.document_id = listing.document_id))"
         )
-        values = (fixed, *asking)
+        values: tuple[Value, ...] = (fixed, *asking)
         with self._db.snapshot() as db:
             counted = queries.rows(db, shares, values)
             counted += queries.rows(db, others, (*values, *asking))
         return sum(int(count) for (count,) in counted)
 
 
-def forget(db: apsw.Connection, keys: Iterable[bytes]) -> None:
+def forget(db: Connection, keys: Iterable[bytes]) -> None:
     """Forget all shares of chunks whose files are gone; mutates the database."""
     db.executemany("DELETE FROM chunk_share WHERE key = ?", [(key,) for key in keys])
 
 
-def _write(db: apsw.Connection, share: StoredShare) -> bool:
+def _write(db: Connection, share: StoredShare) -> bool:
     """Insert or replace a share; whether that was a change."""
     values = (
         share.key,
@@ -88,11 +87,11 @@ def _write(db: apsw.Connection, share: StoredShare) -> bool:
         share.size_bytes,
         share.fingerprint,
     )
-    db.execute(
+    statement = (
         "INSERT INTO chunk_share VALUES (?, ?, ?, ?, ?, ?) "
         "ON CONFLICT (key, rank, world_size) DO UPDATE SET layout = excluded.layout, "
         "bytes = excluded.bytes, fingerprint = excluded.fingerprint "
-        "WHERE fingerprint <> excluded.fingerprint OR bytes <> excluded.bytes",
-        values,
+        "WHERE chunk_share.fingerprint <> excluded.fingerprint "
+        "OR chunk_share.bytes <> excluded.bytes RETURNING 1"
     )
-    return db.changes() > 0
+    return bool(queries.rows(db, statement, values))

@@ -18,7 +18,7 @@ import apsw
 from vllm_kvmarket.catalogue.listing import Match, MatchedChunk, Segment
 from vllm_kvmarket.catalogue.prefix_tree import common_tokens, pack_valid
 from vllm_kvmarket.catalogue.queries import chunks_of, read_listings, rows
-from vllm_kvmarket.catalogue.schema import Connections
+from vllm_kvmarket.catalogue.sqlite_connections import SqliteConnections
 from vllm_kvmarket.core.errors import CatalogueError
 from vllm_kvmarket.core.model_identity import ROOT, TOKEN_BYTES, chunk_key, document_id
 
@@ -180,7 +180,7 @@ def _owners(
 class DatabaseMatches:
     """Matches in the database for one process, by threads with a connection each; thread-safe."""
 
-    def __init__(self, db: Connections, chunk_tokens: int) -> None:
+    def __init__(self, db: SqliteConnections, chunk_tokens: int) -> None:
         db.add_match_tables()
         self._db = db
         self._chunk_tokens = chunk_tokens

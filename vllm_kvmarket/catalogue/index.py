@@ -8,14 +8,14 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 
-import apsw
-
 from vllm_kvmarket.catalogue import integrity, queries
+from vllm_kvmarket.catalogue.connections import Connections
 from vllm_kvmarket.catalogue.database_match import DatabaseMatches
 from vllm_kvmarket.catalogue.listing import ON_OFFER, Match
 from vllm_kvmarket.catalogue.prefix_tree import PrefixTree
-from vllm_kvmarket.catalogue.schema import Connections
-from vllm_kvmarket.core.errors import CatalogueError
+from vllm_kvmarket.catalogue.sqlite_connections import SqliteConnections
+from vllm_kvmarket.core.database import Connection
+from vllm_kvmarket.core.errors import CatalogueError, ConfigError
 from vllm_kvmarket.core.listing_terms import ListingTerms
 
 # Larger than every place in the order of first offers.
@@ -75,13 +75,15 @@ class Index:
         self._tree_lock = threading.RLock()
         self._expiries = Expiries()
         self._revision = 0
-        self._data_version: int | None = None
+        self._seen: int | None = None
         self._chunks_in_memory = chunks_in_memory
         self._pinned_beyond: frozenset[str] = frozenset()
         # Whether a document on offer did not fit; stays true until the catalogue is opened again.
         self.is_beyond_memory = False
         self._beyond: DatabaseMatches | None = None
         if chunks_in_memory is not None:
+            if not isinstance(db, SqliteConnections):
+                raise ConfigError("catalogue_chunks_in_memory: all are in memory with PostgreSQL")
             self._beyond = DatabaseMatches(db, chunk_tokens)
 
     def close(self) -> None:
@@ -117,17 +119,15 @@ class Index:
     def refresh(self) -> bool:
         """Bring the tree up to date; whether anything has changed. See Catalogue.refresh."""
         dropped = self._drop_ended(time.time())
-        with self._db.reading() as db:
-            # Changes with every commit by another connection, and costs no read of the database.
-            data_version = int(db.pragma("data_version"))
-            if data_version == self._data_version:
+        with self._db.news(self._seen) as news:
+            if news is None:
                 return dropped
-            with db:
-                changed = self._take_over(db, time.time())
-            self._data_version = data_version
+            seen, db = news
+            changed = self._take_over(db, time.time())
+            self._seen = seen
             return changed or dropped
 
-    def _take_over(self, db: apsw.Connection, now_s: float) -> bool:
+    def _take_over(self, db: Connection, now_s: float) -> bool:
         newest = queries.revision(db)
         if newest == self._revision:
             return False
@@ -155,7 +155,7 @@ class Index:
             self._expiries.note(listing.document_id, None)
             self.overdue |= listing.state in ON_OFFER and listing.is_over(now_s)
 
-    def _take_over_what_fits(self, db: apsw.Connection, now_s: float, most: int) -> None:
+    def _take_over_what_fits(self, db: Connection, now_s: float, most: int) -> None:
         """Put the most used documents into the tree; the tokens of the others are not read."""
         pinned = set(self._pinned_beyond)
         for name, token_count, offered, is_pinned, expires_at_s in queries.changed(

@@ -6,18 +6,15 @@ from collections.abc import Iterator
 from itertools import pairwise
 from math import inf
 
-import apsw
-
 from vllm_kvmarket.catalogue import queries
 from vllm_kvmarket.catalogue.listing import NEEDED, Listing
 from vllm_kvmarket.catalogue.prefix_tree import Node, PrefixTree
+from vllm_kvmarket.core.database import Connection
 from vllm_kvmarket.core.document_chunks import DocumentChunks
 from vllm_kvmarket.core.model_identity import TOKEN_BYTES, unpack_tokens
 
 
-def problems(
-    db: apsw.Connection, tree: PrefixTree, now_s: float, *, whole: bool = True
-) -> list[str]:
+def problems(db: Connection, tree: PrefixTree, now_s: float, *, whole: bool = True) -> list[str]:
     """Return what is wrong, a line each; the tree must be as new as the database, and as of now.
 
     Unless it is to be `whole`, the database itself must have what documents may be missing in it.
@@ -71,7 +68,7 @@ def _listing_problems(
 
 
 def _offer_problems(
-    db: apsw.Connection, listing: Listing, chunks: list[queries.StoredChunk]
+    db: Connection, listing: Listing, chunks: list[queries.StoredChunk]
 ) -> Iterator[str]:
     """Compare what is matched in the database with what should be; time to live does not matter."""
     held = queries.rows(

@@ -13,12 +13,10 @@ from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from itertools import islice
 
-import apsw
-
 from vllm_kvmarket.catalogue import chunk_shares, queries
+from vllm_kvmarket.catalogue.connections import Connections
 from vllm_kvmarket.catalogue.listing import NEEDED
-from vllm_kvmarket.catalogue.publisher_locks import Owner
-from vllm_kvmarket.catalogue.schema import Connections
+from vllm_kvmarket.core.database import Connection
 from vllm_kvmarket.core.errors import (
     CatalogueRefusedError,
     CatalogueUnavailableError,
@@ -38,9 +36,9 @@ _GONE = "state NOT IN ('live', 'damaged', 'publishing')"
 class Leftovers:
     """Deletes what no document needs; thread-safe."""
 
-    def __init__(self, connections: Connections, owner: Owner) -> None:
+    def __init__(self, connections: Connections) -> None:
         self._db = connections
-        self._owner = owner
+        self._owner = connections.owner
         self._lock = threading.Lock()
 
     # Files
@@ -51,7 +49,9 @@ class Leftovers:
         What only they needed can be released now. Others find files that are overlooked, in a
         process that ends before it has released them, by looking at all files.
         """
-        statement = f"UPDATE listing SET stored = 0 WHERE stored AND {_GONE} RETURNING document_id"  # noqa: S608  # a text of ours
+        statement = (
+            f"UPDATE listing SET stored = FALSE WHERE stored AND {_GONE} RETURNING document_id"  # noqa: S608  # a text of ours
+        )
         with self._db.transaction() as db:
             return [document_id for (document_id,) in queries.rows(db, statement)]
 
@@ -76,6 +76,7 @@ class Leftovers:
                 gone: list[bytes] = []
                 try:
                     for key in marked:
+                        self._check_certain()
                         delete(key)
                         gone.append(key)
                 finally:
@@ -89,7 +90,7 @@ class Leftovers:
         A mark has one owner, so that a chunk is not let go while another process deletes it.
         """
         with self._db.transaction() as db:
-            self._owner.announce()
+            self._owner.announce(db)
             free = [
                 key
                 for key in batch
@@ -98,6 +99,13 @@ class Leftovers:
             marks = [(key, self._owner.name) for key in free]
             db.executemany("INSERT INTO releasing VALUES (?, ?)", marks)
             return free
+
+    def _check_certain(self) -> None:
+        """Raise CatalogueUnavailableError where others may take this process's marks for dead."""
+        if not self._owner.is_certain:
+            raise CatalogueUnavailableError(
+                f"{self._db.place} was away too long; what is left is deleted the next time"
+            )
 
     def _unmark(self, gone: list[bytes]) -> None:
         with self._db.transaction() as db:
@@ -108,8 +116,8 @@ class Leftovers:
     def undisturbed(
         self,
         keys: Collection[bytes],
-        changing: Callable[[], AbstractContextManager[apsw.Connection]],
-    ) -> Iterator[apsw.Connection]:
+        changing: Callable[[], AbstractContextManager[Connection]],
+    ) -> Iterator[Connection]:
         """Begin a transaction by `changing` while nobody deletes one of these chunks.
 
         Raises CatalogueUnavailableError when deleting them takes too long.
@@ -126,13 +134,13 @@ class Leftovers:
                 )
             time.sleep(_PAUSE_S)
 
-    def _are_being_deleted(self, db: apsw.Connection, keys: Iterable[bytes]) -> bool:
+    def _are_being_deleted(self, db: Connection, keys: Iterable[bytes]) -> bool:
         """Say whether a living process is deleting one of these chunks; forgets dead ones."""
         found: set[str] = set()
         for key in keys:
             statement = "SELECT owner FROM releasing WHERE key = ?"
             found.update(owner for (owner,) in queries.rows(db, statement, (key,)))
-        dead = {owner for owner in found if not self._owner.is_alive(owner)}
+        dead = {owner for owner in found if not self._owner.is_alive(db, owner)}
         db.executemany("DELETE FROM releasing WHERE owner = ?", [(owner,) for owner in dead])
         return found != dead
 
@@ -153,8 +161,6 @@ class Leftovers:
                     _check_gone(db, document_id)
             self.release(self.keys_of(batch), delete)
             with self._db.transaction() as db:
-                # What is deleted is overwritten with zeros.
-                db.pragma("secure_delete", True)
                 for document_id in batch:
                     # Somebody may have published it again.
                     _check_gone(db, document_id)
@@ -171,7 +177,7 @@ class Leftovers:
             return [name for (name,) in queries.rows(db, statement, (ended_before_s,))]
 
 
-def _check_gone(db: apsw.Connection, document_id: str) -> None:
+def _check_gone(db: Connection, document_id: str) -> None:
     found = queries.rows(db, "SELECT state FROM listing WHERE document_id = ?", (document_id,))
     if not found:
         raise NotFoundError(f"there is no document {document_id}; see `kvmarket document list`")
@@ -179,13 +185,13 @@ def _check_gone(db: apsw.Connection, document_id: str) -> None:
         raise CatalogueRefusedError(f"{document_id} is {found[0][0]}; delist it first")
 
 
-def _purge(db: apsw.Connection, document_id: str) -> bool:
+def _purge(db: Connection, document_id: str) -> bool:
     keys = [(chunk.key,) for chunk in queries.chunks_of(db, document_id)]
     db.execute("DELETE FROM listing_chunk WHERE document_id = ?", (document_id,))
     db.executemany(
-        "DELETE FROM chunk WHERE key = ?1 "
-        "AND NOT EXISTS (SELECT 1 FROM listing_chunk WHERE key = ?1)",
+        "DELETE FROM chunk WHERE key = ? "
+        "AND NOT EXISTS (SELECT 1 FROM listing_chunk WHERE listing_chunk.key = chunk.key)",
         keys,
     )
-    db.execute("UPDATE listing SET purged = 1 WHERE document_id = ?", (document_id,))
+    db.execute("UPDATE listing SET purged = TRUE WHERE document_id = ?", (document_id,))
     return bool(keys)

@@ -11,33 +11,34 @@ import os
 import uuid
 from pathlib import Path
 
+from vllm_kvmarket.core.database import Connection
 
-class Owner:
-    """One process (or one catalogue in it) as a publisher. Not synchronised.
 
-    Callers hold the database's write lock, so that no one looks at a file between its creation and
-    its locking.
-    """
+class LockedFile:
+    """See connections.Owner. Not synchronised."""
+
+    # A lock is never lost while its process lives.
+    is_certain = True
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._file: int | None = None
         self.name = uuid.uuid4().hex
 
-    def announce(self) -> None:
-        """Show others that this process lives, until closed; deletes the files of dead ones."""
+    def announce(self, db: Connection) -> None:
+        """See connections.Owner. Deletes the files of dead processes."""
         if self._file is not None:
             return
         self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         for file in self._folder.iterdir():
-            self.is_alive(file.name)
+            self.is_alive(db, file.name)
         self._file = os.open(
             self._folder / self.name, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600
         )
         fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
-    def is_alive(self, name: str) -> bool:
-        """Say whether the owner of that name has announced itself and not ended since."""
+    def is_alive(self, db: Connection, name: str) -> bool:
+        """See connections.Owner."""
         if name == self.name:
             return self._file is not None
         path = self._folder / name
@@ -56,7 +57,7 @@ class Owner:
             os.close(file)
 
     def close(self) -> None:
-        """Show others that this process has ended."""
+        """See connections.Owner."""
         if self._file is not None:
             (self._folder / self.name).unlink(missing_ok=True)
             os.close(self._file)

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
-import apsw
 import msgspec
 
 from vllm_kvmarket.catalogue.listing import (
@@ -17,6 +16,7 @@ from vllm_kvmarket.catalogue.listing import (
     ListingState,
     PublisherLimits,
 )
+from vllm_kvmarket.core.database import Bindings, Connection, Value
 from vllm_kvmarket.core.errors import CatalogueRefusedError
 from vllm_kvmarket.core.listing_terms import ListingTerms
 
@@ -27,6 +27,7 @@ _COLUMNS = ", ".join((*_FACTS, *_TERMS))
 _FLAGS = ("pinned", "paid_for", "adopted")
 
 
+_ALL = 2**62
 # The numbers that listings are ordered by, smallest first.
 _NUMBERS = {
     "age": "-created_at_s",
@@ -67,21 +68,17 @@ class Change:
     known: tuple[bytes, ...]
 
 
-def rows(
-    db: apsw.Connection,
-    statement: str,
-    bindings: Sequence[apsw.SQLiteValue] | Mapping[str, apsw.SQLiteValue] = (),
-) -> list[tuple[Any, ...]]:
+def rows(db: Connection, statement: str, bindings: Bindings = ()) -> list[tuple[Any, ...]]:
     """Run one statement and return all its rows."""
     return db.execute(statement, bindings).fetchall()
 
 
-def revision(db: apsw.Connection) -> int:
+def revision(db: Connection) -> int:
     """Return the number of the last change."""
     return int(rows(db, "SELECT revision FROM catalogue")[0][0])
 
 
-def fix_chunk_tokens(db: apsw.Connection, chunk_tokens: int) -> int:
+def fix_chunk_tokens(db: Connection, chunk_tokens: int) -> int:
     """Return the chunk size of this catalogue, `chunk_tokens` if none was chosen; mutates then."""
     statement = "UPDATE catalogue SET chunk_tokens = ? WHERE chunk_tokens IS NULL"
     db.execute(statement, (chunk_tokens,))
@@ -89,7 +86,7 @@ def fix_chunk_tokens(db: apsw.Connection, chunk_tokens: int) -> int:
 
 
 def check_limits(
-    db: apsw.Connection, listing: Listing, limits: PublisherLimits, needed_bytes: int
+    db: Connection, listing: Listing, limits: PublisherLimits, needed_bytes: int
 ) -> None:
     """Raise CatalogueRefusedError where one more document, of so many bytes, is too much."""
     publisher = listing.terms.publisher
@@ -106,7 +103,7 @@ def check_limits(
         )
 
 
-def held_by(db: apsw.Connection, publisher: str, except_id: str) -> tuple[int, int]:
+def held_by(db: Connection, publisher: str, except_id: str) -> tuple[int, int]:
     """Count the documents of a publisher that are on offer or on their way, and their bytes,
     without one of them.
     """
@@ -118,19 +115,19 @@ def held_by(db: apsw.Connection, publisher: str, except_id: str) -> tuple[int, i
     return int(count), int(stored_bytes)
 
 
-def _next_revision(db: apsw.Connection) -> int:
+def _next_revision(db: Connection) -> int:
     statement = "UPDATE catalogue SET revision = revision + 1 RETURNING revision"
     return int(rows(db, statement)[0][0])
 
 
-def find_listing(db: apsw.Connection, document_id: str) -> Listing | None:
+def find_listing(db: Connection, document_id: str) -> Listing | None:
     """Return one listing, if there is one of that id."""
     found = read_listings(db, "document_id = ?", (document_id,))
     return found[0] if found else None
 
 
 def read_listings(
-    db: apsw.Connection, where: str = "TRUE", bindings: Sequence[apsw.SQLiteValue] = ()
+    db: Connection, where: str = "TRUE", bindings: Sequence[Value] = ()
 ) -> list[Listing]:
     """Return the listings that satisfy a condition, newest first."""
     order = "ORDER BY created_at_s DESC, document_id"
@@ -139,7 +136,7 @@ def read_listings(
 
 
 def read_page(
-    db: apsw.Connection,
+    db: Connection,
     wanted: ListingFilter,
     now_s: float,
     *,
@@ -162,34 +159,35 @@ def read_page(
         f"SELECT document_id, {number} FROM listing {uses}WHERE {condition} "  # noqa: S608  # texts are ours, values are bound
         f"ORDER BY {number}, document_id LIMIT :limit OFFSET :offset"
     )
-    return rows(db, statement, values | {"limit": limit, "offset": offset})
+    most = limit if limit >= 0 else _ALL
+    return rows(db, statement, values | {"limit": most, "offset": offset})
 
 
-def count(db: apsw.Connection, wanted: ListingFilter, now_s: float) -> int:
+def count(db: Connection, wanted: ListingFilter, now_s: float) -> int:
     """Return how many listings a filter shows."""
     statement = f"SELECT count(*) FROM listing WHERE {_FILTER}"  # noqa: S608  # a text of ours
     return int(rows(db, statement, _bindings(wanted, now_s))[0][0])
 
 
-def _bindings(wanted: ListingFilter, now_s: float) -> dict[str, apsw.SQLiteValue]:
+def _bindings(wanted: ListingFilter, now_s: float) -> dict[str, Value]:
     values = {field.name: getattr(wanted, field.name) for field in fields(wanted)}
     return values | {"search": wanted.search.casefold(), "now_s": now_s}
 
 
-def read_changes(db: apsw.Connection, since: int, now_s: float) -> list[Change]:
+def read_changes(db: Connection, since: int, now_s: float) -> list[Change]:
     """Return what became, until now, of every listing that changed after that revision."""
     statement = f"SELECT {_COLUMNS}, offered_seq FROM listing WHERE revision > ?"  # noqa: S608  # column names are ours
     return [_change(db, row, now_s) for row in rows(db, statement, (since,))]
 
 
-def read_change(db: apsw.Connection, document_id: str, now_s: float) -> Change:
+def read_change(db: Connection, document_id: str, now_s: float) -> Change:
     """Return what became, until now, of one listing."""
     statement = f"SELECT {_COLUMNS}, offered_seq FROM listing WHERE document_id = ?"  # noqa: S608  # column names are ours
     return _change(db, rows(db, statement, (document_id,))[0], now_s)
 
 
 def changed(
-    db: apsw.Connection, since: int, now_s: float
+    db: Connection, since: int, now_s: float
 ) -> Iterator[tuple[str, int, bool, bool, float | None]]:
     """Yield what changed after that revision: id, tokens, whether it is on offer, whether pinned,
     and its end.
@@ -213,12 +211,12 @@ def _fields(row: Sequence[Any]) -> dict[str, Any]:
     return facts | {"terms": ListingTerms(*row[len(_FACTS) :])}
 
 
-def _chunk_keys(db: apsw.Connection, document_id: str) -> tuple[bytes, ...]:
+def _chunk_keys(db: Connection, document_id: str) -> tuple[bytes, ...]:
     statement = "SELECT key FROM listing_chunk WHERE document_id = ? ORDER BY position"
     return tuple(key for (key,) in rows(db, statement, (document_id,)))
 
 
-def _change(db: apsw.Connection, row: Sequence[Any], now_s: float) -> Change:
+def _change(db: Connection, row: Sequence[Any], now_s: float) -> Change:
     *columns, place = row
     chunks = chunks_of(db, row[0])
     listing = Listing(**_fields(columns), chunk_keys=tuple(chunk.key for chunk in chunks))
@@ -238,11 +236,12 @@ def matchable(listing: Listing, chunks: Iterable[StoredChunk], now_s: float) -> 
     return tuple(tokens)
 
 
-def chunks_of(db: apsw.Connection, document_id: str) -> list[StoredChunk]:
+def chunks_of(db: Connection, document_id: str) -> list[StoredChunk]:
     """Return a document's chunks, in order."""
     statement = (
-        "SELECT key, tokens, damaged, (SELECT group_concat(hex(fingerprint), '') FROM chunk_share "
-        "WHERE chunk_share.key = chunk.key) FROM listing_chunk JOIN chunk USING (key) "
+        "SELECT key, tokens, damaged, (SELECT string_agg(hex(fingerprint), '' ORDER BY rank, "
+        "world_size) FROM chunk_share WHERE chunk_share.key = chunk.key) "
+        "FROM listing_chunk JOIN chunk USING (key) "
         "WHERE document_id = ? ORDER BY position"
     )
     return [
@@ -251,7 +250,7 @@ def chunks_of(db: apsw.Connection, document_id: str) -> list[StoredChunk]:
     ]
 
 
-def write_listing(db: apsw.Connection, listing: Listing) -> None:
+def write_listing(db: Connection, listing: Listing) -> None:
     """Insert a listing, or restart the one of the same document; its chunks are not touched.
 
     One that is damaged keeps its bytes, its pin, that it was paid for or adopted, and its end where
@@ -271,21 +270,22 @@ def write_listing(db: apsw.Connection, listing: Listing) -> None:
         f"ON CONFLICT (document_id) DO UPDATE SET {changed_terms}, "
         "state = excluded.state, reason = excluded.reason, search_text = excluded.search_text, "
         "created_at_s = excluded.created_at_s, revision = excluded.revision, "
-        "stored_bytes = iif(listed, stored_bytes, excluded.stored_bytes), "
-        "pinned = excluded.pinned OR (listed AND pinned), "
-        "paid_for = excluded.paid_for OR (listed AND paid_for), "
+        "stored_bytes = CASE WHEN listing.listed THEN listing.stored_bytes "
+        "ELSE excluded.stored_bytes END, "
+        "pinned = excluded.pinned OR (listing.listed AND listing.pinned), "
+        "paid_for = excluded.paid_for OR (listing.listed AND listing.paid_for), "
         "adopted = CASE WHEN listing.listed THEN listing.adopted ELSE excluded.adopted END, "
-        "stored = 1, purged = 0, ended_at_s = NULL, "
-        "expires_at_s = coalesce(excluded.expires_at_s, iif(listed, expires_at_s, NULL)), "
-        "offered_seq = iif(listed, offered_seq, (SELECT seq FROM first_offer WHERE "
-        "first_offer.document_id = excluded.document_id AND publisher = excluded.publisher))",
+        "stored = TRUE, purged = FALSE, ended_at_s = NULL, "
+        "expires_at_s = coalesce(excluded.expires_at_s, "
+        "CASE WHEN listing.listed THEN listing.expires_at_s END), "
+        "offered_seq = CASE WHEN listing.listed THEN listing.offered_seq "
+        "ELSE (SELECT seq FROM first_offer WHERE first_offer.document_id = excluded.document_id "
+        "AND first_offer.publisher = excluded.publisher) END",
         values,
     )
 
 
-def write_chunks(
-    db: apsw.Connection, document_id: str, chunks: Sequence[tuple[bytes, bytes]]
-) -> None:
+def write_chunks(db: Connection, document_id: str, chunks: Sequence[tuple[bytes, bytes]]) -> None:
     """Insert a document's chunks, given as (key, packed tokens), where they are not there yet."""
     db.executemany("INSERT INTO chunk (key, tokens) VALUES (?, ?) ON CONFLICT DO NOTHING", chunks)
     db.executemany(
@@ -294,7 +294,7 @@ def write_chunks(
     )
 
 
-def set_state(db: apsw.Connection, document_id: str, state: ListingState, reason: str = "") -> None:
+def set_state(db: Connection, document_id: str, state: ListingState, reason: str = "") -> None:
     """Move one listing to another state, on the market or off it.
 
     Its first offer gives it its place. What leaves the market is pinned no more.
@@ -303,8 +303,8 @@ def set_state(db: apsw.Connection, document_id: str, state: ListingState, reason
     offered = state in ON_OFFER
     db.execute(
         "UPDATE listing SET state = ?, reason = ?, revision = ?, pinned = pinned AND ?, "
-        "listed = ?, offered_seq = coalesce(offered_seq, iif(?, ?, NULL)), "
-        "ended_at_s = iif(?, NULL, coalesce(ended_at_s, ?)) WHERE document_id = ?",
+        "listed = ?, offered_seq = coalesce(offered_seq, CASE WHEN ? THEN ? END), "
+        "ended_at_s = CASE WHEN ? THEN NULL ELSE coalesce(ended_at_s, ?) END WHERE document_id = ?",
         (state, reason, number, *[offered] * 3, number, offered, time.time(), document_id),
     )
     if offered:
@@ -316,26 +316,26 @@ def set_state(db: apsw.Connection, document_id: str, state: ListingState, reason
 
 
 def set_field(
-    db: apsw.Connection,
+    db: Connection,
     document_id: str,
     column: Literal["expires_at_s", "pinned", "cache_read_nano_per_mtok"],
     value: float | None,
 ) -> None:
     """Set one of a listing's fields; a change only where the value is another."""
-    statement = f"SELECT 1 FROM listing WHERE document_id = ? AND {column} IS NOT ?"  # noqa: S608  # column names are ours
+    statement = f"SELECT 1 FROM listing WHERE document_id = ? AND {column} IS DISTINCT FROM ?"  # noqa: S608  # column names are ours
     if rows(db, statement, (document_id, value)):
         statement = f"UPDATE listing SET {column} = ?, revision = ? WHERE document_id = ?"  # noqa: S608  # the same
         db.execute(statement, (value, _next_revision(db), document_id))
 
 
-def touch(db: apsw.Connection, document_id: str) -> None:
+def touch(db: Connection, document_id: str) -> None:
     """Have every process read a listing again."""
     statement = "UPDATE listing SET revision = ? WHERE document_id = ?"
     db.execute(statement, (_next_revision(db), document_id))
 
 
 def set_offered(
-    db: apsw.Connection, document_id: str, reason: str = "a stored chunk could not be loaded"
+    db: Connection, document_id: str, reason: str = "a stored chunk could not be loaded"
 ) -> None:
     """Make a listing live when all its chunks are whole, damaged (for that reason) when not."""
     if any(chunk.damaged for chunk in chunks_of(db, document_id)):
@@ -344,7 +344,7 @@ def set_offered(
         set_state(db, document_id, "live")
 
 
-def set_stored_bytes(db: apsw.Connection, document_id: str, stored_bytes: int) -> None:
+def set_stored_bytes(db: Connection, document_id: str, stored_bytes: int) -> None:
     """Note how much publishing wrote; repairing a listing writes a part of it only."""
     statement = (
         "UPDATE listing SET stored_bytes = ? WHERE document_id = ? "
@@ -353,20 +353,19 @@ def set_stored_bytes(db: apsw.Connection, document_id: str, stored_bytes: int) -
     db.execute(statement, (stored_bytes, document_id, stored_bytes))
 
 
-def is_listed(db: apsw.Connection, document_id: str) -> bool:
+def is_listed(db: Connection, document_id: str) -> bool:
     """Return whether a listing is on the market, or was when it was published again."""
     statement = "SELECT 1 FROM listing WHERE document_id = ? AND listed"
     return bool(rows(db, statement, (document_id,)))
 
 
-def set_damaged(db: apsw.Connection, key: bytes, damaged: bool) -> bool:
+def set_damaged(db: Connection, key: bytes, damaged: bool) -> bool:
     """Mark a chunk as lost or whole; returns whether that was news."""
-    statement = "UPDATE chunk SET damaged = ? WHERE key = ? AND damaged <> ?"
-    db.execute(statement, (int(damaged), key, int(damaged)))
-    return db.changes() > 0
+    statement = "UPDATE chunk SET damaged = ? WHERE key = ? AND damaged <> ? RETURNING 1"
+    return bool(rows(db, statement, (damaged, key, damaged)))
 
 
-def holders(db: apsw.Connection, key: bytes, states: Sequence[ListingState]) -> list[str]:
+def holders(db: Connection, key: bytes, states: Sequence[ListingState]) -> list[str]:
     """Return the documents in one of these states that hold a chunk."""
     statement = (
         "SELECT document_id FROM listing_chunk JOIN listing USING (document_id) WHERE key = ? "  # noqa: S608  # only question marks are put in
@@ -375,7 +374,7 @@ def holders(db: apsw.Connection, key: bytes, states: Sequence[ListingState]) -> 
     return [document_id for (document_id,) in rows(db, statement, (key, *states))]
 
 
-def is_held(db: apsw.Connection, key: bytes, states: Sequence[ListingState]) -> bool:
+def is_held(db: Connection, key: bytes, states: Sequence[ListingState]) -> bool:
     """Return whether a document in one of these states holds a chunk."""
     statement = (
         "SELECT 1 FROM listing_chunk JOIN listing USING (document_id) WHERE key = ? "  # noqa: S608  # only question marks are put in
@@ -384,7 +383,7 @@ def is_held(db: apsw.Connection, key: bytes, states: Sequence[ListingState]) -> 
     return bool(rows(db, statement, (key, *states)))
 
 
-def all_held(db: apsw.Connection, states: Sequence[ListingState]) -> set[bytes]:
+def all_held(db: Connection, states: Sequence[ListingState]) -> set[bytes]:
     """Return every chunk that a document in one of these states holds."""
     statement = (
         "SELECT key FROM listing JOIN listing_chunk USING (document_id) "  # noqa: S608  # only question marks are put in
@@ -393,13 +392,13 @@ def all_held(db: apsw.Connection, states: Sequence[ListingState]) -> set[bytes]:
     return {key for (key,) in db.execute(statement, states)}
 
 
-def add_publishing(db: apsw.Connection, document_id: str, owner: str) -> None:
+def add_publishing(db: Connection, document_id: str, owner: str) -> None:
     """Note that an owner publishes a document, once more if it did already."""
     statement = "INSERT INTO publishing (document_id, owner) VALUES (?, ?)"
     db.execute(statement, (document_id, owner))
 
 
-def end_publishing(db: apsw.Connection, document_id: str, owner: str | None = None) -> None:
+def end_publishing(db: Connection, document_id: str, owner: str | None = None) -> None:
     """Note that one publishing by an owner ended; without an owner, all of the document's."""
     if owner is None:
         db.execute("DELETE FROM publishing WHERE document_id = ?", (document_id,))
@@ -411,12 +410,12 @@ def end_publishing(db: apsw.Connection, document_id: str, owner: str | None = No
         )
 
 
-def forget_owner(db: apsw.Connection, owner: str) -> None:
+def forget_owner(db: Connection, owner: str) -> None:
     """Note that an owner publishes no more."""
     db.execute("DELETE FROM publishing WHERE owner = ?", (owner,))
 
 
-def owners_of(db: apsw.Connection, document_id: str) -> set[str]:
+def owners_of(db: Connection, document_id: str) -> set[str]:
     """Return who publishes a document."""
     statement = "SELECT DISTINCT owner FROM publishing WHERE document_id = ?"
     return {owner for (owner,) in rows(db, statement, (document_id,))}
@@ -425,7 +424,7 @@ def owners_of(db: apsw.Connection, document_id: str) -> set[str]:
 # The end of listings
 
 
-def ended(db: apsw.Connection, now_s: float) -> list[str]:
+def ended(db: Connection, now_s: float) -> list[str]:
     """Return the documents on offer whose time to live is over; an index's first rows."""
     statement = (
         "SELECT document_id FROM listing INDEXED BY listing_expiry "
@@ -435,7 +434,7 @@ def ended(db: apsw.Connection, now_s: float) -> list[str]:
     return [document_id for (document_id,) in rows(db, statement, (now_s,))]
 
 
-def being_published(db: apsw.Connection) -> list[str]:
+def being_published(db: Connection) -> list[str]:
     """Return the documents that someone publishes, or did until it died."""
     statement = "SELECT document_id FROM listing WHERE state = 'publishing' ORDER BY document_id"
     return [document_id for (document_id,) in rows(db, statement)]

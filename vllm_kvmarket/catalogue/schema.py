@@ -1,18 +1,9 @@
-"""The catalogue's tables, and its connections to them: one writes, one reads."""
+"""The catalogue's tables, as SQLite makes them; core/postgres_database.py translates them."""
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
-
-import apsw
-
-from vllm_kvmarket.core import sqlite
+from vllm_kvmarket.core.database import Room
 from vllm_kvmarket.core.errors import CatalogueUnavailableError
-
-ROOM = "catalogue"
 
 # `revision` numbers every change; a listing keeps that of its own last change.
 # `offered_seq` is the revision at which its publisher first put a listing on offer: earlier ones
@@ -52,7 +43,7 @@ CREATE TABLE listing (
 ) STRICT;
 CREATE INDEX listing_revision ON listing (revision);
 CREATE INDEX listing_state ON listing (state);
-CREATE INDEX listing_age ON listing (-created_at_s, document_id);
+CREATE INDEX listing_age ON listing ((-created_at_s), document_id);
 CREATE INDEX listing_publisher ON listing (publisher);
 CREATE INDEX listing_expiry ON listing (expires_at_s)
     WHERE expires_at_s IS NOT NULL AND state IN ('live', 'damaged');
@@ -141,7 +132,28 @@ ADOPTED_SCHEMA = """
 ALTER TABLE listing ADD COLUMN adopted INTEGER NOT NULL DEFAULT 0 CHECK (adopted IN (0, 1));
 UPDATE listing SET ended_at_s = unixepoch() WHERE ended_at_s = created_at_s;
 """
-MIGRATIONS = (SCHEMA, STORE_SCHEMA, LEFTOVERS_SCHEMA, SHARES_SCHEMA, ADOPTED_SCHEMA)
+
+# Only on PostgreSQL: every change is announced when it is committed, and who is publishing or
+# deleting has a lease, by the server's clock.
+POSTGRES_ONLY = """
+CREATE FUNCTION kvmarket.announce_change() RETURNS trigger LANGUAGE plpgsql AS $$
+BEGIN
+    PERFORM pg_notify('kvmarket_catalogue', '');
+    RETURN NULL;
+END $$;
+CREATE TRIGGER catalogue_changed AFTER UPDATE OF revision ON catalogue
+    FOR EACH STATEMENT EXECUTE FUNCTION kvmarket.announce_change();
+CREATE TABLE publisher_lease (
+    name text COLLATE "C" PRIMARY KEY,
+    renewed_at_s double precision NOT NULL
+);
+"""
+CATALOGUE = Room(
+    "catalogue",
+    (SCHEMA, STORE_SCHEMA, LEFTOVERS_SCHEMA, SHARES_SCHEMA, ADOPTED_SCHEMA),
+    CatalogueUnavailableError,
+    postgres_only=POSTGRES_ONLY,
+)
 
 # Made only where documents may not fit into memory: a chunk takes about five kilobytes here.
 BEYOND_ROOM = "catalogue_beyond"
@@ -208,136 +220,3 @@ INSERT INTO continuation
     WHERE EXISTS (SELECT 1 FROM offered WHERE offered.key = followed.key)
     ON CONFLICT DO NOTHING;
 """
-
-# A request waits for what such a connection reads.
-READER_TIMEOUT_MS = 1_000
-
-
-class BusyError(CatalogueUnavailableError):
-    """Another process or thread is writing, and the caller did not want to wait."""
-
-
-class Connections:
-    """Thread-safe; a reader never waits for a writer.
-
-    Every method raises CatalogueUnavailableError when the database cannot be used.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._write_lock = threading.Lock()
-        self._read_lock = threading.Lock()
-        with self._reported():
-            self._writer = sqlite.connect(path)
-            sqlite.migrate(self._writer, ROOM, MIGRATIONS)
-            self._reader = sqlite.connect(path)
-        self._file = self._file_identity()
-
-    def add_match_tables(self) -> None:
-        """Make the tables for matches in the database; mutates the database."""
-        with self._write_lock, self._reported():
-            sqlite.migrate(self._writer, BEYOND_ROOM, (BEYOND_SCHEMA,))
-
-    def open_reader(self) -> apsw.Connection:
-        """Open one more connection, which cannot write; the caller closes it."""
-        with self._reported():
-            self._check_file()
-            opened = apsw.Connection(str(self._path), flags=apsw.SQLITE_OPEN_READONLY)
-            opened.set_busy_timeout(READER_TIMEOUT_MS)
-            return opened
-
-    @contextmanager
-    def snapshot_of(self, reader: apsw.Connection) -> Iterator[apsw.Connection]:
-        """Read through a connection of `open_reader` as of one moment, without waiting."""
-        with self._reported():
-            self._check_file()
-            with reader:
-                yield reader
-
-    def close(self) -> None:
-        """Release the database, once what is under way is done."""
-        with self._write_lock, self._read_lock:
-            self._writer.close()
-            self._reader.close()
-
-    @contextmanager
-    def transaction(self, *, wait: bool = True) -> Iterator[apsw.Connection]:
-        """Change the database, durably and all or nothing.
-
-        Raises BusyError where someone else is writing and `wait` is false.
-        """
-        with self._writing(wait), self._reported():
-            self._check_file()
-            self._begin(wait)
-            try:
-                yield self._writer
-                self._writer.execute("COMMIT")
-            except BaseException:
-                # SQLite has rolled back already after some errors, a full disk for one.
-                if self._writer.in_transaction:
-                    self._writer.execute("ROLLBACK")
-                raise
-
-    @contextmanager
-    def _writing(self, wait: bool) -> Iterator[None]:
-        if not self._write_lock.acquire(blocking=wait):
-            raise BusyError("this process is writing to the market's database; try again")
-        try:
-            yield
-        finally:
-            self._write_lock.release()
-
-    def _begin(self, wait: bool) -> None:
-        if not wait:
-            self._writer.set_busy_timeout(0)
-        try:
-            self._writer.execute("BEGIN IMMEDIATE")
-        except apsw.BusyError as error:
-            if wait:
-                raise
-            raise BusyError(f"the market's database {self._path} is being written to") from error
-        finally:
-            if not wait:
-                self._writer.set_busy_timeout(sqlite.BUSY_TIMEOUT_MS)
-
-    @contextmanager
-    def reading(self) -> Iterator[apsw.Connection]:
-        """Read the database statement by statement, each as of its own moment."""
-        with self._read_lock, self._reported():
-            self._check_file()
-            yield self._reader
-
-    @contextmanager
-    def snapshot(self) -> Iterator[apsw.Connection]:
-        """Read the database as of one moment, whatever others write meanwhile."""
-        with self.reading() as db, db:
-            yield db
-
-    @contextmanager
-    def _reported(self) -> Iterator[None]:
-        """Turn the database's errors into ours."""
-        try:
-            yield
-        except apsw.Error as error:
-            raise CatalogueUnavailableError(
-                f"the market's database {self._path} cannot be used ({error}); see `kvmarket env`"
-            ) from error
-
-    def _file_identity(self) -> tuple[int, int]:
-        try:
-            status = self._path.stat()
-        except OSError as error:
-            raise CatalogueUnavailableError(
-                f"the market's database {self._path} is gone ({error.strerror}); restore it"
-            ) from None
-        return status.st_dev, status.st_ino
-
-    def _check_file(self) -> None:
-        """Raise CatalogueUnavailableError unless the open database is the one that is there.
-
-        SQLite would go on reading and writing a deleted file.
-        """
-        if self._file_identity() != self._file:
-            raise CatalogueUnavailableError(
-                f"the market's database {self._path} was replaced; restart this process"
-            )

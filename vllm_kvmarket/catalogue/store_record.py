@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Set
 from typing import NamedTuple
 
-import apsw
-
 from vllm_kvmarket.catalogue import queries
+from vllm_kvmarket.catalogue.connections import Connections
 from vllm_kvmarket.catalogue.listing import NEEDED
-from vllm_kvmarket.catalogue.schema import Connections
+from vllm_kvmarket.core.database import Connection
 from vllm_kvmarket.core.errors import CatalogueRefusedError
 
 
@@ -56,7 +55,7 @@ class StoreRecord:
         self.store_id = record.store_id
         return True
 
-    def check(self, db: apsw.Connection) -> None:
+    def check(self, db: Connection) -> None:
         """Refuse a new document when the chunks are in another store than this process uses."""
         recorded = _read(db)
         if recorded.store_id != self.store_id:
@@ -66,5 +65,5 @@ class StoreRecord:
             )
 
 
-def _read(db: apsw.Connection) -> RecordedStore:
+def _read(db: Connection) -> RecordedStore:
     return RecordedStore(*queries.rows(db, "SELECT store_url, store_id FROM catalogue")[0])

@@ -7,14 +7,13 @@ from collections.abc import Iterable
 from dataclasses import astuple, replace
 from math import inf, isnan
 
-import apsw
-
 from vllm_kvmarket.catalogue.eviction_policy import Candidate, recompute_tokens, reused
 from vllm_kvmarket.catalogue.listing import NEEDED, Audit, Usage, Use
 from vllm_kvmarket.catalogue.queries import rows
+from vllm_kvmarket.core.database import Connection
 
 
-def note_uses(db: apsw.Connection, uses: Iterable[Use]) -> None:
+def note_uses(db: Connection, uses: Iterable[Use]) -> None:
     """Add uses to what is known of their documents; those of unknown documents are ignored."""
     by_document: dict[str, list[Use]] = defaultdict(list)
     for use in uses:
@@ -43,7 +42,7 @@ def note_uses(db: apsw.Connection, uses: Iterable[Use]) -> None:
         _write(db, document_id, (count, tokens, earned_nano, score, at_s, first_s))
 
 
-def remember_uses(db: apsw.Connection, document_id: str) -> None:
+def remember_uses(db: Connection, document_id: str) -> None:
     """Keep what is known of a document that goes, for the day when it is published again."""
     statement = (
         "SELECT created_at_s, uses, tokens_reused, earned_nano, score, last_used_s, first_used_s "
@@ -54,11 +53,15 @@ def remember_uses(db: apsw.Connection, document_id: str) -> None:
 
 
 def _write(
-    db: apsw.Connection, document_id: str, usage: tuple[int, int, int, float, float, float]
+    db: Connection, document_id: str, usage: tuple[int, int, int, float, float, float]
 ) -> None:
     db.execute(
-        "INSERT OR REPLACE INTO listing_use (document_id, uses, tokens_reused, earned_nano, "
-        "score, last_used_s, first_used_s) VALUES (?, ?, ?, ?, ?, ?, ?)",
+        "INSERT INTO listing_use (document_id, uses, tokens_reused, earned_nano, "
+        "score, last_used_s, first_used_s) VALUES (?, ?, ?, ?, ?, ?, ?) "
+        "ON CONFLICT (document_id) DO UPDATE SET uses = excluded.uses, "
+        "tokens_reused = excluded.tokens_reused, earned_nano = excluded.earned_nano, "
+        "score = excluded.score, last_used_s = excluded.last_used_s, "
+        "first_used_s = excluded.first_used_s",
         (document_id, *usage),
     )
 
@@ -80,7 +83,7 @@ def _usage(
     return int(uses or 0), int(tokens or 0), int(earned_nano or 0), score, at_s, first_s
 
 
-def usage_of(db: apsw.Connection, document_id: str) -> Usage | None:
+def usage_of(db: Connection, document_id: str) -> Usage | None:
     """Return what is known of a document's uses, None for no document."""
     found = rows(
         db,
@@ -94,7 +97,7 @@ def usage_of(db: apsw.Connection, document_id: str) -> Usage | None:
     return Usage(*_usage(created_at_s, known)[:-1])
 
 
-def candidates(db: apsw.Connection) -> list[Candidate]:
+def candidates(db: Connection) -> list[Candidate]:
     """Return every document on offer as the eviction policies see it.
 
     The bytes of a chunk are estimated: its tokens at what the document of its namespace that wrote
@@ -105,8 +108,9 @@ def candidates(db: apsw.Connection) -> list[Candidate]:
     fixed: set[bytes] = set()
     # All chunks but a document's last have the same length: theirs need not be looked up.
     statement = (
-        "SELECT document_id, state, key, min(c.chunk_tokens, token_count - position * "  # noqa: S608  # only question marks are put in
-        "c.chunk_tokens) FROM catalogue AS c, listing JOIN listing_chunk USING (document_id) "
+        "SELECT document_id, state, key, CASE WHEN token_count < (position + 1) * chunk_tokens "  # noqa: S608  # only question marks are put in
+        "THEN token_count - position * chunk_tokens ELSE chunk_tokens END "
+        "FROM listing JOIN listing_chunk USING (document_id), catalogue "
         f"WHERE state IN ({', '.join('?' * len(NEEDED))})"
     )
     for document_id, state, key, tokens in db.execute(statement, NEEDED):
@@ -148,16 +152,19 @@ def candidates(db: apsw.Connection) -> list[Candidate]:
     return made
 
 
-def _bytes_per_token(db: apsw.Connection) -> dict[bytes, float]:
-    # SQLite takes the other columns from the row that has the maximum.
-    statement = "SELECT namespace, token_count, max(stored_bytes) FROM listing GROUP BY namespace"
+def _bytes_per_token(db: Connection) -> dict[bytes, float]:
+    statement = (
+        "SELECT namespace, token_count, stored_bytes FROM (SELECT namespace, token_count, "
+        "stored_bytes, row_number() OVER (PARTITION BY namespace "
+        "ORDER BY stored_bytes DESC, document_id) AS place FROM listing) AS line WHERE place = 1"
+    )
     return {
         namespace: stored_bytes / token_count
         for namespace, token_count, stored_bytes in rows(db, statement)
     }
 
 
-def record_audit(db: apsw.Connection, audit: Audit) -> None:
+def record_audit(db: Connection, audit: Audit) -> None:
     """Keep an audit's result."""
     worst = inf if isnan(audit.worst_difference) else audit.worst_difference
     db.execute(
@@ -168,7 +175,7 @@ def record_audit(db: apsw.Connection, audit: Audit) -> None:
     )
 
 
-def audits_of(db: apsw.Connection, document_id: str) -> list[Audit]:
+def audits_of(db: Connection, document_id: str) -> list[Audit]:
     """Return a document's audits, newest first."""
     statement = (
         "SELECT document_id, at_s, engine, chunks, result, worst_difference, detail FROM audit "

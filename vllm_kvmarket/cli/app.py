@@ -27,6 +27,7 @@ NOUNS = (
     ("key", "key_commands", "the key that this market signs with"),
     ("trust", "key_commands", "whose bundles this market imports"),
     ("store", "store_commands", "check, clean and repair the stored chunks"),
+    ("database", "database_commands", "prepare PostgreSQL for a market on several machines"),
     ("backup", "archive_commands", "copy a whole market and bring it back"),
     ("env", "environment", "show versions and paths, and what is wrong with them"),
     ("demo", "demo", "publish, reuse and charge for a real document, end to end"),

@@ -9,7 +9,15 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from vllm_kvmarket import bundles, proofs
-from vllm_kvmarket.cli.command import DOCUMENT_ID, Argument, argument, command, home_of, open_market
+from vllm_kvmarket.cli.command import (
+    DOCUMENT_ID,
+    Argument,
+    UsageError,
+    argument,
+    command,
+    home_of,
+    open_market,
+)
 from vllm_kvmarket.cli.document_commands import describe, show_listings
 from vllm_kvmarket.cli.ledger_commands import show_check
 from vllm_kvmarket.cli.output import clean, counted, emit, progress, read_text, size
@@ -108,6 +116,8 @@ def backup_create(args: argparse.Namespace) -> int:
 )
 def backup_restore(args: argparse.Namespace) -> int:
     """Put a backup into the empty folder of --home."""
+    if config.load(args.config).database_url is not None:
+        raise UsageError("a backup is restored into a home: leave database_url out")
     with progress() as bar:
         task = bar.add_task("restoring", total=None, note="")
         report = proofs.restore(

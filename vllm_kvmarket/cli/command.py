@@ -95,25 +95,24 @@ def open_market(args: argparse.Namespace, *, create: bool = False) -> Iterator[M
     from vllm_kvmarket.core import config
     from vllm_kvmarket.market.market import DATABASE_FILE, Market
 
-    home = home_of(args)
-    database = home / DATABASE_FILE
-    if not create and not database.exists():
+    home, chosen = home_of(args), config.load(args.config)
+    if not (create or chosen.database_url or (home / DATABASE_FILE).exists()):
         raise NotFoundError(
             f"there is no market at {home}; publish a document or create an account to start one, "
             "or name another with --home"
         )
     try:
-        with Market.open(home, config.load(args.config)) as market:
+        with Market.open(home, chosen) as market:
             if args.command.changes:
-                _record(args, database)
+                _record(args, market)
             yield market
     except apsw.Error as error:
         raise KVMarketError(
-            f"the market's database {database}: {error}; look at it with `kvmarket store check`"
+            f"the market's database in {home}: {error}; look at it with `kvmarket store check`"
         ) from error
 
 
-def _record(args: argparse.Namespace, database: Path) -> None:
+def _record(args: argparse.Namespace, market: Market) -> None:
     from vllm_kvmarket.auth.admin_log import AdminLog
 
     # The configuration may hold the secrets of an object store.
@@ -123,7 +122,7 @@ def _record(args: argparse.Namespace, database: Path) -> None:
         for name, value in vars(args).items()
         if name not in left_out and value not in (None, False, [], "")
     }
-    AdminLog(database).record(f"cli:{getpass.getuser()}", args.command.name, given)
+    AdminLog(market.database).record(f"cli:{getpass.getuser()}", args.command.name, given)
 
 
 DOCUMENT_ID = argument("document_id", metavar="ID", help="the document's id, kvd_...")

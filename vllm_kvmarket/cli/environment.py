@@ -70,11 +70,10 @@ def _home(args: argparse.Namespace) -> tuple[dict[str, Any], list[str]]:
     from vllm_kvmarket.store import CHUNKS_FOLDER
 
     try:
-        configured = config.load(args.config).home
-        problems = []
+        configured, problems = config.load(args.config), []
     except ConfigError as error:
-        configured, problems = config.default_home(), [f"configuration: {error}"]
-    home = Path(args.home or configured).expanduser()
+        configured, problems = config.MarketConfig(), [f"configuration: {error}"]
+    home = Path(args.home or configured.home).expanduser()
     existing = home
     while not existing.exists():
         existing = existing.parent
@@ -84,9 +83,9 @@ def _home(args: argparse.Namespace) -> tuple[dict[str, Any], list[str]]:
         problems.append(f"{existing} cannot be written; name another with --home or $KVMARKET_HOME")
     facts = {
         "home": str(home),
-        "database": str(home / DATABASE_FILE),
+        "database": configured.database_url or str(home / DATABASE_FILE),
         "chunks": str(home / CHUNKS_FOLDER),
-        "market_exists": (home / DATABASE_FILE).exists(),
+        "market_exists": configured.database_url is not None or (home / DATABASE_FILE).exists(),
         "free_bytes": shutil.disk_usage(existing).free,
     }
     return facts, problems

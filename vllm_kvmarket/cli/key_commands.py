@@ -18,7 +18,6 @@ from vllm_kvmarket.auth.signing_keys import PublicKey, SigningKeys, TrustedKeys,
 from vllm_kvmarket.cli.command import amount, argument, command, one_of, open_market, span_s
 from vllm_kvmarket.cli.output import emit, moment, table
 from vllm_kvmarket.core.pricing import format_nano
-from vllm_kvmarket.market.market import DATABASE_FILE
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -30,7 +29,7 @@ if TYPE_CHECKING:
 def _api_keys(args: argparse.Namespace, *, create: bool = False) -> Iterator[Keys]:
     with (
         open_market(args, create=create) as market,
-        contextlib.closing(Keys(market.home / DATABASE_FILE)) as keys,
+        contextlib.closing(Keys(market.database)) as keys,
     ):
         yield keys
 

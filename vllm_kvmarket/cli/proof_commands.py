@@ -17,7 +17,6 @@ from vllm_kvmarket.auth.signing_keys import PublicKey, SigningKeys, TrustedKeys,
 from vllm_kvmarket.cli.command import UsageError, argument, command, home_of, limit, open_market
 from vllm_kvmarket.cli.output import clean, emit, moment, pairs, read_text, table
 from vllm_kvmarket.core.pricing import format_nano
-from vllm_kvmarket.market.market import DATABASE_FILE
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -318,7 +317,7 @@ def _check(text: str, keys: list[PublicKey]) -> dict[str, Any]:
 def log_admin(args: argparse.Namespace) -> None:
     """List what administrators changed, over HTTP and with this command."""
     with open_market(args) as market:
-        entries = AdminLog(market.home / DATABASE_FILE).entries(args.limit)
+        entries = AdminLog(market.database).entries(args.limit)
     described = msgspec.to_builtins(entries)
     emit(args, {"entries": described}, lambda where: _show_admin(where, described))
 

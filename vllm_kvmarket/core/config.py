@@ -115,12 +115,27 @@ class MarketConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
     min_reuse_tokens: Annotated[
         int, msgspec.Meta(ge=1, description="a match shorter than this is neither sold nor loaded")
     ] = 64
+    database_url: Annotated[
+        str | None,
+        msgspec.Meta(
+            description="where listings, uses, audits and the ledger are stored: "
+            "`postgresql://user@host/name` for one market on several machines, which needs an "
+            "object store; the password is in the file that PGPASSFILE names; null: in the home"
+        ),
+    ] = None
+    secrets_key_file: Annotated[
+        str | None,
+        msgspec.Meta(
+            description="with `database_url`: file with 64 hexadecimal digits, the key under "
+            "which the operator's secret is in the database; null: the environment's "
+            "KVMARKET_SECRETS_KEY. Without a key each home has a secret of its own"
+        ),
+    ] = None
     ledger_url: Annotated[
         str | None,
         msgspec.Meta(
-            description="where accounts and transfers are stored: "
-            "`postgresql://user@host/name` for several machines, with the password in the file "
-            "that PGPASSFILE names; null: in the home"
+            description="another place for accounts and transfers, as `database_url`, which "
+            "several markets may share; null: where the listings are"
         ),
     ] = None
     reservation_timeout_s: Annotated[
@@ -261,16 +276,31 @@ class MarketConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
                 raise ConfigError(
                     f"trusted_proxies: expected addresses or networks, not {network!r}"
                 ) from None
-        if self.ledger_url is not None and _has_password(self.ledger_url):
-            # vLLM logs its configuration, and `ps` shows it.
-            raise ConfigError(
-                "ledger_url: a password in it would be logged; leave it out, and put it into the "
-                "file that the environment's PGPASSFILE names (default: ~/.pgpass)"
-            )
+        for key, url in (("database_url", self.database_url), ("ledger_url", self.ledger_url)):
+            if url is not None and _has_password(url):
+                # vLLM logs its configuration, and `ps` shows it.
+                raise ConfigError(
+                    f"{key}: a password in it would be logged; leave it out, and put it into the "
+                    "file that the environment's PGPASSFILE names (default: ~/.pgpass)"
+                )
+        if self.database_url is not None:
+            self._check_database()
         if secret := next(filter(_SECRET_OPTION.search, self.object_store_options), None):
             raise ConfigError(
                 f"object_store_options: {secret!r} in it would be logged; leave it out, and give "
                 "credentials by the environment, for example AWS_SECRET_ACCESS_KEY"
+            )
+
+    def _check_database(self) -> None:
+        if self.object_store_url is None:
+            raise ConfigError(
+                "database_url: machines that share listings must share their chunks; set "
+                "object_store_url too, or give ledger_url alone"
+            )
+        if self.catalogue_chunks_in_memory is not None:
+            raise ConfigError(
+                "catalogue_chunks_in_memory: with database_url all documents are in memory; leave "
+                "it out"
             )
 
 

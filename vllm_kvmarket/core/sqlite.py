@@ -1,17 +1,20 @@
 """The market's SQLite database: how it is opened, and how its tables are made.
 
-The catalogue and the ledger keep their tables in one file, each with its own schema version.
+All rooms keep their tables in one file, each with its own schema version.
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import apsw
 
+from vllm_kvmarket.core.database import BusyError, Connection, Room
 from vllm_kvmarket.core.durable_files import make_private
 from vllm_kvmarket.core.errors import ConfigError
 
@@ -98,3 +101,106 @@ def migrate(connection: apsw.Connection, room: str, migrations: Sequence[str]) -
         connection.execute("ROLLBACK")
         raise
     connection.execute("COMMIT")
+
+
+class SqliteDatabase:
+    """See database.Database: one connection writes, one reads."""
+
+    def __init__(self, path: Path, room: Room) -> None:
+        self.place = str(path)
+        self._path = path
+        self._room = room
+        self._write_lock = threading.Lock()
+        self._read_lock = threading.Lock()
+        first, *later = room.migrations
+        with self._reported():
+            self._writer = connect(path)
+            migrate(self._writer, room.name, (first + room.sqlite_only, *later))
+            self._writer.set_busy_timeout(room.patience_ms)
+            self._reader = connect(path)
+        self._file = self._file_identity()
+
+    def close(self) -> None:
+        """See Database."""
+        with self._write_lock, self._read_lock:
+            self._writer.close()
+            self._reader.close()
+
+    @contextmanager
+    def transaction(self, *, wait: bool = True) -> Iterator[Connection]:
+        """See Database."""
+        with self._writing(wait), self._reported():
+            self._check_file()
+            self._begin(wait)
+            try:
+                yield self._writer
+                self._writer.execute("COMMIT")
+            except BaseException:
+                # SQLite has rolled back already after some errors, a full disk for one.
+                if self._writer.in_transaction:
+                    self._writer.execute("ROLLBACK")
+                raise
+
+    @contextmanager
+    def _writing(self, wait: bool) -> Iterator[None]:
+        if not self._write_lock.acquire(blocking=wait):
+            raise BusyError("this process is writing to the market's database; try again")
+        try:
+            yield
+        finally:
+            self._write_lock.release()
+
+    def _begin(self, wait: bool) -> None:
+        if not wait:
+            self._writer.set_busy_timeout(0)
+        try:
+            self._writer.execute("BEGIN IMMEDIATE")
+        except apsw.BusyError as error:
+            if wait:
+                raise
+            raise BusyError(f"the market's database {self._path} is being written to") from error
+        finally:
+            if not wait:
+                self._writer.set_busy_timeout(self._room.patience_ms)
+
+    @contextmanager
+    def reading(self) -> Iterator[Connection]:
+        """See Database."""
+        with self._read_lock, self._reported():
+            self._check_file()
+            yield self._reader
+
+    @contextmanager
+    def snapshot(self) -> Iterator[Connection]:
+        """See Database."""
+        with self.reading(), self._reader:
+            yield self._reader
+
+    @contextmanager
+    def _reported(self) -> Iterator[None]:
+        """Turn SQLite's errors into the room's."""
+        try:
+            yield
+        except apsw.Error as error:
+            raise self._room.unavailable(
+                f"the market's database {self._path} cannot be used ({error}); see `kvmarket env`"
+            ) from error
+
+    def _file_identity(self) -> tuple[int, int]:
+        try:
+            status = self._path.stat()
+        except OSError as error:
+            raise self._room.unavailable(
+                f"the market's database {self._path} is gone ({error.strerror}); restore it"
+            ) from None
+        return status.st_dev, status.st_ino
+
+    def _check_file(self) -> None:
+        """Raise the room's error unless the open database is the one that is there.
+
+        SQLite would go on reading and writing a deleted file.
+        """
+        if self._file_identity() != self._file:
+            raise self._room.unavailable(
+                f"the market's database {self._path} was replaced; restart this process"
+            )

@@ -137,8 +137,12 @@ class PostgresStorage:
         self._skip_held = False
         self.funds = KnownFunds()
         with self._reported():
-            with self._writer().transaction():
-                _make_tables(self._writer())
+            try:
+                with self._writer().transaction():
+                    _make_tables(self._writer())
+            except BaseException:
+                self._drop_writer()
+                raise
             self._pool = psycopg_pool.ConnectionPool(
                 url,
                 kwargs={**CONNECTION, "autocommit": True},

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Iterable, Set
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -102,8 +103,6 @@ def purge(market: Market, document_ids: Iterable[str] | None = None) -> PurgeRep
     `collect_garbage` then, since it takes long to know who needs them. Raises as Leftovers.purge,
     and StoreError.
     """
-    from vllm_kvmarket.market.market import DATABASE_FILE
-
     leftovers, kept_s = market.catalogue.leftovers, market.config.retention_s
     named = document_ids is not None
     if document_ids is None:
@@ -117,7 +116,8 @@ def purge(market: Market, document_ids: Iterable[str] | None = None) -> PurgeRep
     keys = set(leftovers.keys_of(chosen))
     purged = leftovers.purge(chosen, market.store.disk.forget)
     deleted = _collect_objects(market, only=keys) if named and keys else 0
-    sqlite.empty_log(market.home / DATABASE_FILE)
+    if isinstance(market.database, Path):
+        sqlite.empty_log(market.database)
     return PurgeReport(purged=purged, objects_deleted=deleted)
 
 

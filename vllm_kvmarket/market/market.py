@@ -6,6 +6,7 @@ scheduler half of the connector inside the engine.
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections import deque
 from collections.abc import Mapping, Sequence
@@ -16,6 +17,7 @@ from typing import Any, Self
 import msgspec
 
 from vllm_kvmarket.auth.operator_tokens import Credentials
+from vllm_kvmarket.auth.sealed_secret import SealedSecret, secrets_key
 from vllm_kvmarket.catalogue import Audit, Catalogue, Listing, Match, Use
 from vllm_kvmarket.core.config import MarketConfig, load, to_mapping
 from vllm_kvmarket.core.document_chunks import DocumentChunks
@@ -43,6 +45,15 @@ DATABASE_FILE = "market.sqlite"
 OUTBOX_FOLDER = "outbox"
 
 
+def _credentials(config: MarketConfig, home: Path) -> Credentials:
+    """Open the operator's secret: in the database where it has a key for it, else in the home."""
+    if config.database_url is not None:
+        key = secrets_key(config.secrets_key_file)
+        if key is not None:
+            return Credentials.of(SealedSecret(config.database_url, key))
+    return Credentials.of_home(home)
+
+
 class Market:
     """One market home: open it, publish, buy, look at the money, close it.
 
@@ -52,27 +63,29 @@ class Market:
     def __init__(self, config: MarketConfig) -> None:
         self.config = config
         self.home = Path(config.home).expanduser()
-        self.credentials = Credentials.of_home(self.home)
-        self.ledger = Ledger.open(
-            config.ledger_url or self.home / DATABASE_FILE,
-            outbox=self.home / OUTBOX_FOLDER,
-            reservation_patience_s=config.reservation_patience_s,
-        )
-        self.catalogue = Catalogue.open(
-            self.home / DATABASE_FILE,
-            chunk_tokens=config.chunk_tokens,
-            chunks_in_memory=config.catalogue_chunks_in_memory,
-            is_sellable=lambda terms: not config.tariff.terms(terms).is_dearer_than_computing,
-        )
-        self.store = store_of(msgspec.structs.replace(config, home=str(self.home)))
-        self.identity = BucketIdentity(self.store, self.catalogue)
-        try:
+        # What all rooms open: the path of a SQLite file, or PostgreSQL's URL.
+        self.database = config.database_url or self.home / DATABASE_FILE
+        with contextlib.ExitStack() as opened:
+            self.credentials = _credentials(config, self.home)
+            opened.callback(self.credentials.close)
+            self.ledger = Ledger.open(
+                config.ledger_url or self.database,
+                outbox=self.home / OUTBOX_FOLDER,
+                reservation_patience_s=config.reservation_patience_s,
+            )
+            opened.callback(self.ledger.close)
+            self.catalogue = Catalogue.open(
+                self.database,
+                chunk_tokens=config.chunk_tokens,
+                chunks_in_memory=config.catalogue_chunks_in_memory,
+                is_sellable=lambda terms: not config.tariff.terms(terms).is_dearer_than_computing,
+            )
+            opened.callback(self.catalogue.close)
+            self.store = store_of(msgspec.structs.replace(config, home=str(self.home)))
+            opened.callback(self.store.close)
+            self.identity = BucketIdentity(self.store, self.catalogue)
             self.identity.check_configuration()
-        except BaseException:
-            self.ledger.close()
-            self.catalogue.close()
-            self.store.close()
-            raise
+            self._opened = opened.pop_all()
         # Catalogue writes wait for the disk; one thread keeps them off the scheduler and in order.
         self._clerk = ThreadPoolExecutor(1, thread_name_prefix="kvmarket-clerk")
         self._uses: deque[Use] = deque()
@@ -97,9 +110,7 @@ class Market:
         if self._uses:
             self.flush_uses()
         self._clerk.shutdown(wait=True)
-        self.ledger.close()
-        self.catalogue.close()
-        self.store.close()
+        self._opened.close()
 
     def __enter__(self) -> Self:
         return self

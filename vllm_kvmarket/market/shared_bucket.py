@@ -3,7 +3,7 @@
 Each home keeps its own catalogue and ledger; the bucket holds the chunks and, for each document on
 offer, one entry with its listing and tokens. The home that published a document decides on its
 terms and its end; the others adopt it. Anyone who can write to the bucket is trusted as an
-operator.
+operator. Homes that share a database (`database_url`) do not need it.
 """
 
 from __future__ import annotations
@@ -59,13 +59,13 @@ class Entry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 def offer(market: Market, document_id: str, stored_bytes: int = 0) -> None:
-    """Tell the other homes of a document whose chunks are durable; nothing without an object store.
+    """Tell the other homes of a document whose chunks are durable; nothing without a directory.
 
     Raises StoreError, NotFoundError, ConfigError.
     """
-    if market.store.objects is not None:
+    if market.store.directory is not None:
         market.identity.confirm_once()
-        put_entry(market.store.objects, market.catalogue, document_id, stored_bytes)
+        put_entry(market.store.directory, market.catalogue, document_id, stored_bytes)
 
 
 def offer_changes(market: Market, document_id: str) -> Listing:
@@ -148,9 +148,9 @@ def withdraw(market: Market, document_id: str) -> None:
 
     Raises StoreError, NotFoundError, ConfigError.
     """
-    if market.store.objects is not None:
+    if market.store.directory is not None:
         market.identity.confirm_once()
-        remove_entry(market.store.objects, market.catalogue.get(document_id))
+        remove_entry(market.store.directory, market.catalogue.get(document_id))
 
 
 def remove_entry(objects: ObjectTier, listing: Listing) -> None:
@@ -184,7 +184,7 @@ class Directory:
         An entry that cannot be read is skipped with a warning. What takes longer than a few seconds
         is left to the next time. Raises StoreError when the object store does not answer.
         """
-        objects = self._market.store.objects
+        objects = self._market.store.directory
         if objects is None:
             return 0
         self._market.identity.confirm()

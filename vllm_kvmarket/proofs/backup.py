@@ -33,7 +33,7 @@ from vllm_kvmarket.auth.signing_keys import KEY_SUFFIX, KEYS_FOLDER, TRUSTED_FOL
 from vllm_kvmarket.catalogue import Catalogue
 from vllm_kvmarket.core import sqlite
 from vllm_kvmarket.core.durable_files import sync_path, write_durably
-from vllm_kvmarket.core.errors import NotFoundError, ProofError, StoreError
+from vllm_kvmarket.core.errors import ConfigError, NotFoundError, ProofError, StoreError
 from vllm_kvmarket.ledger import Ledger
 from vllm_kvmarket.market.market import DATABASE_FILE, Market
 from vllm_kvmarket.proofs.ledger_check import LedgerCheck, check_ledger
@@ -97,9 +97,14 @@ def backup(
     """Copy a live market into a folder that is new or empty, and check the copy.
 
     With a passphrase, the secret keys are in it, encrypted; else they are left out. Raises
-    ConfigError for a short passphrase; ProofError when the folder is in use; LedgerError, OSError.
-    What is unfinished then is no backup.
+    ConfigError for a short passphrase and for a market in PostgreSQL; ProofError when the folder is
+    in use; LedgerError, OSError. What is unfinished then is no backup.
     """
+    if market.config.database_url is not None:
+        raise ConfigError(
+            "this market is in PostgreSQL: use its backups (pg_dump, or point-in-time recovery), "
+            "and copy the keys in each home"
+        )
     _claim(folder)
     copier = _Copier(folder, on_progress)
     log = market.home / LOG_FOLDER / CHECKPOINTS_FILE

@@ -141,12 +141,16 @@ OpenChunk = StoredChunk | MirroredChunk
 class Tiers:
     """Chunks on the disk and, where there is one, in the object store; thread-safe.
 
-    Without an object store every method does what the disk's does.
+    Without an object store every method does what the disk's does. `directory` is the object store
+    if homes tell each other there what they publish.
     """
 
-    def __init__(self, disk: DiskStore, objects: ObjectTier | None = None) -> None:
+    def __init__(
+        self, disk: DiskStore, objects: ObjectTier | None = None, *, has_directory: bool = True
+    ) -> None:
         self.disk = disk
         self.objects = objects
+        self.directory = objects if has_directory else None
         # Copies that were fetched though the catalogue knows others: fingerprint, and what it knew.
         self._accepted: dict[str, tuple[bytes, bytes]] = {}
         self._lock = threading.Lock()
@@ -516,4 +520,4 @@ def store_of(config: MarketConfig) -> Tiers:
         codec=config.codec,
         is_cache=objects is not None,
     )
-    return Tiers(disk, objects)
+    return Tiers(disk, objects, has_directory=config.database_url is None)

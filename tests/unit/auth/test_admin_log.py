@@ -12,9 +12,14 @@ def path(tmp_path):
     return tmp_path / "market.sqlite"
 
 
-def test_entries_come_newest_first_in_pages(path):
+@pytest.fixture
+def place(path):
+    return path
+
+
+def test_entries_come_newest_first_in_pages(place):
     """Each with its actor, its action and the details."""
-    log, other = AdminLog(path), AdminLog(path)
+    log, other = AdminLog(place), AdminLog(place)
     for number in range(5):
         (log if number % 2 else other).record("key_1", "account deposit", {"amount_nano": number})
     newest = log.entries(2)

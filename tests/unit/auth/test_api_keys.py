@@ -43,8 +43,13 @@ def path(tmp_path):
 
 
 @pytest.fixture
-def keys(path):
-    opened = Keys(path)
+def place(path):
+    return path
+
+
+@pytest.fixture
+def keys(place):
+    opened = Keys(place)
     yield opened
     opened.close()
 
@@ -100,10 +105,10 @@ def test_a_revoked_key_is_nobody_at_once(keys):
     assert listed_key.revoked_at_s is not None
 
 
-def test_a_revocation_by_another_process_is_seen_within_a_second(path):
+def test_a_revocation_by_another_process_is_seen_within_a_second(place):
     """A remembered key is looked up again after half a second."""
     clock = Clock()
-    mine, theirs = Keys(path, clock), Keys(path)
+    mine, theirs = Keys(place, clock), Keys(place)
     secret, key_id = theirs.create("alice")
     assert mine.check(secret) is not None
     theirs.revoke(key_id)
@@ -228,9 +233,9 @@ def wall():
 
 
 @pytest.fixture
-def dated(path, wall):
+def dated(place, wall):
     """Keys under a clock that the test moves."""
-    opened = Keys(path, wall_clock=wall)
+    opened = Keys(place, wall_clock=wall)
     yield opened
     opened.close()
 
@@ -271,11 +276,11 @@ def test_an_address_range_that_is_none_is_refused(network):
         KeyLimits(networks=(network,))
 
 
-def test_a_keys_limits_are_known_to_every_process(keys, path):
+def test_a_keys_limits_are_known_to_every_process(keys, place):
     """With the principal, and in the list."""
     limits = KeyLimits(day_budget_nano=5, max_cache_read_nano_per_mtok=7, consents=False)
     secret, key_id = keys.create("alice", limits=limits)
-    other = Keys(path)
+    other = Keys(place)
     assert other.check(secret).limits == other.listed(key_id=key_id)[0].limits == limits
     assert other.principal(key_id) == other.check(secret)
     keys.revoke(key_id)
@@ -321,14 +326,14 @@ def test_what_was_not_charged_is_given_back(dated, wall):
     assert dated.listed()[0].spent_nano == 10
 
 
-def test_a_budget_holds_for_all_processes_together(path):
+def test_a_budget_holds_for_all_processes_together(place):
     """Several threads, each with its own connection, spend no more than there is."""
-    first = Keys(path)
+    first = Keys(place)
     _, key_id = first.create("alice", limits=KeyLimits(total_budget_nano=50))
     spent = []
 
     def buy():
-        own = Keys(path)
+        own = Keys(place)
         spent.extend(1 for _ in range(20) if own.spend(key_id, 1))
         own.close()
 
@@ -362,10 +367,10 @@ def test_a_key_without_a_budget_has_no_end(keys):
     assert not keys.spend("key_0", 1)
 
 
-def test_the_last_use_is_written_by_a_thread(path, monkeypatch):
+def test_the_last_use_is_written_by_a_thread(place, monkeypatch):
     """Not by the check itself, and at the latest when the keys are closed."""
     monkeypatch.setattr(api_keys, "WRITE_USES_S", 0.05)
-    keys = Keys(path)
+    keys = Keys(place)
     secret, key_id = keys.create("alice")
     assert keys.listed()[0].last_used_at_s is None
     keys.check(secret)
@@ -378,7 +383,7 @@ def test_the_last_use_is_written_by_a_thread(path, monkeypatch):
     time.sleep(0.2)
     keys.check(secret)
     keys.close()
-    later = Keys(path)
+    later = Keys(place)
     assert later.listed(key_id=key_id)[0].last_used_at_s > used_at_s
     later.close()
     assert "kvmarket-key-uses" not in [thread.name for thread in threading.enumerate()]

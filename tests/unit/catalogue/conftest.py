@@ -16,8 +16,14 @@ def path(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def catalogue(path: Path) -> Iterator[Catalogue]:
-    with Catalogue.open(path) as catalogue:
+def place(path: Path) -> Path | str:
+    """Where the catalogue is: tests of the servers have PostgreSQL's URL here."""
+    return path
+
+
+@pytest.fixture
+def catalogue(place: Path | str) -> Iterator[Catalogue]:
+    with Catalogue.open(place) as catalogue:
         yield catalogue
         assert catalogue.check_integrity() == []
         assert catalogue.last_error is None

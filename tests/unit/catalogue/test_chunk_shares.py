@@ -29,7 +29,7 @@ def known(catalogue: Catalogue) -> list[bytes]:
     return [chunk.known for chunk in match.chunks]
 
 
-def test_a_match_names_the_fingerprints_of_its_chunks(catalogue, path):
+def test_a_match_names_the_fingerprints_of_its_chunks(catalogue, place):
     """Of every rank; a share that replaces another is news to every process at once."""
     first, second, third = publish(catalogue, DOCUMENT).chunk_keys
     assert known(catalogue) == [b"", b"", b""]
@@ -37,7 +37,7 @@ def test_a_match_names_the_fingerprints_of_its_chunks(catalogue, path):
     catalogue.shares.note([share(first, b"a" * 8), *ranks])
     assert known(catalogue) == [b"a" * 8, b"\0" * 8 + b"\1" * 8, b""]
     assert catalogue.shares.of([first, second, third]) == [share(first, b"a" * 8), *ranks]
-    with Catalogue.open(path) as other:
+    with Catalogue.open(place) as other:
         assert known(other) == known(catalogue)
         catalogue.shares.note([share(first, b"b" * 8)])
         assert other.refresh()

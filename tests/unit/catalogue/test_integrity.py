@@ -134,14 +134,14 @@ def test_unknown_documents_are_an_error(catalogue):
 # The database
 
 
-def test_a_market_keeps_the_chunk_size_it_was_made_with(path):
+def test_a_market_keeps_the_chunk_size_it_was_made_with(place):
     """Opening it with another one would cut documents elsewhere: an error that names both."""
-    with Catalogue.open(path, chunk_tokens=64) as catalogue:
+    with Catalogue.open(place, chunk_tokens=64) as catalogue:
         publish(catalogue, tokens(100), chunk_tokens=64)
         assert matched(catalogue, tokens(100)) == 100
     with pytest.raises(ConfigError, match=r"chunk_tokens is 256, but .* made with 64"):
-        Catalogue.open(path)
-    Catalogue.open(path, chunk_tokens=64).close()
+        Catalogue.open(place)
+    Catalogue.open(place, chunk_tokens=64).close()
 
 
 def test_a_locked_database_is_a_catalogue_error(path, monkeypatch):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 import time
-from pathlib import Path
 
 import apsw
 import pytest
@@ -21,7 +20,7 @@ from tests.support.catalogue_documents import (
 )
 from vllm_kvmarket.catalogue import Catalogue, Use
 from vllm_kvmarket.catalogue import leftovers as module
-from vllm_kvmarket.catalogue.schema import MIGRATIONS, ROOM
+from vllm_kvmarket.catalogue.schema import CATALOGUE
 from vllm_kvmarket.core import sqlite
 from vllm_kvmarket.core.errors import (
     CatalogueRefusedError,
@@ -33,19 +32,7 @@ from vllm_kvmarket.core.model_identity import pack_tokens
 DOCUMENT = tokens(600)
 
 
-@pytest.fixture
-def path(tmp_path: Path) -> Path:
-    return tmp_path / "market.sqlite"
-
-
-@pytest.fixture
-def catalogue(path: Path):
-    with Catalogue.open(path) as catalogue:
-        yield catalogue
-        assert catalogue.check_integrity() == []
-
-
-def test_nobody_waits_for_files_that_are_deleted(catalogue, path):
+def test_nobody_waits_for_files_that_are_deleted(catalogue, place):
     """Another process writes meanwhile; only a publisher of those very chunks waits."""
     gone = publish(catalogue, DOCUMENT)
     catalogue.delist(gone.document_id)
@@ -59,7 +46,7 @@ def test_nobody_waits_for_files_that_are_deleted(catalogue, path):
     releasing.start()
     assert begun.wait(30)
     waited = threading.Event()
-    with Catalogue.open(path) as other:
+    with Catalogue.open(place) as other:
         other.note_uses([Use(gone.document_id, 600, 1, time.time())])
         catalogue.note_uses([Use(gone.document_id, 600, 1, time.time())])
         assert publish(other, tokens(600, seed=1)).state == "live"
@@ -94,7 +81,7 @@ def test_a_publisher_does_not_wait_for_ever(catalogue, monkeypatch):
 
 
 DIE_WHILE_DELETING = """
-catalogue = Catalogue.open(home)
+catalogue = Catalogue.open(place)
 listing = publish(catalogue, tokens(600))
 catalogue.delist(listing.document_id)
 
@@ -120,12 +107,12 @@ def test_the_marks_of_a_process_that_died_mean_nothing(catalogue, path):
     assert left == [(0,)]
 
 
-def test_two_that_delete_the_same_chunks_do_not_free_them_for_each_other(catalogue, path):
+def test_two_that_delete_the_same_chunks_do_not_free_them_for_each_other(catalogue, place):
     """The second leaves them to the first: a publisher would write what it still deletes."""
     gone = publish(catalogue, DOCUMENT)
     catalogue.delist(gone.document_id)
     deleted: list[bytes] = []
-    with Catalogue.open(path) as other:
+    with Catalogue.open(place) as other:
 
         def delete(key: bytes) -> None:
             if not deleted:
@@ -184,7 +171,7 @@ def test_documents_that_left_are_found_without_looking_at_files(catalogue):
 # Tokens
 
 
-def test_the_tokens_of_a_delisted_document_leave_the_database(catalogue, path):
+def test_the_tokens_of_a_delisted_document_leave_the_database(catalogue, place):
     """What another document needs stays; the listing stays, and can be published again."""
     shared = DOCUMENT[:512]
     gone = publish(catalogue, DOCUMENT, title="kept")
@@ -242,7 +229,7 @@ def test_only_what_left_long_ago_is_overdue(catalogue):
 def test_what_left_before_its_time_was_recorded_is_kept_from_now_on(path, known):
     """Not from its publication on: it may have been on offer for years."""
     db = sqlite.connect(path)
-    sqlite.migrate(db, ROOM, MIGRATIONS[:known])
+    sqlite.migrate(db, CATALOGUE.name, CATALOGUE.migrations[:known])
     db.execute(
         "INSERT INTO listing (document_id, namespace, title, publisher, token_count, rendered_as, "
         "state, reason, created_at_s, stored_bytes, revision) "

@@ -10,8 +10,6 @@ from pathlib import Path
 
 import pytest
 from hypothesis import settings
-from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from tests.support.catalogue_documents import (
     NAMESPACE,
@@ -25,6 +23,7 @@ from tests.support.catalogue_documents import (
     tell,
     tokens,
 )
+from tests.support.catalogue_machine import CatalogueMachine
 from vllm_kvmarket.catalogue import Catalogue, queries
 from vllm_kvmarket.core.errors import CatalogueError
 
@@ -44,7 +43,7 @@ def seconds_until(condition: Callable[[], bool], at_most_s: float = 10.0) -> flo
 # Other processes
 
 CHANGE_ON_COMMAND = """
-with Catalogue.open(home / "market.sqlite") as catalogue:
+with Catalogue.open(place) as catalogue:
     document = tokens(700)
     listing = listing_of(document)
     print("ready", flush=True)
@@ -58,12 +57,12 @@ with Catalogue.open(home / "market.sqlite") as catalogue:
 """
 
 
-def test_what_another_process_changes_is_seen_within_a_second(path):
+def test_what_another_process_changes_is_seen_within_a_second(place):
     """Its listings, delistings, damage and healing reach a watching process unasked."""
     expected = {"publish": 700, "damage": 256, "heal": 700, "delist": 0}
-    with Catalogue.open(path) as catalogue:
+    with Catalogue.open(place) as catalogue:
         catalogue.watch()
-        process = start_process(CHANGE_ON_COMMAND, path.parent)
+        process = start_process(CHANGE_ON_COMMAND, place)
         assert heard(process) == "ready"
         for command, count in expected.items():
             tell(process, command)
@@ -80,7 +79,7 @@ stopping = threading.Event()
 threading.Thread(target=lambda: (sys.stdin.readline(), stopping.set()), daemon=True).start()
 documents = [tokens(2000, seed) for seed in range(30)]
 halves = seen = 0
-with Catalogue.open(home / "market.sqlite") as catalogue:
+with Catalogue.open(place) as catalogue:
     print("ready", flush=True)
     last = False
     while not last:
@@ -99,10 +98,10 @@ print(halves, seen, flush=True)
 """
 
 
-def test_another_process_never_sees_half_a_listing(path):
+def test_another_process_never_sees_half_a_listing(place):
     """A listing appears whole or not at all, to matching and to reading, while it is written."""
-    with Catalogue.open(path) as catalogue:
-        process = start_process(READ_UNTIL_TOLD, path.parent)
+    with Catalogue.open(place) as catalogue:
+        process = start_process(READ_UNTIL_TOLD, place)
         assert heard(process) == "ready"
         for seed in range(30):
             publish(catalogue, tokens(2000, seed))
@@ -111,16 +110,16 @@ def test_another_process_never_sees_half_a_listing(path):
         assert ended(process) == 0
 
 
-def test_several_processes_may_publish_at_once(path):
+def test_several_processes_may_publish_at_once(place):
     """Each one's listings are there in the end, and each has its own place in line."""
     script = """
-with Catalogue.open(home / "market.sqlite") as catalogue:
+with Catalogue.open(place) as catalogue:
     for index in range(15):
         publish(catalogue, [*tokens(300), int(sys.argv[2]), index])
 """
-    processes = [start_process(script, path.parent, number) for number in range(3)]
+    processes = [start_process(script, place, number) for number in range(3)]
     assert [ended(process) for process in processes] == [0, 0, 0]
-    with Catalogue.open(path) as catalogue:
+    with Catalogue.open(place) as catalogue:
         assert len(catalogue.listings("live")) == 45
         assert catalogue.check_integrity() == []
         for number in range(3):
@@ -130,16 +129,16 @@ with Catalogue.open(home / "market.sqlite") as catalogue:
 # Refreshing
 
 
-def test_refreshing_says_whether_anything_was_new(path):
+def test_refreshing_says_whether_anything_was_new(place):
     """True once for each batch of changes; other rooms' commits in the database are none."""
-    with Catalogue.open(path) as mine, Catalogue.open(path) as theirs:
+    with Catalogue.open(place) as mine, Catalogue.open(place) as theirs:
         assert mine.refresh() is False
         listing = publish(theirs, DOCUMENT)
         assert mine.refresh() is True
         assert mine.refresh() is False
         assert matched(mine, DOCUMENT) == 700
         with theirs._db.transaction() as db:
-            db.execute("CREATE TABLE another_room (x)")
+            db.execute("CREATE TABLE another_room (x INTEGER)")
         assert mine.refresh() is False
         theirs.report_damage(listing.chunk_keys[2])
         theirs.report_damage(listing.chunk_keys[1])
@@ -147,9 +146,9 @@ def test_refreshing_says_whether_anything_was_new(path):
         assert matched(mine, DOCUMENT) == 256
 
 
-def test_what_a_process_does_itself_matches_at_once(path):
+def test_what_a_process_does_itself_matches_at_once(place):
     """No refresh is needed after one's own commit and delisting."""
-    with Catalogue.open(path) as catalogue:
+    with Catalogue.open(place) as catalogue:
         listing = publish(catalogue, DOCUMENT)
         assert matched(catalogue, DOCUMENT) == 700
         catalogue.delist(listing.document_id)
@@ -157,7 +156,7 @@ def test_what_a_process_does_itself_matches_at_once(path):
 
 
 @pytest.mark.slow
-def test_matching_goes_on_while_listings_come_and_go(path):
+def test_matching_goes_on_while_listings_come_and_go(place):
     """A thread that matches all the time gets whole answers, and those of others stay."""
     stem = tokens(600)
     wrong: list[object] = []
@@ -175,7 +174,7 @@ def test_matching_goes_on_while_listings_come_and_go(path):
             ):
                 wrong.append(match)
 
-    with Catalogue.open(path) as matching, Catalogue.open(path) as writing:
+    with Catalogue.open(place) as matching, Catalogue.open(place) as writing:
         publish(writing, stem)
         matching.watch(interval_s=0.001)
         seconds_until(lambda: matched(matching, stem) == 600)
@@ -228,9 +227,9 @@ def test_a_database_that_was_replaced_is_not_written_to(path):
         assert path.stat().st_size == 0
 
 
-def test_the_watcher_survives_any_error(path, monkeypatch):
+def test_the_watcher_survives_any_error(place, monkeypatch):
     """Even one that nobody thought of is kept, and the next round tries again."""
-    with Catalogue.open(path) as catalogue, Catalogue.open(path) as other:
+    with Catalogue.open(place) as catalogue, Catalogue.open(place) as other:
         catalogue.watch(interval_s=0.01)
         with monkeypatch.context() as patch:
             patch.setattr(queries, "revision", lambda _: 1 / 0)
@@ -241,10 +240,10 @@ def test_the_watcher_survives_any_error(path, monkeypatch):
         seconds_until(lambda: catalogue.last_error is None)
 
 
-def test_closing_ends_the_watcher(path):
+def test_closing_ends_the_watcher(place):
     """Watching twice is watching once, and no thread outlives its catalogue."""
     before = threading.active_count()
-    catalogue = Catalogue.open(path)
+    catalogue = Catalogue.open(place)
     catalogue.watch(interval_s=60)
     catalogue.watch()
     assert threading.active_count() == before + 1
@@ -255,125 +254,17 @@ def test_closing_ends_the_watcher(path):
 # Against a naive model
 
 
-class TwoViews(RuleBasedStateMachine):
-    """One catalogue writes, another one only refreshes; both must answer as the model does."""
+class OneStorage(CatalogueMachine):
+    """Two machines on one SQLite file; beside PostgreSQL it runs in tests/servers."""
 
-    CHUNK = 4
-    documents = st.builds(
-        lambda stem, rest: (7,) * stem + tuple(rest),
-        st.sampled_from([1, 3, 4, 5, 8, 9]),
-        st.lists(st.integers(0, 1), max_size=3),
-    )
-    which = st.integers(0, 1000)
-
-    def __init__(self) -> None:
-        super().__init__()
+    def open_places(self) -> list[Path | str]:
         self.folder = tempfile.TemporaryDirectory()
-        path = Path(self.folder.name) / "market.sqlite"
-        self.writing = Catalogue.open(path, chunk_tokens=self.CHUNK)
-        self.reading = Catalogue.open(path, chunk_tokens=self.CHUNK)
-        self.line: list[tuple[int, ...]] = []
-        # Everything that was ever offered, in that order: it keeps its place when it comes back.
-        self.offered: list[tuple[int, ...]] = []
-        self.damaged: set[bytes] = set()
-        self.requests: list[tuple[int, ...]] = []
+        return [Path(self.folder.name) / "market.sqlite"]
 
     def teardown(self) -> None:
-        assert self.writing.check_integrity() == self.reading.check_integrity() == []
-        self.writing.close()
-        self.reading.close()
+        super().teardown()
         self.folder.cleanup()
 
-    def keys(self, document) -> tuple[bytes, ...]:
-        return listing_of(document, self.CHUNK).chunk_keys
 
-    @rule(document=documents)
-    def publish(self, document) -> None:
-        for key in self.keys(document):
-            if key in self.damaged:
-                self.writing.heal(key)
-                self.damaged.discard(key)
-        self.writing.expire()
-        publish(self.writing, document, self.CHUNK)
-        self.put(document)
-
-    def put(self, document) -> None:
-        if document not in self.line:
-            self.line.append(document)
-        if document not in self.offered:
-            self.offered.append(document)
-
-    @rule(which=which)
-    def delist(self, which) -> None:
-        if self.line:
-            document = self.line.pop(which % len(self.line))
-            self.writing.delist(listing_of(document, self.CHUNK).document_id)
-
-    @rule(which=which)
-    def evict(self, which) -> None:
-        if self.line:
-            document = self.line.pop(which % len(self.line))
-            assert self.writing.evict(listing_of(document, self.CHUNK).document_id, "no room")
-
-    @rule(which=which, known=st.booleans())
-    def end(self, which, known) -> None:
-        """The time is over; the database may know it or not."""
-        if self.line:
-            document = self.line.pop(which % len(self.line))
-            name = listing_of(document, self.CHUNK).document_id
-            self.writing.set_expiry(name, 1.0)
-            if known:
-                assert name in self.writing.expire()
-
-    @rule(document=documents)
-    def adopt(self, document) -> None:
-        listing = listing_of(document, self.CHUNK)
-        self.writing.expire()
-        adopted = self.writing.adopt(listing, chunks_of(document, self.CHUNK), force=True)
-        damaged = self.damaged & set(listing.chunk_keys)
-        assert adopted.state == ("damaged" if damaged else "live")
-        self.put(document)
-
-    @rule(which=which)
-    def damage(self, which) -> None:
-        if self.line:
-            keys = self.keys(self.line[which % len(self.line)])
-            self.writing.report_damage(keys[which % len(keys)])
-            self.damaged.add(keys[which % len(keys)])
-
-    @rule(which=which)
-    def heal(self, which) -> None:
-        if self.damaged:
-            key = sorted(self.damaged)[which % len(self.damaged)]
-            self.writing.heal(key)
-            self.damaged.discard(key)
-
-    @rule(request=documents)
-    def ask(self, request) -> None:
-        self.requests = [request, *self.line]
-
-    @invariant()
-    def both_answer_as_the_model(self) -> None:
-        self.reading.refresh()
-        for request in self.requests:
-            for catalogue in (self.writing, self.reading):
-                match = catalogue.match(NAMESPACE, request)
-                segments = match.segments if match else ()
-                answer = [(each.end, each.listing.document_id) for each in segments]
-                assert answer == self.expected(request)
-
-    def expected(self, request) -> list[tuple[int, str]]:
-        found: list[tuple[int, str]] = []
-        for document in sorted(self.line, key=self.offered.index):
-            count = 0
-            for index, (a, b) in enumerate(zip(document, request, strict=False)):
-                if a != b or self.keys(document)[index // self.CHUNK] in self.damaged:
-                    break
-                count += 1
-            if count > (found[-1][0] if found else 0):
-                found.append((count, listing_of(document, self.CHUNK).document_id))
-        return found
-
-
-TestTwoViews = TwoViews.TestCase
-TestTwoViews.settings = settings(max_examples=30, stateful_step_count=20, deadline=None)
+TestOneStorage = OneStorage.TestCase
+TestOneStorage.settings = settings(max_examples=20, stateful_step_count=20, deadline=None)

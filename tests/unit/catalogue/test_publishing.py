@@ -124,13 +124,13 @@ def test_a_digest_that_collides_sells_nobody_elses_tokens(catalogue, monkeypatch
 # States across restarts and deaths
 
 
-def test_every_state_survives_a_restart(path):
+def test_every_state_survives_a_restart(place):
     """Publishing, live, failed and delisted listings are what they were."""
     documents = {
         state: tokens(300, seed)
         for seed, state in enumerate(["publishing", "live", "failed", "delisted"])
     }
-    with Catalogue.open(path) as catalogue:
+    with Catalogue.open(place) as catalogue:
         for state, document in documents.items():
             listing = catalogue.begin(listing_of(document), chunks_of(document))
             if state in ("live", "delisted"):
@@ -139,7 +139,7 @@ def test_every_state_survives_a_restart(path):
                 catalogue.delist(listing.document_id)
             if state == "failed":
                 catalogue.fail(listing.document_id, "the disk is full")
-    with Catalogue.open(path) as catalogue:
+    with Catalogue.open(place) as catalogue:
         for state, document in documents.items():
             listing = catalogue.get(listing_of(document).document_id)
             assert listing.state == state
@@ -174,7 +174,7 @@ def test_a_document_that_is_off_the_market_starts_anew(catalogue, state):
 
 
 BEGIN_AND_WAIT = """
-with Catalogue.open(home / "market.sqlite") as catalogue:
+with Catalogue.open(place) as catalogue:
     document = tokens(700)
     begun = catalogue.begin(listing_of(document, title="theirs"), chunks_of(document))
     print(begun.terms.title, flush=True)
@@ -187,7 +187,7 @@ with Catalogue.open(home / "market.sqlite") as catalogue:
 def test_what_a_crashed_publisher_left_behind_can_be_restarted(catalogue, path):
     """A living process's publishing is left alone; once it died, the next one takes over."""
     listing = listing_of(DOCUMENT, title="ours")
-    process = start_process(BEGIN_AND_WAIT, path.parent)
+    process = start_process(BEGIN_AND_WAIT, path)
     assert heard(process) == "theirs"
     assert catalogue.begin(listing, chunks_of(DOCUMENT)).terms.title == "theirs"
     tell(process, "die")
@@ -196,7 +196,7 @@ def test_what_a_crashed_publisher_left_behind_can_be_restarted(catalogue, path):
     catalogue.fail(listing.document_id, "our first attempt is over")
     assert catalogue.get(listing.document_id).state == "failed"
 
-    process = start_process(BEGIN_AND_WAIT, path.parent)
+    process = start_process(BEGIN_AND_WAIT, path)
     assert heard(process) == "theirs"
     tell(process, "die")
     ended(process)
@@ -204,10 +204,10 @@ def test_what_a_crashed_publisher_left_behind_can_be_restarted(catalogue, path):
     assert catalogue.commit(listing.document_id, 1).terms.title == "ours"
 
 
-def test_two_processes_that_publish_the_same_document_both_succeed(catalogue, path):
+def test_two_processes_that_publish_the_same_document_both_succeed(catalogue, place):
     """One commits first and lists it; the other's commit finds it live. A failure harms nobody."""
     listing = listing_of(DOCUMENT, title="ours")
-    process = start_process(BEGIN_AND_WAIT, path.parent)
+    process = start_process(BEGIN_AND_WAIT, place)
     assert heard(process) == "theirs"
     catalogue.begin(listing, chunks_of(DOCUMENT))
     catalogue.fail(listing.document_id, "ours did not work")

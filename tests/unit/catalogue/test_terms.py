@@ -57,9 +57,9 @@ def test_a_listing_whose_time_is_over_matches_no_more(catalogue, damaged):
     assert catalogue.get(other.document_id) == other
 
 
-def test_a_watching_process_expires_listings_unasked(path):
+def test_a_watching_process_expires_listings_unasked(place):
     """It matches no more, the database learns of it, and other processes take it over."""
-    with Catalogue.open(path) as watching, Catalogue.open(path) as reading:
+    with Catalogue.open(place) as watching, Catalogue.open(place) as reading:
         watching.watch(interval_s=0.01)
         listing = publish(watching, DOCUMENT, expires_at_s=time.time() + 0.1)
         reading.refresh()
@@ -100,12 +100,12 @@ def test_what_has_ended_is_dropped_even_if_the_database_is_gone(path):
         path.with_name("away").rename(path)
 
 
-def test_what_ended_while_nobody_watched_is_never_matched(path):
+def test_what_ended_while_nobody_watched_is_never_matched(place):
     """A process that starts later does not sell it, and notes its end."""
-    with Catalogue.open(path) as catalogue:
+    with Catalogue.open(place) as catalogue:
         listing = publish(catalogue, DOCUMENT, expires_at_s=time.time() + 0.05)
     time.sleep(0.1)
-    with Catalogue.open(path) as catalogue:
+    with Catalogue.open(place) as catalogue:
         assert matched(catalogue, DOCUMENT) == 0
         assert catalogue.get(listing.document_id).state == "live"
         assert catalogue.check_integrity() == []
@@ -201,9 +201,9 @@ def test_a_pin_is_there_until_it_is_taken_off_or_the_listing_goes(catalogue):
     assert not publish(catalogue, DOCUMENT).pinned
 
 
-def test_setting_what_is_set_changes_nothing(path):
+def test_setting_what_is_set_changes_nothing(place):
     """Others need not look."""
-    with Catalogue.open(path) as catalogue, Catalogue.open(path) as other:
+    with Catalogue.open(place) as catalogue, Catalogue.open(place) as other:
         name = publish(catalogue, DOCUMENT, expires_at_s=9e9).document_id
         other.refresh()
         catalogue.set_pinned(name, pinned=False)
@@ -283,7 +283,7 @@ def test_taking_over_finds_chunks_that_are_marked_as_damaged(catalogue):
 # Publishers that died
 
 BEGIN_AND_WAIT = """
-catalogue = Catalogue.open(home / "market.sqlite")
+catalogue = Catalogue.open(place)
 document = tokens(700)
 catalogue.begin(listing_of(document), chunks_of(document))
 print("begun", flush=True)
@@ -299,7 +299,7 @@ def test_what_a_dead_process_was_publishing_is_given_up(catalogue, path, was):
     if was == "damaged":
         publish(catalogue, DOCUMENT)
         catalogue.report_damage(listing.chunk_keys[2])
-    process = start_process(BEGIN_AND_WAIT, path.parent)
+    process = start_process(BEGIN_AND_WAIT, path)
     assert heard(process) == "begun"
     mine = tokens(300, seed=1)
     catalogue.begin(listing_of(mine), chunks_of(mine))

@@ -65,9 +65,9 @@ def test_the_order_of_uses_does_not_matter(catalogue):
     assert scores == pytest.approx([scores[0]] * 3)
 
 
-def test_uses_change_no_listing(path):
+def test_uses_change_no_listing(place):
     """Other processes need not look; those of unknown documents are ignored."""
-    with Catalogue.open(path) as catalogue, Catalogue.open(path) as other:
+    with Catalogue.open(place) as catalogue, Catalogue.open(place) as other:
         listing = publish(catalogue, DOCUMENT)
         other.refresh()
         catalogue.note_uses([Use(listing.document_id, 1, 1, 1.0), Use("kvd_unknown", 1, 1, 1.0)])
@@ -174,7 +174,7 @@ def test_damage_of_released_chunks_is_no_news(catalogue):
     assert publish(catalogue, DOCUMENT).state == "live"
 
 
-def test_a_publisher_begins_before_a_release_or_after_it(catalogue, path):
+def test_a_publisher_begins_before_a_release_or_after_it(catalogue, place):
     """Never within: what is being deleted cannot become needed meanwhile."""
     gone = publish(catalogue, DOCUMENT)
     catalogue.delist(gone.document_id)
@@ -188,7 +188,7 @@ def test_a_publisher_begins_before_a_release_or_after_it(catalogue, path):
 
     def begin() -> None:
         started.wait()
-        with Catalogue.open(path) as other:
+        with Catalogue.open(place) as other:
             other.begin(listing_of(DOCUMENT), chunks_of(DOCUMENT))
             events.append("begun")
             time.sleep(0.2)
@@ -215,8 +215,8 @@ def test_releasing_beside_publishers_loses_nothing(path):
 import random
 from vllm_kvmarket.core.errors import CatalogueError, NotFoundError
 random.seed(int(sys.argv[2]))
-folder = home / "chunks"
-with Catalogue.open(home / "market.sqlite") as catalogue:
+folder = home.parent / "chunks"
+with Catalogue.open(place) as catalogue:
     for _ in range(40):
         document = tokens(700, random.randrange(4))[: random.choice([300, 600, 700])]
         listing = listing_of(document)
@@ -240,7 +240,7 @@ with Catalogue.open(home / "market.sqlite") as catalogue:
     folder = path.parent / "chunks"
     folder.mkdir(parents=True)
     with Catalogue.open(path) as catalogue:
-        processes = [start_process(script, path.parent, number) for number in range(2)]
+        processes = [start_process(script, path, number) for number in range(2)]
         released = 0
         while any(process.poll() is None for process in processes):
             keys = [bytes.fromhex(file.name) for file in folder.iterdir()]

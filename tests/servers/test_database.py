@@ -1,0 +1,192 @@
+"""One PostgreSQL database for all rooms: keys, the admin log, and who may do what."""
+
+from __future__ import annotations
+
+import inspect
+import itertools
+import json
+
+import pytest
+
+from tests.support.catalogue_documents import store, tokens
+from tests.unit.auth import test_admin_log, test_api_keys, test_sealed_secret
+from vllm_kvmarket import Market
+from vllm_kvmarket.auth.admin_log import AdminLog
+from vllm_kvmarket.auth.api_keys import Keys, KeysUnavailableError
+from vllm_kvmarket.auth.sealed_secret import KEY_VARIABLE
+from vllm_kvmarket.cli import main
+from vllm_kvmarket.core.errors import KVMarketError, UnavailableError
+from vllm_kvmarket.market.garbage_collection import release_leftovers
+
+psycopg = pytest.importorskip("psycopg", reason="pip install vllm-kvmarket[postgres]")
+from tests.support.postgres import PostgreSQL, needed_binaries  # noqa: E402  # needs psycopg
+
+_numbers = itertools.count()
+
+# Tests of every database ask for a `place`; those that ask for a `path` are SQLite's own.
+for _module in (test_admin_log, test_api_keys, test_sealed_secret):
+    for _name, _member in inspect.getmembers(_module):
+        if _name.startswith("test_") and inspect.isfunction(_member):
+            parameters = set(inspect.signature(_member).parameters)
+            if parameters & {"place", "keys", "dated"} and "path" not in parameters:
+                assert _name not in globals(), _name
+                globals()[_name] = _member
+keys, dated, wall = test_api_keys.keys, test_api_keys.dated, test_api_keys.wall
+
+
+@pytest.fixture(scope="module")
+def server():
+    server = PostgreSQL(needed_binaries())
+    try:
+        server.start()
+        yield server
+    finally:
+        server.close()
+
+
+@pytest.fixture
+def own_server():
+    """One that the test may stop."""
+    server = PostgreSQL(needed_binaries())
+    try:
+        server.start()
+        yield server
+    finally:
+        server.close()
+
+
+@pytest.fixture
+def place(server):
+    return server.create_database(f"database-{next(_numbers)}")
+
+
+@pytest.mark.parametrize(
+    "statement",
+    ["UPDATE admin_log SET actor = 'x'", "DELETE FROM admin_log", "TRUNCATE admin_log"],
+)
+def test_no_entry_of_the_admin_log_is_changed_or_removed(place, statement):
+    """The database itself refuses, also its owner."""
+    log = AdminLog(place)
+    log.record("cli:root", "key rotate", {})
+    with psycopg.connect(place, options="-c search_path=kvmarket") as db:
+        with pytest.raises(psycopg.IntegrityError, match="never"):
+            db.execute(statement)
+        db.rollback()
+    assert len(log.entries(10)) == 1
+
+
+def test_nobody_is_let_in_while_the_keys_cannot_be_read(own_server):
+    """Once the server is back, everyone is, at once."""
+    keys = Keys(own_server.create_database("keys"))
+    secret, _ = keys.create("alice")
+    assert keys.check(secret) is not None
+    own_server.stop()
+    keys._fresh_until_s = 0.0
+    with pytest.raises(KeysUnavailableError):
+        keys.check(secret)
+    own_server.start()
+    principal = keys.check(secret)
+    assert principal is not None and principal.account == "alice"
+    keys.close()
+
+
+def test_a_session_of_one_home_holds_on_another(config, tmp_path, monkeypatch):
+    """With the key in the environment; without it each home has its own secret."""
+    homes = [tmp_path / "first", tmp_path / "second"]
+    for key in (bytes(32).hex(), None):
+        if key:
+            monkeypatch.setenv(KEY_VARIABLE, key)
+        else:
+            monkeypatch.delenv(KEY_VARIABLE)
+        with Market.open(homes[0], config) as first, Market.open(homes[1], config) as second:
+            token = first.credentials.sign("session", "alice")
+            assert second.credentials.verifies("session", "alice", token) == bool(key)
+
+
+# Roles
+
+
+@pytest.fixture
+def config(place, tmp_path):
+    (tmp_path / "bucket").mkdir()
+    return {"database_url": place, "object_store_url": (tmp_path / "bucket").as_uri()}
+
+
+@pytest.fixture
+def runtime(server, config):
+    """The configuration of a role that `kvmarket database init` lets in."""
+    role = f"engine{next(_numbers)}"
+    with psycopg.connect(config["database_url"], autocommit=True) as db:
+        db.execute(f"CREATE ROLE {role} LOGIN")
+    words = ["database", "init", "--config", json.dumps(config), "--role", role]
+    assert main(words) == 0
+    assert main(words) == 0, "again, as after an update"
+    return config | {"database_url": config["database_url"].replace("market@", f"{role}@")}
+
+
+def test_engines_need_no_right_to_make_tables(runtime, tmp_path):
+    """They publish, sell, count uses and delete what is left over, and keys are made."""
+    with Market.open(tmp_path / "home", runtime) as market:
+        first = store(market, 1, publisher="acme")
+        market.catalogue.delist(store(market, 2).document_id)
+        market.create_account("buyer")
+        market.deposit("buyer", 1_000, "payment")
+        release_leftovers(market)
+        market.catalogue.leftovers.purge(
+            [each.document_id for each in market.catalogue.listings("delisted")],
+            market.store.disk.delete,
+        )
+        assert market.catalogue.check_integrity() == []
+        assert market.match(first.namespace, tokens(600, 1)) is not None
+        keys = Keys(market.database)
+        _, key_id = keys.create("buyer")
+        keys.revoke(key_id)
+        keys.close()
+        AdminLog(market.database).record("cli:test", "account create", {})
+
+
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "CREATE TABLE kvmarket.more (x int)",
+        "DROP TABLE kvmarket.listing",
+        "ALTER TABLE kvmarket.listing ADD COLUMN x int",
+        "TRUNCATE kvmarket.listing CASCADE",
+        "DELETE FROM kvmarket.listing",
+        "UPDATE kvmarket.transfer SET amount_nano = 0",
+        "DELETE FROM kvmarket.receipt",
+        "DELETE FROM kvmarket.account",
+        "DELETE FROM kvmarket.api_key",
+        "UPDATE kvmarket.admin_log SET actor = 'x'",
+        "UPDATE kvmarket.schema_version SET version = 0",
+        "DROP SCHEMA kvmarket CASCADE",
+    ],
+)
+def test_engines_may_not_change_tables_nor_what_is_final(runtime, statement):
+    """Also somebody who takes an engine over cannot."""
+    with (
+        psycopg.connect(runtime["database_url"]) as db,
+        pytest.raises(psycopg.errors.InsufficientPrivilege),
+    ):
+        db.execute(statement)
+
+
+def test_a_database_without_tables_says_what_to_do(server, config, tmp_path):
+    """To a role that cannot make them."""
+    role = f"engine{next(_numbers)}"
+    with psycopg.connect(config["database_url"], autocommit=True) as db:
+        db.execute(f"CREATE ROLE {role} LOGIN")
+    url = config["database_url"].replace("market@", f"{role}@")
+    with pytest.raises(UnavailableError, match="kvmarket database init"):
+        Keys(url)
+    with pytest.raises(KVMarketError):
+        Market.open(tmp_path / "home", config | {"database_url": url})
+
+
+def test_init_says_what_is_missing(config, capsys):
+    """A database_url, or the role."""
+    assert main(["database", "init"]) == 2
+    assert "database_url" in capsys.readouterr().err
+    words = ["database", "init", "--config", json.dumps(config), "--role", "nobody-there"]
+    assert main(words) == 2
+    assert "make the role" in capsys.readouterr().err

@@ -48,7 +48,7 @@ GRANT SELECT, INSERT, UPDATE, DELETE ON ALL TABLES IN SCHEMA kvmarket TO {role};
 REVOKE INSERT, UPDATE, DELETE ON kvmarket.schema_version FROM {role};
 REVOKE UPDATE, DELETE ON kvmarket.transfer, kvmarket.receipt, kvmarket.receipt_line,
     kvmarket.admin_log, kvmarket.first_offer, kvmarket.audit FROM {role};
-REVOKE DELETE ON kvmarket.account, kvmarket.turn, kvmarket.catalogue, kvmarket.listing,
+REVOKE DELETE ON kvmarket.account, kvmarket.catalogue, kvmarket.listing,
     kvmarket.api_key, kvmarket.api_key_revision FROM {role}
 """
 _BEGIN_READING = "BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY"

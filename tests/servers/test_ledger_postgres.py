@@ -10,7 +10,7 @@ import subprocess
 import sys
 import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
 
 import msgspec
@@ -26,6 +26,7 @@ from vllm_kvmarket.ledger import Ledger, Outcome, plain, post, postgres_schema
 
 psycopg = pytest.importorskip("psycopg", reason="pip install vllm-kvmarket[postgres]")
 from tests.support.postgres import PostgreSQL, needed_binaries  # noqa: E402  # needs psycopg
+from vllm_kvmarket.ledger import postgres  # noqa: E402  # needs psycopg
 
 
 def running():
@@ -312,6 +313,16 @@ def test_many_processes_open_a_new_database_at_once(place):
     for ledger in ledgers:
         assert [account.id for account in ledger.accounts()] == ["provider", "suspense", "world"]
         ledger.close()
+
+
+def test_opening_waits_for_whoever_makes_the_tables(place):
+    """For longer than a group waits for an account."""
+    with psycopg.connect(place) as other, ThreadPoolExecutor(1) as pool:
+        other.execute("SELECT pg_advisory_xact_lock(%s)", (postgres.SCHEMA_LOCK,))
+        opening = pool.submit(Ledger.open, place)
+        assert wait([opening], timeout=1.0).done == set()
+        other.commit()
+        opening.result(30).close()
 
 
 def test_a_socket_is_as_good_as_loopback(server, place):

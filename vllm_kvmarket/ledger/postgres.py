@@ -455,6 +455,8 @@ def _is_away(error: Exception) -> bool:
 
 def _make_tables(db: psycopg.Connection[Any]) -> None:
     """Make the tables where there are none, in one transaction; one process at a time."""
+    # Many may open at once, and a migration takes its time: a group's patience is too short here.
+    db.execute("SET LOCAL lock_timeout = '60s'")
     db.execute("SELECT pg_advisory_xact_lock(%s)", (SCHEMA_LOCK,))
     # Whoever may not make a schema can use one that is there.
     made = db.execute("SELECT to_regclass('kvmarket.schema_version')").fetchone()

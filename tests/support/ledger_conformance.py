@@ -8,6 +8,7 @@ in which another process holds the write lock, so that batches gather.
 from __future__ import annotations
 
 import math
+import random
 import time
 from concurrent.futures import ThreadPoolExecutor
 
@@ -452,6 +453,62 @@ def test_transfers_are_numbered_in_the_order_of_effect(ledger):
     assert ledger.transfers_after(3, 9) == []
     with pytest.raises(NotFoundError, match="'h2'"):
         ledger.sequence_of("h2")
+
+
+def test_periods_are_what_a_look_at_everything_finds(place):
+    """Movements, balances brought forward and receipts, for any bounds; also what came since."""
+    now, chance = [1_000_000.0], random.Random(5)
+    with funded_ledger(place, clock=lambda: now[0]) as ledger:
+        for number in range(60):
+            now[0] += chance.choice([0.0, 0.5, 40.0, 900.0, 9000.0])
+            sold = receipt(f"kvr_{number}", 2, f"p{number}", f"r{number}", royalty=1)
+            sold = msgspec.structs.replace(sold, document_id=f"kvd_{number % 3}")
+            ledger.submit(
+                [
+                    hold(f"h{number}", 3),
+                    post(id=f"p{number}", pending_id=f"h{number}", amount_nano=2),
+                    plain(
+                        id=f"r{number}",
+                        debit="provider",
+                        credit="pat",
+                        amount_nano=1,
+                        code="royalty",
+                        user_data=sold.document_id,
+                    ),
+                ],
+                receipt=sold,
+            ).result()
+            if number % 12 != 11:
+                continue
+            moved = [each for each in ledger.transfers()[::-1] if each.kind != "pending"]
+            kept = ledger.receipts()[::-1]
+            times = [chance.choice(moved).created_at_s for _ in range(8)]
+            bounds = [None, *times, *(time_s + 0.25 for time_s in times), 0.0, now[0] + 5]
+            for _ in range(40):
+                from_s, to_s = chance.choice(bounds), chance.choice(bounds)
+                inside = [
+                    each
+                    for each in (*moved, *kept)
+                    if (from_s is None or each.created_at_s >= from_s)
+                    and (to_s is None or each.created_at_s < to_s)
+                ]
+                account = chance.choice(["alice", "pat", "provider", "world", "nobody"])
+                mine = [each for each in moved if account in (each.debit, each.credit)]
+                expected = [each for each in mine if each in inside]
+                assert ledger.moves(account, from_s, to_s) == expected
+                if from_s is not None:
+                    before = [each for each in mine if each.created_at_s < from_s]
+                    total = sum(
+                        each.amount_nano if each.credit == account else -each.amount_nano
+                        for each in before
+                    )
+                    assert ledger.moved_before(account, from_s) == total
+                booked = [each for each in kept if each in inside]
+                assert ledger.receipts_booked(from_s, to_s) == booked
+                assert ledger.receipts_booked(from_s, to_s, "nobody", ["kvd_1", "kvd_2"]) == [
+                    each for each in booked if each.document_id != "kvd_0"
+                ]
+        assert ledger.account("pat").balance_nano == ledger.moved_before("pat", now[0] + 1)
 
 
 def test_purchases_go_ahead_of_their_holds_up_to_a_tenth(place, held_up):

@@ -428,6 +428,29 @@ class Ledger:
         given = {column: value for column, value in asked.items() if value is not None}
         return self._reader().receipts(given, limit, before)
 
+    def moves(
+        self, account: str, from_s: float | None = None, to_s: float | None = None
+    ) -> list[Transfer]:
+        """What moved amounts to or from an account from `from_s` up to, and without, `to_s`.
+
+        In the order of effect. Reads the period, not the account's whole history.
+        """
+        return self._reader().moves(account, from_s, to_s)
+
+    def moved_before(self, account: str, at_s: float) -> int:
+        """The balance of an account before a moment."""
+        return self._reader().moved_before(account, at_s)
+
+    def receipts_booked(
+        self,
+        from_s: float | None,
+        to_s: float | None,
+        account: str | None = None,
+        documents: Sequence[str] = (),
+    ) -> list[Receipt]:
+        """A period's receipts of an account and of documents, or all; in the order of booking."""
+        return self._reader().receipts_booked(from_s, to_s, account, documents)
+
     def receipt(self, receipt_id: str) -> Receipt:
         """A receipt. Raises NotFoundError."""
         found = self._reader().receipts({"id": receipt_id}, 1)

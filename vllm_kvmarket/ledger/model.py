@@ -30,6 +30,8 @@ OWED = "owed"
 GRACE_S = 60.0
 
 AccountKind = Literal["buyer", "publisher", "provider", "world", "suspense"]
+# What moves an amount at once.
+MOVES = ("plain", "post", "late")
 TransferKind = Literal["plain", "pending", "renew", "post", "void", "expire", "late"]
 
 

@@ -49,7 +49,9 @@ try:
     import psycopg
     import psycopg_pool
     from psycopg import sql
-    from psycopg.rows import class_row, scalar_row
+    from psycopg.rows import scalar_row
+
+    from vllm_kvmarket.ledger import postgres_queries as queries
 except ImportError as missing:
     raise LedgerError(
         f"a ledger on PostgreSQL needs psycopg ({missing}); "
@@ -91,12 +93,6 @@ RACES = (
 MOST_RACES = 5
 # Only one process at a time makes the tables; the number is arbitrary.
 SCHEMA_LOCK = 0x6B766D61726B6574
-# Those that have no number yet depend on what has one, and not the other way round.
-IN_LOG_ORDER = "LEFT JOIN kvmarket.log_leaf USING (sequence) ORDER BY number NULLS LAST, sequence"
-TRANSFER_COLUMNS = ", ".join(
-    "coalesce(pending_id, '') AS pending_id" if field == "pending_id" else field
-    for field in Transfer.__struct_fields__
-)
 
 
 class Request(Wanted, frozen=True):
@@ -253,15 +249,15 @@ class PostgresStorage:
 
     def account(self, account_id: str) -> Account | None:
         with self._reading() as db:
-            return next(iter(_accounts(db, sql.SQL("WHERE id = %s"), (account_id,))), None)
+            return next(iter(queries.accounts(db, sql.SQL("WHERE id = %s"), (account_id,))), None)
 
     def accounts(self) -> list[Account]:
         with self._reading() as db:
-            return _accounts(db)
+            return queries.accounts(db)
 
     def transfer(self, transfer_id: str) -> Transfer | None:
         with self._reading() as db:
-            return _transfers(db, sql.SQL("WHERE id = %s"), (transfer_id,)).fetchone()
+            return queries.transfers(db, sql.SQL("WHERE id = %s"), (transfer_id,)).fetchone()
 
     def transfers(
         self, account: str | None, limit: int | None, before: str | None = None
@@ -276,7 +272,7 @@ class PostgresStorage:
         with self._reading() as db:
             if account is None:
                 where = sql.SQL("WHERE {} {}").format(older, newest)
-                return _transfers(db, where, values).fetchall()
+                return queries.transfers(db, where, values).fetchall()
             # Each half goes down its own index; together they would read it all and sort it.
             half = sql.SQL(
                 "(SELECT sequence FROM kvmarket.transfer WHERE {} = %(account)s AND {} {})"
@@ -286,16 +282,16 @@ class PostgresStorage:
                 half.format(sql.Identifier("credit"), older, newest),
                 newest,
             )
-            return _transfers(db, where, values).fetchall()
+            return queries.transfers(db, where, values).fetchall()
 
     def transfers_after(self, sequence: int, limit: int) -> list[Transfer]:
         behind = sql.SQL(
             "JOIN kvmarket.log_leaf USING (sequence) WHERE number > %s ORDER BY number LIMIT %s"
         )
         with self._reading() as db:
-            found = _transfers(db, behind, (sequence, limit)).fetchall()
-            if len(found) < limit and _number_leaves(db):
-                found = _transfers(db, behind, (sequence, limit)).fetchall()
+            found = queries.transfers(db, behind, (sequence, limit)).fetchall()
+            if len(found) < limit and queries.number_leaves(db):
+                found = queries.transfers(db, behind, (sequence, limit)).fetchall()
             return found
 
     def sequence_of(self, transfer_id: str) -> int | None:
@@ -305,7 +301,7 @@ class PostgresStorage:
         )
         with self._reading() as db, db.cursor(row_factory=scalar_row) as cursor:
             number: int | None = cursor.execute(query, (transfer_id,)).fetchone()
-            if number is None and _number_leaves(db):
+            if number is None and queries.number_leaves(db):
                 number = cursor.execute(query, (transfer_id,)).fetchone()
             return number
 
@@ -313,7 +309,26 @@ class PostgresStorage:
         self, where: Mapping[str, str], limit: int | None, before: str | None = None
     ) -> list[Receipt]:
         with self._reading() as db:
-            return _receipts(db, where, limit, before)
+            return queries.receipts(db, where, limit, before)
+
+    def moves(self, account: str, from_s: float | None, to_s: float | None) -> list[Transfer]:
+        with self._reading() as db:
+            return queries.moves(db, account, (from_s, to_s))
+
+    def moved_before(self, account: str, at_s: float) -> int:
+        with self._reading() as db:
+            queries.number_leaves(db)
+            return queries.moved_before(db, account, at_s)
+
+    def receipts_booked(
+        self,
+        from_s: float | None,
+        to_s: float | None,
+        account: str | None,
+        documents: Sequence[str],
+    ) -> list[Receipt]:
+        with self._reading() as db:
+            return queries.receipts_booked(db, (from_s, to_s), account, documents)
 
     def due_at_s(self, pending_id: str) -> float | None:
         with self._reading() as db, db.cursor(row_factory=scalar_row) as cursor:
@@ -356,9 +371,9 @@ class PostgresStorage:
             db.execute("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ READ ONLY")
             dues = db.execute("SELECT pending_id, due_at_s FROM kvmarket.hold").fetchall()
             return Everything(
-                _accounts(db),
-                _transfers(db, sql.SQL(IN_LOG_ORDER)).fetchall(),
-                _receipts(db, {}, None)[::-1],
+                queries.accounts(db),
+                queries.transfers(db, sql.SQL(queries.IN_LOG_ORDER)).fetchall(),
+                queries.receipts(db, {}, None)[::-1],
                 dict(dues),
             )
 
@@ -431,16 +446,6 @@ def _is_provider_short(results: Sequence[Result]) -> bool:
     )
 
 
-def _number_leaves(db: psycopg.Connection[Any]) -> int:
-    """Number the transfers that have no number yet; how many that were.
-
-    One statement: no client that stops holds the others up.
-    """
-    row = db.execute("SELECT kvmarket.number_leaves()").fetchone()
-    assert row is not None
-    return int(row[0])
-
-
 def _is_away(error: Exception) -> bool:
     """Whether a failure is the database's, rather than due to what a batch contains."""
     refused = (
@@ -476,54 +481,6 @@ def _make_tables(db: psycopg.Connection[Any]) -> None:
             "ON CONFLICT (room) DO UPDATE SET version = excluded.version",
             (ROOM, newest),
         )
-
-
-def _accounts(
-    db: psycopg.Connection[Any], where: sql.Composable | None = None, values: Sequence[Any] = ()
-) -> list[Account]:
-    query = sql.SQL("SELECT to_json(balance)::text FROM kvmarket.balance {} ORDER BY id").format(
-        where or sql.SQL("")
-    )
-    return [msgspec.json.decode(row, type=Account) for (row,) in db.execute(query, values)]
-
-
-def _transfers(
-    db: psycopg.Connection[Any],
-    clauses: sql.Composable,
-    values: Sequence[Any] | Mapping[str, Any] = (),
-) -> psycopg.Cursor[Transfer]:
-    query = sql.SQL("SELECT {} FROM kvmarket.transfer {}").format(
-        sql.SQL(TRANSFER_COLUMNS), clauses
-    )
-    return db.cursor(row_factory=class_row(Transfer)).execute(query, values)
-
-
-def _receipts(
-    db: psycopg.Connection[Any],
-    where: Mapping[str, str],
-    limit: int | None,
-    before: str | None = None,
-) -> list[Receipt]:
-    conditions, values = list[sql.Composable](), list[object]()
-    for column, value in where.items():
-        some = sql.SQL("{} = %s").format(sql.Identifier(column))
-        values.append(value)
-        if column == "document_id":  # also of another line than the last
-            some = sql.SQL(
-                "({} OR id IN (SELECT receipt_id FROM kvmarket.receipt_line WHERE {}))"
-            ).format(some, some)
-            values.append(value)
-        conditions.append(some)
-    if before is not None:
-        conditions.append(
-            sql.SQL("sequence < (SELECT sequence FROM kvmarket.receipt WHERE id = %s)")
-        )
-        values.append(before)
-    query = sql.SQL(
-        "SELECT body FROM kvmarket.receipt WHERE {} ORDER BY sequence DESC LIMIT %s"
-    ).format(sql.SQL(" AND ").join([sql.SQL("TRUE"), *conditions]))
-    rows = db.execute(query, (*values, limit))
-    return [msgspec.json.decode(body, type=Receipt) for (body,) in rows]
 
 
 def _receipt_row(new: NewReceipt) -> dict[str, Any]:

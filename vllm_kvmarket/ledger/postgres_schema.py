@@ -421,6 +421,7 @@ SET enable_seqscan = off SET jit = off AS $$
 DECLARE
     state kvmarket.numbering;
     newest bigint;
+    found bigint[];
     added bigint;
 BEGIN
     -- Who took a sequence number up to this one had its transaction's number before ours.
@@ -430,12 +431,15 @@ BEGIN
     IF pg_snapshot_xmin(pg_current_snapshot()) < state.seen_xid THEN
         newest := NULL;  -- one of those that took a number up to `seen` is under way still
     END IF;
-    INSERT INTO kvmarket.log_leaf
-        SELECT state.leaves + row_number() OVER (ORDER BY sequence), sequence
-        FROM kvmarket.transfer WHERE sequence > state.complete AND NOT EXISTS (
+    found := ARRAY(SELECT sequence FROM kvmarket.transfer
+        WHERE sequence > state.complete AND NOT EXISTS (
             SELECT FROM kvmarket.log_leaf AS leaf WHERE leaf.sequence = transfer.sequence OFFSET 0)
-        ORDER BY sequence;
-    GET DIAGNOSTICS added = ROW_COUNT;
+        ORDER BY sequence);
+    INSERT INTO kvmarket.log_leaf
+        SELECT state.leaves + number, sequence
+        FROM unnest(found) WITH ORDINALITY AS unnumbered (sequence, number);
+    PERFORM kvmarket.sum_periods(found);
+    added := cardinality(found);
     IF newest IS NOT NULL AND (added > 0 OR state.complete < state.seen) THEN
         UPDATE kvmarket.numbering SET leaves = leaves + added, complete = seen,
             seen = greatest(seen, newest), seen_xid = pg_current_xact_id();
@@ -446,5 +450,32 @@ BEGIN
 END $$;
 """
 
+# What moved to each account, less what moved from it, in each hour of the transfers that have a
+# number.
+PERIODS = """
+CREATE TABLE kvmarket.period_sum (
+    account text COLLATE "C" NOT NULL,
+    hour bigint NOT NULL,
+    moved_nano numeric NOT NULL,
+    PRIMARY KEY (account, hour)
+);
+CREATE FUNCTION kvmarket.sum_periods(sequences bigint[]) RETURNS void LANGUAGE sql
+SET enable_seqscan = off SET jit = off AS $$
+    INSERT INTO kvmarket.period_sum AS known
+        SELECT account, hour, sum(moved_nano) FROM (
+            SELECT floor(created_at_s / 3600)::bigint AS hour, debit, credit, amount_nano
+            FROM unnest(sequences) AS wanted (sequence)
+            CROSS JOIN LATERAL (SELECT * FROM kvmarket.transfer
+                WHERE sequence = wanted.sequence OFFSET 0) AS booked
+            WHERE kind IN ('plain', 'post', 'late')
+        ) AS moved CROSS JOIN LATERAL (
+            VALUES (credit, amount_nano), (debit, -amount_nano)) AS side (account, moved_nano)
+        GROUP BY account, hour
+        ON CONFLICT (account, hour)
+            DO UPDATE SET moved_nano = known.moved_nano + excluded.moved_nano
+$$;
+SELECT kvmarket.sum_periods(ARRAY(SELECT sequence FROM kvmarket.log_leaf));
+"""
+
 # The SQL that leads from each version to the next; functions come new with the last one.
-MIGRATIONS = (TABLES + GUARDS, "", PARTS + CHECKS + FUNCTIONS)
+MIGRATIONS = (TABLES + GUARDS, "", PARTS + CHECKS, PERIODS + FUNCTIONS)

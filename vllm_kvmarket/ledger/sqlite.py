@@ -20,11 +20,13 @@ from vllm_kvmarket.ledger.group_commit import malformed, unavailable
 from vllm_kvmarket.ledger.known_funds import KnownFunds
 from vllm_kvmarket.ledger.model import (
     GRACE_S,
+    MOVES,
     Account,
     Receipt,
     Result,
     Transfer,
 )
+from vllm_kvmarket.ledger.periods import HOUR_S, is_in, sequences
 from vllm_kvmarket.ledger.storage import (
     Batch,
     Everything,
@@ -40,6 +42,27 @@ CHECKPOINT_PAGES = 4000  # a page that many groups change is copied to the file 
 # The clock's row is a page more to sync: the last transfer's time stands for it meanwhile.
 CLOCK_ROW_S = 0.5
 ROOM = "ledger"
+SUM_AT_ONCE = 20_000  # transfers a transaction, so that no writer waits for long
+SUM_PERIODS = f"""
+INSERT INTO period_sum
+    SELECT account, hour, sum(moved_nano) FROM (
+        SELECT credit AS account, CAST(created_at_s / :hour_s AS INTEGER) AS hour,
+            amount_nano AS moved_nano
+        FROM transfer WHERE sequence > :done AND sequence <= :up_to AND kind IN {MOVES}
+        UNION ALL SELECT debit, CAST(created_at_s / :hour_s AS INTEGER), -amount_nano
+        FROM transfer WHERE sequence > :done AND sequence <= :up_to AND kind IN {MOVES}
+    ) WHERE TRUE GROUP BY account, hour
+    ON CONFLICT (account, hour) DO UPDATE SET moved_nano = moved_nano + excluded.moved_nano
+"""  # noqa: S608  # names are ours
+MOVED_BEFORE = f"""
+SELECT (SELECT ifnull(sum(moved_nano), 0) FROM period_sum WHERE account = :account AND hour < :hour)
+    + ifnull(sum(iif(credit = :account, amount_nano, -amount_nano)), 0)
+FROM transfer WHERE sequence IN (
+    SELECT sequence FROM transfer WHERE debit = :account AND sequence BETWEEN :first AND :last
+    UNION ALL
+    SELECT sequence FROM transfer WHERE credit = :account AND sequence BETWEEN :first AND :last
+) AND kind IN {MOVES} AND created_at_s >= :from_s AND created_at_s < :to_s
+"""  # noqa: S608  # names are ours
 ACCOUNT_COLUMNS = ", ".join(Account.__struct_fields__)
 TRANSFER_COLUMNS = ", ".join(Transfer.__struct_fields__)
 # Most transfers resolve nothing: "" in a Transfer, NULL in the table.
@@ -187,10 +210,17 @@ class SqliteStorage:
         self, account: str | None, limit: int | None, before: str | None = None
     ) -> list[Transfer]:
         with self._reading() as db:
-            # OR over the two indexes; a condition that also fits "all" would read the whole table.
-            where = "TRUE" if account is None else "(debit = :account OR credit = :account)"
+            where = "TRUE"
             if before is not None:
-                where += " AND sequence < (SELECT sequence FROM transfer WHERE id = :before)"
+                where = "sequence < (SELECT sequence FROM transfer WHERE id = :before)"
+            if account is not None:
+                # Each half goes down its own index; together they would be read whole and sorted.
+                halves = " UNION ALL ".join(
+                    f"SELECT * FROM (SELECT sequence FROM transfer WHERE {side} = :account "  # noqa: S608  # names are ours
+                    f"AND {where} ORDER BY sequence DESC LIMIT :limit)"
+                    for side in ("debit", "credit")
+                )
+                where = f"sequence IN ({halves})"
             limit = -1 if limit is None else limit
             rows = db.execute(
                 f"SELECT {READ_TRANSFER} FROM transfer WHERE {where} "  # noqa: S608  # names are ours
@@ -219,6 +249,78 @@ class SqliteStorage:
     ) -> list[Receipt]:
         with self._reading() as db:
             return _receipts(db, where, limit, before)
+
+    def moves(self, account: str, from_s: float | None, to_s: float | None) -> list[Transfer]:
+        with self._reading() as db:
+            first, last = _sequences(db, "transfer", from_s, to_s)
+            halves = " UNION ALL ".join(
+                f"SELECT sequence, {READ_TRANSFER} FROM transfer WHERE {side} = :account "  # noqa: S608  # names are ours
+                "AND sequence BETWEEN :first AND :last"
+                for side in ("debit", "credit")
+            )
+            rows = db.execute(
+                f"SELECT * FROM ({halves}) ORDER BY sequence",  # noqa: S608  # names are ours
+                {"account": account, "first": first, "last": last},
+            )
+            found = [Transfer(*row) for _, *row in rows]
+        return [each for each in found if each.kind in MOVES and is_in(each, from_s, to_s)]
+
+    def moved_before(self, account: str, at_s: float) -> int:
+        while self._sum_periods():
+            pass
+        hour = int(at_s // HOUR_S)
+        values = {"account": account, "hour": hour, "from_s": hour * HOUR_S, "to_s": at_s}
+        with self._reading() as db:
+            first, last = _sequences(db, "transfer", hour * HOUR_S, at_s)
+            moved: int = db.execute(MOVED_BEFORE, {**values, "first": first, "last": last}).get
+            return moved
+
+    def _sum_periods(self) -> bool:
+        """Take the next transfers into the sums of their hours; whether there may be more."""
+        with self._reading() as db:
+            newest: int = db.execute("SELECT ifnull(max(sequence), 0) FROM transfer").get
+            if db.execute("SELECT done FROM period_done").get == newest:
+                return False
+            db.execute("BEGIN IMMEDIATE")
+            try:
+                done: int = db.execute("SELECT done FROM period_done").get
+                up_to = min(newest, done + SUM_AT_ONCE)
+                if up_to > done:
+                    db.execute(SUM_PERIODS, {"done": done, "up_to": up_to, "hour_s": HOUR_S})
+                    db.execute("UPDATE period_done SET done = ?", (up_to,))
+                db.execute("COMMIT")
+            except BaseException:
+                if db.in_transaction:
+                    db.execute("ROLLBACK")
+                raise
+            return up_to < newest
+
+    def receipts_booked(
+        self,
+        from_s: float | None,
+        to_s: float | None,
+        account: str | None,
+        documents: Sequence[str],
+    ) -> list[Receipt]:
+        with self._reading() as db:
+            first, last = _sequences(db, "receipt", from_s, to_s)
+            some = "TRUE"
+            if account is not None:
+                some = (
+                    "sequence IN (SELECT sequence FROM receipt WHERE account = :account "
+                    "UNION SELECT sequence FROM receipt WHERE document_id IN "
+                    "(SELECT value FROM json_each(:documents)) "
+                    "UNION SELECT sequence FROM receipt WHERE id IN (SELECT receipt_id "
+                    "FROM receipt_line WHERE document_id IN "
+                    "(SELECT value FROM json_each(:documents))))"
+                )
+            rows = db.execute(
+                f"SELECT body FROM receipt WHERE sequence BETWEEN :first AND :last AND {some} "  # noqa: S608  # names are ours
+                "ORDER BY sequence",
+                {"first": first, "last": last, "account": account, "documents": _json(documents)},
+            )
+            found = [msgspec.json.decode(body, type=Receipt) for (body,) in rows]
+        return [each for each in found if is_in(each, from_s, to_s)]
 
     def due_at_s(self, pending_id: str) -> float | None:
         with self._reading() as db:
@@ -290,6 +392,19 @@ class SqliteStorage:
             raise LedgerUnavailableError(
                 f"the market's database {self._path} cannot be used ({error}); see `kvmarket env`"
             ) from error
+
+
+def _sequences(
+    db: apsw.Connection, table: str, from_s: float | None, to_s: float | None
+) -> tuple[int, int]:
+    time_s = {"transfer": "created_at_s", "receipt": "json_extract(body, '$.created_at_s')"}[table]
+    query = f"SELECT sequence, {time_s} FROM {table} WHERE sequence >= ? ORDER BY sequence LIMIT 1"  # noqa: S608  # names are ours
+
+    def read(sequence: int) -> tuple[int, float] | None:
+        row: tuple[int, float] | None = db.execute(query, (sequence,)).fetchone()
+        return row
+
+    return sequences(read, from_s, to_s)
 
 
 def _accounts(db: apsw.Connection, ids: Iterable[str] | None = None) -> list[Account]:

@@ -145,5 +145,20 @@ CREATE TRIGGER receipt_fits BEFORE INSERT ON receipt
     BEGIN SELECT RAISE (ABORT, 'a receipt is of an account'); END;
 """
 
+# What moved to each account, less what moved from it, in each hour of the transfers up to `done`.
+PERIODS = """
+CREATE TABLE period_sum (
+    account TEXT NOT NULL,
+    hour INTEGER NOT NULL,
+    moved_nano INTEGER NOT NULL,
+    PRIMARY KEY (account, hour)
+) STRICT, WITHOUT ROWID;
+CREATE TABLE period_done (
+    only_one INTEGER PRIMARY KEY CHECK (only_one = 1),
+    done INTEGER NOT NULL
+) STRICT;
+INSERT INTO period_done VALUES (1, 0);
+"""
+
 # The SQL that leads from each version to the next.
-MIGRATIONS = (TABLES, WHOLE_CHECKS)
+MIGRATIONS = (TABLES, WHOLE_CHECKS, PERIODS)

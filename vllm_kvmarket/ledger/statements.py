@@ -20,8 +20,8 @@ from vllm_kvmarket.core.errors import LedgerRefusedError, NotFoundError
 from vllm_kvmarket.core.pricing import format_nano
 from vllm_kvmarket.ledger import PROVIDER, WORLD, Ledger, Outcome, Receipt, Transfer, plain
 from vllm_kvmarket.ledger.model import OWED, ROYALTY
+from vllm_kvmarket.ledger.periods import signed
 
-MOVES = ("plain", "post", "late")
 PAYOUT = "payout"
 SALES = ("reuse", OWED)
 # A royalty that waited in suspense is paid under the id of the first transfer and this.
@@ -113,18 +113,15 @@ def statement(
     are on it as well; `indexes_of` finds transfers' places in the log.
     """
     account = ledger.account(account_id)
-    moves = [each for each in ledger.transfers(account_id)[::-1] if each.kind in MOVES]
-    sales = _sales(ledger, account_id, moves, documents)
+    period = ledger.moves(account_id, from_s, to_s)
+    sales = _sales(ledger, account_id, period, documents, (from_s, to_s))
     by_transfer = {sale.transfer_id: sale for sale in sales if sale.transfer_id}
-    brought_forward = sum(_signed(each, account_id) for each in moves if _before(each, from_s))
+    brought_forward = 0 if from_s is None else ledger.moved_before(account_id, from_s)
     balance = brought_forward
-    period = [
-        each for each in moves if not _before(each, from_s) and _before(each, to_s, whole=True)
-    ]
     places = {} if indexes_of is None else indexes_of([each.id for each in period])
     lines = []
     for each in period:
-        balance += _signed(each, account_id)
+        balance += signed(each, account_id)
         sale = by_transfer.get(each.id.removesuffix(PAID_SUFFIX))
         lines.append(_line(each, account_id, balance, sale, places.get(each.id)))
     sold = [
@@ -156,25 +153,23 @@ def statement(
     )
 
 
-def _signed(transfer: Transfer, account_id: str) -> int:
-    return transfer.amount_nano if transfer.credit == account_id else -transfer.amount_nano
-
-
-def _before(transfer: Transfer, at_s: float | None, *, whole: bool = False) -> bool:
-    """Whether a transfer was before a moment; `whole` for a period without that end."""
-    return whole if at_s is None else transfer.created_at_s < at_s
-
-
 def _sales(
-    ledger: Ledger, account_id: str, moves: list[Transfer], documents: Iterable[str]
+    ledger: Ledger,
+    account_id: str,
+    moves: list[Transfer],
+    documents: Iterable[str],
+    bounds: tuple[float | None, float | None],
 ) -> list[_Sale]:
     """The sales that explain an account's movements, in the order of their booking."""
     if account_id == PROVIDER:
-        found = ledger.receipts()
+        found = ledger.receipts_booked(*bounds)
     else:
-        named = {each.user_data for each in moves if each.code == ROYALTY} | set(documents)
-        found = ledger.receipts(account=account_id)
-        for document_id in sorted(named):
+        royalties = [each for each in moves if each.code == ROYALTY]
+        named = {each.user_data for each in royalties} | set(documents)
+        found = ledger.receipts_booked(*bounds, account_id, sorted(named))
+        # What waited in suspense may have been sold before.
+        waited = {each.user_data for each in royalties if each.id.endswith(PAID_SUFFIX)}
+        for document_id in sorted(waited):
             found += ledger.receipts(document_id=document_id)
     receipts = {each.id: each for each in found}.values()
     sales = [sale for receipt in receipts for sale in _sales_of(receipt)]
@@ -219,7 +214,7 @@ def _line(
         kind=kind,
         transfer_id=transfer.id,
         counterparty=transfer.debit if transfer.credit == account_id else transfer.credit,
-        amount_nano=_signed(transfer, account_id),
+        amount_nano=signed(transfer, account_id),
         balance_nano=balance,
         reference=transfer.user_data if transfer.code == PAYOUT else "",
         document_id=transfer.user_data if transfer.code in (*SALES, ROYALTY, "publish") else "",

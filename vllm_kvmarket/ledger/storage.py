@@ -127,6 +127,24 @@ class Storage(Protocol):
     ) -> list[Receipt]:
         """Receipts whose columns have these values, newest first, older than `before`."""
 
+    def moves(self, account: str, from_s: float | None, to_s: float | None) -> list[Transfer]:
+        """What moved amounts to or from an account in a period, in the order of effect.
+
+        A period has its beginning and not its end; None is without that bound.
+        """
+
+    def moved_before(self, account: str, at_s: float) -> int:
+        """The sum of all that moved to an account before a moment, less what moved from it."""
+
+    def receipts_booked(
+        self,
+        from_s: float | None,
+        to_s: float | None,
+        account: str | None,
+        documents: Sequence[str],
+    ) -> list[Receipt]:
+        """A period's receipts of an account and of documents, or all; in the order of booking."""
+
     def due_at_s(self, pending_id: str) -> float | None:
         """When an open hold is due."""
 

@@ -111,6 +111,40 @@ def test_the_balance_is_brought_forward(ledger, from_s, to_s, brought_forward, a
         assert statement(ledger, "pat", to_s).brought_forward_nano == made.closing_nano
 
 
+def test_a_statement_of_a_second_reads_a_second(tmp_path):
+    """Ten times as many transfers in the hours before: hardly more work of the database."""
+    now, work = [0.0], []
+    with Ledger.open(tmp_path / "ledger.sqlite", clock=lambda: now[0]) as ledger:
+        ledger.create_account("pat", "publisher")
+
+        def steps(count):
+            """Fill an hour, go on to the next, and make a statement of its first second."""
+            for number in range(count):
+                now[0] += 3600 / count
+                name = f"{now[0]}:{number}"
+                paid = ledger.submit(
+                    [plain(id=name, debit="world", credit="pat", amount_nano=1, code="x")]
+                )
+            paid.result()
+            now[0] += 3600
+            ledger.deposit("pat", 5, f"d{now[0]}")
+            statement(ledger, "pat", now[0])
+            work.clear()
+            with ledger._storage._reading() as db:
+                db.trace_v2(
+                    apsw.SQLITE_TRACE_PROFILE,
+                    lambda event: work.append(event["stmt_status"]["SQLITE_STMTSTATUS_VM_STEP"]),
+                )
+                made = statement(ledger, "pat", now[0], now[0] + 1)
+                db.trace_v2(0)
+            assert [line.amount_nano for line in made.lines] == [5]
+            assert made.closing_nano == ledger.account("pat").balance_nano
+            return sum(work)
+
+        few = steps(300)
+        assert steps(3000) < 2 * few
+
+
 def test_an_unknown_account_has_no_statement(ledger):
     """A mistyped name is not an empty statement."""
     with pytest.raises(NotFoundError):

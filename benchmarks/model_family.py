@@ -145,7 +145,7 @@ def in_words(groups: Sequence[KVCacheGroupSpec]) -> list[str]:
         "SlidingWindowSpec": "windows of {0.sliding_window}",
         "ChunkedLocalAttentionSpec": "chunks of {0.attention_chunk_size}",
         "MLAAttentionSpec": "latent attention",
-        "MambaSpec": "recurrent state ({0.mamba_type})",
+        "MambaSpec": "recurrent state ({0.mamba_type.name})",
     }
     told = []
     for group in groups:
@@ -247,17 +247,28 @@ class Step:
 
         from vllm_kvmarket.connector.cache_groups import groups_of
 
-        backend = AttentionBackendEnum.CPU_MLA.get_path()
-        type(current_platform).get_attn_backend_cls = lambda *_, **__: backend
+        platform = type(current_platform)
+        backend_of = platform.get_attn_backend_cls
+
+        def backend_or_any(*args: Any, **kwargs: Any) -> str:
+            try:
+                return backend_of(*args, **kwargs)
+            except NotImplementedError:
+                return AttentionBackendEnum.CPU_MLA.get_path()
+
+        platform.get_attn_backend_cls = staticmethod(backend_or_any)
         config = EngineArgs(
             str(self.model), dtype=self.family.dtype, enforce_eager=True, **self.family.engine
         ).create_engine_config()
-        with set_current_vllm_config(config), torch.device("meta"):
+        with set_current_vllm_config(config):
             init_distributed_environment(1, 0, f"file://{self.model}/ranks", 0, "gloo")
             initialize_model_parallel()
-            initialize_model(config)
+            with torch.device("meta"):
+                initialize_model(config)
+            platform.update_block_size_for_backend(config)
         layers = config.compilation_config.static_forward_context
-        found = {name: layer.get_kv_cache_spec(config) for name, layer in layers.items()}
+        having = {n: each for n, each in layers.items() if hasattr(each, "get_kv_cache_spec")}
+        found = {name: layer.get_kv_cache_spec(config) for name, layer in having.items()}
         made = get_kv_cache_groups(config, {name: spec for name, spec in found.items() if spec})
         print(f"GROUPS {in_words(made)}")
         groups_of(KVCacheConfig(1, [], made), 256)

@@ -50,6 +50,9 @@ MEANING = """
   weights say what a reuse saves.
 
 ## Not served here
+
+The KV cache is as vLLM builds it for the family: from its specifications alone where no engine ran (`-`: not built yet).
+A family that is refused and one that vLLM itself does not run on this machine are different things.
 """
 TAIL = """
 Also refused: context parallelism, connector roles other than `kv_both`, speculative decoding with a KV cache of its

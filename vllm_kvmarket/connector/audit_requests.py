@@ -47,6 +47,7 @@ class AuditRequest:
             namespace, request.prompt_token_ids, engine.market.config.chunk_tokens
         )
         self.report = AuditReport()
+        self._is_void = False
 
     @classmethod
     def arrived(
@@ -69,6 +70,10 @@ class AuditRequest:
         engine.hashes.isolate(request)
         return self
 
+    def weights_changed(self) -> None:
+        """Compare nothing: other weights have other KV. Mutates."""
+        self._is_void = True
+
     def ready(self) -> Lookup:
         """Everything is computed."""
         return Lookup.MISS
@@ -84,7 +89,7 @@ class AuditRequest:
     def finished(self, block_ids: Sequence[Sequence[int]]) -> Ended:
         """Have the chosen chunks compared with the request's blocks."""
         answer = self.reuse.answer()
-        if self._request.status not in ANSWERED:
+        if self._request.status not in ANSWERED or self._is_void:
             return Ended(answer)
         chunks = chunk_pages(self._document, block_ids, self._engine.facts.groups)
         chosen = tuple(chunks[index] for index in self._wanted.chunks)

@@ -17,7 +17,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 )
 from vllm.v1.metrics.cache_hit_source import CacheHitSource
 
-from vllm_kvmarket.connector import refusals
+from vllm_kvmarket.connector import refusals, weight_changes
 from vllm_kvmarket.connector.cache_groups import groups_of
 from vllm_kvmarket.connector.flags import check_prepared
 from vllm_kvmarket.connector.messages import Instructions
@@ -70,6 +70,7 @@ class KVMarketConnector(KVConnectorBase_V1, SupportsHMA):
         self._worker: WorkerHalf | None = None
         if role is KVConnectorRole.SCHEDULER:
             refusals.install()
+            weight_changes.install()
             # Request ids repeat from one run of an offline engine to the next; ledger ids must not.
             name = uuid.uuid4().hex[:12]
             ranks = vllm_config.parallel_config.world_size
@@ -82,6 +83,11 @@ class KVMarketConnector(KVConnectorBase_V1, SupportsHMA):
     def scheduler(self) -> SchedulerHalf:
         """The scheduler half; only in the scheduler's process."""
         assert self._scheduler is not None
+        return self._scheduler
+
+    @property
+    def scheduler_half(self) -> SchedulerHalf | None:
+        """The same, or None; see weight_changes.py."""
         return self._scheduler
 
     @property

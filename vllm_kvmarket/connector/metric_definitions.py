@@ -22,6 +22,7 @@ DECLINED = (
     "invalid_token",
     "malformed",
     "other_tokens",
+    "weights_changed",
     "ledger_busy",
     "ledger_unavailable",
     "ledger_refused",

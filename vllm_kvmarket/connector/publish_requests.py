@@ -24,7 +24,7 @@ from vllm_kvmarket.connector.request_state import (
     Reuse,
     only_tokens,
 )
-from vllm_kvmarket.connector.reuse_requests import PreloadRequest
+from vllm_kvmarket.connector.reuse_requests import WEIGHTS_CHANGED, PreloadRequest
 from vllm_kvmarket.core.document_chunks import DocumentChunks
 from vllm_kvmarket.core.model_identity import TOKEN_BYTES
 from vllm_kvmarket.market.purchase import Purchase, PurchaseState, StorageItem
@@ -101,6 +101,10 @@ class PublishRequest:
             return PreloadRequest(engine, request, match, declined=reason)
         assert namespace is not None
         return cls(engine, request, wanted, namespace, match)
+
+    def weights_changed(self) -> None:
+        """List nothing: a part of the KV may be of other weights. Mutates."""
+        self._declined = WEIGHTS_CHANGED
 
     def ready(self) -> Lookup:
         """Wait for the catalogue and the ledger: nothing is computed for a document that could not
@@ -179,7 +183,10 @@ def refusal(request: Request, namespace: bytes | None, block_tokens: int) -> str
     if only_tokens(request) is None:
         return "a prompt of embeddings has no tokens to match; publish token ids or text"
     if namespace is None:
-        return "the adapter's weights are still being read; publish again in a moment"
+        return (
+            "the weights are being read, or were changed in the running engine; "
+            "publish again in a moment"
+        )
     if request.num_prompt_tokens < block_tokens:
         return (
             f"the document has {request.num_prompt_tokens} tokens, fewer than one block "

@@ -130,6 +130,11 @@ class Reuse:
         """
         return min(self.match.token_count, self.request.num_prompt_tokens - 1) if self.match else 0
 
+    @property
+    def has_begun(self) -> bool:
+        """Whether the request has had blocks, and so KV of its match or of its own."""
+        return self.countable is not None
+
     def lookup(self) -> Lookup:
         """Whether there is something to reuse, where nothing else speaks against it."""
         return Lookup.MISS if self.match is None else Lookup.HIT

@@ -30,7 +30,10 @@ _REFUSALS: dict[str, tuple[str, int]] = {
     "ledger_busy": ("ledger_unavailable", 503),
     "ledger_unavailable": ("ledger_unavailable", 503),
     "catalogue_unavailable": ("catalogue_unavailable", 503),
+    "weights_changed": ("document_not_on_offer", 404),
 }
+
+WEIGHTS_CHANGED = "the model's weights were changed while the request waited"
 
 
 class ReuseRequest:
@@ -124,6 +127,12 @@ class ReuseRequest:
         else:
             self._engine.hashes.unshare(self._request)
 
+    def weights_changed(self) -> None:
+        """Load nothing any more; decline if nothing was reused yet. Mutates."""
+        self.reuse.limit = 0
+        if self.reuse.match is not None and not self.reuse.has_begun and not self.declined:
+            self.decline(WEIGHTS_CHANGED, "weights_changed")
+
     def ready(self) -> Lookup:
         """Wait for the reservation; a refused one declines. Mutates."""
         if self.purchase is not None and not self.declined:
@@ -165,6 +174,12 @@ class PreloadRequest:
         self.reuse = Reuse(request, match)
         self.declined = declined
         share(engine, self.reuse)
+
+    def weights_changed(self) -> None:
+        """Load nothing any more. Mutates."""
+        self.reuse.limit = 0
+        if not self.reuse.has_begun:
+            self._engine.hashes.unshare(self.reuse.request)
 
     def ready(self) -> Lookup:
         """There is nothing to wait for."""

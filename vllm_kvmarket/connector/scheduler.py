@@ -7,7 +7,7 @@ ledger or the database is a future that it looks at.
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -111,7 +111,7 @@ class SchedulerHalf:
         # Its first round releases reservations of an engine that died.
         self._housekeeping = Housekeeping(market, self.metrics)
         self._housekeeping.start()
-        self._namespaces = Namespaces(vllm_config, market.home)
+        self.namespaces = Namespaces(vllm_config, market.home)
         self._requests: dict[str, AnyRequest | DatabaseLookup] = {}
         # Ids of requests that may still have their chunks read ahead, and those among them that
         # have waited for a whole step.
@@ -131,6 +131,44 @@ class SchedulerHalf:
         self._engine.pins.bind(pool)
         self._engine.hashes.bind(pool)
 
+    def weights_changed(self, why: str, *, adapters: bool = True) -> None:
+        """This call may change the model's weights, and its adapters': what has not begun must
+        not. Mutates.
+        """
+        logger.warning(
+            "kvmarket: %s may change the model's weights; nothing is reused or published until "
+            "reload_weights has loaded them from files",
+            why,
+        )
+        self.namespaces.weights_changed(adapters=adapters)
+        self._other_weights(self._requests.values())
+
+    def adapter_changed(self, adapter_id: int) -> None:
+        """The worker loads another adapter under this id, or none. Mutates."""
+        self.namespaces.adapter_changed(adapter_id)
+        self._other_weights(
+            made
+            for made in self._requests.values()
+            if not isinstance(made, DatabaseLookup)
+            and (adapter := made.reuse.request.lora_request) is not None
+            and adapter.lora_int_id == adapter_id
+        )
+
+    def _other_weights(self, changed: Iterable[AnyRequest | DatabaseLookup]) -> None:
+        """The weights of these requests are others from now on. Mutates."""
+        # Those that run write KV of the new weights under hashes of the old ones.
+        self._engine.hashes.forget()
+        self.pins.unpin_unless(lambda _: False)
+        for made in changed:
+            if not isinstance(made, DatabaseLookup):
+                made.weights_changed()
+
+    def _look_at_adapter(self, made: AnyRequest) -> None:
+        """Notice an adapter whose files have changed since its request came. Mutates."""
+        adapter = made.reuse.request.lora_request
+        if adapter is not None and self.namespaces.of(adapter) is None:
+            made.weights_changed()
+
     def close(self) -> None:
         """Release what is still reserved, finish the ledger's and the catalogue's work."""
         self._engine.purchases.close()
@@ -147,7 +185,7 @@ class SchedulerHalf:
             trusted=self._config.trust_requests is True,
             request_id=request.request_id,
         )
-        namespace = self._namespaces.of(request.lora_request)
+        namespace = self.namespaces.of(request.lora_request)
         tokens = only_tokens(request)
         match: Match | None = None
         if namespace is not None and tokens is not None:
@@ -230,10 +268,11 @@ class SchedulerHalf:
     def _looked_up(self, request: Request, lookup: DatabaseLookup) -> None:
         """Go on with a request now that the database has answered."""
         del self._requests[request.request_id]
-        if lookup.found.exception() is None:
+        current = self.namespaces.of(request.lora_request)
+        if current == lookup.namespace and lookup.found.exception() is None:
             self._admit(request, lookup.params, lookup.namespace, lookup.found.result())
             return
-        made = self._admit(request, lookup.params, lookup.namespace, None)
+        made = self._admit(request, lookup.params, current, None)
         if isinstance(made, ReuseRequest):
             made.decline(NOT_LOOKED_UP, "catalogue_unavailable")
 
@@ -249,6 +288,7 @@ class SchedulerHalf:
                 self._looked_up(request, made)
             # vLLM looks into its cache again, by the hashes that the request has now.
             return None, False
+        self._look_at_adapter(made)
         found = made.ready()
         if found is Lookup.PENDING:
             return None, False
@@ -371,6 +411,8 @@ class SchedulerHalf:
             return False, None
         if made is None:
             return False, None
+        if isinstance(made, PublishRequest | AuditRequest):
+            self._look_at_adapter(made)
         ended = made.finished(block_ids)
         if ended.saves is not None:
             self._next.saves.append(ended.saves)

@@ -47,6 +47,8 @@ class SharedHashes:
         self._chunk_tokens = chunk_tokens
         self._credentials = credentials
         self._secrets: dict[bytes, str] = {}
+        # Part of each secret; changes when blocks that were hashed before must not be found.
+        self._epoch = ""
         # Tokens a hash; 0 while vLLM caches nothing.
         self._size = 0
         self._known: OrderedDict[bytes, tuple[BlockHash, ...]] = OrderedDict()
@@ -78,6 +80,12 @@ class SharedHashes:
             request._block_hasher = hasher.private
             request.block_hashes = hasher.before
             request.update_block_hashes()
+
+    def forget(self) -> None:
+        """Have no request find a block that was hashed by the others before. Mutates."""
+        self._epoch = secrets.token_hex(8)
+        self._secrets.clear()
+        self._known.clear()
 
     def isolate(self, request: Request) -> None:
         """Give a request hashes that no other will have; mutates the request."""
@@ -121,7 +129,9 @@ class SharedHashes:
     ) -> tuple[BlockHash, ...]:
         """The `count` hashes behind those `before`."""
         if namespace not in self._secrets:
-            self._secrets[namespace] = self._credentials.sign("blocks", namespace.hex())
+            self._secrets[namespace] = self._credentials.sign(
+                "blocks", namespace.hex() + self._epoch
+            )
         made: list[BlockHash] = []
         parent = before[-1] if before else None
         for index in range(len(before), len(before) + count):

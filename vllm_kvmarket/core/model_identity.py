@@ -7,6 +7,7 @@ encoding means new contexts below, and makes everything that was published unrea
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import re
@@ -125,6 +126,7 @@ class NamespaceFacts(msgspec.Struct, frozen=True):
     adapter: str | None = None
 
 
+@functools.lru_cache(256)
 def namespace_digest(facts: NamespaceFacts) -> bytes:
     """Digest these facts into their 32-byte namespace."""
     encoded = json.dumps(msgspec.to_builtins(facts), sort_keys=True, separators=(",", ":"))
@@ -191,12 +193,13 @@ def weights_digest(model_dir: Path, cache_file: Path, *, all_formats: bool = Fal
     return f"blake3:{_digest_files(files, cache_file)}"
 
 
-def adapter_digest(adapter_dir: Path, cache_file: Path) -> str:
-    """Say what a LoRA adapter is: its weights and its adapter_config.json.
+def adapter_digest(adapter_dir: Path, cache_file: Path, settings: Mapping[str, Any]) -> str:
+    """Say what a LoRA adapter is: its weights, its adapter_config.json, and what of the engine's
+    settings decides how it is used.
 
     Raises ConfigError as `weights_digest` does, and for a config that is not JSON.
     """
-    weights = weights_digest(adapter_dir, cache_file)
+    weights = weights_digest(adapter_dir, cache_file, all_formats=True)
     described = ""
     config_file = adapter_dir / "adapter_config.json"
     if config_file.exists():
@@ -204,7 +207,7 @@ def adapter_digest(adapter_dir: Path, cache_file: Path) -> str:
             described = canonical_model_config(json.loads(config_file.read_text()))
         except ValueError as error:
             raise ConfigError(f"{config_file} is not JSON ({error}); restore it") from None
-    encoded = json.dumps([weights, described])
+    encoded = json.dumps([weights, described, canonical_json(settings)])
     return blake3(encoded.encode(), derive_key_context=_ADAPTER_CONTEXT).hexdigest()
 
 

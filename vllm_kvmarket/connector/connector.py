@@ -17,7 +17,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 )
 from vllm.v1.metrics.cache_hit_source import CacheHitSource
 
-from vllm_kvmarket.connector import refusals, weight_changes
+from vllm_kvmarket.connector import refusals
 from vllm_kvmarket.connector.cache_groups import groups_of
 from vllm_kvmarket.connector.flags import check_prepared
 from vllm_kvmarket.connector.messages import Instructions
@@ -69,8 +69,12 @@ class KVMarketConnector(KVConnectorBase_V1, SupportsHMA):
         self._scheduler: SchedulerHalf | None = None
         self._worker: WorkerHalf | None = None
         if role is KVConnectorRole.SCHEDULER:
+            # Only this process has vLLM's engine core.
+            from vllm_kvmarket.connector import self_test, weight_changes
+
             refusals.install()
             weight_changes.install()
+            self_test.install()
             # Request ids repeat from one run of an offline engine to the next; ledger ids must not.
             name = uuid.uuid4().hex[:12]
             ranks = vllm_config.parallel_config.world_size

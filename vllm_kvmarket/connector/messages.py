@@ -129,6 +129,8 @@ class Instructions(KVConnectorMetadata):
     copies: list[PageCopy] = field(default_factory=list)
     # Requests that ended without a plan: their copies are needed no more.
     ended: list[str] = field(default_factory=list)
+    # Where a self-test stores its chunks; "" when the engine serves.
+    scratch: str = ""
 
 
 @dataclass(slots=True)

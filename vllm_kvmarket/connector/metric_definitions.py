@@ -74,6 +74,9 @@ METRICS: dict[str, Metric] = {
     "declined_requests": _counter(
         "requests", "Requests that matched and may not reuse it.", "reason", DECLINED
     ),
+    "self_test_passed": _gauge(
+        "boolean", "1: the engine has shown that it reuses exactly; 0: it reuses nothing."
+    ),
     # Money
     "charged_nano": _counter(
         "nano-units of the settlement currency",

@@ -110,11 +110,13 @@ class Namespaces:
     """Answers which namespace a request's KV belongs to; weights are read beside the scheduler.
 
     It answers None, so that nothing is reused or published, while that is not known: weights are
-    being read, or were changed in the running engine.
+    being read, or were changed in the running engine. And until this engine has shown, by its
+    self-test, that it reuses exactly. That holds for other weights and for adapters too.
     """
 
     def __init__(self, vllm_config: VllmConfig, home: Path) -> None:
         self._facts = base_facts(vllm_config, home)
+        self.is_exact = False
         load = vllm_config.load_config
         self._folder = model_folder(vllm_config.model_config, load.download_dir)
         self._all_formats = load.load_format in OTHER_FORMATS
@@ -126,12 +128,17 @@ class Namespaces:
         self._adapters: dict[int, _Adapter] = {}
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="kvmarket-adapters")
 
+    @property
+    def base(self) -> bytes:
+        """The namespace of the weights that the engine began with."""
+        return namespace_digest(self._facts)
+
     def of(self, adapter: LoRARequest | None) -> bytes | None:
         """The namespace now; None: not known. Looks at the times of an adapter's files. Mutates."""
         # The worker reads the files of an adapter that it does not have at the next step.
         loaded = self._loaded(adapter) if adapter is not None else None
         facts = _result(self._base)
-        if facts is None:
+        if facts is None or not self.is_exact:
             return None
         if adapter is None or loaded is None:
             return namespace_digest(facts)

@@ -184,8 +184,8 @@ def refusal(request: Request, namespace: bytes | None, block_tokens: int) -> str
         return "a prompt of embeddings has no tokens to match; publish token ids or text"
     if namespace is None:
         return (
-            "the weights are being read, or were changed in the running engine; "
-            "publish again in a moment"
+            "nothing can be published now: weights are being read, or were changed in the running "
+            "engine, or its self-test failed, which `kvmarket env` says; publish again in a moment"
         )
     if request.num_prompt_tokens < block_tokens:
         return (

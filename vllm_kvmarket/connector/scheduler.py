@@ -7,7 +7,7 @@ ledger or the database is a future that it looks at.
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -26,6 +26,7 @@ from vllm_kvmarket.connector.messages import (
 )
 from vllm_kvmarket.connector.namespaces import Namespaces
 from vllm_kvmarket.connector.pins import PinnedBlocks
+from vllm_kvmarket.connector.probe_requests import ProbeRequest
 from vllm_kvmarket.connector.publish_requests import PublishRequest
 from vllm_kvmarket.connector.purchases import Purchases
 from vllm_kvmarket.connector.request_params import (
@@ -79,7 +80,7 @@ class DatabaseLookup:
 
 
 # What the market knows of a request.
-AnyRequest = ReuseRequest | PreloadRequest | PublishRequest | AuditRequest
+AnyRequest = ReuseRequest | PreloadRequest | PublishRequest | AuditRequest | ProbeRequest
 
 
 class SchedulerHalf:
@@ -113,6 +114,9 @@ class SchedulerHalf:
         self._housekeeping.start()
         self.namespaces = Namespaces(vllm_config, market.home)
         self._requests: dict[str, AnyRequest | DatabaseLookup] = {}
+        # A self-test's requests that have not arrived, and the folder where it stores.
+        self.probes: dict[str, Callable[[Request], ProbeRequest]] = {}
+        self.scratch = ""
         # Ids of requests that may still have their chunks read ahead, and those among them that
         # have waited for a whole step.
         self._waiting: dict[str, bool] = {}
@@ -126,10 +130,20 @@ class SchedulerHalf:
         """The documents that are pinned in this engine's paged cache."""
         return self._engine.pins
 
+    @property
+    def engine(self) -> Engine:
+        """The parts that every kind of request uses."""
+        return self._engine
+
     def bind(self, pool: BlockPool) -> None:
         """Take the engine's block pool: vLLM's paged cache."""
         self._engine.pins.bind(pool)
         self._engine.hashes.bind(pool)
+
+    def self_tested(self, *, passed: bool) -> None:
+        """Begin to reuse, if the self-test has shown that reuse is exact. Mutates."""
+        self.namespaces.is_exact = passed
+        self.metrics.self_tested(passed=passed)
 
     def weights_changed(self, why: str, *, adapters: bool = True) -> None:
         """This call may change the model's weights, and its adapters': what has not begun must
@@ -179,6 +193,9 @@ class SchedulerHalf:
 
     def arrived(self, request: Request) -> None:
         """Match a new request and start what it asks for."""
+        if (probe := self.probes.pop(request.request_id, None)) is not None:
+            self._requests[request.request_id] = probe(request)
+            return
         params = read_params(
             request.kv_transfer_params,
             self._market.credentials,
@@ -324,6 +341,7 @@ class SchedulerHalf:
         `scheduled`: the requests whose tokens the step computes.
         """
         self._next.idle = not scheduled
+        self._next.scratch = self.scratch
         self._prefetch()
         self._engine.idle_time.step_ended(scheduled)
         self._renew()
@@ -348,7 +366,7 @@ class SchedulerHalf:
             return
         for request_id, count in output.num_scheduled_tokens.items():
             made = self._requests.get(request_id)
-            if state is not None and isinstance(made, PublishRequest | AuditRequest):
+            if state is not None and isinstance(made, PublishRequest | AuditRequest | ProbeRequest):
                 self._next.copies += made.copies(count, state.resolve_block_ids(request_id))
 
     def _renew(self) -> None:
@@ -433,7 +451,8 @@ class SchedulerHalf:
                 self._note_failures(load)
                 self._load_reports.setdefault(request_id, LoadReport()).add(load)
             for request_id, save in report.saves.items():
-                if isinstance(made := self._requests.get(request_id), PublishRequest):
+                made = self._requests.get(request_id)
+                if isinstance(made, PublishRequest | ProbeRequest):
                     made.report.add(save)
             for request_id, audit in report.audits.items():
                 if isinstance(made := self._requests.get(request_id), AuditRequest):
@@ -444,7 +463,7 @@ class SchedulerHalf:
                 self._load_ended(request_id, whole)
         for request_id in output.finished_sending or ():
             made = self._requests.pop(request_id, None)
-            if isinstance(made, PublishRequest | AuditRequest):
+            if isinstance(made, PublishRequest | AuditRequest | ProbeRequest):
                 made.transferred()
 
     def _note_failures(self, load: LoadReport) -> None:

@@ -19,6 +19,8 @@ class SchedulerMetrics:
     def __init__(self, market: Market) -> None:
         self._market = market
         self._tally = Tally()
+        # While the engine tests itself nobody would see what is taken.
+        self.are_held = False
         market.ledger.on_commit(partial(self._tally.took, "ledger_commit_seconds"))
 
     # Requests
@@ -96,6 +98,11 @@ class SchedulerMetrics:
             }
         )
 
+    def self_tested(self, *, passed: bool) -> None:
+        """Note the verdict on this engine, which serves from now on. Mutates."""
+        self.are_held = False
+        self._tally.stand_at({"self_test_passed": int(passed)})
+
     def pinned(self, blocks: int) -> None:
         """Note how many blocks pinned documents use now."""
         self._tally.stand_at({"pinned_blocks": blocks})
@@ -105,11 +112,11 @@ class SchedulerMetrics:
     @property
     def has_news(self) -> bool:
         """Whether `take` would return something."""
-        return self._tally.has_news
+        return self._tally.has_news and not self.are_held
 
     def take(self) -> MarketStats | None:
         """The counts since the last call; None, at once, when there are none."""
-        if not self._tally.has_news:
+        if not self.has_news:
             return None
         self._tally.stand_at({_QUEUE: self._market.ledger.queue_depth})
         return self._tally.take()

@@ -48,26 +48,29 @@ def install() -> None:
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
-        half = _half_of(self)
+        half = half_of(self)
         if half is None or method in HARMLESS:
             return collective_rpc(self, method, timeout, args, kwargs)
-        folder = _folder(args, kwargs or {}) if method == "reload_weights" else False
-        half.weights_changed(str(method), adapters=folder is False)
-        files = half.namespaces.files_of(folder) if folder is not False else ()
+        given = dict(zip(("weights_iterator", "weights_path"), args, strict=False)) | (kwargs or {})
+        is_known = method == "reload_weights" and given.get("weights_iterator") is None
+        half.weights_changed(str(method), adapters=not is_known)
+        # None: the model's own folder.
+        folder = given.get("weights_path")
+        files = half.namespaces.files_of(folder) if is_known else ()
         found = collective_rpc(self, method, timeout, args, kwargs)
-        if folder is not False:
+        if is_known:
             half.namespaces.weights_reloaded(folder, files)
         return found
 
     @functools.wraps(sleep)
     def sleep_and_tell(self: EngineCore, level: int = 1, *args: Any, **kwargs: Any) -> Any:
-        if level > _KEEPS_WEIGHTS and (half := _half_of(self)) is not None:
+        if level > _KEEPS_WEIGHTS and (half := half_of(self)) is not None:
             half.weights_changed(f"sleep level {level}")
         return sleep(self, level, *args, **kwargs)
 
     @functools.wraps(add_lora)
     def add_and_tell(self: EngineCore, lora_request: LoRARequest) -> bool:
-        if (half := _half_of(self)) is None:
+        if (half := half_of(self)) is None:
             return add_lora(self, lora_request)
         if lora_request.load_inplace:
             half.adapter_changed(lora_request.lora_int_id)
@@ -81,7 +84,7 @@ def install() -> None:
 
     @functools.wraps(remove_lora)
     def remove_and_tell(self: EngineCore, lora_id: int) -> bool:
-        if (half := _half_of(self)) is not None:
+        if (half := half_of(self)) is not None:
             half.adapter_changed(lora_id)
         return remove_lora(self, lora_id)
 
@@ -90,7 +93,7 @@ def install() -> None:
     setattr(EngineCore, _INSTALLED, True)
 
 
-def _half_of(core: EngineCore) -> SchedulerHalf | None:
+def half_of(core: EngineCore) -> SchedulerHalf | None:
     """The scheduler half of an engine core that is ready; None for other connectors."""
     scheduler = getattr(core, "scheduler", None)
     found: SchedulerHalf | None = getattr(
@@ -98,8 +101,3 @@ def _half_of(core: EngineCore) -> SchedulerHalf | None:
     )
     return found
 
-
-def _folder(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """The folder that `reload_weights` loads from; None: the model's; False: no folder."""
-    given = dict(zip(("weights_iterator", "weights_path"), args, strict=False)) | kwargs
-    return False if given.get("weights_iterator") is not None else given.get("weights_path")

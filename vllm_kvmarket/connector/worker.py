@@ -7,6 +7,7 @@ engine: a chunk that cannot be loaded is reported, and its tokens are recomputed
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -20,7 +21,7 @@ from vllm_kvmarket.connector.metrics import MarketStats
 from vllm_kvmarket.connector.paged_cache import PagedCache
 from vllm_kvmarket.connector.transfers import Finished, Transfers
 from vllm_kvmarket.core.config import MarketConfig
-from vllm_kvmarket.store import aligned_empty
+from vllm_kvmarket.store import DiskStore, aligned_empty
 from vllm_kvmarket.store.host_memory import HostTier
 from vllm_kvmarket.store.tiers import Tiers, store_of
 
@@ -47,7 +48,10 @@ class WorkerHalf:
         self._groups = groups
         self._num_blocks = num_blocks
         self._store: Tiers | None = None
+        self._cache: PagedCache | None = None
         self._transfers: Transfers | None = None
+        # A self-test's, in whose place no others are under way.
+        self._scratch: Transfers | None = None
         self._idle = False
         self._on_host = True
         self._taken = Finished()
@@ -55,6 +59,7 @@ class WorkerHalf:
     def register(self, kv_caches: dict[str, torch.Tensor]) -> None:
         """Take vLLM's KV memory: one tensor a layer. Raises LayoutMismatchError."""
         cache = PagedCache(self._vllm_config, kv_caches, self._groups, self._num_blocks)
+        self._cache = cache
         self._on_host = cache.on_host
         allocate = aligned_empty if cache.on_host else pinned_empty
         self._store = store_of(self._config)
@@ -70,33 +75,43 @@ class WorkerHalf:
 
     def start(self, instructions: Instructions) -> None:
         """Start this step's loads, saves, audits and prefetches."""
-        if self._transfers is None:
+        self._use(instructions.scratch)
+        if (transfers := self._scratch or self._transfers) is None:
             return
         self._idle = instructions.idle
         for load in instructions.loads:
-            self._transfers.load(load)
+            transfers.load(load)
         for save in instructions.saves:
-            self._transfers.save(save)
+            transfers.save(save)
         for audit in instructions.audits:
-            self._transfers.audit(audit)
+            transfers.audit(audit)
         for prefetch in instructions.prefetches:
-            self._transfers.prefetch(prefetch)
+            transfers.prefetch(prefetch)
+
+    def _use(self, scratch: str) -> None:
+        """Store and load in this folder from now on; "": in the market's store."""
+        if not scratch and self._scratch is not None:
+            self._scratch.close()
+            self._scratch = None
+        elif scratch and self._scratch is None and self._cache is not None:
+            disk = DiskStore(Path(scratch), codec=self._config.codec)
+            self._scratch = Transfers(Tiers(disk, None), self._cache, self._config.io_threads)
 
     def step_ended(self, instructions: Instructions) -> None:
         """Copy the pages that this step's forward pass has filled and that vLLM may free."""
-        if self._transfers is None:
+        if (transfers := self._scratch or self._transfers) is None:
             return
         for request_id in instructions.ended:
-            self._transfers.forget(request_id)
+            transfers.forget(request_id)
         if instructions.copies and not self._on_host:
             torch.accelerator.synchronize()
         for copy in instructions.copies:
-            self._transfers.copy(copy)
+            transfers.copy(copy)
 
     def collect(self) -> KVConnectorTransferResults:
         """Which requests' transfers ended; waits a moment for one in a step without a forward."""
-        if self._transfers is not None:
-            self._taken = self._transfers.take(IDLE_WAIT_S if self._idle else 0.0)
+        if (transfers := self._scratch or self._transfers) is not None:
+            self._taken = transfers.take(IDLE_WAIT_S if self._idle else 0.0)
         return KVConnectorTransferResults(
             finished_sending=self._taken.sent,
             finished_recving=self._taken.received,
@@ -118,6 +133,7 @@ class WorkerHalf:
 
     def close(self) -> None:
         """Finish what is under way."""
+        self._use("")
         if self._transfers is not None:
             self._transfers.close()
         if self._store is not None:

@@ -112,6 +112,13 @@ class MarketConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
             "values of the KV cache, overwritten at each start of an engine"
         ),
     ] = None
+    self_test: Annotated[
+        Literal["once", "always"],
+        msgspec.Meta(
+            description="when an engine tests whether reuse gives the same answers as computing: "
+            "once for a model, a device, these settings and versions, or at each start"
+        ),
+    ] = "once"
     min_reuse_tokens: Annotated[
         int, msgspec.Meta(ge=1, description="a match shorter than this is neither sold nor loaded")
     ] = 64

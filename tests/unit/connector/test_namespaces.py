@@ -35,7 +35,9 @@ def namespaces(model, tmp_path, monkeypatch):
             speculative_config=None,
             lora_config=LoRAConfig(**{"lora_dtype": "float16"} | adapters),
         )
-        return Namespaces(config, tmp_path / "home")
+        made = Namespaces(config, tmp_path / "home")
+        made.is_exact = True
+        return made
 
     return namespaces
 
@@ -87,7 +89,11 @@ def test_an_id_with_another_folder_is_not_reused(known, tmp_path):
 def test_settings_that_decide_what_an_adapter_does_belong_to_it(namespaces, tmp_path, settings):
     """Its KV is other KV then; that of the model alone is not."""
     lora = adapter(tmp_path, 1)
-    one, same, other = namespaces(), namespaces(max_lora_rank=64, max_loras=2), namespaces(**settings)
+    one, same, other = (
+        namespaces(),
+        namespaces(max_lora_rank=64, max_loras=2),
+        namespaces(**settings),
+    )
     assert soon(one, lora) == soon(same, lora) != soon(other, lora)
     assert one.of(None) == other.of(None)
 
@@ -131,6 +137,15 @@ def test_an_adapter_that_comes_while_weights_are_read_is_the_one_that_the_worker
     core.collective_rpc("reload_weights")
     soon(known)
     known._reader.submit(lambda: None).result()
+    assert known.of(lora) is None
+
+
+def test_nothing_has_a_namespace_before_reuse_was_shown_to_be_exact(known, tmp_path):
+    """Neither the model nor an adapter."""
+    lora = adapter(tmp_path, 1)
+    assert soon(known, lora)
+    known.is_exact = False
+    assert known.of(None) is None
     assert known.of(lora) is None
 
 

@@ -144,7 +144,7 @@ def test_a_prompt_of_embeddings_is_neither_published_nor_matched(market, half):
 @pytest.fixture
 def changing(half):
     """A half whose model's weights change."""
-    half.namespaces.weights_changed = lambda *, adapters: None
+    half.namespaces.weights_changed = lambda **_: None
     half.namespaces.adapter_changed = lambda _: None
     return half
 

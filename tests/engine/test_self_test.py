@@ -1,0 +1,107 @@
+"""An engine shows that it reuses exactly before it serves; one that does not sells nothing."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from tests.support.broken_loads import WRONG_PAGES
+from tests.support.engines import NANO, SMALL, running, words
+from tools.make_tiny_model import make_tiny_model
+from vllm_kvmarket import Market, NotPublishableError
+from vllm_kvmarket.cli import main
+from vllm_kvmarket.core.verdicts import VERDICTS_FOLDER, verdicts
+from vllm_kvmarket.market.timed_requests import ask, empty_prefix_cache
+
+DOCUMENT, QUESTION = words(70, 600), words(71, 10)
+
+
+@pytest.fixture
+def own_market(tmp_path):
+    with Market.open(tmp_path / "home", {"host_cache_bytes": 0}) as opened:
+        opened.create_account("alice")
+        opened.deposit("alice", NANO, "first")
+        yield opened
+
+
+def gauge(llm):
+    found = [m for m in llm.get_metrics() if m.name == "vllm:kvmarket_self_test_passed"]
+    return found[0].value
+
+
+def buy(llm, market):
+    empty_prefix_cache(llm)
+    return ask(llm, DOCUMENT + QUESTION, market.params("alice"), rest_s=0)
+
+
+def test_the_first_start_tests_and_leaves_nothing_but_its_verdict(tiny, own_market):
+    """Nothing is stored, listed or charged, the next start does not test, and both reuse."""
+    market = own_market
+    for start in range(2):
+        with running(tiny(1), market, **SMALL) as llm:
+            if not start:
+                (verdict,) = verdicts(market.home)
+                assert verdict.passed
+                assert market.catalogue.listings() == []
+                assert list(market.store.disk.keys()) == []
+                assert len(market.ledger.transfers("alice")) == 1
+                full = ask(llm, DOCUMENT + QUESTION, rest_s=0)
+                assert full.market == {}
+                assert gauge(llm) == 1
+                market.publish(llm, token_ids=DOCUMENT)
+            answer = buy(llm, market)
+        assert answer.market["reused_tokens"] == len(DOCUMENT)
+        assert (answer.token_ids, answer.logprobs) == (full.token_ids, full.logprobs)
+        assert verdicts(market.home) == [verdict]
+    assert [each.name for each in (market.home / VERDICTS_FOLDER).iterdir() if each.is_dir()] == []
+
+
+def test_an_engine_whose_loads_are_wrong_sells_nothing_and_says_so(tiny, own_market, capfd):
+    """Loads that report success: the self-test sees other answers. Another engine is not judged
+    with it, once it is asked to test again.
+    """
+    market = own_market
+    with running(tiny(1), market, **SMALL, worker_extension_cls=WRONG_PAGES) as llm:
+        full = ask(llm, DOCUMENT + QUESTION, rest_s=0)
+        with pytest.raises(NotPublishableError, match="self-test failed"):
+            market.publish(llm, token_ids=DOCUMENT)
+        answer = buy(llm, market)
+        assert answer.token_ids == full.token_ids
+        assert answer.market.get("reused_tokens", 0) == 0
+        assert gauge(llm) == 0
+    (verdict,) = verdicts(market.home)
+    assert "gives other answers" in verdict.reason
+    shown = capfd.readouterr()
+    assert (shown.out + shown.err).count("THE SELF-TEST FAILED") == 1
+    assert main(["env", "--home", str(market.home), "--json"]) == 1
+    (problem,) = [p for p in json.loads(capfd.readouterr().out)["problems"] if "exact" in p]
+    assert verdict.reason in problem
+
+    main(["env", "--home", str(market.home), "--test-again"])
+    with running(tiny(1), market, **SMALL) as llm:
+        market.publish(llm, token_ids=DOCUMENT)
+        assert buy(llm, market).market["reused_tokens"] == len(DOCUMENT)
+
+
+@pytest.mark.parametrize("family", ["mistral", "gemma3"])
+@pytest.mark.long
+def test_wrong_loads_are_seen_in_models_with_windows(family, smollm, own_market, tmp_path):
+    """Prefill in pieces, a prompt that leaves its windows behind."""
+    model = make_tiny_model(1, smollm, tmp_path / "tiny", family)
+    options = {"max_num_batched_tokens": 512, "max_num_seqs": 4}
+    with running(model, own_market, **options, worker_extension_cls=WRONG_PAGES):
+        (verdict,) = verdicts(own_market.home)
+        assert "gives other answers" in verdict.reason
+
+
+@pytest.mark.long
+def test_all_ranks_must_agree(tiny, own_market):
+    """Tensor parallel: each rank stores and loads its own share."""
+    tensor = {"tensor_parallel_size": 2, "distributed_executor_backend": "mp"}
+    with running(tiny(1), own_market, **SMALL, **tensor) as llm:
+        (verdict,) = verdicts(own_market.home)
+        assert verdict.passed
+        assert verdict.engine["ranks"] == "2x1"
+        own_market.publish(llm, token_ids=DOCUMENT)
+        assert buy(llm, own_market).market["reused_tokens"] == len(DOCUMENT)

@@ -30,6 +30,7 @@ from vllm.v1.engine import EngineCoreRequest
 from vllm.v1.engine.core import DPEngineCoreProc, EngineCore, EngineCoreProc
 from vllm.version import __version__ as vllm_version
 
+from vllm_kvmarket.connector.cache_groups import GroupKind
 from vllm_kvmarket.connector.probe_requests import ProbeRequest, match_of
 from vllm_kvmarket.connector.weight_changes import half_of
 from vllm_kvmarket.core.document_chunks import DocumentChunks
@@ -52,6 +53,8 @@ ANSWER_TOKENS, QUESTION_TOKENS, BEST = 8, 5, 5
 TOLERANCE = {"float32": 1e-3, "float16": 0.02, "bfloat16": 0.1}
 TIMES_VLLMS_OWN, TIMES_TOLERANCE = 4.0, 5.0
 DEADLINE_S = 120.0
+# Of these a document can be reused to any of its tokens.
+_ENDS_ANYWHERE = (GroupKind.FULL, GroupKind.WINDOW, GroupKind.LOCAL)
 # Folders of engines that were killed meanwhile.
 _LEFT_OVER_S = 3600.0
 
@@ -196,7 +199,9 @@ class SelfTest:
         self._questions = [
             [chooser.randrange(lowest, highest) for _ in range(QUESTION_TOKENS)] for _ in range(2)
         ]
-        namespace = blake3(half.namespaces.base + self._name.encode()).digest()
+        # A namespace's last bytes may say what kind it is.
+        base = half.namespaces.base
+        namespace = blake3(base + self._name.encode()).digest()[:-8] + base[-8:]
         self._document = DocumentChunks.of(namespace, self._tokens, half.engine.facts.chunk_tokens)
         self._deadline_s = time.monotonic() + DEADLINE_S
 
@@ -206,9 +211,9 @@ class SelfTest:
         reach = max(group.reach for group in facts.groups)
         wanted = 2 * reach + min(facts.chunk_tokens, 512) + facts.block_tokens // 2 + 3
         blocks = int(config.cache_config.num_gpu_blocks or 0) // (2 * len(facts.groups))
-        rest = QUESTION_TOKENS + ANSWER_TOKENS + 1
-        room = min(config.model_config.max_model_len, blocks * facts.block_tokens) - rest
-        return max(1, min(wanted, room))
+        room = [each.block_tokens * blocks for each in facts.groups if each.kind in _ENDS_ANYWHERE]
+        most = min([config.model_config.max_model_len, *room])
+        return max(1, min(wanted, most - QUESTION_TOKENS - ANSWER_TOKENS - 1))
 
     def run(self) -> str:
         """Why reuse is not exact here; "" where it is. The paged cache is empty afterwards."""
@@ -240,7 +245,8 @@ class SelfTest:
         match = match_of(self._document)
         reason = self._compare(full, own, self._ask(whole, "whole", match=match), "whole")
         half = len(self._tokens) // 2
-        if reason or half == 0:
+        ends_anywhere = all(each.kind in _ENDS_ANYWHERE for each in self._half.engine.facts.groups)
+        if reason or half == 0 or not ends_anywhere:
             return reason
         part = [*self._tokens[:half], *self._questions[1]]
         full, own = self._ask(part, salt="half"), self._ask(part, salt="half")

@@ -100,4 +100,3 @@ def half_of(core: EngineCore) -> SchedulerHalf | None:
         getattr(scheduler, "connector", None), "scheduler_half", None
     )
     return found
-

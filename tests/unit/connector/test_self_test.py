@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 
 import pytest
 
-from vllm_kvmarket.connector.self_test import Answer
+from tests.support.paged import one_group
+from vllm_kvmarket.connector.request_state import EngineFacts
+from vllm_kvmarket.connector.self_test import Answer, SelfTest
+from vllm_kvmarket.core.document_chunks import DocumentChunks
 
 
 def answer(*steps):
@@ -40,3 +44,62 @@ def test_answers_of_another_length_cannot_be_compared():
     """Rather than that the shorter one agrees with all."""
     with pytest.raises(ValueError, match="shorter"):
         FULL.distance(answer({1: -0.1, 2: -0.3}))
+
+
+class Engine(SelfTest):
+    """A self-test of an engine that answers as it is told, by salt."""
+
+    def __init__(self, answers, reused=100):
+        self._tokens, self._questions = list(range(100)), [[1], [2]]
+        self._document = DocumentChunks.of(bytes(32), self._tokens)
+        facts = EngineFacts("e", (one_group(["a"], 16),), 256, 1)
+        self._half = SimpleNamespace(engine=SimpleNamespace(facts=facts))
+        self._core = SimpleNamespace(
+            vllm_config=SimpleNamespace(model_config=SimpleNamespace(dtype="torch.float32"))
+        )
+        self.asked = []
+        self._answers, self._reused = answers, reused
+
+    def _ask(self, prompt, salt, *, stores=False, match=None):
+        self.asked.append(salt)
+        answer = self._answers[salt].pop(0) if len(self._answers[salt]) > 1 else FULL
+        answer = Answer(answer.tokens, answer.best)
+        most = match.token_count if match else 0
+        reuse = SimpleNamespace(match=match, reused=min(self._reused, most))
+        answer.request = SimpleNamespace(failure="", reuse=reuse)
+        return answer
+
+
+NEAR = answer({1: -0.102, 2: -0.3}, {3: -0.5})
+FAR = answer({1: -0.2, 2: -0.3}, {3: -0.5})
+
+
+def engine_of(whole=FULL, own=FULL, part=FULL, reused=100):
+    """What it answers when it reuses the whole, and with vLLM's own cache."""
+    answers = {"full": [FULL, FULL, own, FULL], "half": [FULL], "stored": [FULL]}
+    answers |= {"whole": [whole, FULL], "part": [part, FULL]}
+    return Engine(answers, reused)
+
+
+def test_an_engine_that_reuses_exactly_is_asked_for_no_more():
+    """Two full prefills, what is stored, and two reuses."""
+    tested = engine_of()
+    assert tested._run() == ""
+    assert tested.asked == ["full", "full", "whole", "half", "part"]
+
+
+@pytest.mark.parametrize(
+    ("engine", "reason"),
+    [
+        (engine_of(whole=FAR, own=FAR), "reused whole gives other answers"),
+        (engine_of(whole=NEAR), "reused whole gives other answers"),
+        (engine_of(whole=NEAR, own=NEAR), ""),
+        (engine_of(part=FAR), "reused to its middle gives other answers"),
+        (engine_of(reused=60), "of a document of 100 tokens, reused whole, only 60 could be"),
+    ],
+)
+def test_reuse_may_differ_as_vllms_own_cache_does_and_within_a_limit(engine, reason):
+    """Sums have another order there too."""
+    found = engine._run()
+    assert reason in found
+    assert bool(found) == bool(reason)

@@ -16,8 +16,13 @@ KEY = bytes(range(32))
 
 
 @pytest.fixture
-def place(tmp_path):
+def path(tmp_path):
     return tmp_path / "market.sqlite"
+
+
+@pytest.fixture
+def place(path):
+    return path
 
 
 def opened(place, key=KEY):
@@ -50,11 +55,11 @@ def test_another_key_opens_nothing(place):
         opened(place, KEY[::-1])
 
 
-def test_the_database_alone_tells_nobody_the_secret(place):
+def test_the_database_alone_tells_nobody_the_secret(path):
     """Neither as it is nor in hexadecimal digits."""
-    with opened(place) as credentials:
+    with opened(path) as credentials:
         secret = credentials._current().secret
-    stored = b"".join(each.read_bytes() for each in place.parent.iterdir())
+    stored = b"".join(each.read_bytes() for each in path.parent.iterdir())
     assert secret.encode() not in stored
     assert bytes.fromhex(secret) not in stored
 

@@ -133,8 +133,8 @@ def _sample(market: Market, document_id: str, limit: int) -> tuple[list[Layer], 
 
 def _layers(market: Market, keys: tuple[bytes, ...]) -> Iterator[Layer]:
     for key in keys:
-        for rank, world_size in market.store.shares(key):
-            with market.store.open_share(key, rank, world_size) as chunk:
+        for share in market.store.files(key):
+            with market.store.open_share(key, *share[:2], layout=share.layout) as chunk:
                 layout = chunk.header.layout
                 for index, described in enumerate(layout.layers):
                     yield Layer(layout.dtype, described.page_bytes, chunk.layer(index))

@@ -74,6 +74,11 @@ def real_kv(model: Path, count: int) -> tuple[list[int], dict[str, list[Pages]]]
     return tokens, found
 
 
+def _shape(page_bytes: int) -> tuple[int, ...]:
+    """A shape that such a page may have, of elements of two bytes."""
+    return 1, BLOCK_TOKENS, page_bytes // BLOCK_TOKENS // 2
+
+
 class PlainCache:
     """As much of a PagedCache on a CPU as Chunks needs, in plain memory; blocks in order."""
 
@@ -85,7 +90,7 @@ class PlainCache:
             dtype=dtype,
             block_tokens=BLOCK_TOKENS,
             layers=tuple(
-                LayerLayout(f"layer.{n}", (pages.shape[1],), pages.shape[1])
+                LayerLayout(f"layer.{n}", _shape(pages.shape[1]), pages.shape[1])
                 for n, pages in enumerate(layers)
             ),
         )

@@ -108,7 +108,7 @@ def test_another_layout_is_fetched_and_a_mismatch(machine: Machine) -> None:
     chunk = sample()
     chunk.put(first)
     with pytest.raises(LayoutMismatchError):
-        second.open(chunk.key, layout_of(tag="02/other"), NAMESPACE)
+        second.open(chunk.key, layout_of(tag="102/test-tokens"), NAMESPACE)
     with second.open_share(chunk.key, 0, 1, NAMESPACE) as opened:
         opened.verify()
 
@@ -473,3 +473,24 @@ def test_a_disk_alone_has_no_old_copies(tmp_path: Path) -> None:
     chunk.put(store)
     store.open(chunk.key, chunk.layout, NAMESPACE, b"unknown1").close()
     assert store.local() is store and store.describe(bytes(32)) is None
+
+
+def test_layouts_that_nobody_converts_do_not_meet_in_the_bucket(machine: Machine) -> None:
+    """Each engine finds the object that it can read, whoever published last."""
+    tags = ("012/test-tokens", "012/cuda-ONE", "012/cuda-OTHER")
+    first, second = machine(), machine()
+    chunks = [
+        dataclasses.replace(sample(layout_of(tag=tag)), pages=sample(seed=seed).pages)
+        for seed, tag in enumerate(tags)
+    ]
+    for chunk in chunks:
+        chunk.put(first)
+    for chunk in chunks:
+        load(chunk, second)
+    key = chunks[0].key
+    assert second.files(key) == objects_of(second).files(key) and len(second.files(key)) == 3
+    second.verify(key)
+    name = chunk_name(key, *second.files(key)[1])
+    corrupt_object(first, name)
+    with pytest.raises(ChunkDamagedError):
+        second.verify(key)

@@ -30,12 +30,16 @@ def open_market(home: Path, **config: Any) -> Market:
 
 
 def store(
-    market: Market, token_ids: list[int], world_size: int = 1, ranks: tuple[int, ...] | None = None
+    market: Market,
+    token_ids: list[int],
+    world_size: int = 1,
+    ranks: tuple[int, ...] | None = None,
+    tag: str = "012/test-tokens",
 ) -> None:
     """Store every chunk of a document, for each rank or some of them; bytes come from the seed."""
     listing = listing_of(token_ids, CHUNK_TOKENS)
     for rank in range(world_size) if ranks is None else ranks:
-        layout = layout_of(rank=rank, world_size=world_size)
+        layout = layout_of(rank=rank, world_size=world_size, tag=tag)
         for number, key in enumerate(listing.chunk_keys):
             part = token_ids[number * CHUNK_TOKENS : (number + 1) * CHUNK_TOKENS]
             rng = np.random.default_rng([number, rank, world_size])

@@ -24,7 +24,7 @@ from vllm_kvmarket.store import ChunkLayout, LayerLayout
 NAMESPACE = bytes(range(32))
 OTHER_NAMESPACE = bytes(32)
 LENGTH = 600
-LAYOUT = ChunkLayout("test", "uint8", 16, (LayerLayout("layer", (64,), 64),))
+LAYOUT = ChunkLayout("012/test-tokens", "uint8", 16, (LayerLayout("layer", (1, 16, 4), 64),))
 
 
 def tokens(count: int, seed: int = 0) -> list[int]:

@@ -42,14 +42,14 @@ def replace_pages(path: Path, key: bytes, layers: Sequence[Sequence[np.ndarray]]
 
 
 def layout_of(page_bytes: int = PADDED, layers: int = 3, **facts: object) -> ChunkLayout:
-    """Make a layout of blocks of 4 tokens with equal layers."""
+    """Make a layout of blocks of 4 tokens with equal layers, which others could convert."""
+    block_tokens = facts.setdefault("block_tokens", 4)
+    shape = (1, block_tokens, page_bytes // block_tokens)
     described = tuple(
-        LayerLayout(name=f"layer.{index}", page_shape=(page_bytes,), page_bytes=page_bytes)
+        LayerLayout(name=f"layer.{index}", page_shape=shape, page_bytes=page_bytes)
         for index in range(layers)
     )
-    return ChunkLayout(
-        **{"tag": "01/test", "dtype": "uint8", "block_tokens": 4, "layers": described, **facts}
-    )
+    return ChunkLayout(**{"tag": "012/test-tokens", "dtype": "uint8", "layers": described, **facts})
 
 
 @dataclasses.dataclass(frozen=True)

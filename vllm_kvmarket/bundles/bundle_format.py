@@ -43,17 +43,18 @@ Natural = Annotated[int, msgspec.Meta(ge=0, le=(1 << 63) - 1)]
 Moment = Annotated[float, msgspec.Meta(ge=0, le=YEAR_9999_S)]
 
 
-class Share(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """One rank's file of a chunk."""
+class Share(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
+    """One rank's file of a chunk; `layout` as in store.chunk_format.Share."""
 
     rank: Natural
     world_size: Annotated[int, msgspec.Meta(ge=1, le=1 << 16)]
     bytes: Annotated[int, msgspec.Meta(gt=0, lt=1 << 50)]
     blake3: Hex
+    layout: Annotated[str, msgspec.Meta(pattern="^([0-9a-f]{16})?$")] = ""
 
 
 class BundledChunk(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """A chunk and its files: for each number of ranks that it was stored by, every rank's."""
+    """A chunk and its files: for each number of ranks and layout, every rank's."""
 
     key: Hex
     shares: Annotated[tuple[Share, ...], msgspec.Meta(min_length=1)]
@@ -90,9 +91,9 @@ class File:
     position: int
 
     @property
-    def place(self) -> tuple[bytes, int, int]:
+    def place(self) -> tuple[bytes, int, int, str]:
         """How the store names it."""
-        return self.key, self.share.rank, self.share.world_size
+        return self.key, self.share.rank, self.share.world_size, self.share.layout
 
     @property
     def name(self) -> str:
@@ -100,9 +101,10 @@ class File:
         return _member_name(*self.place)
 
 
-def _member_name(key: bytes, rank: int, world_size: int) -> str:
+def _member_name(key: bytes, rank: int, world_size: int, layout: str) -> str:
+    form = f".{layout}" if layout else ""
     share = "" if world_size == 1 else f".{rank}of{world_size}"
-    return f"chunks/{key.hex()}{share}.kv"
+    return f"chunks/{key.hex()}{form}{share}.kv"
 
 
 def padded(size: int) -> int:
@@ -300,8 +302,9 @@ def check(manifest: Manifest, name: str, chunk_tokens: int) -> DocumentChunks:
     if document.document_id != manifest.document_id:
         raise BundleError(f"{name}: {manifest.document_id} is not the id of its tokens")
     for chunk in manifest.chunks:
-        shares = [(share.rank, share.world_size) for share in chunk.shares]
-        sizes = {size for _, size in shares}
-        if sum(sizes) != len(shares) or set(shares) != {(r, s) for s in sizes for r in range(s)}:
+        shares = [(share.rank, (share.world_size, share.layout)) for share in chunk.shares]
+        kinds = {kind for _, kind in shares}
+        whole = {(rank, kind) for kind in kinds for rank in range(kind[0])}
+        if len(shares) != len(whole) or set(shares) != whole:
             raise BundleError(f"{name}: chunk {chunk.key} is not there with every rank's file once")
     return document

@@ -54,6 +54,7 @@ from vllm_kvmarket.ledger import ACCOUNT_ID
 from vllm_kvmarket.market import shared_bucket
 from vllm_kvmarket.market.market import Market
 from vllm_kvmarket.store import open_chunk
+from vllm_kvmarket.store.packings import own_share
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -115,16 +116,16 @@ def export(
 
 def _survey(market: Market, key: bytes) -> BundledChunk:
     """Find a chunk's files and their sizes; sets of which a rank is missing are left out."""
-    there = set(market.store.shares(key))
+    there = set(market.store.files(key))
     shares = []
-    for rank, world_size in sorted(there, key=lambda share: (share[1], share[0])):
-        if all((other, world_size) in there for other in range(world_size)):
-            market.store.fetch(key, rank, world_size)
+    for each in sorted(there, key=lambda share: (share[1:], share[0])):
+        if all(each._replace(rank=other) in there for other in range(each.world_size)):
+            market.store.fetch(key, *each)
             try:
-                size = market.store.disk.path(key, rank, world_size).stat().st_size
+                size = market.store.disk.path(key, *each).stat().st_size
             except FileNotFoundError:
                 raise _gone(key.hex()) from None
-            shares.append(Share(rank, world_size, size, NO_DIGEST))
+            shares.append(Share(each.rank, each.world_size, size, NO_DIGEST, each.layout))
     if not shares:
         raise ChunkMissingError(
             f"{key.hex()}: not every rank's file is in the store; publish its document again"
@@ -143,7 +144,8 @@ def _copy_out(market: Market, file: File, descriptor: int) -> str:
     """Copy a chunk's file into the bundle; its digest."""
     digest = blake3()
     position = file.position
-    with market.store.open_share(*file.place) as chunk:
+    key, rank, world_size, layout = file.place
+    with market.store.open_share(key, rank, world_size, layout=layout) as chunk:
         chunk.verify()
     try:
         source = market.store.disk.path(*file.place).open("rb", buffering=0)
@@ -160,7 +162,7 @@ def _copy_out(market: Market, file: File, descriptor: int) -> str:
     return digest.hexdigest()
 
 
-def _with_digests(manifest: Manifest, digests: dict[tuple[bytes, int, int], str]) -> Manifest:
+def _with_digests(manifest: Manifest, digests: dict[tuple[bytes, int, int, str], str]) -> Manifest:
     replace = msgspec.structs.replace
     chunks = tuple(
         replace(
@@ -168,7 +170,7 @@ def _with_digests(manifest: Manifest, digests: dict[tuple[bytes, int, int], str]
             shares=tuple(
                 replace(
                     share,
-                    blake3=digests[bytes.fromhex(chunk.key), share.rank, share.world_size],
+                    blake3=digests[File(bytes.fromhex(chunk.key), share, 0).place],
                 )
                 for share in chunk.shares
             ),
@@ -278,7 +280,9 @@ def _store_files(
             # Noted first: what is interrupted may have been stored already.
             stored[file.key] = stored.get(file.key, 0) + file.share.bytes
             try:
-                with market.store.receive(*file.place, file.share.bytes) as target:
+                key, rank, world_size, layout = file.place
+                size = file.share.bytes
+                with market.store.receive(key, rank, world_size, size, layout) as target:
                     reader.copy(file, target)
             except ChunkDamagedError as error:
                 raise BundleError(
@@ -297,8 +301,7 @@ def _has_whole(market: Market, file: File) -> bool:
         market.store.disk.make_durable(file.key)
     except StoreError:
         return False
-    layout = chunk.header.layout
-    return (layout.rank, layout.world_size) == file.place[1:] and market.store.make_durable(
+    return own_share(chunk.header.layout) == file.place[1:] and market.store.make_durable(
         *file.place
     )
 

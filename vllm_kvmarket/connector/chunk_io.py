@@ -37,7 +37,7 @@ from vllm_kvmarket.store.chunk_format import ChunkLayout
 from vllm_kvmarket.store.chunk_reader import current_guard, guarded
 from vllm_kvmarket.store.conversion import as_floats, canonical
 from vllm_kvmarket.store.host_memory import Filling, HostTier, layers_of
-from vllm_kvmarket.store.packings import clear_slots
+from vllm_kvmarket.store.packings import clear_slots, own_share
 from vllm_kvmarket.store.tiers import KnownShares, OpenChunk, Tiers
 
 # The largest difference that is still close, as a share of the layer's largest computed value:
@@ -225,7 +225,7 @@ class Chunks:
         try:
             stored = store.open(key, self._cache.layout, namespace, known)
         except (LayoutMismatchError, ChunkMissingError):
-            if not store.shares(key):
+            if not store.shares(key) and not store.files(key):
                 raise
             source = _Converted(store, self._cache, namespace, key, known)
             self._tally.count("chunks_converted")
@@ -335,9 +335,8 @@ class Chunks:
     def _quarantine(self, key: bytes, error: ChunkDamagedError) -> None:
         """Set aside whichever of a chunk's files on this machine are damaged; forget its pages."""
         self._host.drop(key)
-        ours = (self._cache.layout.rank, self._cache.layout.world_size)
-        for rank, world_size in {ours, *self._local.shares(key)}:
-            if self._local.quarantine(key, rank, world_size, str(error)):
+        for share in {own_share(self._cache.layout), *self._local.disk.files(key)}:
+            if self._local.quarantine(key, *share[:2], str(error), share.layout):
                 self._tally.count("chunks_quarantined")
 
     # Reading ahead
@@ -355,9 +354,8 @@ class Chunks:
                     return "present"
                 with filling, self._source(self._store, namespace, key) as source:
                     return "no_room" if self._bring(key, source, filling) is None else "done"
-            if not self.has_object_tier or self._store.disk.has(
-                key, self._cache.layout.rank, self._cache.layout.world_size
-            ):
+            own = own_share(self._cache.layout)
+            if not self.has_object_tier or self._store.disk.has(key, *own):
                 return "present"
             with self._source(self._store, namespace, key):
                 return "done"
@@ -389,17 +387,15 @@ class Chunks:
 
     def keep_stored(self, namespace: bytes, key: bytes) -> None:
         """Make sure that a chunk which was loaded is in the store for good. Raises StoreErrors."""
-        layout = self._cache.layout
         if not (
             self._is_stored_otherwise(namespace, key)
-            or self._store.make_durable(key, layout.rank, layout.world_size)
+            or self._store.make_durable(key, *own_share(self._cache.layout))
         ):
             raise ChunkMissingError(f"{key.hex()}: left the store; publish the document again")
 
     def described(self, key: bytes) -> list[StoredShare]:
         """What the catalogue records of this rank's share of a chunk that was just saved."""
-        layout = self._cache.layout
-        share = self._store.describe(key, layout.rank, layout.world_size)
+        share = self._store.describe(key, *own_share(self._cache.layout))
         return [share] if share is not None else []
 
     def _is_stored_otherwise(self, namespace: bytes, key: bytes) -> bool:

@@ -88,6 +88,9 @@ def layout_tag(
     parallel = vllm_config.parallel_config
     if parallel.world_size == 1:
         return tag
+    if parallel.pipeline_parallel_size > 1:
+        # A rank of as many has other layers elsewhere.
+        return f"{tag}/stages-{parallel.pipeline_parallel_size}"
     total = vllm_config.model_config.get_total_num_kv_heads()
     ranks = parallel.tensor_parallel_size
     if any(tensor.shape[1] != max(1, total // ranks) for tensor in tensors):

@@ -255,15 +255,15 @@ class _Mover:
                 self._market.catalogue.report_damage(key, str(error))
                 self.damaged.add(key)
             else:
-                self.present += len(self._objects.shares(key))
+                self.present += len(self._objects.files(key))
             return
-        for share in self._market.store.disk.shares(key):
+        for share in self._market.store.disk.files(key):
             sent = self._both.upload(key, *share)
             self.uploaded += sent > 0
             self.present += not sent
             self.uploaded_bytes += sent
         # The object is what counts, should it differ from the file that was here.
-        stored = [self._both.describe(key, *share) for share in self._both.disk.shares(key)]
+        stored = [self._both.describe(key, *share) for share in self._both.disk.files(key)]
         self._market.catalogue.shares.note([share for share in stored if share is not None])
 
     def withdraw(self) -> None:

@@ -173,8 +173,8 @@ def _settle_chunk(market: Market, key: bytes) -> bool:
     try:
         market.verify(key)
     except (ChunkDamagedError, ChunkMissingError, LayoutMismatchError) as error:
-        for rank, world_size in market.store.disk.shares(key):
-            market.store.disk.quarantine(key, rank, world_size, str(error))
+        for share in market.store.disk.files(key):
+            market.store.disk.quarantine(key, *share[:2], str(error), share.layout)
         market.catalogue.report_damage(key, str(error))
         return False
     market.catalogue.heal(key)

@@ -144,10 +144,10 @@ def bytes_on_disk(market: Market, keys: Iterable[bytes]) -> int:
     """Count the bytes of these chunks' files on this machine's disk, every rank's."""
     disk, total = market.store.disk, 0
     for key in keys:
-        for rank, world_size in disk.shares(key):
+        for share in disk.files(key):
             # Another process may delete it just now.
             with contextlib.suppress(FileNotFoundError):
-                total += disk.path(key, rank, world_size).stat().st_size
+                total += disk.path(key, *share).stat().st_size
     return total
 
 

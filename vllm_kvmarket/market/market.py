@@ -39,6 +39,7 @@ from vllm_kvmarket.market.eviction import make_room
 from vllm_kvmarket.market.publishers import ensure_account, limits_of
 from vllm_kvmarket.market.purchase import Item, Purchase
 from vllm_kvmarket.market.quote import Quote, affordable_part, quote_of, sold_part
+from vllm_kvmarket.store.chunk_format import Share
 from vllm_kvmarket.store.tiers import store_of
 
 DATABASE_FILE = "market.sqlite"
@@ -376,7 +377,14 @@ class Market:
     def verify(self, key: bytes) -> None:
         """Check every byte of every share of a chunk. Raises as Tiers.verify."""
         stored = self.catalogue.shares.of([key])
-        self.store.verify(key, [(share.rank, share.world_size) for share in stored])
+        self.store.verify(
+            key,
+            [
+                Share(each.rank, each.world_size, form)
+                for each in stored
+                for form in ("", each.layout)
+            ],
+        )
 
     def note_use(self, use: Use) -> None:
         """Remember a reuse for the eviction policy; written with others, soon."""

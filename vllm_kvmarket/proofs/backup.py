@@ -265,11 +265,11 @@ def _copy_chunks(market: Market, folder: Path, copier: _Copier) -> list[str]:
     missing = []
     for key in sorted(_needed(folder, market.config.chunk_tokens)):
         try:
-            shares = market.store.shares(key)
+            shares = market.store.files(key)
             if not shares:
                 raise StoreError("has no file")
             for share in shares:
-                with market.store.open_share(key, *share) as chunk:
+                with market.store.open_share(key, *share[:2], layout=share.layout) as chunk:
                     chunk.verify()
                 path = market.store.disk.path(key, *share)
                 copier.add(f"{CHUNKS_FOLDER}/{path.relative_to(market.store.disk.root)}", path)

@@ -17,7 +17,7 @@ from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import accumulate
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 import msgspec
 import numpy as np
@@ -37,7 +37,7 @@ Bytes = codecs.Bytes
 # Buffers are Any below: type checkers know that arrays are buffers only from Python 3.12 on.
 
 SUFFIX = ".kv"
-_NAME = re.compile(r"([0-9a-f]{64})(?:\.(\d+)of(\d+))?" + re.escape(SUFFIX))
+_NAME = re.compile(r"([0-9a-f]{64})(?:\.([0-9a-f]{16}))?(?:\.(\d+)of(\d+))?" + re.escape(SUFFIX))
 MAGIC = b"KVMCHUNK"
 FORMAT_VERSION = 1
 ALIGNMENT = 4096
@@ -369,11 +369,27 @@ def _sizes_are_possible(header: ChunkHeader) -> bool:
     )
 
 
-def chunk_name(key: bytes, rank: int = 0, world_size: int = 1) -> str:
-    """Where a chunk's file is in its store: `ab/abcd....kv`, or a rank's `ab/abcd....1of2.kv`."""
+class Share(NamedTuple):
+    """Whose part of a chunk a file is, and in which layout.
+
+    `layout` is the digest of one that no other engine can convert, empty for all others: the first
+    of these that is stored serves everybody.
+    """
+
+    rank: int = 0
+    world_size: int = 1
+    layout: str = ""
+
+
+def chunk_name(key: bytes, rank: int = 0, world_size: int = 1, layout: str = "") -> str:
+    """Where a chunk's file is in its store: `ab/abcd....kv`, or a rank's `ab/abcd....1of2.kv`.
+
+    With the digest of a `layout` that cannot be converted, `ab/abcd....LAYOUT.1of2.kv`.
+    """
     name = key.hex()
+    form = f".{layout}" if layout else ""
     share = "" if world_size == 1 else f".{rank}of{world_size}"
-    return f"{name[:2]}/{name}{share}{SUFFIX}"
+    return f"{name[:2]}/{name}{form}{share}{SUFFIX}"
 
 
 def is_chunk_file(name: str) -> bool:
@@ -381,35 +397,36 @@ def is_chunk_file(name: str) -> bool:
     return _NAME.fullmatch(name) is not None
 
 
-def share_of(name: str) -> tuple[int, int] | None:
-    """The (rank, world_size) of a file that is called so, without its folder.
+def share_of(name: str) -> Share | None:
+    """The share that is in a file that is called so, without its folder.
 
     None where no share is called so: a rank that cannot be, a name with zeros in front.
     """
     found = _NAME.fullmatch(name)
     if found is None:
         return None
-    rank, world_size = int(found[2] or 0), int(found[3] or 1)
-    canonical = chunk_name(bytes.fromhex(found[1]), rank, world_size)[3:]
-    return (rank, world_size) if rank < world_size and name == canonical else None
+    share = Share(int(found[3] or 0), int(found[4] or 1), found[2] or "")
+    canonical = chunk_name(bytes.fromhex(found[1]), *share)[3:]
+    return share if share.rank < share.world_size and name == canonical else None
 
 
-def check_complete(key: bytes, shares: Collection[tuple[int, int]]) -> None:
-    """Raise ChunkMissingError unless the share of every rank is there, for one world size.
+def check_complete(key: bytes, shares: Collection[Share]) -> None:
+    """Raise ChunkMissingError unless every rank's share is there, of one world size and layout.
 
-    What is left of other world sizes does not count.
+    What is left of others does not count.
     """
-    sizes = {size for _, size in shares} or {1}
+    kinds = {share[1:] for share in shares} or {(1, "")}
     lacking = [
-        [(rank, size) for rank in range(size) if (rank, size) not in shares] for size in sizes
+        [own for rank in range(size) if (own := Share(rank, size, layout)) not in shares]
+        for size, layout in kinds
     ]
     if first := min(lacking, key=len):
         raise missing(key, *first[0])
 
 
-def missing(key: bytes, rank: int = 0, world_size: int = 1) -> ChunkMissingError:
+def missing(key: bytes, rank: int = 0, world_size: int = 1, layout: str = "") -> ChunkMissingError:
     """The error for a share of a chunk that is not there."""
-    name = chunk_name(key, rank, world_size)[3:]
+    name = chunk_name(key, rank, world_size, layout)[3:]
     return ChunkMissingError(f"{name}: no such chunk in the store; publish its document again")
 
 

@@ -21,7 +21,7 @@ from vllm_kvmarket.core.errors import (
     LayoutMismatchError,
     StoreError,
 )
-from vllm_kvmarket.store.chunk_format import ChunkHeader, ChunkLayout, LayerLayout, damaged
+from vllm_kvmarket.store.chunk_format import ChunkHeader, ChunkLayout, LayerLayout, Share, damaged
 from vllm_kvmarket.store.chunk_reader import aligned_empty, zero_unless_late
 from vllm_kvmarket.store.codec import Bytes
 from vllm_kvmarket.store.packings import (
@@ -31,6 +31,7 @@ from vllm_kvmarket.store.packings import (
     Tag,
     as_floats,
     canonical,
+    own_share,
     planes,
     read_tag,
     shape_of,
@@ -62,14 +63,25 @@ class ShareStore(Protocol):
     """The part of a store that conversion uses."""
 
     def shares(self, key: bytes) -> list[tuple[int, int]]:
-        """(rank, world_size) of each file of a chunk that is there."""
+        """(rank, world_size) of each file of a chunk that is there and can be converted."""
+
+    def files(self, key: bytes) -> list[Share]:
+        """What each file of a chunk is."""
 
     def open_share(
-        self, key: bytes, rank: int, world_size: int, namespace: bytes | None = None
+        self,
+        key: bytes,
+        rank: int,
+        world_size: int,
+        namespace: bytes | None = None,
+        *,
+        layout: str = "",
     ) -> OpenShare:
         """Open one rank's share in whatever layout it has; raises as `open` does."""
 
-    def quarantine(self, key: bytes, rank: int, world_size: int, reason: str) -> bool:
+    def quarantine(
+        self, key: bytes, rank: int, world_size: int, reason: str, layout: str = ""
+    ) -> bool:
         """Move a damaged share away."""
 
 
@@ -211,9 +223,9 @@ def _visit(
     """
     missing = _Missing(layout)
     problems: list[StoreError] = []
-    for rank, world_size in _in_order(store, key, layout):
+    for each in _in_order(store, key, layout):
         try:
-            with _open(store, key, rank, world_size, namespace) as share:
+            with _open(store, key, each, namespace) as share:
                 theirs = share.header.layout
                 _check_convertible(theirs, key, layout)
                 if missing.has_use_for(theirs):
@@ -221,11 +233,17 @@ def _visit(
                     missing.fill(theirs)
         except ChunkDamagedError as error:
             problems.append(error)
-            store.quarantine(key, rank, world_size, str(error))
+            store.quarantine(key, each.rank, each.world_size, str(error), each.layout)
         except StoreError as error:
             problems.append(error)
         if not missing:
             return
+    nothing = all(isinstance(problem, ChunkMissingError) for problem in problems)
+    if nothing and not store.shares(key) and store.files(key):
+        raise LayoutMismatchError(
+            f"{key.hex()}: stored in a layout that cannot be converted into this engine's, "
+            f"{layout.tag}; publish the document again with this engine"
+        )
     raise _worst(problems, key)
 
 
@@ -256,26 +274,23 @@ class _Missing:
         return set(_heads_of(share, layer))
 
 
-def _in_order(store: ShareStore, key: bytes, layout: ChunkLayout) -> list[tuple[int, int]]:
+def _in_order(store: ShareStore, key: bytes, layout: ChunkLayout) -> list[Share]:
     """Shares to try: our own first, then those of our world size, then the fewest to read."""
+    own = own_share(layout)
 
-    def cost(share: tuple[int, int]) -> tuple[bool, bool, int, int]:
-        rank, world_size = share
-        return (
-            share != (layout.rank, layout.world_size),
-            world_size != layout.world_size,
-            world_size,
-            rank,
-        )
+    def cost(share: Share) -> tuple[bool, bool, int, int]:
+        others = share.world_size != own.world_size
+        return share[:2] != own[:2], others, share.world_size, share.rank
 
-    return sorted(store.shares(key), key=cost)
+    found = sorted((Share(*share) for share in store.shares(key)), key=cost)
+    return [own, *found] if own.layout else found
 
 
 @contextlib.contextmanager
-def _open(
-    store: ShareStore, key: bytes, rank: int, world_size: int, namespace: bytes
-) -> Iterator[OpenShare]:
-    with contextlib.closing(store.open_share(key, rank, world_size, namespace)) as share:
+def _open(store: ShareStore, key: bytes, share_id: Share, namespace: bytes) -> Iterator[OpenShare]:
+    rank, world_size, form = share_id
+    opened = store.open_share(key, rank, world_size, namespace, layout=form)
+    with contextlib.closing(opened) as share:
         found = share.header.layout
         if (found.rank, found.world_size) != (rank, world_size):
             raise damaged(key.hex(), f"holds the share of rank {found.rank} of {found.world_size}")

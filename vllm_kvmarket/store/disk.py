@@ -27,13 +27,16 @@ from vllm_kvmarket.store import chunk_format
 from vllm_kvmarket.store.chunk_format import (
     Bytes,
     ChunkLayout,
+    Share,
     check_complete,
     chunk_name,
     is_chunk_file,
+    layout_digest,
     share_of,
 )
 from vllm_kvmarket.store.chunk_reader import StoredChunk, open_chunk
 from vllm_kvmarket.store.codec import CODEC_RAW
+from vllm_kvmarket.store.packings import own_share
 from vllm_kvmarket.store.quarantine import Quarantine, Quarantined
 from vllm_kvmarket.store.quota import (
     DEVICE_IS_FULL,
@@ -117,13 +120,13 @@ class DiskStore:
 
         `layers`: for each layer its pages, dense uint8 arrays, one after another. They must not
         change meanwhile, because raw pages are written from where they lie. A damaged file goes
-        into quarantine; a file with another layout is replaced. Any number of writers of one key
-        may run at once.
+        into quarantine. A file with another layout is replaced if it is one that engines convert;
+        others have files of their own. Any number of writers of one key may run at once.
 
         Raises StoreFullError; StoreError; ValueError when the pages do not fit the layout or the
         key. After an error no draft is left, and a whole chunk that was there is still there.
         """
-        path = self.path(key, layout.rank, layout.world_size)
+        path = self.path(key, *own_share(layout))
         if self._has_whole(key, layout, namespace):
             with self._reporting(path):
                 self._sync_names(path.parent)
@@ -145,7 +148,9 @@ class DiskStore:
         return chunk.size
 
     @contextlib.contextmanager
-    def receive(self, key: bytes, rank: int, world_size: int, size: int) -> Iterator[int]:
+    def receive(
+        self, key: bytes, rank: int, world_size: int, size: int, layout: str = ""
+    ) -> Iterator[int]:
         """Take a chunk file from elsewhere: `with store.receive(...) as descriptor:`.
 
         The block fills a file of `size` bytes, with any number of threads, at any positions, but
@@ -156,13 +161,13 @@ class DiskStore:
         Raises ChunkDamagedError, LayoutMismatchError (a format or codec that this kvmarket does not
         know), StoreFullError, StoreError, and what the block raises.
         """
-        path = self.path(key, rank, world_size)
+        path = self.path(key, rank, world_size, layout)
         if size < chunk_format.PREFIX_BYTES:
             raise chunk_format.damaged(path.name, f"{size} bytes are too few for a chunk")
         with self._draft(path, size) as draft:
             yield draft.descriptor
             try:
-                verify_share(draft.path, key, rank, world_size)
+                verify_share(draft.path, key, rank, world_size, layout)
             except ChunkDamagedError as error:
                 # The message must name the chunk, not the draft.
                 what = str(error).replace(draft.path.name, path.name)
@@ -215,18 +220,22 @@ class DiskStore:
 
     # Reading
 
-    def path(self, key: bytes, rank: int = 0, world_size: int = 1) -> Path:
+    def path(self, key: bytes, rank: int = 0, world_size: int = 1, layout: str = "") -> Path:
         """Where a chunk's file is, or would be."""
-        return self.root / chunk_name(key, rank, world_size)
+        return self.root / chunk_name(key, rank, world_size, layout)
 
-    def has(self, key: bytes, rank: int = 0, world_size: int = 1) -> bool:
+    def has(self, key: bytes, rank: int = 0, world_size: int = 1, layout: str = "") -> bool:
         """Whether there is a file for this chunk; it may still be damaged."""
-        return self.path(key, rank, world_size).is_file()
+        return self.path(key, rank, world_size, layout).is_file()
 
-    def shares(self, key: bytes) -> list[tuple[int, int]]:
-        """The (rank, world_size) of each file of a chunk; files may be damaged."""
+    def files(self, key: bytes) -> list[Share]:
+        """What each file of a chunk is; files may be damaged."""
         found = [(share_of(file.name), file) for file in self._files_of(key)]
         return sorted(share for share, file in found if share is not None and file.is_file())
+
+    def shares(self, key: bytes) -> list[tuple[int, int]]:
+        """The (rank, world_size) of each file of a chunk that others can convert."""
+        return [share[:2] for share in self.files(key) if not share.layout]
 
     def keys(self) -> Iterator[bytes]:
         """Every chunk that has a file, whole or damaged, in the order of keys."""
@@ -244,23 +253,28 @@ class DiskStore:
         ChunkDamagedError, LayoutMismatchError, StoreError.
         """
         # A string, because making a Path takes as long as opening the file.
-        path = f"{self.root}/{chunk_name(key, layout.rank, layout.world_size)}"
+        path = f"{self.root}/{chunk_name(key, *own_share(layout))}"
         chunk = open_chunk(path, key, layout, namespace)
         self._touch(path)
         return chunk
 
     def open_share(
-        self, key: bytes, rank: int, world_size: int, namespace: bytes | None = None
+        self,
+        key: bytes,
+        rank: int,
+        world_size: int,
+        namespace: bytes | None = None,
+        layout: str = "",
     ) -> StoredChunk:
         """Open one share of a chunk in whatever layout it is, to convert or to inspect it.
 
         Raises ChunkMissingError, ChunkDamagedError, LayoutMismatchError (a format that this
         kvmarket does not know), StoreError.
         """
-        path = self.path(key, rank, world_size)
+        path = self.path(key, rank, world_size, layout)
         chunk = open_chunk(path, key, None, namespace)
         try:
-            _check_share(chunk, path.name, rank, world_size)
+            _check_share(chunk, path.name, Share(rank, world_size, layout))
         except BaseException:
             chunk.close()
             raise
@@ -274,24 +288,25 @@ class DiskStore:
         kvmarket does not know), StoreError.
         """
         for file in self._files_of(key):
-            rank, world_size = share_of(file.name) or (-1, 0)
-            verify_share(file, key, rank, world_size)
-        check_complete(key, self.shares(key))
+            verify_share(file, key, *(share_of(file.name) or (-1, 0)))
+        check_complete(key, self.files(key))
 
     # The folder
 
-    def quarantine(self, key: bytes, rank: int, world_size: int, reason: str) -> bool:
+    def quarantine(
+        self, key: bytes, rank: int, world_size: int, reason: str, layout: str = ""
+    ) -> bool:
         """Move a damaged file away, so that no reader finds it; returns whether it was moved.
 
         The file is verified again first. It stays when it is whole: it was replaced meanwhile, or
         reading failed only for a moment. It also stays when it cannot be moved. Raises neither
         StoreError nor OSError.
         """
-        path = self.path(key, rank, world_size)
+        path = self.path(key, rank, world_size, layout)
         try:
             with self._quota.locked() as count:
                 try:
-                    verify_share(path, key, rank, world_size)
+                    verify_share(path, key, rank, world_size, layout)
                 except ChunkDamagedError:
                     self._quarantine.add(count, path, reason)
                     return True
@@ -384,12 +399,14 @@ class DiskStore:
 
     def _has_whole(self, key: bytes, layout: ChunkLayout, namespace: bytes) -> bool:
         """Whether exactly this chunk is there; a damaged file goes into quarantine."""
-        path = self.path(key, layout.rank, layout.world_size)
+        rank, world_size, form = own_share(layout)
         try:
-            with open_chunk(path, key, layout, namespace) as chunk:
+            with open_chunk(
+                self.path(key, rank, world_size, form), key, layout, namespace
+            ) as chunk:
                 chunk.verify()
         except ChunkDamagedError as error:
-            self.quarantine(key, layout.rank, layout.world_size, str(error))
+            self.quarantine(key, rank, world_size, str(error), form)
             return False
         except StoreError:
             return False
@@ -580,20 +597,22 @@ def _scan(folder: Path) -> list[os.DirEntry[str]]:
         return []
 
 
-def verify_share(path: Path, key: bytes, rank: int, world_size: int) -> bytes:
+def verify_share(path: Path, key: bytes, rank: int, world_size: int, layout: str = "") -> bytes:
     """Check every byte of a file, and whose share it is; its fingerprint.
 
     Raises what `DiskStore.verify` raises.
     """
     with open_chunk(path, key) as chunk:
         chunk.verify()
-        _check_share(chunk, path.name, rank, world_size)
+        _check_share(chunk, path.name, Share(rank, world_size, layout))
         return chunk.fingerprint
 
 
-def _check_share(chunk: StoredChunk, name: str, rank: int, world_size: int) -> None:
+def _check_share(chunk: StoredChunk, name: str, share: Share) -> None:
     layout = chunk.header.layout
-    if (layout.rank, layout.world_size) != (rank, world_size):
+    if (layout.rank, layout.world_size) != share[:2]:
         raise chunk_format.damaged(
             name, f"holds the share of rank {layout.rank} of {layout.world_size}"
         )
+    if share.layout and share.layout != layout_digest(layout):
+        raise chunk_format.damaged(name, "is in another layout than its name says")

@@ -20,7 +20,7 @@ import obstore.exceptions
 
 from vllm_kvmarket.core.durable_files import sync_path
 from vllm_kvmarket.core.errors import StoreError
-from vllm_kvmarket.store.chunk_format import chunk_name, share_of
+from vllm_kvmarket.store.chunk_format import Share, chunk_name, share_of
 from vllm_kvmarket.store.object_client import Calls, connect, local_root
 
 # Bytes of one request of a download: so many that a round trip does not count.
@@ -164,8 +164,8 @@ class ObjectTier:
         facts = self.facts(name)
         return None if facts is None else facts.size
 
-    def shares(self, key: bytes) -> list[tuple[int, int]]:
-        """(rank, world_size) of each object of a chunk, in order."""
+    def files(self, key: bytes) -> list[Share]:
+        """What each object of a chunk is, in order."""
         folder, _, name = chunk_name(key).partition("/")
         stem = name[: 2 * len(key)]
         found = []
@@ -176,6 +176,10 @@ class ObjectTier:
             elif self._root is None:
                 break
         return sorted(share for share in found if share is not None)
+
+    def shares(self, key: bytes) -> list[tuple[int, int]]:
+        """The (rank, world_size) of each object of a chunk that others can convert."""
+        return [share[:2] for share in self.files(key) if not share.layout]
 
     # Anything
 

@@ -24,7 +24,7 @@ import numpy as np
 import numpy.typing as npt
 
 from vllm_kvmarket.core.errors import LayoutMismatchError
-from vllm_kvmarket.store.chunk_format import ChunkLayout, LayerLayout
+from vllm_kvmarket.store.chunk_format import ChunkLayout, LayerLayout, Share, layout_digest
 
 Elements = npt.NDArray[Any]
 
@@ -113,6 +113,8 @@ TOKENS = "tokens"
 # Heads outside tokens (HND), and tokens outside heads (NHD).
 ORDERS = ("012", "102")
 CPU_PACKINGS = tuple(_CPU_PACKINGS)
+_own: dict[int, tuple[ChunkLayout, Share]] = {}
+_MOST_OWN = 256
 
 
 def _tokens(pages: Elements, shape: Shape, order: str) -> list[Plane]:
@@ -162,6 +164,21 @@ def _shape_of(
         return None
     shape = Shape(heads, tokens, content, item_bytes)
     return shape if _fits(tag, shape) else None
+
+
+def own_share(layout: ChunkLayout) -> Share:
+    """Which of a chunk's files an engine of this layout writes, and reads without converting."""
+    # By identity: each load asks, always for the same layout, and hashing takes in all layers.
+    known = _own.get(id(layout))
+    if known is not None and known[0] is layout:
+        return known[1]
+    is_understood = all(shape_of(layout, layer) is not None for layer in layout.layers)
+    form = "" if is_understood else layout_digest(layout)
+    share = Share(layout.rank, layout.world_size, form)
+    if len(_own) >= _MOST_OWN:
+        _own.clear()
+    _own[id(layout)] = layout, share
+    return share
 
 
 def _fits(tag: Tag, shape: Shape) -> bool:

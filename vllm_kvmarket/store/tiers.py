@@ -31,6 +31,7 @@ from vllm_kvmarket.store.chunk_format import (
     Bytes,
     ChunkHeader,
     ChunkLayout,
+    Share,
     check_complete,
     chunk_name,
     layout_digest,
@@ -39,6 +40,7 @@ from vllm_kvmarket.store.chunk_format import (
 from vllm_kvmarket.store.chunk_reader import StoredChunk, open_chunk
 from vllm_kvmarket.store.disk import CHUNKS_FOLDER, DiskStore, verify_share
 from vllm_kvmarket.store.object_tier import ObjectReplacedError, ObjectTier
+from vllm_kvmarket.store.packings import own_share
 
 # A publisher writes an object again when it is older than this: the bucket's garbage collection
 # deletes old objects that no listing needs, and a young one is safe from it.
@@ -51,16 +53,17 @@ T = TypeVar("T")
 
 
 class ShareId(NamedTuple):
-    """Which chunk, and which rank's share of it."""
+    """Which chunk, and which rank's share of it; `layout` as in chunk_format.Share."""
 
     key: bytes
     rank: int
     world_size: int
+    layout: str = ""
 
     @property
     def name(self) -> str:
         """The name of its object, and of its file below the store's folder."""
-        return chunk_name(self.key, self.rank, self.world_size)
+        return chunk_name(*self)
 
 
 class KnownShares:
@@ -70,13 +73,21 @@ class KnownShares:
         self._store = store
         self._known = known
         self.shares = store.shares
+        self.files = store.files
         self.quarantine = store.quarantine
 
     def open_share(
-        self, key: bytes, rank: int, world_size: int, namespace: bytes | None = None
+        self,
+        key: bytes,
+        rank: int,
+        world_size: int,
+        namespace: bytes | None = None,
+        *,
+        layout: str = "",
     ) -> OpenChunk:
         """See Tiers.open_share."""
-        return self._store.open_share(key, rank, world_size, namespace, self._known)
+        known = self._known
+        return self._store.open_share(key, rank, world_size, namespace, layout=layout, known=known)
 
 
 class MirroredChunk:
@@ -197,25 +208,29 @@ class Tiers:
         )
         if self.objects is None:
             return written
-        share = ShareId(key, layout.rank, layout.world_size)
+        share = ShareId(key, *own_share(layout))
         return max(written, self._upload(self.objects, share, is_new=written > 0))
 
     @contextlib.contextmanager
-    def receive(self, key: bytes, rank: int, world_size: int, size: int) -> Iterator[int]:
+    def receive(
+        self, key: bytes, rank: int, world_size: int, size: int, layout: str = ""
+    ) -> Iterator[int]:
         """Take a chunk file from elsewhere, as DiskStore.receive, then upload it."""
-        with self.disk.receive(key, rank, world_size, size) as descriptor:
+        with self.disk.receive(key, rank, world_size, size, layout) as descriptor:
             yield descriptor
         if self.objects is not None:
-            self._upload(self.objects, ShareId(key, rank, world_size), is_new=True)
+            self._upload(self.objects, ShareId(key, rank, world_size, layout), is_new=True)
 
-    def make_durable(self, key: bytes, rank: int = 0, world_size: int = 1) -> bool:
+    def make_durable(
+        self, key: bytes, rank: int = 0, world_size: int = 1, layout: str = ""
+    ) -> bool:
         """Make sure that a stored share will stay; False when it is not there: `put` it.
 
         A publisher calls this instead of `put` for a share that can be used already: its file may
         not be durable yet, or be on this disk only, or be an old object that no listing needed.
         Raises StoreError.
         """
-        share = ShareId(key, rank, world_size)
+        share = ShareId(key, rank, world_size, layout)
         try:
             if self.objects is None:
                 if not self.disk.has(*share):
@@ -231,13 +246,13 @@ class Tiers:
             return False
         return True
 
-    def upload(self, key: bytes, rank: int = 0, world_size: int = 1) -> int:
+    def upload(self, key: bytes, rank: int = 0, world_size: int = 1, layout: str = "") -> int:
         """Copy a share from the disk into the object store unless it is there; returns the bytes.
 
         Raises StoreError.
         """
         assert self.objects is not None
-        return self._upload(self.objects, ShareId(key, rank, world_size), is_new=False)
+        return self._upload(self.objects, ShareId(key, rank, world_size, layout), is_new=False)
 
     def _upload(self, objects: ObjectTier, share: ShareId, *, is_new: bool) -> int:
         """Upload a whole file, unless it is not new and the object will do; returns the bytes."""
@@ -283,7 +298,7 @@ class Tiers:
         nowhere, ChunkDamagedError when the object is damaged too, LayoutMismatchError, StoreError,
         StoreFullError when the disk has no space for it.
         """
-        share = ShareId(key, layout.rank, layout.world_size)
+        share = ShareId(key, *own_share(layout))
         return self._open(share, partial(self.disk.open, key, layout, namespace), known)
 
     def open_share(
@@ -292,11 +307,14 @@ class Tiers:
         rank: int,
         world_size: int,
         namespace: bytes | None = None,
+        *,
+        layout: str = "",
         known: bytes = b"",
     ) -> OpenChunk:
         """Open one share of a chunk in whatever layout it is; fetches and raises as `open`."""
-        share = ShareId(key, rank, world_size)
-        return self._open(share, partial(self.disk.open_share, *share, namespace), known)
+        share = ShareId(key, rank, world_size, layout)
+        opened = partial(self.disk.open_share, key, rank, world_size, namespace, layout)
+        return self._open(share, opened, known)
 
     def _open(
         self, share: ShareId, open_file: Callable[[], StoredChunk], known: bytes
@@ -344,15 +362,15 @@ class Tiers:
     def _replace(
         self, share: ShareId, open_file: Callable[[], StoredChunk], error: ChunkDamagedError
     ) -> StoredChunk:
-        self.disk.quarantine(*share, str(error))
+        self.disk.quarantine(*share[:3], str(error), share.layout)
         return self._fetch_and_open(share, open_file)
 
-    def fetch(self, key: bytes, rank: int = 0, world_size: int = 1) -> bool:
+    def fetch(self, key: bytes, rank: int = 0, world_size: int = 1, layout: str = "") -> bool:
         """Bring a share onto the disk; returns whether it was downloaded, by any thread.
 
         Several threads that ask for one share download it once. Raises as `open`.
         """
-        share = ShareId(key, rank, world_size)
+        share = ShareId(key, rank, world_size, layout)
         if self.disk.has(*share):
             return False
         self._fetch_once(share)
@@ -388,7 +406,7 @@ class Tiers:
                     "publish its document again"
                 )
             try:
-                with self.disk.receive(*share, facts.size) as descriptor:
+                with self.disk.receive(*share[:3], facts.size, share.layout) as descriptor:
                     objects.download(
                         share.name, descriptor, facts.size, version=facts.version, until_s=until_s
                     )
@@ -404,30 +422,32 @@ class Tiers:
             else:
                 return
 
-    def describe(self, key: bytes, rank: int = 0, world_size: int = 1) -> StoredShare | None:
+    def describe(
+        self, key: bytes, rank: int = 0, world_size: int = 1, layout: str = ""
+    ) -> StoredShare | None:
         """What the catalogue records of a share that is on the disk; None when it is not there."""
-        path = self.disk.path(key, rank, world_size)
+        path = self.disk.path(key, rank, world_size, layout)
         try:
             with open_chunk(path, key) as chunk:
-                layout = layout_digest(chunk.header.layout)
+                digest = layout_digest(chunk.header.layout)
                 size = path.stat().st_size
-                return StoredShare(key, rank, world_size, layout, size, chunk.fingerprint)
+                return StoredShare(key, rank, world_size, digest, size, chunk.fingerprint)
         except (StoreError, FileNotFoundError):
             return None
 
-    def has(self, key: bytes, rank: int = 0, world_size: int = 1) -> bool:
+    def has(self, key: bytes, rank: int = 0, world_size: int = 1, layout: str = "") -> bool:
         """Whether there is a file or an object for this chunk; it may be damaged.
 
         Raises StoreError when the object store has to be asked and does not answer.
         """
-        if self.disk.has(key, rank, world_size):
+        if self.disk.has(key, rank, world_size, layout):
             return True
         if self.objects is None:
             return False
-        return self.objects.head(chunk_name(key, rank, world_size)) is not None
+        return self.objects.head(chunk_name(key, rank, world_size, layout)) is not None
 
     def shares(self, key: bytes) -> list[tuple[int, int]]:
-        """(rank, world_size) of every file and object of a chunk, in order.
+        """(rank, world_size) of every file and object of a chunk that others can convert, in order.
 
         The object store is asked when the disk does not have the shares of all ranks. Raises
         StoreError.
@@ -439,7 +459,7 @@ class Tiers:
             return on_disk
         return sorted({*on_disk, *self.objects.shares(key)})
 
-    def verify(self, key: bytes, expected: Iterable[tuple[int, int]] = ()) -> None:
+    def verify(self, key: bytes, expected: Iterable[Share] = ()) -> None:
         """Check every byte of a chunk, and that each rank has its share; as DiskStore.verify.
 
         With an object store, its objects are read: a share that is on this disk alone is a
@@ -449,19 +469,27 @@ class Tiers:
         if self.objects is None:
             self.disk.verify(key)
             return
-        shares = set(self.objects.shares(key))
-        for share in {(0, 1), *expected, *self.disk.shares(key)} - shares:
+        shares = set(self.objects.files(key))
+        for share in {Share(), *expected, *self.disk.files(key)} - shares:
             if self.objects.head(chunk_name(key, *share)) is not None:
                 shares.add(share)
         for share in sorted(shares):
             _verify_object(self.objects, ShareId(key, *share))
         check_complete(key, shares)
-        for share in self.disk.shares(key):
-            self.disk.quarantine(key, *share, "damaged on the disk, whole in the object store")
+        reason = "damaged on the disk, whole in the object store"
+        for share in self.disk.files(key):
+            self.disk.quarantine(key, *share[:2], reason, share.layout)
 
-    def quarantine(self, key: bytes, rank: int, world_size: int, reason: str) -> bool:
+    def quarantine(
+        self, key: bytes, rank: int, world_size: int, reason: str, layout: str = ""
+    ) -> bool:
         """Move a damaged file on the disk away; see DiskStore.quarantine."""
-        return self.disk.quarantine(key, rank, world_size, reason)
+        return self.disk.quarantine(key, rank, world_size, reason, layout)
+
+    def files(self, key: bytes) -> list[Share]:
+        """What each file and object of a chunk is, in order. Raises StoreError."""
+        on_disk = self.disk.files(key)
+        return sorted({*on_disk, *self.objects.files(key)}) if self.objects else on_disk
 
 
 def _whole_object(objects: ObjectTier, share: ShareId) -> tuple[bytes, float] | None:

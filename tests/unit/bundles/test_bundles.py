@@ -84,6 +84,16 @@ def test_what_arrives_is_what_was_exported(seller, buyer, bundle):
     assert take(buyer, bundle) == listing, "once more changes nothing"
 
 
+def test_a_layout_that_nobody_converts_travels_too(seller, buyer, tmp_path):
+    """Its files say which layout they are in, and arrive beside others."""
+    listing = publish(seller, publisher="acme")
+    store(seller, DOCUMENT, tag="012/cuda-ONE")
+    path = bundles.export(seller, listing.document_id, tmp_path / "two.kvb").path
+    assert take(buyer, path).state == "live"
+    found = files_in(buyer.store.disk.root)
+    assert found == files_in(seller.store.disk.root) and len(found) == 2 * len(listing.chunk_keys)
+
+
 def test_a_bundle_needs_no_kvmarket_to_be_checked(seller, bundle):
     """Any tar program reads it, and the signature is plain Ed25519 over the manifest's bytes."""
     (_, manifest), (_, signature), *_ = members(bundle)

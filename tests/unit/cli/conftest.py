@@ -22,7 +22,7 @@ from vllm_kvmarket.market.purchase import Usage
 from vllm_kvmarket.store import ChunkLayout, LayerLayout
 
 NAMESPACE = bytes(range(32))
-LAYOUT = ChunkLayout("test", "uint8", 16, (LayerLayout("layer", (64,), 64),))
+LAYOUT = ChunkLayout("012/test-tokens", "uint8", 16, (LayerLayout("layer", (1, 16, 4), 64),))
 
 
 def list_document(market, tokens, publisher="publisher", **fields):

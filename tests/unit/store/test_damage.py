@@ -198,7 +198,7 @@ def test_another_ranks_file_renamed_into_place(store: DiskStore) -> None:
 def test_a_file_in_another_layout_is_replaced_by_the_next_put(store: DiskStore) -> None:
     """Whoever publishes with another layout stores the chunk anew for that layout."""
     chunk, path = stored(store)
-    other = sample(layout_of(tag="10/test"))
+    other = sample(layout_of(tag="102/test-tokens"))
     with pytest.raises(LayoutMismatchError):
         other.load(store)
     store.verify(chunk.key)

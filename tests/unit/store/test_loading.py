@@ -38,7 +38,7 @@ def store(tmp_path: Path) -> DiskStore:
     return DiskStore(tmp_path / "chunks")
 
 
-@pytest.mark.parametrize("page_bytes", [PADDED, DENSE, 1])
+@pytest.mark.parametrize("page_bytes", [PADDED, DENSE, 4])
 def test_a_chunk_comes_back_as_it_was_stored(store: DiskStore, page_bytes: int) -> None:
     """Layers with and without padding behind them are loaded bit for bit."""
     chunk = sample(layout_of(page_bytes))
@@ -307,10 +307,10 @@ def test_a_chunk_that_is_not_there(store: DiskStore) -> None:
 @pytest.mark.parametrize(
     "other",
     [
-        layout_of(tag="10/test"),
+        layout_of(tag="102/test-tokens"),
         layout_of(dtype="float16"),
-        layout_of(block_tokens=8),
-        layout_of(page_bytes=PADDED + 1),
+        layout_of(2 * PADDED, block_tokens=8),
+        layout_of(page_bytes=PADDED + 4),
         layout_of(layers=2),
     ],
 )
@@ -318,7 +318,7 @@ def test_another_layout_is_a_mismatch(store: DiskStore, other: ChunkLayout) -> N
     """A whole chunk in another layout is no damage: the error says which layouts differ."""
     chunk = sample()
     chunk.put(store)
-    with pytest.raises(LayoutMismatchError, match=r"stored as 01/test in blocks of 4"):
+    with pytest.raises(LayoutMismatchError, match=r"stored as 012/test-tokens in blocks of 4"):
         store.open(chunk.key, other, NAMESPACE)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import os
 import resource
@@ -115,7 +116,7 @@ def test_pages_that_do_not_fit_are_refused(store: DiskStore) -> None:
     whole = [[layer] for layer in chunk.pages]
     strided = [[np.zeros((2, 200), np.uint8)[:, ::2]] for _ in chunk.pages]
     for layers in (whole[:2], [[layer[:1]] for layer in chunk.pages], [], strided):
-        with pytest.raises(ValueError, match="do not fit the layout 01/test"):
+        with pytest.raises(ValueError, match="do not fit the layout 012/test-tokens"):
             store.put(**facts, layers=layers)
     with pytest.raises(ValueError, match="is not the key of these tokens"):
         store.put(**{**facts, "parent": b"p" * 32}, layers=whole)
@@ -319,3 +320,40 @@ def test_the_sweep_spares_drafts_in_the_making(store: DiskStore) -> None:
     assert store.sweep_temporary(50) == 1
     assert files_in(store) == sorted([".draft-new", store.path(chunk.key).name])
     chunk.load(store)
+
+
+def test_layouts_that_nobody_converts_have_files_of_their_own(store: DiskStore) -> None:
+    """Neither takes the other's place, nor that of a chunk that others convert."""
+    tags = ("012/test-tokens", "012/cuda-ONE", "012/cuda-OTHER")
+    chunks = [
+        dataclasses.replace(sample(layout_of(tag=tag)), pages=sample(seed=seed).pages)
+        for seed, tag in enumerate(tags)
+    ]
+    for chunk in chunks:
+        assert chunk.put(store) > 0
+    for chunk in chunks:
+        chunk.load(store)
+        assert chunk.put(store) == 0
+    key = chunks[0].key
+    store.verify(key)
+    first, *others = store.files(key)
+    assert (store.shares(key), first, len({share.layout for share in others})) == (
+        [(0, 1)],
+        (0, 1, ""),
+        2,
+    )
+    assert list(store.keys()) == [key]
+    other = store.files(key)[1]
+    content = bytearray(store.path(key, *other).read_bytes())
+    content[-1] ^= 1
+    store.path(key, *other).write_bytes(content)
+    with pytest.raises(ChunkDamagedError):
+        store.verify(key)
+    assert not store.quarantine(key, 0, 1, "damaged")
+    assert store.quarantine(key, 0, 1, "damaged", other.layout)
+    store.verify(key)
+    store.path(key, *store.files(key)[1]).rename(store.path(key, 0, 1, "0123456789abcdef"))
+    with pytest.raises(ChunkDamagedError, match="another layout than its name says"):
+        store.verify(key)
+    store.delete(key)
+    assert files_in(store) == [f"{entry.path.name}" for entry in store.quarantined()]

@@ -62,7 +62,7 @@ class PublishRequest:
         )
         new_tokens = document.token_count - self.reuse.limit
         if engine.facts.is_plain:
-            # Nobody else has these hashes before the document is on offer. Then its buyers do.
+            # Its buyers find what it computes. Nobody else has these hashes before it is on offer.
             engine.hashes.share(request, namespace, document.keys, document.token_count)
         else:
             # Of what it found in the cache not all pages would be there.
@@ -114,6 +114,15 @@ class PublishRequest:
             self._declined = self._problem()
         return Lookup.PENDING if self._declined is None else self.reuse.lookup()
 
+    def repairs(self, local: int) -> bool:
+        """Whether vLLM found tokens in its cache that are not on offer; it forgets them then.
+
+        They are left from an earlier offer, and what is wrong with them would be stored again.
+        Mutates vLLM's cache.
+        """
+        limit = self.reuse.limit
+        return local > limit and self._engine.hashes.forget(self._request, limit)
+
     def _problem(self) -> str | None:
         """Why the document cannot be listed, empty when it can; None: not known yet."""
         state = self.charge.state() if self.charge else None
@@ -143,6 +152,8 @@ class PublishRequest:
             self._end(self._declined or "the publishing request was aborted")
             return Ended(answer)
         document = self._document
+        # An older reader of the document may have left some of it there meanwhile.
+        self._engine.hashes.forget(self._request, self.reuse.limit, but=block_ids[0])
         chunks = chunk_pages(document, block_ids, self._engine.facts.groups)
         return Ended(answer, saves=SavePlan(self._request.request_id, document.namespace, chunks))
 

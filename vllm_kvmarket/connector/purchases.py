@@ -77,15 +77,33 @@ class Charge:
 
 
 @dataclass(slots=True)
+class Countable:
+    """How many tokens of a match the samples of one request may pay for.
+
+    What they find in the paged cache behind `end` is their own work: one of them was admitted with
+    no more, or computed what it could not load. None before the first is admitted.
+    """
+
+    end: int | None = None
+
+    def lower(self, end: int) -> None:
+        """One of the samples computes what lies behind `end`; mutates."""
+        self.end = end if self.end is None else min(self.end, end)
+
+
+@dataclass(slots=True)
 class _Group:
     """The samples of one request, which share a purchase."""
 
+    # Of the first one's arrival: vLLM changes that of a session whose input goes on.
+    samples: tuple[str, float]
     purchase: Purchase
     item: ReuseItem
     prompt: list[int]
     # A client may repeat a purchase with a key: if it leaves before an answer, the hold stays for
     # the repetition until it expires, which another request under way may be using.
     may_be_repeated: bool
+    countable: Countable = field(default_factory=Countable)
     members: set[str] = field(default_factory=set)
     # Of all answers the one that reused most, with the output of all.
     usage: Usage | None = None
@@ -95,7 +113,7 @@ class _Group:
         if self.usage is None:
             self.usage = usage
             return
-        most = max(self.usage, usage, key=lambda each: each.reused)
+        most = max(self.usage, usage, key=lambda each: (each.reused, each.failed))
         self.usage = replace(most, output=self.usage.output + usage.output)
 
     def charge(self) -> Charge | None:
@@ -134,9 +152,10 @@ class Purchases:
         purchase_key: str | None = None,
         *,
         may_go_ahead: bool = False,
-    ) -> tuple[Purchase, Match]:
-        """The purchase that this request's reuse of `match` is part of, and the match that the
-        request may reuse: the catalogue may have changed between two samples.
+    ) -> tuple[Purchase, Match, Countable]:
+        """The purchase that this request's reuse of `match` is part of, the match that the request
+        may reuse, as the catalogue may have changed between two samples, and what all samples of
+        the request may pay for.
 
         Starts to reserve a new purchase. Every join is followed by a leave. Mutates.
         """
@@ -156,11 +175,11 @@ class Purchases:
             purchase = self._market.reserve(
                 item, key=key, account=account, shared=repeated, may_go_ahead=may_go_ahead
             )
-            group = _Group(purchase, item, prompt, repeated)
+            group = _Group(samples, purchase, item, prompt, repeated)
             self._by_samples[samples] = group
         group.members.add(request.request_id)
         self._by_request[request.request_id] = group
-        return group.purchase, group.item.match
+        return group.purchase, group.item.match, group.countable
 
     def leave(self, request: Request, usage: Usage | None) -> Charge | None:
         """Note that a request has ended, with what its answer used, or None where no answer came;
@@ -171,9 +190,8 @@ class Purchases:
         if usage is not None:
             group.count(usage)
         if not group.members:
-            samples = (purchase_group(request.request_id), request.arrival_time)
-            if self._by_samples.get(samples) is group:
-                del self._by_samples[samples]
+            if self._by_samples.get(group.samples) is group:
+                del self._by_samples[group.samples]
             self._close(group)
         return group.charge()
 

@@ -18,8 +18,8 @@ FIELD = "kvmarket"
 
 
 AccountId = Annotated[str, msgspec.Meta(pattern=f"^{ACCOUNT_PATTERN}$")]
-# Why the sender of a request does not want reuse.
-Reason = Literal["never", "max_price"]
+# Why a request does not buy: its sender wants it so, or the gate could not know its retries.
+Reason = Literal["never", "max_price", "ledger_unavailable"]
 PurchaseKey = Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9._:-]{1,128}$")]
 Token = Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{0,64}$")]
 
@@ -63,7 +63,7 @@ class RequestParams(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     max_price_nano: Annotated[int, msgspec.Meta(ge=0)] | None = None
     # The dearest listing that the account has agreed to buy from.
     max_cache_read_nano_per_mtok: Annotated[int, msgspec.Meta(ge=0)] | None = None
-    # Why the sender wants no reuse.
+    # Why the request does not buy.
     declined: Reason | None = None
     # The operator's work.
     publish: PublishParams | None = None
@@ -103,9 +103,10 @@ class Declined(msgspec.Struct, frozen=True):
 
 
 NO_PARAMS = RequestParams()
-DECLINED_BY_CALLER: dict[Reason, str] = {
+WHY_DECLINED: dict[Reason, str] = {
     "never": "the request wants no reuse",
     "max_price": "reuse costs more than the request's max_price_nano",
+    "ledger_unavailable": "the ledger, which knows a request's retries, is away",
 }
 
 
@@ -129,7 +130,7 @@ def read_params(
         message = f"kv_transfer_params.{FIELD} is malformed: {error}"
         return Declined(message, "malformed", must_reserve)
     if params.declined is not None:
-        return Declined(DECLINED_BY_CALLER[params.declined], params.declined, must_reserve)
+        return Declined(WHY_DECLINED[params.declined], params.declined, must_reserve)
     if trusted or (params.account is None and not params.is_operators):
         return params
     if not credentials.allows_params(raw):

@@ -15,7 +15,7 @@ from vllm_kvmarket.connector.cache_groups import CacheGroup, is_plain
 from vllm_kvmarket.connector.idle_time import IdleTime
 from vllm_kvmarket.connector.messages import ChunkLoad, LoadPlan, LoadReport, SavePlan
 from vllm_kvmarket.connector.pins import PinnedBlocks
-from vllm_kvmarket.connector.purchases import Charge, Purchases
+from vllm_kvmarket.connector.purchases import Charge, Countable, Purchases
 from vllm_kvmarket.connector.request_params import Refusal
 from vllm_kvmarket.connector.scheduler_metrics import SchedulerMetrics
 from vllm_kvmarket.connector.shared_hashes import SharedHashes
@@ -104,6 +104,8 @@ class Reuse:
 
     request: Request
     match: Match | None
+    # Shared by the samples of one request.
+    countable: Countable = field(default_factory=Countable)
     # The most tokens of the match that can still be had; shrinks when a chunk fails to load.
     limit: int = field(init=False)
     # vLLM's prefix-cache hit as of the last time the scheduler asked, in whole blocks.
@@ -115,10 +117,8 @@ class Reuse:
     reused: int = 0
     loaded: int = 0
     cached: int = 0
-    # What a preempted request finds behind its first admission's plan, or behind a failed load, was
-    # computed for the same buyer, by itself or by another sample.
-    countable: int | None = None
-    # vLLM's own count of what it need not compute, until it has reported it in the answer's usage.
+    # vLLM's count of the first admission, which the answer's usage says. A preempted request is
+    # charged for no more than that.
     prefill: PrefillStats | None = None
 
     def __post_init__(self) -> None:
@@ -148,14 +148,13 @@ class Reuse:
 
     def allocated(self, external: int) -> bool:
         """Note what the scheduler decided; whether there is anything to load. Mutates."""
+        if self.request.num_preemptions == 0:
+            self.prefill = self.request.prefill_stats or self.prefill
         if not self.asked:
             return False
         self.asked = False
         self.external = external
-        if self.countable is None:
-            self.countable = self.local + external
-        # A preempted request has reported its count already.
-        self.prefill = self.request.prefill_stats if self.request.num_preemptions == 0 else None
+        self.countable.lower(self.local + external)
         if external == 0:
             self._count()
         return external > 0
@@ -197,37 +196,30 @@ class Reuse:
             first = min(keys.index(key) for key in report.failures if key in keys)
             end = self.local + self.external
             self.limit = min(self.limit, first * facts.chunk_tokens)
+            good = max(self.local, min(end, first * facts.chunk_tokens))
+            self.countable.lower(max(self.reused, good))
             if not facts.is_plain:
                 self.failed = max(self.failed, end - self.limit)
                 return
-            good = max(self.local, min(end, first * facts.chunk_tokens))
             self.failed += end - good
             self.external = good - self.local
-            if self.prefill is not None:
+            if self.prefill is not None and self.request.num_preemptions == 0:
                 # vLLM counted when the load was planned.
                 self.prefill.set(self.request.num_prompt_tokens, self.local, self.external)
         self._count()
-        if report.failures:
-            self.countable = self.reused
-
-    def others_compute_behind(self, end: int) -> None:
-        """Count nothing behind `end` tokens from now on: another sample computes it. Mutates."""
-        end = max(self.reused, end)
-        self.countable = end if self.countable is None else min(self.countable, end)
 
     def _count(self) -> None:
-        assert self.match is not None
-        cached = min(self.local, self._most())
-        total = cached + self.external
-        if self.countable is not None and total > self.countable:
-            total = self.countable
-            cached = min(cached, total)
+        assert self.countable.end is not None
+        cached = min(self.local, self._most(), self.countable.end)
+        total = min(cached + self.external, self.countable.end)
         if total > self.reused:
             self.reused, self.loaded, self.cached = total, total - cached, cached
 
     def usage(self) -> Usage:
         """The request in tokens, as of now."""
         matched = self.match.token_count if self.match else 0
+        # More than was reused where the account's own earlier prompt goes on behind the document.
+        found = max(self.reused, self.prefill.num_cached_tokens if self.prefill else 0)
         return Usage(
             matched=matched,
             reused=self.reused,
@@ -235,7 +227,7 @@ class Reuse:
             from_paged_cache=self.cached,
             # A preempted request may fail to load more than once; what it reused did not fail.
             failed=min(self.failed, matched - self.reused),
-            computed=self.request.num_prompt_tokens - self.reused,
+            computed=self.request.num_prompt_tokens - found,
             output=self.request.num_output_tokens,
         )
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 from vllm_kvmarket.catalogue import Match
 from vllm_kvmarket.connector.request_params import (
-    DECLINED_BY_CALLER,
+    WHY_DECLINED,
     Declined,
     Refusal,
     RequestParams,
@@ -88,18 +88,16 @@ class ReuseRequest:
             else:
                 share(self._engine, self.reuse)
         elif (wanted := self._affordable(params, match)) is None:
-            self.decline(DECLINED_BY_CALLER["max_price"], "max_price")
+            self.decline(WHY_DECLINED["max_price"], "max_price")
         else:
-            # Samples of one request share a purchase, and so its match: the catalogue may have
-            # changed between them.
-            self.purchase, shared = self._engine.purchases.join(
+            self.purchase, shared, countable = self._engine.purchases.join(
                 self._request,
                 params.account,
                 wanted,
                 params.purchase_key,
                 may_go_ahead=not self._must_reserve,
             )
-            self.reuse = Reuse(self._request, shared)
+            self.reuse = Reuse(self._request, shared, countable)
             share(self._engine, self.reuse)
 
     def _affordable(self, params: RequestParams, match: Match) -> Match | None:

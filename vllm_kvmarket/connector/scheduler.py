@@ -309,6 +309,8 @@ class SchedulerHalf:
         found = made.ready()
         if found is Lookup.PENDING:
             return None, False
+        if isinstance(made, PublishRequest) and made.repairs(local):
+            return None, False
         if found is Lookup.MISS:
             return 0, False
         external = made.reuse.external_tokens(local)
@@ -482,10 +484,6 @@ class SchedulerHalf:
         made = self._requests.get(request_id)
         if made is not None and not isinstance(made, DatabaseLookup):
             made.reuse.load_ended(load, self._engine.facts)
-        if load.failures and isinstance(made, ReuseRequest) and made.purchase is not None:
-            for other in self._requests.values():
-                if isinstance(other, ReuseRequest) and other.purchase is made.purchase:
-                    other.reuse.others_compute_behind(made.reuse.limit)
 
 
 def _log_lost_holds(renewed: Future[list[Result]]) -> None:

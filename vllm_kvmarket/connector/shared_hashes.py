@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import secrets
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -49,12 +49,14 @@ class SharedHashes:
         self._secrets: dict[bytes, str] = {}
         # Part of each secret; changes when blocks that were hashed before must not be found.
         self._epoch = ""
+        self._pool: BlockPool | None = None
         # Tokens a hash; 0 while vLLM caches nothing.
         self._size = 0
         self._known: OrderedDict[bytes, tuple[BlockHash, ...]] = OrderedDict()
 
     def bind(self, pool: BlockPool) -> None:
         """Take the engine's block pool, which knows how much one hash covers."""
+        self._pool = pool
         self._size = pool.hash_block_size if pool.enable_caching else 0
 
     def share(
@@ -93,6 +95,19 @@ class SharedHashes:
             request.cache_salt = secrets.token_hex(16)
             request.block_hashes = []
             request.update_block_hashes()
+
+    def forget(self, request: Request, token_count: int, but: Collection[int] = ()) -> bool:
+        """Let nobody find what the cache has of a request's shared blocks behind so many tokens,
+        or not before its own blocks, which are `but`; whether there was anything. Mutates the cache
+        of a model with one group.
+        """
+        pool, any_found = self._pool, False
+        for each in self.of(request)[self.count(token_count) :]:
+            assert pool is not None
+            while (found := pool.get_cached_block(each, [0])) and found[0].block_id not in but:
+                pool.evict_blocks({found[0].block_id})
+                any_found = True
+        return any_found
 
     def of(self, request: Request) -> Sequence[BlockHash]:
         """The hashes at the beginning of a request that it shares with others."""

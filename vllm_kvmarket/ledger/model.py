@@ -147,8 +147,10 @@ class Receipt(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """What one request reused, at which prices, and the transfers that paid for it.
 
     `tokens_reused` = `tokens_loaded` (from the store) + `tokens_from_paged_cache` is charged;
-    `tokens_failed` could not be loaded and are among `tokens_computed`. `recompute_nano` is the
-    price of prefilling the reused tokens. Prices are nano-units per million tokens.
+    `tokens_failed` could not be loaded and were computed. `tokens_computed` of the prompt are all
+    but the `cached_tokens` of the answer's usage, which are the reused ones and what vLLM found of
+    the account's own earlier work. `recompute_nano` is the price of prefilling the reused tokens.
+    Prices are nano-units per million tokens.
     `transfer_ids` begins with the charge; the royalties follow, in the order of their lines.
     Document, title, publisher and prices are those of the last line. `created_at_s` is the time of
     booking. A receipt without `lines` has one line, which its other fields describe.

@@ -61,8 +61,8 @@ class Usage:
     """The tokens that a request really used.
 
     `reused` of the match's `matched` tokens were not computed: `loaded` came from the store and
-    `from_paged_cache` lay in vLLM's paged cache. `failed` ones could not be loaded and were
-    computed, and so are in `computed`.
+    `from_paged_cache` lay in vLLM's paged cache. `failed` ones could not be loaded. `computed` are
+    all of the prompt but what vLLM found or loaded, which may be more than was reused.
     """
 
     matched: int

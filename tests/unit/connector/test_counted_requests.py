@@ -94,6 +94,7 @@ def test_a_bought_request_is_counted_and_its_money_when_it_is_booked(half, marke
         (lambda _: wish(nonsense=1), "malformed"),
         (lambda _: wish(declined="never"), "never"),
         (lambda _: wish(declined="max_price"), "max_price"),
+        (lambda _: wish(declined="ledger_unavailable"), "ledger_unavailable"),
     ],
 )
 def test_declined_reuse_is_counted_once_by_its_reason(half, market, params, reason):

@@ -15,6 +15,8 @@ from tests.support.scheduler_half import (
     BLOCK_TOKENS,
     CACHED,
     DOCUMENT,
+    cache_blocks,
+    cache_document,
     half_of,
     local_tokens,
     opened_market,
@@ -45,14 +47,25 @@ def half(market, monkeypatch):
 
 def begun(half, publisher="pat", **more):
     """A publishing request that may be computed, or was declined."""
+    request = arrived(half, publisher, **more)
+    assert found(half, request) == (0, 0)
+    return request
+
+
+def arrived(half, publisher="pat", prompt=NEW, **more):
     wish = {"publish": {"terms": {"title": "new", "publisher": publisher}}}
-    request = request_of(NEW, {"kv_transfer_params": {"kvmarket": wish}}, output=1, **more)
+    request = request_of(prompt, {"kv_transfer_params": {"kvmarket": wish}}, output=1, **more)
     half.arrived(request)
+    return request
+
+
+def found(half, request):
+    """What vLLM finds in its cache in the end, and what it is to load behind that."""
     deadline = time.monotonic() + 10
-    while half.ready(request, 0)[0] is None:
+    while (external := half.ready(request, local := local_tokens(half, request))[0]) is None:
         assert time.monotonic() < deadline
         time.sleep(0.001)
-    return request
+    return local, external
 
 
 def stored(half, request, **report):
@@ -123,6 +136,33 @@ def test_a_publisher_without_funds_is_declined(market, half):
     answer = stored(half, begun(half, publisher="alex"))
     assert "cannot pay" in answer["declined"]
     assert market.catalogue.get(answer["document_id"]).state != "live"
+
+
+def test_nothing_is_taken_from_the_cache_that_is_not_on_offer(half):
+    """It is left from an earlier offer, and may be what has to be repaired."""
+    cache_document(half, NEW)
+    request = arrived(half)
+    assert local_tokens(half, request) == 512
+    assert found(half, request) == (0, 0)
+
+
+def test_what_is_on_offer_is_taken_from_the_cache_and_the_rest_computed(half):
+    """The document becomes longer. Its readers have left all of it in the cache."""
+    longer = DOCUMENT + NEW
+    cache_document(half, longer)
+    request = arrived(half, prompt=longer)
+    assert local_tokens(half, request) == 1152
+    assert found(half, request) == (512, 600 - 512)
+
+
+def test_buyers_find_what_was_just_published_and_not_what_lay_there(half):
+    """An older reader has left its blocks while the document was computed."""
+    request = begun(half)
+    older, own = cache_document(half, NEW), cache_blocks(half, request)
+    pool = half._engine.pins._pool
+    assert [pool.get_cached_block(each, [0])[0].block_id for each in request.block_hashes] == older
+    half.finished(request, [[*own, 0]])
+    assert [pool.get_cached_block(each, [0])[0].block_id for each in request.block_hashes] == own
 
 
 def test_a_prompt_of_embeddings_is_neither_published_nor_matched(market, half):

@@ -69,7 +69,7 @@ def used(reused=600, output=5):
 
 def reserved(joined):
     """Wait for the ledger's answer."""
-    purchase, _ = joined
+    purchase, *_ = joined
     while purchase.state() is PurchaseState.RESERVING:
         pass
     return purchase
@@ -287,6 +287,17 @@ def test_nothing_is_remembered_of_requests_that_ended(market, purchases):
     for number in range(30):
         bought(purchases, request(f"{number}", prompt=[number] * 64), used(1), match=matching(64))
     assert purchases._by_samples == purchases._by_request == {}
+
+
+def test_a_session_whose_input_goes_on_is_forgotten_too(market, purchases):
+    """vLLM gives it another time of arrival, and its prompt grows."""
+    session = request("x-0123abcd")
+    reserved(purchases.join(session, "alice", matching()))
+    session.arrival_time = 2.0
+    session.prompt_token_ids.append(1)
+    assert purchases.leave(session, used())
+    assert purchases._by_samples == purchases._by_request == {}
+    assert spent(market) == 600 * 500
 
 
 def test_what_is_under_way_is_held_once_and_nothing_else(purchases):

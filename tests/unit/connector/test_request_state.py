@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -11,6 +12,7 @@ from vllm.v1.metrics.stats import PrefillStats
 
 from tests.support.paged import one_group
 from vllm_kvmarket.catalogue import Listing, Match, MatchedChunk, Segment
+from vllm_kvmarket.connector.cache_groups import GroupKind
 from vllm_kvmarket.connector.messages import LoadReport
 from vllm_kvmarket.connector.purchases import client_request_id, ledger_key, purchase_group
 from vllm_kvmarket.connector.request_state import EngineFacts, Reuse
@@ -233,10 +235,17 @@ def test_what_a_request_computed_after_a_failure_is_not_sold_to_it():
 
 
 @pytest.mark.parametrize("local", [32, 64, 320])
-def test_what_another_sample_computed_after_a_failure_is_not_sold(local):
-    """It finds the tokens in the paged cache, where one of its own buyer's samples put them."""
-    state = asking(240)
-    state.others_compute_behind(64)
+@pytest.mark.parametrize("is_late", [True, False])
+def test_what_another_sample_computed_after_a_failure_is_not_sold(local, is_late):
+    """It finds the tokens in the paged cache, where one of its own buyer's samples put them; also
+    one that was made or admitted before.
+    """
+    other = asking(240)
+    state = Reuse(request_of(400), matching(240), other.countable)
+    if not is_late:
+        assert admit(state, 0)
+    admit(other, 0)
+    other.load_ended(LoadReport(failures={KEYS[1]: "bad"}), FACTS)
     assert admit(state, local) == (local < 240)
     state.load_ended(LoadReport(), FACTS) if local < 240 else None
     usage = usage_of(state, 0)
@@ -247,8 +256,25 @@ def test_what_another_sample_computed_after_a_failure_is_not_sold(local):
 def test_another_samples_failure_raises_no_bound():
     """Its own load failed earlier: what lies between the two was computed too."""
     state = asking(240)
-    state.others_compute_behind(64)
-    state.others_compute_behind(128)
+    admit(state, 0)
+    state.load_ended(LoadReport(failures={KEYS[1]: "bad"}), FACTS)
+    other = Reuse(request_of(400), matching(240), state.countable)
+    admit(other, 0)
+    other.load_ended(LoadReport(failures={KEYS[2]: "bad"}), FACTS)
+    admit(state, 240)
+    assert usage_of(state, 0).reused == usage_of(other, 0).reused == 64
+
+
+def test_what_a_model_with_several_groups_computed_after_a_failure_is_not_sold_to_it():
+    """vLLM keeps nothing of its first load, and asks again; then it is preempted."""
+    window = replace(FACTS.groups[0], kind=GroupKind.WINDOW, reach=32)
+    state, facts = asking(240), replace(FACTS, groups=(*FACTS.groups, window))
+    assert not facts.is_plain
+    admit(state, 0)
+    state.load_ended(LoadReport(failures={KEYS[1]: "bad"}), facts)
+    admit(state, 0)
+    state.load_ended(LoadReport(), facts)
+    assert usage_of(state, 0).reused == 64
     admit(state, 240)
     assert usage_of(state, 0).reused == 64
 
@@ -276,6 +302,33 @@ def test_a_preempted_request_pays_nothing_for_what_it_computed_itself():
     assert 0 < before < 240
     admit(state, 240)
     assert usage_of(state, 1).reused == before
+
+
+ADMISSIONS = st.lists(
+    st.tuples(st.integers(0, 24), st.none() | st.integers(0, 3)), min_size=1, max_size=4
+)
+
+
+@given(admissions=ADMISSIONS)
+def test_the_answers_usage_covers_what_is_charged_whatever_comes_later(admissions):
+    """What vLLM says in the usage is of the first admission, and so is the charge. It admits a
+    request again when it was preempted, or when nothing of its load could be kept.
+    """
+    state = asking(240)
+    stats = state.request.prefill_stats = PrefillStats()
+    for blocks_found, failed in admissions:
+        external = external_tokens(state, local := blocks_found * BLOCK, 399)
+        if state.request.num_preemptions == 0:
+            stats.set(400, local, external)
+        if state.allocated(external):
+            failures = {} if failed is None else {KEYS[failed]: "bad"}
+            state.load_ended(LoadReport(failures=failures), FACTS)
+        state.request.num_preemptions += state.local + state.external > 0
+        if state.request.num_preemptions:
+            state.request.prefill_stats = None  # the answer's first token has taken it
+    usage = usage_of(state, 1)
+    assert usage.reused <= stats.num_cached_tokens
+    assert usage.computed == 400 - stats.num_cached_tokens
 
 
 def test_a_request_without_a_match_computes_all():

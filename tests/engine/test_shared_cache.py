@@ -12,10 +12,8 @@ from vllm.sampling_params import RequestOutputKind
 from tests.support.asking import Bill, Requests, sold, wait_until
 from tests.support.engines import NANO, SMALL, metric, running, words
 from tests.support.serving import MODEL
-from tests.support.store_chunks import falsify
 from vllm_kvmarket import Market
 from vllm_kvmarket.auth.api_keys import Keys
-from vllm_kvmarket.market.garbage_collection import collect_garbage
 from vllm_kvmarket.market.market import DATABASE_FILE
 from vllm_kvmarket.market.timed_requests import ask, empty_prefix_cache
 
@@ -150,29 +148,6 @@ def test_a_document_that_was_just_published_is_in_the_cache_for_its_buyers(llm, 
     assert (sold(answer)["reused_tokens"], sold(answer)["loaded_tokens"]) == (LENGTH, 0)
 
 
-def test_a_republication_is_computed_and_its_buyers_find_that(llm, market):
-    """Wrong pages, which verify, were loaded into the cache before the document left the market:
-    neither the store nor the next buyers get them.
-    """
-    document, listing = published(llm, market, 9130)
-    prompt = document + QUESTION
-    full = ask(llm, prompt, market.params("dave"), max_tokens=8, rest_s=0)
-    empty_prefix_cache(llm)
-    for key in listing.chunk_keys:
-        falsify(market.store.disk, key)
-    (wrong,) = crowd(llm, market, prompt, ["buyer9"])
-    assert said(wrong) != list(full.token_ids)
-    assert market.catalogue.evict(listing.document_id, "to be repaired")
-    collect_garbage(market)
-    market.republish(llm, listing.document_id)
-    for account, loaded in (("buyer10", 0), ("buyer11", LENGTH)):
-        (answer,) = crowd(llm, market, prompt, [account])
-        assert said(answer) == list(full.token_ids)
-        assert (sold(answer)["reused_tokens"], sold(answer)["loaded_tokens"]) == (LENGTH, loaded)
-        empty_prefix_cache(llm)
-    assert market.audit(llm, listing.document_id, chunks=5).result in ("exact", "close")
-
-
 def test_requests_that_share_are_preempted_and_come_back(llm, market, bills):
     """Eight at once, each with a long question of its own: what is shared stays, all pay once."""
     document, _ = published(llm, market, 9050)
@@ -229,24 +204,6 @@ def test_damage_that_a_crowd_meets_is_computed_and_not_charged(llm, market, bill
         assert bills[name].tokens() == sold(answer)["reused_tokens"]
     wait_until(lambda: market.catalogue.get(listing.document_id).state == "damaged")
     assert len([key for key in listing.chunk_keys if not market.store.has(key)]) == 1
-    market.republish(llm, listing.document_id)
-
-
-def test_samples_and_another_buyer_never_find_blocks_whose_load_failed(llm, market, bills):
-    """vLLM hashes them when they have been computed. All wait for one load, which fails."""
-    document, listing = published(llm, market, 9140)
-    prompt = document + QUESTION
-    sampling = {"n": 3, "temperature": 1.0, "seed": 7}
-    (full,) = crowd(llm, market, prompt, [None], **sampling)
-    path = market.store.disk.path(listing.chunk_keys[1])
-    path.write_bytes(path.read_bytes()[:-100] + bytes(100))
-    accounts = ["buyer12", "buyer13"]
-    for answer in crowd(llm, market, prompt, accounts, **sampling):
-        assert [each.token_ids for each in answer.outputs] == [
-            each.token_ids for each in full.outputs
-        ]
-    paid = sorted(bills[name].tokens() for name in accounts)
-    assert paid[0] == 256 <= paid[1] <= LENGTH, "who computes it does not pay for it"
     market.republish(llm, listing.document_id)
 
 

@@ -572,7 +572,23 @@ def test_nothing_goes_ahead_while_the_ledger_is_away(place, held_up):
         assert _buying(ledger, "m", 0).state() is not PurchaseState.RESERVED
 
 
-def _buying(ledger, key, amount_nano):
+def test_nothing_goes_ahead_in_another_currency(place):
+    """The provider could not be paid: such an account gets nothing, however much it has."""
+    with funded_ledger(place) as ledger:
+        ledger.create_account("monde", "world", may_go_negative=True, currency="EUR")
+        ledger.create_account("erik", "buyer", currency="EUR")
+        ledger.transact(
+            plain(id="d2", debit="monde", credit="erik", amount_nano=NANO, code="deposit")
+        )
+        for number in range(3):
+            purchase = _buying(ledger, f"k{number}", 1000, "erik")
+            assert purchase.state() is not PurchaseState.RESERVED
+            purchase.wait(30)
+            assert purchase.state() is PurchaseState.REFUSED
+        assert ledger.check_integrity() == []
+
+
+def _buying(ledger, key, amount_nano, account="alice"):
     """The purchase of 100 tokens of a document of the provider's own."""
     listing = Listing(
         document_id="kvd_x",
@@ -583,4 +599,4 @@ def _buying(ledger, key, amount_nano):
     )
     tariff = Tariff(input_nano_per_mtok=10**15, cache_read_nano_per_mtok=amount_nano * 10_000)
     item = ReuseItem(Match((Segment(listing, 0, 100),), 100, ()), tariff, "m", "r")
-    return Purchase(ledger, item, key=key, account="alice", timeout_s=60, may_go_ahead=True)
+    return Purchase(ledger, item, key=key, account=account, timeout_s=60, may_go_ahead=True)

@@ -12,9 +12,11 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterable
+from concurrent.futures import Future
 
-from vllm_kvmarket.ledger.model import Account
+from vllm_kvmarket.ledger.model import Account, Outcome, Result
 
+ABOUT_FUNDS = (Outcome.OK, Outcome.EXISTS, Outcome.EXCEEDS_CREDITS)
 PART = 10
 MOST_AGE_S = 60.0
 MOST_ACCOUNTS = 50_000
@@ -25,7 +27,7 @@ class KnownFunds:
 
     def __init__(self, monotonic: Callable[[], float] = time.monotonic) -> None:
         self._monotonic = monotonic
-        self._known: dict[str, tuple[int, float]] = {}
+        self._known: dict[str, tuple[Account, float]] = {}
         self._waiting_nano: dict[str, int] = {}
         self._lock = threading.Lock()
 
@@ -37,26 +39,32 @@ class KnownFunds:
                 self._known.clear()
             for account in accounts:
                 if account.kind == "buyer":
-                    self._known[account.id] = account.available_nano, now_s
+                    self._known[account.id] = account, now_s
 
-    def take(self, account_id: str, amount_nano: int) -> bool:
-        """Whether an amount is amply covered; if so, it waits until `end`. Mutates."""
+    def take(self, account_id: str, amount_nano: int, currency: str) -> bool:
+        """Whether an amount is amply covered, in this currency; if so, it waits until `end`.
+        Mutates.
+        """
         with self._lock:
-            available_nano, at_s = self._known.get(account_id, (0, 0.0))
+            account, at_s = self._known.get(account_id, (None, 0.0))
+            if account is None or account.currency != currency:
+                return False
             waiting_nano = self._waiting_nano.get(account_id, 0) + amount_nano
-            if waiting_nano * PART > available_nano or self._monotonic() - at_s > MOST_AGE_S:
+            is_old = self._monotonic() - at_s > MOST_AGE_S
+            if waiting_nano * PART > account.available_nano or is_old:
                 return False
             self._waiting_nano[account_id] = waiting_nano
             return True
 
-    def end(self, account_id: str, amount_nano: int, *, answered: bool) -> None:
+    def end(self, account_id: str, amount_nano: int, answer: Future[list[Result]]) -> None:
         """The ledger answered for an amount that was taken, or it did not; mutates.
 
-        Without an answer nothing is known any more: the next purchases wait.
+        If the answer is not about funds, nothing is known any more: the next purchases wait.
         """
+        is_known = answer.exception() is None and answer.result()[0].outcome in ABOUT_FUNDS
         with self._lock:
             left_nano = self._waiting_nano.pop(account_id) - amount_nano
             if left_nano:
                 self._waiting_nano[account_id] = left_nano
-            if not answered:
+            if not is_known:
                 self._known.pop(account_id, None)

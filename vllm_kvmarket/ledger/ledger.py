@@ -8,6 +8,7 @@ import secrets
 import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
+from functools import partial
 from pathlib import Path
 from typing import Self, cast, get_args
 
@@ -194,12 +195,10 @@ class Ledger:
         hold.
         """
         funds, amount_nano = self._storage.funds, hold.amount_nano
-        if amount_nano <= 0 or not funds.take(hold.debit, amount_nano):
+        if amount_nano <= 0 or not funds.take(hold.debit, amount_nano, self._currency):
             return None
         answer = self.submit([hold])
-        answer.add_done_callback(
-            lambda done: funds.end(hold.debit, amount_nano, answered=done.exception() is None)
-        )
+        answer.add_done_callback(partial(funds.end, hold.debit, amount_nano))
         return answer
 
     @property

@@ -9,6 +9,7 @@ import os
 import random
 import shutil
 from concurrent.futures import Future
+from functools import partial
 
 import pytest
 
@@ -184,15 +185,12 @@ class Simulation:
         if request.state == "new":
             names = {"debit": "alice", "credit": "provider", "code": "reuse"}
             held = pending(id=request.held, amount_nano=request.most, timeout_s=TIMEOUT_S, **names)
-            ahead = engine.funds.take("alice", request.most)
+            ahead = engine.funds.take("alice", request.most, "USD")
             request.future = engine.submit([held], undo=True)
             request.state = "serving" if ahead else "reserving"
             if ahead:
                 self.ahead += 1
-                most = request.most
-                request.future.add_done_callback(
-                    lambda done: engine.funds.end("alice", most, answered=not done.exception())
-                )
+                request.future.add_done_callback(partial(engine.funds.end, "alice", request.most))
         elif request.state == "reserving" and request.future.done():
             good = not request.future.exception() and request.future.result()[0].outcome.good
             request.state = "serving" if good else "over"

@@ -180,10 +180,12 @@ class Gate:
             await self._documents_of(service, request.app).place(request, field.document)
         if request.idempotency_key and caller.account is not None:
             request.purchase_key = await _purchase_key(service, request, caller.account)
+            if request.purchase_key is None and kind is not Kind.SALTED:
+                request.declined = "ledger_unavailable"
         elif samples > 1:
             # vLLM may compute each on another engine; the key makes them one purchase.
             request.purchase_key = secrets.token_hex(16)
-        if kind is not Kind.SALTED and caller.operation is None:
+        if kind is not Kind.SALTED and caller.operation is None and request.declined is None:
             if not field.wants_reuse(caller.limits):
                 request.declined = "never"
             elif caller.account is not None and not await _is_affordable(
@@ -222,8 +224,9 @@ async def _checked(scope: Scope, caller: Caller, body: dict[str, Any], size: int
 async def _purchase_key(service: Service, request: GatedRequest, account: str) -> str | None:
     """One key for a request and its retries, which are recognised by the Idempotency-Key.
 
-    None while the ledger is away, unless the request must reuse. Raises ApiError for a malformed
-    key, KeyConflictError if it came with another body, KeyUsedUpError after too many answers.
+    None while the ledger is away, unless the request must reuse: then nothing is sold, or a retry
+    would be a second purchase. Raises ApiError for a malformed key, KeyConflictError if it came
+    with another body, KeyUsedUpError after too many answers.
     """
     key = request.idempotency_key
     if not _IDEMPOTENCY_KEY.fullmatch(key):

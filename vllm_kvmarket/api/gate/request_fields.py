@@ -113,7 +113,7 @@ class GatedRequest:
     field: MarketField = NO_FIELD
     # The length of the document in front of each prompt.
     document_tokens: int | None = None
-    # Why nothing is reused, if the sender wants it so.
+    # Why nothing is bought, where the gate knows that already.
     declined: Reason | None = None
     max_price_nano: int | None = None
     # Charged to the key's budget for this request, before the engine's answer.

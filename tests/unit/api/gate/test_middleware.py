@@ -490,6 +490,26 @@ def test_a_keys_budget_is_charged_with_what_was_sold(app, client, keys, market):
     assert left() == 10
 
 
+def test_a_keyed_request_buys_nothing_while_its_key_cannot_be_kept(
+    client, alice, market, monkeypatch
+):
+    """Its retry would be charged again; it is computed, or refused where it must reuse."""
+    prompt = [*tokens(300), 1]
+    store_and_list(market, prompt[:-1])
+    keyed = alice | {"idempotency-key": "k"}
+
+    def away(*_):
+        raise LedgerUnavailableError("no database")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(market.ledger, "use_key", away)
+        got = reached(ask(client, keyed, prompt))
+        assert got["kv_transfer_params"] == {"kvmarket": {"declined": "ledger_unavailable"}}
+        assert ask(client, keyed, prompt, reuse="require").status_code == 503
+        assert "account" in signed(market, reached(ask(client, alice, prompt)))
+    assert signed(market, reached(ask(client, keyed, prompt)))["purchase_key"]
+
+
 def test_retries_are_one_purchase(client, alice, keys, market):
     """By the header, account and body; four answers at most, and no other body."""
     market.create_account("bob")

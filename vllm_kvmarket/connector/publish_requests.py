@@ -121,7 +121,7 @@ class PublishRequest:
         Mutates vLLM's cache.
         """
         limit = self.reuse.limit
-        return local > limit and self._engine.hashes.forget(self._request, limit)
+        return local > limit and self._engine.hashes.forget_behind(self._request, limit)
 
     def _problem(self) -> str | None:
         """Why the document cannot be listed, empty when it can; None: not known yet."""
@@ -153,7 +153,7 @@ class PublishRequest:
             return Ended(answer)
         document = self._document
         # An older reader of the document may have left some of it there meanwhile.
-        self._engine.hashes.forget(self._request, self.reuse.limit, but=block_ids[0])
+        self._engine.hashes.forget_behind(self._request, self.reuse.limit, but=block_ids[0])
         chunks = chunk_pages(document, block_ids, self._engine.facts.groups)
         return Ended(answer, saves=SavePlan(self._request.request_id, document.namespace, chunks))
 

@@ -96,7 +96,7 @@ class SharedHashes:
             request.block_hashes = []
             request.update_block_hashes()
 
-    def forget(self, request: Request, token_count: int, but: Collection[int] = ()) -> bool:
+    def forget_behind(self, request: Request, token_count: int, but: Collection[int] = ()) -> bool:
         """Let nobody find what the cache has of a request's shared blocks behind so many tokens,
         or not before its own blocks, which are `but`; whether there was anything. Mutates the cache
         of a model with one group.

@@ -39,7 +39,7 @@ from vllm_kvmarket.core.errors import (
 )
 from vllm_kvmarket.core.model_identity import chunk_key
 from vllm_kvmarket.store import chunk_format, codec
-from vllm_kvmarket.store.chunk_format import ChunkHeader, ChunkLayout
+from vllm_kvmarket.store.chunk_format import ChunkHeader, ChunkLayout, Share, layout_digest
 from vllm_kvmarket.store.codec import CODEC_RAW, Bytes
 
 # Most headers fit, so that one call reads them.
@@ -433,3 +433,25 @@ def _failure(name: str, error: OSError) -> StoreError:
         f"{name}: cannot be read ({error.strerror}); check the device and the file's permissions, "
         "or publish the document again"
     )
+
+
+def verify_share(path: Path, key: bytes, rank: int, world_size: int, layout: str = "") -> bytes:
+    """Check every byte of a file, and whose share it is; its fingerprint.
+
+    Raises what `DiskStore.verify` raises.
+    """
+    with open_chunk(path, key) as chunk:
+        chunk.verify()
+        check_share(chunk, path.name, Share(rank, world_size, layout))
+        return chunk.fingerprint
+
+
+def check_share(chunk: StoredChunk, name: str, share: Share) -> None:
+    """Whether a file holds what its name says; raises ChunkDamagedError where it does not."""
+    layout = chunk.header.layout
+    if (layout.rank, layout.world_size) != share[:2]:
+        raise chunk_format.damaged(
+            name, f"holds the share of rank {layout.rank} of {layout.world_size}"
+        )
+    if share.layout and share.layout != layout_digest(layout):
+        raise chunk_format.damaged(name, "is in another layout than its name says")

@@ -18,11 +18,7 @@ from vllm_kvmarket.core.durable_files import (
     draft_path,
     is_being_written,
 )
-from vllm_kvmarket.core.errors import (
-    ChunkDamagedError,
-    StoreError,
-    StoreFullError,
-)
+from vllm_kvmarket.core.errors import ChunkDamagedError, StoreError, StoreFullError
 from vllm_kvmarket.store import chunk_format
 from vllm_kvmarket.store.chunk_format import (
     Bytes,
@@ -31,10 +27,14 @@ from vllm_kvmarket.store.chunk_format import (
     check_complete,
     chunk_name,
     is_chunk_file,
-    layout_digest,
     share_of,
 )
-from vllm_kvmarket.store.chunk_reader import StoredChunk, open_chunk
+from vllm_kvmarket.store.chunk_reader import (
+    StoredChunk,
+    check_share,
+    open_chunk,
+    verify_share,
+)
 from vllm_kvmarket.store.codec import CODEC_RAW
 from vllm_kvmarket.store.packings import own_share
 from vllm_kvmarket.store.quarantine import Quarantine, Quarantined
@@ -274,7 +274,7 @@ class DiskStore:
         path = self.path(key, rank, world_size, layout)
         chunk = open_chunk(path, key, None, namespace)
         try:
-            _check_share(chunk, path.name, Share(rank, world_size, layout))
+            check_share(chunk, path.name, Share(rank, world_size, layout))
         except BaseException:
             chunk.close()
             raise
@@ -595,24 +595,3 @@ def _scan(folder: Path) -> list[os.DirEntry[str]]:
             return list(entries)
     except (FileNotFoundError, NotADirectoryError):
         return []
-
-
-def verify_share(path: Path, key: bytes, rank: int, world_size: int, layout: str = "") -> bytes:
-    """Check every byte of a file, and whose share it is; its fingerprint.
-
-    Raises what `DiskStore.verify` raises.
-    """
-    with open_chunk(path, key) as chunk:
-        chunk.verify()
-        _check_share(chunk, path.name, Share(rank, world_size, layout))
-        return chunk.fingerprint
-
-
-def _check_share(chunk: StoredChunk, name: str, share: Share) -> None:
-    layout = chunk.header.layout
-    if (layout.rank, layout.world_size) != share[:2]:
-        raise chunk_format.damaged(
-            name, f"holds the share of rank {layout.rank} of {layout.world_size}"
-        )
-    if share.layout and share.layout != layout_digest(layout):
-        raise chunk_format.damaged(name, "is in another layout than its name says")

@@ -37,8 +37,8 @@ from vllm_kvmarket.store.chunk_format import (
     layout_digest,
     missing,
 )
-from vllm_kvmarket.store.chunk_reader import StoredChunk, open_chunk
-from vllm_kvmarket.store.disk import CHUNKS_FOLDER, DiskStore, verify_share
+from vllm_kvmarket.store.chunk_reader import StoredChunk, open_chunk, verify_share
+from vllm_kvmarket.store.disk import CHUNKS_FOLDER, DiskStore
 from vllm_kvmarket.store.object_tier import ObjectReplacedError, ObjectTier
 from vllm_kvmarket.store.packings import own_share
 

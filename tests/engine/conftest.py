@@ -11,6 +11,7 @@ import pytest
 
 from tests.support.asking import Bill, Requests
 from tests.support.engines import NANO, SMALL, SMOLLM, running
+from tests.support.forked import VERDICTS
 from tests.support.serving import serving
 from tools.make_tiny_model import make_tiny_model
 from vllm_kvmarket import Market
@@ -24,6 +25,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if "tests/engine" in str(item.path):
             item.add_marker(pytest.mark.engine)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def shared_verdicts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Engines that tests start take the self-tests of those before them."""
+    os.environ[VERDICTS] = str(tmp_path_factory.mktemp("verdicts"))
+    yield
+    del os.environ[VERDICTS]
 
 
 @pytest.fixture(scope="session")

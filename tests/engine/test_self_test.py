@@ -8,6 +8,7 @@ import pytest
 
 from tests.support.broken_loads import WRONG_PAGES
 from tests.support.engines import NANO, SMALL, running, words
+from tests.support.forked import VERDICTS
 from tools.make_tiny_model import make_tiny_model
 from vllm_kvmarket import Market, NotPublishableError
 from vllm_kvmarket.cli import main
@@ -15,6 +16,12 @@ from vllm_kvmarket.core.verdicts import VERDICTS_FOLDER, verdicts
 from vllm_kvmarket.market.timed_requests import ask, empty_prefix_cache
 
 DOCUMENT, QUESTION = words(70, 600), words(71, 10)
+
+
+@pytest.fixture(autouse=True)
+def own_verdicts(shared_verdicts, monkeypatch):
+    """Each home keeps its own, as it does for users."""
+    monkeypatch.delenv(VERDICTS)
 
 
 @pytest.fixture

@@ -21,6 +21,8 @@ from typing import Any
 from tests.support import ROOT
 
 IMPORTS = "tests.support.forked_imports"
+# Names the folder where forked engines keep the verdicts of their self-tests, whatever their home.
+VERDICTS = "KVMARKET_TESTS_VERDICTS"
 
 
 def forks() -> bool:

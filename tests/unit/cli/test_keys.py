@@ -102,7 +102,7 @@ def test_every_command_that_writes_is_recorded():
         *("receipt verify", "log checkpoint", "log prove", "log consistency", "log verify"),
         *("log admin", "key show", "trust list", "store check"),
         # They need no market, or make their own.
-        *("env", "demo", "backup restore"),
+        *("env", "demo", "backup restore", "database init"),
         # It asks a server, which records it.
         "document preload",
     }

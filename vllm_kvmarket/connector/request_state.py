@@ -111,6 +111,8 @@ class Reuse:
     # vLLM's prefix-cache hit as of the last time the scheduler asked, in whole blocks.
     local: int = 0
     asked: bool = False
+    # Whether the request has had blocks, and so KV of its match or of its own.
+    has_begun: bool = False
     external: int = 0
     failed: int = 0
     # The best that any admission of this request got: a preempted request loads again, pays once.
@@ -130,11 +132,6 @@ class Reuse:
         """
         return min(self.match.token_count, self.request.num_prompt_tokens - 1) if self.match else 0
 
-    @property
-    def has_begun(self) -> bool:
-        """Whether the request has had blocks, and so KV of its match or of its own."""
-        return self.countable is not None
-
     def lookup(self) -> Lookup:
         """Whether there is something to reuse, where nothing else speaks against it."""
         return Lookup.MISS if self.match is None else Lookup.HIT
@@ -152,7 +149,7 @@ class Reuse:
             self.prefill = self.request.prefill_stats or self.prefill
         if not self.asked:
             return False
-        self.asked = False
+        self.asked, self.has_begun = False, True
         self.external = external
         self.countable.lower(self.local + external)
         if external == 0:

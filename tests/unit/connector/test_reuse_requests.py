@@ -93,6 +93,17 @@ def test_a_sample_that_was_admitted_before_anothers_failure_pays_for_no_more(mar
     assert receipt_of(half, market, second, first).tokens_reused == CHUNK
 
 
+def test_a_sample_that_waits_is_computed_when_weights_change(half, sample):
+    """Also where another sample of its request has begun."""
+    half.namespaces.weights_changed = lambda **_: None
+    first, second = sample(0), sample(1)
+    admitted(half, first, 0)
+    half.weights_changed("update_weights")
+    assert admitted(half, second, 0) == 0
+    answer = half.finished(second, [[1, 2, 3, 4, 5]])[1]["kvmarket"]
+    assert "weights were changed" in answer["declined"]
+
+
 def test_the_accounts_own_prompt_behind_the_document_is_not_computed_either(market, half):
     """vLLM's usage, the answer and the receipt agree; what lies behind the document is free."""
     request = request_of([*PROMPT, *range(300)], market.params("alice"))

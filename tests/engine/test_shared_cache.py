@@ -12,8 +12,10 @@ from vllm.sampling_params import RequestOutputKind
 from tests.support.asking import Bill, Requests, sold, wait_until
 from tests.support.engines import NANO, SMALL, metric, running, words
 from tests.support.serving import MODEL
+from tests.support.store_chunks import falsify
 from vllm_kvmarket import Market
 from vllm_kvmarket.auth.api_keys import Keys
+from vllm_kvmarket.market.garbage_collection import collect_garbage
 from vllm_kvmarket.market.market import DATABASE_FILE
 from vllm_kvmarket.market.timed_requests import ask, empty_prefix_cache
 
@@ -146,6 +148,30 @@ def test_a_document_that_was_just_published_is_in_the_cache_for_its_buyers(llm, 
     market.publish(llm, token_ids=document)
     (answer,) = crowd(llm, market, document + QUESTION, ["buyer3"])
     assert (sold(answer)["reused_tokens"], sold(answer)["loaded_tokens"]) == (LENGTH, 0)
+
+
+def test_a_republication_is_computed_and_its_buyers_find_that(llm, market):
+    """Wrong pages, which verify, were loaded into the cache before the document left the market:
+    neither the store nor the next buyers get them.
+    """
+    document, listing = published(llm, market, 9130)
+    prompt = document + QUESTION
+    full = ask(llm, prompt, market.params("dave"), max_tokens=8, rest_s=0)
+    empty_prefix_cache(llm)
+    for key in listing.chunk_keys:
+        falsify(market.store.disk, key)
+    (wrong,) = crowd(llm, market, prompt, ["buyer9"])
+    assert said(wrong) != list(full.token_ids)
+    assert market.catalogue.evict(listing.document_id, "to be repaired")
+    wait_until(lambda: not sold(crowd(llm, market, prompt, ["buyer9"])[0])["matched_tokens"])
+    collect_garbage(market)
+    market.republish(llm, listing.document_id)
+    for account, loaded in (("buyer10", 0), ("buyer11", LENGTH)):
+        (answer,) = crowd(llm, market, prompt, [account])
+        assert said(answer) == list(full.token_ids)
+        assert (sold(answer)["reused_tokens"], sold(answer)["loaded_tokens"]) == (LENGTH, loaded)
+        empty_prefix_cache(llm)
+    assert market.audit(llm, listing.document_id, chunks=5).result in ("exact", "close")
 
 
 def test_requests_that_share_are_preempted_and_come_back(llm, market, bills):

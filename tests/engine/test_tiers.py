@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import pytest
 
 from tests.support.engines import NANO, SMALL, running, words
-from tests.support.store_chunks import replace_pages
+from tests.support.store_chunks import falsify
 from vllm_kvmarket import Market
 from vllm_kvmarket.catalogue.store_record import RecordedStore
 from vllm_kvmarket.connector.metrics import PREFIX
@@ -153,19 +153,12 @@ def test_a_document_is_fetched_from_the_object_store(tiny, tmp_path):
         listing = market.publish(llm, token_ids=document)
         full = computed(llm, market, document + QUESTION)
         for key in listing.chunk_keys:
-            falsify(market, key)
+            falsify(market.store.disk, key)
         fetched = counted(llm, "chunks_loaded", tier="objects")
         answer = reuse(llm, market, document + QUESTION)
         assert answer.market["reused_tokens"] == LENGTH
         assert answer.token_ids == full.token_ids
         assert counted(llm, "chunks_loaded", tier="objects") - fetched == CHUNKS
-
-
-def falsify(market: Market, key: bytes) -> None:
-    """Put a valid file with other pages in place of a chunk's copy on the disk."""
-    with market.store.open_share(key, 0, 1) as chunk:
-        layers = [[chunk.layer(index) ^ 1] for index in range(len(chunk.header.layout.layers))]
-    replace_pages(market.store.disk.path(key), key, layers)
 
 
 @pytest.fixture

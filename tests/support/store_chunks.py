@@ -41,6 +41,13 @@ def replace_pages(path: Path, key: bytes, layers: Sequence[Sequence[np.ndarray]]
     draft.replace(path)
 
 
+def falsify(disk: DiskStore, key: bytes) -> None:
+    """Put a file with other pages, which verifies, in place of a chunk of an engine of one rank."""
+    with open_chunk(disk.path(key), key) as chunk:
+        layers = [[chunk.layer(index) ^ 1] for index in range(len(chunk.header.layout.layers))]
+    replace_pages(disk.path(key), key, layers)
+
+
 def layout_of(page_bytes: int = PADDED, layers: int = 3, **facts: object) -> ChunkLayout:
     """Make a layout of blocks of 4 tokens with equal layers, which others could convert."""
     block_tokens = facts.setdefault("block_tokens", 4)

@@ -65,6 +65,7 @@ def test_a_request_that_must_be_reserved_is_ended_if_it_cannot_be(llm, market, d
 )
 def test_who_cannot_pay_gets_the_answer_but_no_reuse(llm, market, document, account, reason):
     """Not from the store and not from vLLM's own prefix cache, which holds the document now."""
+    empty_prefix_cache(llm)  # also of what another who could not pay has computed
     ask(llm, document + QUESTION, market.params("alice"), max_tokens=1, rest_s=0)
     spent(market)
     before = balances(market)

@@ -196,7 +196,7 @@ def test_curl_streams_sends_big_bodies_and_shows_refusals(shop, ann, tokens_on_o
 
     reply = curl(json.dumps(body))
     assert reply.endswith("200") and "data: [DONE]" in reply and "event: kvmarket" in reply
-    assert curl(json.dumps(body | {"prompt": "a" * (2 << 20)})).endswith("413")
+    assert curl(json.dumps(body | {"prompt": "a" * (5 << 20)})).endswith("413")
     assert curl("not json").endswith("400")
 
 

@@ -121,7 +121,7 @@ def test_a_stream_is_not_held_back(server, alice):
         (b"[" * 100_000, {}, 400),
         (b"{}", {"content-type": "text/plain"}, 415),
         (b"{}", {"content-encoding": "gzip"}, 415),
-        (b'{"prompt": "' + b"a" * (1 << 20) + b'"}', {}, 413),
+        (b'{"prompt": "' + b"a" * (4 << 20) + b'"}', {}, 413),
     ],
 )
 def test_a_body_that_cannot_be_read_is_refused(server, alice, content, headers, status):
@@ -136,7 +136,7 @@ def test_a_body_without_an_end_is_cut_off(server):
     """Sent in chunks, of no said length: refused when it is too long, not kept."""
 
     def endless():
-        for _ in range(64):
+        for _ in range(128):
             yield b" " * (1 << 16)
 
     headers = {"content-type": "application/json"}

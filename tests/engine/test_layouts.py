@@ -177,12 +177,13 @@ class Backend:
         return "FLASH_ATTN"
 
 
-def config_of(*, heads=4, ranks=1, world=None, cache_dtype="auto", backend=Backend):
+def config_of(*, heads=4, ranks=1, stages=1, cache_dtype="auto", backend=Backend):
     """The few facts of a VllmConfig that decide a tag."""
     return SimpleNamespace(
         parallel_config=SimpleNamespace(
-            world_size=world or ranks,
+            world_size=ranks * stages,
             tensor_parallel_size=ranks,
+            pipeline_parallel_size=stages,
         ),
         model_config=SimpleNamespace(get_total_num_kv_heads=lambda: heads),
         cache_config=SimpleNamespace(cache_dtype=cache_dtype),
@@ -211,6 +212,7 @@ TAGS = [
     (config_of(ranks=2), device_cache(2), "012/meta-tokens"),
     (config_of(ranks=8), device_cache(1), "012/meta-tokens/x2"),
     (config_of(ranks=2), device_cache(4), "012/meta-tokens/heads-vary"),
+    (config_of(stages=2), device_cache(4), "012/meta-tokens/stages-2"),
     (config_of(cache_dtype="nvfp4"), device_cache(4), "012/meta-FLASH_ATTN"),
     (config_of(backend=Other), device_cache(4), "012/meta-ROCM_ATTN"),
     (config_of(backend=None), device_cache(4), "012/meta-unknown"),

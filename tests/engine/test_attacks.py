@@ -30,7 +30,8 @@ pytest_plugins = ("tests.support.gate_server",)
 INPUT_NANO = 5_000  # a computed token, on the default tariff
 MTOK = 1_000_000
 BODY_LIMIT = 4 << 20  # the default
-LAG_S = 0.05
+# Twice what test_event_loop allows one body: here attacker, watcher and engine share the cores.
+LAG_S = 0.1
 # Processor time of the reference on a quiet core of the machine on which the bounds were found.
 REFERENCE_S = 0.008
 ASKS = {"reuse": "prefer"}  # what wants to buy, whatever its key has agreed to
@@ -469,7 +470,7 @@ def json_of_any_depth(on: Attacked) -> None:
     assert httpx.get(f"{on.server.base}/health", timeout=60).status_code == 200
 
 
-@attack("a buyer", "others wait at most 50 ms longer, whatever body is accepted")
+@attack("a buyer", "others wait at most 100 ms longer, on cores that the attacker shares")
 def bodies_that_stop_the_event_loop(on: Attacked) -> None:
     _, key = on.buyer()
     rest = BODY_LIMIT - 4096

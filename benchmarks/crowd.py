@@ -326,7 +326,7 @@ def main() -> None:
         bench = Bench(args, Path(folder), stack)
         for name, at_a_time in itertools.product(args.documents, args.concurrency):
             bench.measure(tokenizer, name, at_a_time)
-            # An hour's run that is ended early has not been in vain.
+            # A run takes an hour: what was measured stays when it is ended early.
             write(args, bench.rows())
     print(f"\nwrote {args.output}")
 

@@ -9,7 +9,7 @@ import time
 import pytest
 
 from tests.support.engines import NANO, running, words
-from tests.support.postgres import PostgreSQL, needed_binaries
+from tests.support.postgres import running_postgres
 from vllm_kvmarket import Market
 from vllm_kvmarket.core.config import MarketConfig
 from vllm_kvmarket.market.timed_requests import ask, empty_prefix_cache
@@ -19,12 +19,7 @@ DOCUMENT = words(6300, 600)
 
 @pytest.fixture(scope="module")
 def server():
-    running_server = PostgreSQL(needed_binaries())
-    try:
-        running_server.start()
-        yield running_server
-    finally:
-        running_server.close()
+    yield from running_postgres()
 
 
 @pytest.fixture(scope="module")

@@ -42,7 +42,7 @@ from vllm_kvmarket.core.database import BusyError
 from vllm_kvmarket.core.errors import CatalogueRefusedError, CatalogueUnavailableError, ConfigError
 
 psycopg = pytest.importorskip("psycopg", reason="pip install vllm-kvmarket[postgres]")
-from tests.support.postgres import PostgreSQL, needed_binaries  # noqa: E402  # needs psycopg
+from tests.support.postgres import running_postgres  # noqa: E402  # needs psycopg
 from vllm_kvmarket.catalogue import publisher_lease  # noqa: E402  # the same
 
 _numbers = itertools.count()
@@ -65,24 +65,15 @@ for _module in (
             globals()[_name] = _test
 
 
-def running():
-    server = PostgreSQL(needed_binaries())
-    try:
-        server.start()
-        yield server
-    finally:
-        server.close()
-
-
 @pytest.fixture(scope="module")
 def server():
-    yield from running()
+    yield from running_postgres()
 
 
 @pytest.fixture
 def own_server():
     """One that the test may stop."""
-    yield from running()
+    yield from running_postgres()
 
 
 @pytest.fixture
@@ -108,14 +99,10 @@ def wait_until(condition, at_most_s: float = 20.0) -> float:
 
 # Against a dictionary, beside SQLite
 
-_SERVERS: list[PostgreSQL] = []
-
 
 @pytest.fixture(scope="module", autouse=True)
-def machine_server(server):
-    _SERVERS.append(server)
-    yield
-    _SERVERS.clear()
+def machine_url(server):
+    BothStorages.url = server.create_database("machine")
 
 
 class BothStorages(CatalogueMachine):
@@ -124,8 +111,6 @@ class BothStorages(CatalogueMachine):
     url = ""
 
     def open_places(self) -> list[Path | str]:
-        if not BothStorages.url:
-            BothStorages.url = _SERVERS[0].create_database("machine")
         with psycopg.connect(BothStorages.url, autocommit=True) as db:
             db.execute("DROP SCHEMA IF EXISTS kvmarket CASCADE")
         self.folder = tempfile.TemporaryDirectory()

@@ -19,7 +19,7 @@ from vllm_kvmarket.core.errors import KVMarketError, UnavailableError
 from vllm_kvmarket.market.garbage_collection import release_leftovers
 
 psycopg = pytest.importorskip("psycopg", reason="pip install vllm-kvmarket[postgres]")
-from tests.support.postgres import PostgreSQL, needed_binaries  # noqa: E402  # needs psycopg
+from tests.support.postgres import running_postgres  # noqa: E402  # needs psycopg
 
 _numbers = itertools.count()
 
@@ -36,23 +36,13 @@ keys, dated, wall = test_api_keys.keys, test_api_keys.dated, test_api_keys.wall
 
 @pytest.fixture(scope="module")
 def server():
-    server = PostgreSQL(needed_binaries())
-    try:
-        server.start()
-        yield server
-    finally:
-        server.close()
+    yield from running_postgres()
 
 
 @pytest.fixture
 def own_server():
     """One that the test may stop."""
-    server = PostgreSQL(needed_binaries())
-    try:
-        server.start()
-        yield server
-    finally:
-        server.close()
+    yield from running_postgres()
 
 
 @pytest.fixture

@@ -25,28 +25,19 @@ from vllm_kvmarket import LedgerError
 from vllm_kvmarket.ledger import Ledger, Outcome, plain, post, postgres_schema
 
 psycopg = pytest.importorskip("psycopg", reason="pip install vllm-kvmarket[postgres]")
-from tests.support.postgres import PostgreSQL, needed_binaries  # noqa: E402  # needs psycopg
+from tests.support.postgres import running_postgres  # noqa: E402  # needs psycopg
 from vllm_kvmarket.ledger import postgres  # noqa: E402  # needs psycopg
-
-
-def running():
-    server = PostgreSQL(needed_binaries())
-    try:
-        server.start()
-        yield server
-    finally:
-        server.close()
 
 
 @pytest.fixture(scope="module")
 def server():
-    yield from running()
+    yield from running_postgres()
 
 
 @pytest.fixture
 def own_server():
     """One that the test may stop."""
-    yield from running()
+    yield from running_postgres()
 
 
 @pytest.fixture
@@ -315,7 +306,7 @@ def test_many_processes_open_a_new_database_at_once(place):
         ledger.close()
 
 
-def test_opening_waits_for_whoever_makes_the_tables(place):
+def test_opening_waits_for_the_process_that_makes_the_tables(place):
     """For longer than a group waits for an account."""
     with psycopg.connect(place) as other, ThreadPoolExecutor(1) as pool:
         other.execute("SELECT pg_advisory_xact_lock(%s)", (postgres.SCHEMA_LOCK,))

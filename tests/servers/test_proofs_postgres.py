@@ -17,17 +17,12 @@ from vllm_kvmarket.proofs import (
 )
 
 psycopg = pytest.importorskip("psycopg", reason="pip install vllm-kvmarket[postgres]")
-from tests.support.postgres import PostgreSQL, needed_binaries  # noqa: E402  # needs psycopg
+from tests.support.postgres import running_postgres  # noqa: E402  # needs psycopg
 
 
 @pytest.fixture(scope="module")
 def server():
-    server = PostgreSQL(needed_binaries())
-    try:
-        server.start()
-        yield server
-    finally:
-        server.close()
+    yield from running_postgres()
 
 
 @pytest.fixture

@@ -10,6 +10,7 @@ import socket
 import subprocess
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import psycopg
@@ -125,3 +126,13 @@ class PostgreSQL:
         with psycopg.connect(self.url("postgres"), autocommit=True) as db:
             db.execute(f'CREATE DATABASE "{name}"')
         return self.url(name)
+
+
+def running_postgres() -> Iterator[PostgreSQL]:
+    """A server that runs until the fixture that yields from this ends."""
+    server = PostgreSQL(needed_binaries())
+    try:
+        server.start()
+        yield server
+    finally:
+        server.close()

@@ -115,7 +115,7 @@ def test_a_home_that_was_away_learns_what_was_stored_anew(homes):
 
 @pytest.mark.parametrize("age", ["young", "old"])
 def test_an_old_copy_does_not_replace_a_newer_object(homes, tmp_path, age):
-    """Whoever publishes again takes the object over; also when it has to be written once more."""
+    """Who publishes again takes the object over; also when it has to be written once more."""
     one, other = homes
     listing = store_and_list(one, TOKENS)
     offer(one, listing.document_id, listing.chunk_keys)

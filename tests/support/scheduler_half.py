@@ -55,6 +55,8 @@ def half_of(
     engine: Any = SimpleNamespace(
         model_config=SimpleNamespace(model="m", max_model_len=4096),
         cache_config=SimpleNamespace(prefix_caching_hash_algo=algorithm),
+        scheduler_config=SimpleNamespace(async_scheduling=False),
+        parallel_config=SimpleNamespace(pipeline_parallel_size=1, nnodes=1),
     )
     config = load({"home": str(market.home), "trust_requests": True} | settings)
     half = scheduler.SchedulerHalf(engine, config, FACTS)

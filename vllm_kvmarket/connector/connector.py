@@ -17,7 +17,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 )
 from vllm.v1.metrics.cache_hit_source import CacheHitSource
 
-from vllm_kvmarket.connector import refusals
+from vllm_kvmarket.connector import refusals, step_loads
 from vllm_kvmarket.connector.cache_groups import groups_of
 from vllm_kvmarket.connector.flags import check_prepared
 from vllm_kvmarket.connector.messages import Instructions
@@ -73,6 +73,7 @@ class KVMarketConnector(KVConnectorBase_V1, SupportsHMA):
             from vllm_kvmarket.connector import self_test, weight_changes
 
             refusals.install()
+            step_loads.install()
             weight_changes.install()
             self_test.install()
             # Request ids repeat from one run of an offline engine to the next; ledger ids must not.
@@ -118,7 +119,7 @@ class KVMarketConnector(KVConnectorBase_V1, SupportsHMA):
     def get_num_new_matched_tokens(
         self, request: Request, num_computed_tokens: int
     ) -> tuple[int | None, bool]:
-        """Tokens to load behind the computed ones; None: ask again. Loads are asynchronous."""
+        """Tokens to load behind the computed ones, and whether beside this step; None: ask again."""
         return self.scheduler.ready(request, num_computed_tokens)
 
     def update_state_after_alloc(
@@ -134,6 +135,10 @@ class KVMarketConnector(KVConnectorBase_V1, SupportsHMA):
         )
         self.scheduler.copy_pages(scheduler_output)
         return self.scheduler.take_instructions(scheduler_output.num_scheduled_tokens)
+
+    def step_loads_ended(self, connector_output: KVConnectorOutput) -> None:
+        """Take in the loads that a step waited for; not vLLM's: see step_loads.py."""
+        self.scheduler.step_loads_ended(connector_output)
 
     def update_connector_output(self, connector_output: KVConnectorOutput) -> None:
         """Take in what the workers have done."""
@@ -175,14 +180,19 @@ class KVMarketConnector(KVConnectorBase_V1, SupportsHMA):
             self.worker.start(kv_connector_metadata)
 
     def start_load_kv(self, forward_context: ForwardContext, **kwargs: Any) -> None:
-        """Start this step's loads and saves where blocks are zeroed first."""
+        """Start this step's loads and saves where blocks are zeroed first.
+
+        In front of the forward pass, where that has to wait for a load; waits for it.
+        """
         instructions = self._get_connector_metadata()
         assert isinstance(instructions, Instructions)
         if not self._starts_early:
             self.worker.start(instructions)
+        if any(load.in_step for load in instructions.loads):
+            self.worker.wait_for_step_loads()
 
     def wait_for_layer_load(self, layer_name: str) -> None:
-        """Nothing: loads end before their request is scheduled."""
+        """Nothing: loads end before the forward pass of their request."""
 
     def save_kv_layer(
         self,

@@ -19,6 +19,11 @@ class IdleTime:
         self._running: set[str] = set()
         self._left_s = MOST_S
 
+    @property
+    def is_idle(self) -> bool:
+        """Whether the last step computed nothing for a request that still runs."""
+        return not self._running
+
     def step_ended(self, scheduled: Iterable[str]) -> None:
         """Note the requests that have tokens in this step; mutates."""
         self._running = set(scheduled)

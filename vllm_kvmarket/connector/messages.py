@@ -55,11 +55,15 @@ class ChunkLoad:
 
 @dataclass(frozen=True, slots=True)
 class LoadPlan:
-    """All that one request loads from the store; chunks in the order of the prompt."""
+    """All that one request loads from the store; chunks in the order of the prompt.
+
+    `in_step`: the forward pass of this step computes the request, and waits for the load.
+    """
 
     request_id: str
     namespace: bytes
     chunks: tuple[ChunkLoad, ...]
+    in_step: bool = False
 
 
 @dataclass(frozen=True, slots=True)

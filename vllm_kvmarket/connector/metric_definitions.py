@@ -130,6 +130,9 @@ METRICS: dict[str, Metric] = {
     "load_seconds": Metric(
         "histogram", "seconds", "How long a request waited for its chunks.", buckets=LOAD_BUCKETS
     ),
+    "step_loads": _counter(
+        "requests", "Loads from memory for which a step waited, because other requests ran."
+    ),
     "chunks_converted": _counter("chunks", "Chunks loaded from another layout."),
     "load_failures": _counter(
         "chunks",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import enum
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -114,6 +114,8 @@ class Reuse:
     # Whether the request has had blocks, and so KV of its match or of its own.
     has_begun: bool = False
     external: int = 0
+    # Whether the load ends within the step that computes the request: see step_loads.py.
+    in_step: bool = False
     failed: int = 0
     # The best that any admission of this request got: a preempted request loads again, pays once.
     reused: int = 0
@@ -173,13 +175,28 @@ class Reuse:
             if any(group.block_ids for group in pages):
                 chunk = self.match.chunks[index]
                 loads.append(ChunkLoad(chunk.key, pages, chunk.known))
-        return LoadPlan(self.request.request_id, self.match.listing.namespace, tuple(loads))
+        namespace = self.match.listing.namespace
+        return LoadPlan(self.request.request_id, namespace, tuple(loads), self.in_step)
 
     def exclude(self, keys: set[bytes], chunk_tokens: int) -> None:
         """Stop before the first of these chunks, which cannot be loaded. Mutates."""
         for index, chunk in enumerate(self.match.chunks if self.match else ()):
             if chunk.key in keys:
                 self.limit = min(self.limit, index * chunk_tokens)
+                return
+
+    def lost(self, keys: Collection[bytes], chunk_tokens: int) -> None:
+        """Count nothing behind the first of these chunks: what the paged cache seemed to have of
+        them was still to come, and did not. Mutates.
+        """
+        for index, chunk in enumerate(self.match.chunks if self.match else ()):
+            if chunk.key in keys and index * chunk_tokens < self.local:
+                good = index * chunk_tokens
+                self.countable.lower(good)
+                self.reused, self.cached = min(self.reused, good), min(self.cached, good)
+                self.loaded = self.reused - self.cached
+                if self.prefill is not None and self.request.num_preemptions == 0:
+                    self.prefill.set(self.request.num_prompt_tokens, good, 0)
                 return
 
     def load_ended(self, report: LoadReport, facts: EngineFacts) -> None:

@@ -47,6 +47,7 @@ from vllm_kvmarket.connector.reuse_requests import PreloadRequest, ReuseRequest
 from vllm_kvmarket.connector.scheduler_metrics import SchedulerMetrics
 from vllm_kvmarket.connector.shared_hashes import SharedHashes
 from vllm_kvmarket.connector.shared_loads import SharedLoads
+from vllm_kvmarket.connector.step_loads import StepLoads
 from vllm_kvmarket.core.config import MarketConfig
 from vllm_kvmarket.core.document_chunks import DocumentChunks
 from vllm_kvmarket.ledger import Outcome, Result
@@ -109,6 +110,7 @@ class SchedulerHalf:
             # Longer than that no load waits for the object store.
             loads=SharedLoads(hashes, config.object_store_timeout_s),
         )
+        self._step_loads = StepLoads(vllm_config, facts, market.store.disk, self._engine.idle_time)
         # Its first round releases reservations of an engine that died.
         self._housekeeping = Housekeeping(market, self.metrics)
         self._housekeeping.start()
@@ -316,7 +318,9 @@ class SchedulerHalf:
         external = made.reuse.external_tokens(local)
         if external and self._engine.loads.must_wait(request, local):
             return None, False
-        return external, external > 0
+        is_reader = isinstance(made, ReuseRequest | PreloadRequest)
+        made.reuse.in_step = is_reader and self._step_loads.suits(made.reuse, external)
+        return external, external > 0 and not made.reuse.in_step
 
     def allocated(self, request: Request, blocks: KVCacheBlocks, external: int) -> None:
         """Plan the load into the blocks that the scheduler has just given the request."""
@@ -326,9 +330,11 @@ class SchedulerHalf:
         if made is None or isinstance(made, DatabaseLookup):
             return
         self._waiting.pop(request.request_id, None)
+        self._step_loads.admitted(made.reuse)
         if made.reuse.allocated(external):
             local = made.reuse.local
-            self._engine.loads.began(request, local, local + external)
+            if not made.reuse.in_step:
+                self._engine.loads.began(request, local, local + external)
             plan = made.reuse.load_plan(block_ids, self._engine.facts)
             self._next.loads.append(plan)
 
@@ -444,6 +450,14 @@ class SchedulerHalf:
             return False, {FIELD: ended.answer}
         self._requests[request.request_id] = made
         return True, {FIELD: ended.answer}
+
+    def step_loads_ended(self, output: KVConnectorOutput) -> None:
+        """Take in the loads that this step waited for, before vLLM ends any of its requests."""
+        meta = output.kv_connector_worker_meta
+        report = meta if isinstance(meta, WorkerReport) else None
+        for request_id, load in self._step_loads.ended(report).items():
+            self._note_failures(load)
+            self._load_ended(request_id, load)
 
     def worker_reported(self, output: KVConnectorOutput) -> None:
         """Take in what the workers loaded, stored and compared since the last step."""

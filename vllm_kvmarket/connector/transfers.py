@@ -56,6 +56,9 @@ from vllm_kvmarket.store.tiers import Tiers
 
 # A longer queue would be useless: the requests are scheduled before their chunks' turn.
 MAX_QUEUED_CHUNKS = 512
+# A step waits so long for a load that was in memory a moment ago.
+STEP_LOAD_S = 0.25
+LOOK_AGAIN_S = 0.005
 # Of the processors' time, when others want all of it: the kernel gives the least that it can.
 _LEAST_PRIORITY = 19
 
@@ -276,6 +279,24 @@ class Transfers:
         for task in tasks:
             self._pool.submit(self._run_load, task)
 
+    def wait_for_step_loads(self) -> None:
+        """Wait until the loads of this step's own requests have ended, or could not in time.
+
+        They do not turn up in `take`, but for their report.
+        """
+        with self.changed:
+            if self.changed.wait_for(lambda: not self._of_this_step(), STEP_LOAD_S):
+                return
+            # What is being written to its blocks may not be given up, unless it waits for a disk.
+            while loads := self._of_this_step():
+                for task in [task for load in loads for task in load.left if not task.writes]:
+                    failure = f"it was in memory no more, and did not come within {STEP_LOAD_S:g} s"
+                    self._end_chunk(task, "", StoreError(failure))
+                self.changed.wait(LOOK_AGAIN_S)
+
+    def _of_this_step(self) -> list[_Load]:
+        return [load for load in self._loads if load.plan.in_step]
+
     def save(self, plan: SavePlan) -> None:
         """Start to store; the plan's request turns up in `take` when it has ended."""
         self._under_way += 1
@@ -431,8 +452,12 @@ class Transfers:
             self._loads.remove(load)
             report.seconds = time.monotonic() - load.started_s
             self._tally.took("load_seconds", report.seconds)
-            self._finished.received.add(load.plan.request_id)
             self._finished.bad_blocks |= load.bad_blocks
+            if load.plan.in_step:
+                self._under_way -= 1
+                self._tally.count("step_loads")
+            else:
+                self._finished.received.add(load.plan.request_id)
             if report.failures and not self._cache.is_plain:
                 self._finished.failed.add(load.plan.request_id)
             self._finished.report.loads[load.plan.request_id] = report

@@ -88,6 +88,11 @@ class WorkerHalf:
         for prefetch in instructions.prefetches:
             transfers.prefetch(prefetch)
 
+    def wait_for_step_loads(self) -> None:
+        """Wait for the loads that this step's forward pass needs."""
+        if self._transfers is not None:
+            self._transfers.wait_for_step_loads()
+
     def _use(self, scratch: str) -> None:
         """Store and load in this folder from now on; "": in the market's store."""
         if not scratch and self._scratch is not None:

@@ -27,7 +27,14 @@ from tests.support.paged import (
     stored,
     until,
 )
-from vllm_kvmarket.connector.messages import ChunkLoad, ChunkPrefetch, GroupPages, SavePlan
+from vllm_kvmarket.connector import transfers
+from vllm_kvmarket.connector.messages import (
+    ChunkLoad,
+    ChunkPrefetch,
+    GroupPages,
+    LoadPlan,
+    SavePlan,
+)
 from vllm_kvmarket.store import chunk_reader
 
 
@@ -444,3 +451,47 @@ def test_a_stalled_save_does_not_delay_a_load(tmp_path, monkeypatch):
         assert bench.load(into(chunk, 20)).failures == {}
         assert bench.reports == {}
         stalls.set()
+
+
+def test_a_step_waits_for_its_own_loads_and_for_no_others(bench):
+    """What it waited for is reported, and not announced as a load that has just ended."""
+    chunk, other = stored(bench), stored(bench, 2, first_block=4)
+    load = into(chunk, 20)
+    bench.transfers.load(LoadPlan("mine", NAMESPACE, (load,), in_step=True))
+    bench.transfers.wait_for_step_loads()
+    assert_loaded(bench, chunk, load)
+    finished = bench.transfers.take()
+    assert finished.received == set()
+    assert set(finished.report.loads) == {"mine"}
+    assert bench.count("step_loads") == 1
+    assert bench.load(into(other, 30)).failures == {}
+    assert bench.count("step_loads") == 1
+
+
+def test_a_step_gives_up_a_load_that_does_not_come(bench, monkeypatch):
+    """Its blocks are reported bad, and nobody writes to them afterwards."""
+    chunk = stored(bench)
+    load = into(chunk, 20)
+    fill(bench.cache, blocks_of(load), seed=9)
+    untouched = content(bench.cache, blocks_of(load), CHUNK_TOKENS)
+    opened, ends = threading.Event(), threading.Event()
+    read = chunk_reader.open_chunk
+
+    def slow(*args):
+        opened.wait(DEADLINE_S)
+        try:
+            return read(*args)
+        finally:
+            ends.set()
+
+    monkeypatch.setattr("vllm_kvmarket.store.disk.open_chunk", slow)
+    monkeypatch.setattr(transfers, "STEP_LOAD_S", 0.05)
+    bench.transfers.load(LoadPlan("mine", NAMESPACE, (load,), in_step=True))
+    bench.transfers.wait_for_step_loads()
+    finished = bench.transfers.take()
+    assert finished.bad_blocks == set(blocks_of(load))
+    assert finished.report.loads["mine"].reasons == {"io": 1}
+    opened.set()
+    assert ends.wait(DEADLINE_S)
+    assert bench.load(into(chunk, 30)).failures == {}
+    assert same(content(bench.cache, blocks_of(load), CHUNK_TOKENS), untouched)

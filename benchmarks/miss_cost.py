@@ -155,11 +155,12 @@ def main() -> None:
         "interval_95": [low, high],
         "rounds": rows,
     }
-    args.output.write_text(json.dumps(result, indent=1) + "\n")
     print(
         f"market over plain, {args.tokens} tokens that match nothing, {args.rounds} rounds: "
-        f"{result['ratio']:.4f} (95 %: {low:.4f} to {high:.4f})\nwrote {args.output}"
+        f"{result['ratio']:.4f} (95 %: {low:.4f} to {high:.4f})"
     )
+    args.output.write_text(json.dumps(result, indent=1) + "\n")
+    print(f"wrote {args.output}")
 
 
 if __name__ == "__main__":

@@ -2,16 +2,18 @@
 
     python -m benchmarks.prefill_vs_reuse --model FOLDER [--repeats 5] [--lengths 256,512,...]
 
-Three engines, one after another, on one market:
+Each round asks in turn, for each length:
 
-1. plain vLLM without kvmarket: full prefill, and the hit in vLLM's own prefix cache (APC);
-2. an engine on the market: full prefill again, publishing, reuse from the store with vLLM's prefix
-   cache emptied, reuse after that (full blocks from the paged cache, the last page from the store),
-   and what the plugin costs a request that matches nothing;
-3. a new process, several times: its first reuse.
+1. plain vLLM without kvmarket: full prefill;
+2. an engine on the market: full prefill again, which is what the plugin costs a request that
+   matches nothing, and the hit in vLLM's own prefix cache (APC); publishing; reuse from the store
+   with that cache emptied; and reuse after that (full blocks from the paged cache, the last page
+   from the store);
+3. a new process: its first reuse, and then a hit in its prefix cache.
 
-Ratios are medians; each round measures its parts in turn, so that a slow moment of the machine hits
-all of them. Writes docs/results/prefill_vs_reuse.json and .png.
+A reuse is compared with a hit of the same process: two processes of one engine differ by tens of
+percent. Ratios are medians over rounds of one round's times. Writes
+docs/results/prefill_vs_reuse.json and .png.
 """
 
 from __future__ import annotations
@@ -29,9 +31,10 @@ from typing import Any
 
 from benchmarks.machine import describe_machine, memcpy_bytes_per_s
 from vllm_kvmarket import Market
+from vllm_kvmarket.catalogue import Listing
 from vllm_kvmarket.cli.engine import engine_output
 from vllm_kvmarket.connector.offline_engine import close_llm, open_llm
-from vllm_kvmarket.market.timed_requests import ask, empty_prefix_cache
+from vllm_kvmarket.market.timed_requests import REST_S, ask, empty_prefix_cache
 
 LENGTHS = (256, 512, 1024, 2048, 3774)
 QUESTION_TOKENS = 20
@@ -54,106 +57,109 @@ def question(number: int) -> list[int]:
 
 
 class Bench:
-    """The parts of the benchmark, collecting seconds by name and length."""
+    """The engines, and seconds by length and name."""
 
     def __init__(self, args: argparse.Namespace, market: Market) -> None:
         self.market = market
         self.model: str = args.model
-        self.repeats: int = args.repeats
         self.lengths = tuple(int(length) for length in args.lengths.split(","))
         self.figures: dict[int, Figures] = {length: {} for length in self.lengths}
-        self.ids: dict[int, str] = {}
+        self.listings: dict[int, Listing] = {}
         self._asked = 0
+        self._plain = self._open(kv_transfer_config=None)
+        self._sold = self._open()
+        self._texts = documents(self._plain.get_tokenizer(), self.lengths)
+        self._warm_up(self._plain)
+        self._warm_up(self._sold)
 
-    def open(self, **engine_args: Any) -> Any:
-        """An engine with the benchmark's settings."""
+    def _open(self, **engine_args: Any) -> Any:
         settings = {"max_model_len": CONTEXT, "max_num_batched_tokens": BATCHED_TOKENS}
         return open_llm(self.model, self.market, **settings, **engine_args)
 
-    def ttft(self, llm: Any, tokens: list[int], account: str | None = None) -> float:
-        """One request's time to first token; every request asks something new."""
+    def close(self) -> None:
+        """End both engines."""
+        close_llm(self._plain)
+        close_llm(self._sold)
+
+    def _warm_up(self, llm: Any) -> None:
+        ask(llm, self._texts[self.lengths[0]][5:] + question(0), max_tokens=1)
+
+    def _ask(self, length: int, name: str, llm: Any, account: str | None = None) -> None:
+        """Note one request's time to first token; every request asks something new."""
         self._asked += 1
         params = self.market.params(account) if account else None
-        return ask(llm, tokens + question(self._asked), params, max_tokens=1).ttft_s
+        tokens = self._texts[length] + question(self._asked)
+        self._note(length, name, ask(llm, tokens, params, max_tokens=1).ttft_s)
 
-    def note(self, length: int, name: str, seconds: float) -> None:
-        """Keep a figure."""
+    def _note(self, length: int, name: str, seconds: float) -> None:
         self.figures[length].setdefault(name, []).append(seconds)
 
-    def plain(self) -> None:
-        """Plain vLLM: full prefill and its own prefix-cache hit."""
-        llm = self.open(kv_transfer_config=None)
-        texts = documents(llm.get_tokenizer(), self.lengths)
-        self.ttft(llm, texts[self.lengths[0]])
-        for _ in range(self.repeats):
-            for length, tokens in texts.items():
-                empty_prefix_cache(llm)
-                self.note(length, "prefill_plain", self.ttft(llm, tokens))
-                self.note(length, "apc_hit", self.ttft(llm, tokens))
-        close_llm(llm)
+    def round(self) -> None:
+        """Everything once, with documents that were not on offer before."""
+        for listing in self.listings.values():
+            self.market.delist(listing.document_id)
+            for key in listing.chunk_keys:
+                self.market.store.disk.delete(key)
+        for length in self.lengths:
+            empty_prefix_cache(self._plain)
+            empty_prefix_cache(self._sold)
+            self._ask(length, "prefill_plain", self._plain)
+            self._ask(length, "miss", self._sold)
+            self._ask(length, "apc_hit", self._sold)
+            empty_prefix_cache(self._sold)
+            self._publish(length)
+            empty_prefix_cache(self._sold)
+            self._ask(length, "reuse_store", self._sold, "buyer")
+            self._ask(length, "reuse_again", self._sold, "buyer")
+        new = self._open()
+        self._warm_up(new)
+        for length in self.lengths:
+            self._ask(length, "reuse_new_process", new, "buyer")
+        for length in self.lengths:
+            self._ask(length, "prefill_new_process", new)
+            self._ask(length, "apc_hit_new_process", new)
+        close_llm(new)
 
-    def sold(self) -> None:
-        """On the market: a miss, publishing, and reuse from the store and from the paged cache."""
-        llm = self.open()
-        texts = documents(llm.get_tokenizer(), self.lengths)
-        self.ttft(llm, texts[self.lengths[0]][5:])
-        for _ in range(self.repeats):
-            for length, tokens in texts.items():
-                empty_prefix_cache(llm)
-                self.note(length, "miss", self.ttft(llm, tokens))
-        for number in range(self.repeats):
-            for length, tokens in texts.items():
-                empty_prefix_cache(llm)
-                time.sleep(1.3)
-                started = time.perf_counter()
-                listing = self.market.publish(llm, token_ids=tokens, title=f"{length} tokens")
-                self.note(length, "publish", time.perf_counter() - started)
-                self.ids[length] = listing.document_id
-                if number < self.repeats - 1:
-                    self.market.delist(listing.document_id)
-                    for key in listing.chunk_keys:
-                        self.market.store.disk.delete(key)
-        time.sleep(1)
-        for _ in range(self.repeats):
-            for length, tokens in texts.items():
-                empty_prefix_cache(llm)
-                self.note(length, "reuse_store", self.ttft(llm, tokens, "buyer"))
-                self.note(length, "reuse_again", self.ttft(llm, tokens, "buyer"))
-        close_llm(llm)
+    def _publish(self, length: int) -> None:
+        time.sleep(REST_S)
+        started = time.perf_counter()
+        listing = self.market.publish(
+            self._sold, token_ids=self._texts[length], title=f"{length} tokens"
+        )
+        self._note(length, "publish", time.perf_counter() - started)
+        self.listings[length] = listing
 
-    def fresh(self) -> None:
-        """The first reuse of each document in a new process; a small other request warms it up."""
-        for _ in range(self.repeats):
-            llm = self.open()
-            texts = documents(llm.get_tokenizer(), self.lengths)
-            self.ttft(llm, texts[self.lengths[0]][5:])
-            for length, tokens in texts.items():
-                self.note(length, "reuse_new_process", self.ttft(llm, tokens, "buyer"))
-            close_llm(llm)
+
+# A ratio's name, and the names of the two figures.
+RATIOS = {
+    "prefill_over_apc_hit": ("miss", "apc_hit"),
+    "prefill_over_reuse_store": ("miss", "reuse_store"),
+    "prefill_over_reuse_new_process": ("prefill_new_process", "reuse_new_process"),
+    "reuse_store_over_apc_hit": ("reuse_store", "apc_hit"),
+    "reuse_again_over_apc_hit": ("reuse_again", "apc_hit"),
+    "reuse_new_process_over_apc_hit": ("reuse_new_process", "apc_hit_new_process"),
+    "miss_over_plain": ("miss", "prefill_plain"),
+    "publish_over_miss": ("publish", "miss"),
+}
 
 
 def summarise(bench: Bench) -> list[dict[str, Any]]:
     """Medians, ratios, bytes and money, one row a length."""
     rows = []
     for length, figures in bench.figures.items():
-        median = {name: statistics.median(values) for name, values in figures.items()}
-        receipts = bench.market.ledger.receipts(document_id=bench.ids[length])
-        listing = bench.market.catalogue.get(bench.ids[length])
-        hit = median["apc_hit"]
+        receipts = bench.market.ledger.receipts(document_id=bench.listings[length].document_id)
         rows.append(
             {
                 "tokens": length,
-                "seconds": median,
-                "prefill_over_apc_hit": median["prefill_plain"] / hit,
-                "prefill_over_reuse_store": median["prefill_plain"] / median["reuse_store"],
-                "prefill_over_reuse_new_process": median["prefill_plain"]
-                / median["reuse_new_process"],
-                "reuse_store_over_apc_hit": median["reuse_store"] / hit,
-                "reuse_again_over_apc_hit": median["reuse_again"] / hit,
-                "reuse_new_process_over_apc_hit": median["reuse_new_process"] / hit,
-                "miss_over_plain": median["miss"] / median["prefill_plain"],
-                "publish_over_miss": median["publish"] / median["miss"],
-                "stored_bytes": listing.stored_bytes,
+                "seconds": {name: statistics.median(each) for name, each in figures.items()},
+                **{
+                    name: statistics.median(
+                        above / below
+                        for above, below in zip(figures[one], figures[other], strict=True)
+                    )
+                    for name, (one, other) in RATIOS.items()
+                },
+                "stored_bytes": bench.listings[length].stored_bytes,
                 "charge_nano": receipts[0].charge_nano,
                 "recompute_nano": receipts[0].recompute_nano,
                 "rounds": figures,
@@ -247,11 +253,12 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="kvmarket-bench-") as home, Market.open(home) as market:
         market.create_account("buyer")
         market.deposit("buyer", 10**15, "deposit")
-        bench = Bench(args, market)
         with engine_output():
-            for part in (bench.plain, bench.sold, bench.fresh):
-                print(f"benchmark: {part.__doc__}", file=sys.stderr, flush=True)
-                part()
+            bench = Bench(args, market)
+            for number in range(args.repeats):
+                print(f"benchmark: round {number + 1}", file=sys.stderr, flush=True)
+                bench.round()
+            bench.close()
         result = {
             "command": "python -m benchmarks.prefill_vs_reuse " + " ".join(sys.argv[1:]),
             "model": Path(args.model).name,

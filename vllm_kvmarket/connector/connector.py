@@ -119,7 +119,7 @@ class KVMarketConnector(KVConnectorBase_V1, SupportsHMA):
     def get_num_new_matched_tokens(
         self, request: Request, num_computed_tokens: int
     ) -> tuple[int | None, bool]:
-        """Tokens to load behind the computed ones, and whether beside this step; None: ask again."""
+        """Tokens to load behind the computed ones, and whether beside a step; None: ask again."""
         return self.scheduler.ready(request, num_computed_tokens)
 
     def update_state_after_alloc(

@@ -30,12 +30,12 @@ def loads_of(disk, *, busy=True, facts=FACTS, asynchronous=False, stages=1, node
 @pytest.fixture
 def disk(tmp_path):
     """Has the document's chunks in files."""
-    with DiskStore(tmp_path) as opened:
-        for key in KEYS:
-            path = opened.path(key)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(b"c" * 3_000_000)
-        yield opened
+    opened = DiskStore(tmp_path)
+    for key in KEYS:
+        path = opened.path(key)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"c" * 3_000_000)
+    return opened
 
 
 def test_a_small_load_from_memory_is_one(disk):

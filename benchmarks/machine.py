@@ -49,3 +49,12 @@ def memcpy_bytes_per_s(threads: int, repeats: int = 7) -> float:
             list(pool.map(copy, range(threads)))
             seconds.append(time.perf_counter() - started)
     return float(source.nbytes / statistics.median(seconds[1:]))
+
+
+def read_whole(folder: Path) -> None:
+    """Have the page cache hold a folder's files; a system may drop what nobody reads."""
+    for file in folder.rglob("*"):
+        if file.is_file():
+            with file.open("rb", buffering=0) as opened:
+                while opened.read(1 << 22):
+                    pass

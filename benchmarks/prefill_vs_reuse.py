@@ -29,7 +29,7 @@ from importlib import metadata, resources
 from pathlib import Path
 from typing import Any
 
-from benchmarks.machine import describe_machine, memcpy_bytes_per_s
+from benchmarks.machine import describe_machine, memcpy_bytes_per_s, read_whole
 from vllm_kvmarket import Market
 from vllm_kvmarket.catalogue import Listing
 from vllm_kvmarket.cli.engine import engine_output
@@ -109,10 +109,12 @@ class Bench:
             empty_prefix_cache(self._sold)
             self._publish(length)
             empty_prefix_cache(self._sold)
+            read_whole(self.market.store.disk.root)
             self._ask(length, "reuse_store", self._sold, "buyer")
             self._ask(length, "reuse_again", self._sold, "buyer")
         new = self._open()
         self._warm_up(new)
+        read_whole(self.market.store.disk.root)
         for length in self.lengths:
             self._ask(length, "reuse_new_process", new, "buyer")
         for length in self.lengths:

@@ -21,7 +21,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.machine import describe_machine
+from benchmarks.machine import describe_machine, read_whole
 from benchmarks.prefill_vs_reuse import BATCHED_TOKENS, CONTEXT, RESULTS, documents, question
 from vllm_kvmarket import Market
 from vllm_kvmarket.cli.engine import engine_output
@@ -106,6 +106,7 @@ class Bench:
         new = self._open()
         ask(new, question(next(_ids)), max_tokens=8)
         for length in self.lengths:
+            read_whole(self.market.store.disk.root)
             self._ask(self._sold, "hit", length, buys=False)
             self._ask(self._sold, "same_process", length, buys=True)
             self._ask(new, "new_process", length, buys=True)

@@ -11,7 +11,6 @@ import pytest
 from tests.support.engines import NANO, SMALL, running, words
 from tests.support.store_chunks import falsify
 from vllm_kvmarket import Market
-from vllm_kvmarket.catalogue.store_record import RecordedStore
 from vllm_kvmarket.connector.metrics import PREFIX
 from vllm_kvmarket.market.timed_requests import ask, empty_prefix_cache
 
@@ -185,10 +184,9 @@ def test_an_object_store_that_never_answers_costs_a_deadline_and_no_token(
         for key in listing.chunk_keys:
             market.store.disk.delete(key)
         # As if it had always been a cache of that bucket.
-        record = RecordedStore("s3://bucket/prefix", "0" * 32)
-        market.catalogue.store_record.write(record)
+        market.catalogue.store_record.write("s3://bucket/prefix")
     dead = {
-        "object_store_url": record.url,
+        "object_store_url": "s3://bucket/prefix",
         "object_store_options": {
             "endpoint": f"http://127.0.0.1:{black_hole}",
             "region": "us-east-1",

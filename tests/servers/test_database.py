@@ -16,7 +16,7 @@ from vllm_kvmarket.auth.api_keys import Keys, KeysUnavailableError
 from vllm_kvmarket.auth.sealed_secret import KEY_VARIABLE
 from vllm_kvmarket.cli import main
 from vllm_kvmarket.core.errors import KVMarketError, UnavailableError
-from vllm_kvmarket.market.garbage_collection import release_leftovers
+from vllm_kvmarket.market.garbage_collection import purge, release_leftovers
 
 psycopg = pytest.importorskip("psycopg", reason="pip install vllm-kvmarket[postgres]")
 from tests.support.postgres import running_postgres  # noqa: E402  # needs psycopg
@@ -122,10 +122,7 @@ def test_engines_need_no_right_to_make_tables(runtime, tmp_path):
         market.create_account("buyer")
         market.deposit("buyer", 1_000, "payment")
         release_leftovers(market)
-        market.catalogue.leftovers.purge(
-            [each.document_id for each in market.catalogue.listings("delisted")],
-            market.store.disk.delete,
-        )
+        purge(market, [each.document_id for each in market.catalogue.listings("delisted")])
         assert market.catalogue.check_integrity() == []
         assert market.match(first.namespace, tokens(600, 1)) is not None
         keys = Keys(market.database)

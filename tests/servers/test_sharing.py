@@ -1,134 +1,139 @@
-"""Two homes on one bucket: what one publishes, the other finds, verifies and could sell."""
+"""Two homes with one PostgreSQL database and one bucket: one market on two machines."""
 
 from __future__ import annotations
 
+import itertools
 import json
 
 import numpy as np
 import pytest
 
+from tests.support.catalogue_documents import LAYOUT, LENGTH, NAMESPACE, store, tokens
 from tests.support.seaweed import SeaweedFS
 from vllm_kvmarket import Market
-from vllm_kvmarket.catalogue import Listing
 from vllm_kvmarket.cli import main
 from vllm_kvmarket.core.document_chunks import DocumentChunks
-from vllm_kvmarket.core.errors import ConfigError, StoreError
-from vllm_kvmarket.core.listing_terms import ListingTerms
-from vllm_kvmarket.core.model_identity import ROOT, pack_tokens
-from vllm_kvmarket.market.shared_bucket import Directory
-from vllm_kvmarket.store import ChunkLayout, LayerLayout
+from vllm_kvmarket.core.errors import ConfigError
+from vllm_kvmarket.market import check_and_repair, garbage_collection
+from vllm_kvmarket.store.chunk_format import chunk_name
 
-NAMESPACE = bytes(range(32))
-TOKENS = [7 * number % 50_000 for number in range(600)]
-LAYOUT = ChunkLayout(
-    tag="012/cpu-vec",
-    dtype="float32",
-    block_tokens=128,
-    layers=(LayerLayout("layer", (2, 128, 8), 8192),),
-)
+pytest.importorskip("psycopg", reason="pip install vllm-kvmarket[postgres]")
+from tests.support.postgres import running_postgres  # noqa: E402  # needs psycopg
+
+_numbers = itertools.count()
+TOKENS = tokens(LENGTH, 1)
 
 
-def publish(market: Market) -> Listing:
-    """Do an engine's work for a document, without one."""
-    document = DocumentChunks.of(NAMESPACE, TOKENS)
-    keys = document.keys
-    listing = Listing.of(document, ListingTerms(title="shared", publisher="acme"))
-    market.begin_listing(listing, document).result()
-    stored = 0
-    for index, key in enumerate(keys):
-        tokens = TOKENS[index * 256 : index * 256 + 256]
-        pages = np.full(-(-len(tokens) // 128) * 8192, index + 1, dtype=np.uint8)
-        stored += market.store.put(
-            key=key,
-            parent=keys[index - 1] if index else ROOT,
-            namespace=NAMESPACE,
-            tokens=pack_tokens(tokens),
-            layout=LAYOUT,
-            layers=[[pages]],
-        )
-    market.commit_listing(listing.document_id, stored, keys).result()
-    return market.catalogue.get(listing.document_id)
+@pytest.fixture(scope="module")
+def server():
+    yield from running_postgres()
 
 
 @pytest.fixture
-def homes(seaweed: SeaweedFS, bucket: str, tmp_path):
-    """Two markets that have nothing in common but the bucket."""
-    config = {"object_store_url": bucket, "object_store_options": seaweed.options()}
+def config(server, seaweed: SeaweedFS, bucket: str):
+    return {
+        "database_url": server.create_database(f"sharing-{next(_numbers)}"),
+        "object_store_url": bucket,
+        "object_store_options": seaweed.options(),
+    }
+
+
+@pytest.fixture
+def homes(config, tmp_path):
+    """Two machines of one market."""
     with (
         Market.open(tmp_path / "first", config) as first,
         Market.open(tmp_path / "second", config) as second,
     ):
         yield first, second
+        assert check_and_repair.check(first).ok
+        assert check_and_repair.check(second).ok
 
 
-def test_a_second_home_finds_what_the_first_published(homes):
-    """The listing by its bucket entry, the bytes by read-through, the publisher by an account."""
+def loaded(market: Market) -> list[int]:
+    """Load the document's chunks as an engine of this machine would: a byte of each."""
+    market.catalogue.refresh()
+    match = market.match(NAMESPACE, TOKENS)
+    assert match is not None
+    found = []
+    for chunk in match.chunks:
+        with market.store.open(chunk.key, LAYOUT, NAMESPACE, chunk.known) as stored:
+            found.append(int(stored.layer(0)[0]))
+    return found
+
+
+def test_what_one_machine_publishes_all_sell(homes):
+    """From the bucket, on the terms in the database, until anyone takes it off the market."""
     first, second = homes
-    listing = publish(first)
-    directory = Directory(second)
-    assert directory.sync() == 1
-    found = second.match(NAMESPACE, [*TOKENS, 1, 2, 3])
-    assert found is not None
-    assert (found.token_count, found.listing.document_id) == (600, listing.document_id)
-    assert second.ledger.account("acme").kind == "publisher"
-    for index, chunk in enumerate(found.chunks):
-        with second.store.open(chunk.key, LAYOUT, NAMESPACE) as stored:
-            assert (stored.layer(0) == index + 1).all()
-    assert directory.sync() == 0, "nothing new"
-
-    first.delist(listing.document_id)
-    directory.sync()
-    assert second.catalogue.get(listing.document_id).state == "delisted"
-    assert second.match(NAMESPACE, TOKENS) is None
+    listing = store(first, 1, cache_read_nano_per_mtok=5)
+    assert loaded(second) == loaded(first) == [0, 1, 2]
+    second.catalogue.set_price(listing.document_id, 7)
+    assert first.catalogue.get(listing.document_id).terms.cache_read_nano_per_mtok == 7
+    second.delist(listing.document_id)
+    first.catalogue.refresh()
+    assert first.match(NAMESPACE, TOKENS) is None
 
 
-def test_an_entry_that_is_rubbish_stops_nothing(homes):
-    """Skipped with a warning; the others are taken over."""
+def test_a_repair_on_one_machine_reaches_the_disks_of_others(homes):
+    """The database knows the fingerprint of what is stored now; an old copy is fetched again."""
     first, second = homes
-    publish(first)
+    listing = store(first, 1)
+    assert loaded(second) == [0, 1, 2]
+    document, key = DocumentChunks.of(NAMESPACE, TOKENS), listing.chunk_keys[1]
     assert first.store.objects is not None
-    first.store.objects.put_bytes("listings/kvd_00000000000000000000000000000000", b"rubbish")
-    directory = Directory(second)
-    assert directory.sync() == 1
+    first.store.disk.delete(key)
+    first.store.objects.delete(chunk_name(key))
+    first.store.put(
+        key=key,
+        parent=document.parents[1],
+        namespace=NAMESPACE,
+        tokens=document.tokens[1],
+        layout=LAYOUT,
+        layers=[[np.full(16 * 64, 9, dtype=np.uint8)]],
+    )
+    assert loaded(second) == [0, 1, 2], "its copy is whole, and nobody has said anything"
+    first.catalogue.shares.note([first.store.describe(key)])
+    assert loaded(second) == loaded(first) == [0, 9, 2]
 
 
-def test_a_listing_that_nobody_could_be_told_of_is_no_success(homes, monkeypatch):
-    """Publishing into a bucket that is gone fails, and says so."""
+def test_any_machine_deletes_what_none_needs(homes):
+    """Also what another machine has stored; what is needed stays, whoever needs it."""
+    first, second = homes
+    kept, gone = store(first, 1), store(first, 2)
+    begun = second.catalogue.begin(gone, DocumentChunks.of(NAMESPACE, tokens(LENGTH, 2)))
+    assert begun.state == "live"
+    assert garbage_collection.collect_garbage(second).objects_deleted == 0
+    first.delist(gone.document_id)
+    assert garbage_collection.collect_garbage(second).objects_deleted == 3
+    assert second.store.objects is not None
+    left = {name for name in second.store.objects.names() if "/" in name}
+    assert left == {chunk_name(key) for key in kept.chunk_keys}
+    assert store(second, 2).state == "live"
+    assert garbage_collection.collect_garbage(first).objects_deleted == 0
+
+
+def test_a_home_with_another_database_is_refused(homes, config, tmp_path):
+    """It would delete what it does not know."""
     first, _ = homes
-
-    assert first.store.objects is not None
-    put = first.store.objects.put_bytes
-
-    def gone_after_the_chunks(name: str, content: bytes) -> None:
-        if name.startswith("listings/"):
-            raise StoreError("the object store did not answer")
-        put(name, content)
-
-    monkeypatch.setattr(first.store.objects, "put_bytes", gone_after_the_chunks)
-    with pytest.raises(StoreError, match="did not answer"):
-        publish(first)
-    (listing,) = first.catalogue.listings()
-    assert (listing.state, listing.reason) == ("failed", "the object store did not answer")
+    store(first, 1)
+    with pytest.raises(ConfigError, match="another market's"):
+        Market.open(tmp_path / "third", config | {"database_url": None})
 
 
 def test_a_disk_moves_into_a_bucket(seaweed: SeaweedFS, bucket: str, tmp_path):
-    """Everything is uploaded before the disk is a cache; another home sells it then."""
+    """Everything is uploaded before the disk is a cache."""
     config = {"object_store_url": bucket, "object_store_options": seaweed.options()}
     with Market.open(tmp_path / "old") as market:
-        listing = publish(market)
+        listing = store(market, 1)
     with pytest.raises(ConfigError, match="store upload"):
         Market.open(tmp_path / "old", config)
     words = ["store", "upload", "--home", str(tmp_path / "old"), "--config", json.dumps(config)]
     assert main(words) == 0
-    with (
-        Market.open(tmp_path / "old", config) as market,
-        Market.open(tmp_path / "new", config) as new,
-    ):
+    with Market.open(tmp_path / "old", config) as market:
         for key in listing.chunk_keys:
             market.store.disk.delete(key)
             market.store.verify(key)
-        directory = Directory(new)
-        assert directory.sync() == 1
+        assert loaded(market) == [0, 1, 2]
     with pytest.raises(ConfigError, match="chunk_tokens"):
-        Market.open(tmp_path / "third", {**config, "chunk_tokens": 128})
+        Market.open(tmp_path / "old", {**config, "chunk_tokens": 128})
     assert main(words) == 2, "done already"

@@ -78,6 +78,8 @@ def store_and_list(market: Market, token_ids: Sequence[int], **terms: object) ->
                 layout=LAYOUT,
                 layers=[[pages]],
             )
+        shares = [market.store.describe(key) for key in listing.chunk_keys]
+        market.catalogue.shares.note([share for share in shares if share is not None])
         market.catalogue.heal_all(listing.chunk_keys)
         market.catalogue.commit(listing.document_id, stored)
     return market.catalogue.get(listing.document_id)

@@ -82,10 +82,12 @@ class Model:
         if known.place not in known.first_offers.values():
             known.first_offers.setdefault(known.publisher, known.place)
 
-    def commit(self, known: Document) -> None:
-        if known.state == "publishing":
+    def commit(self, life: int, known: Document) -> bool:
+        if known.state == "publishing" and life in known.publishing:
             known.publishing = []
             self.offer(known)
+            return True
+        return known.state == "live"
 
     def leave(self, known: Document, state: str) -> None:
         known.state, known.is_listed, known.is_pinned = state, False, False
@@ -216,9 +218,8 @@ class CatalogueMachine(RuleBasedStateMachine):
                 except CatalogueRefusedError:
                     return "refused"
 
-            refused = known.state not in ("publishing", "live")
-            self.model.commit(known)
-            expected = "refused" if refused else known.state
+            is_done = self.model.commit(self.lives[machine], known)
+            expected = known.state if is_done else "refused"
             assert self.all(machine, commit) == {expected}
 
     @rule(machine=machines, which=which)

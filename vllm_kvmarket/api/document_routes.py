@@ -35,7 +35,6 @@ from vllm_kvmarket.catalogue import Listing, ListingFilter, Usage
 from vllm_kvmarket.core.errors import CatalogueError, NotFoundError
 from vllm_kvmarket.core.listing_terms import ListingTerms
 from vllm_kvmarket.ledger import PROVIDER
-from vllm_kvmarket.market import shared_bucket
 from vllm_kvmarket.market.market import Market
 
 logger = logging.getLogger(__name__)
@@ -154,7 +153,7 @@ def change(
     if "ttl_s" in wish.model_fields_set:
         ends = None if wish.ttl_s is None else time.time() + wish.ttl_s
         market.catalogue.set_expiry(document_id, ends)
-    return describe(market, shared_bucket.offer_changes(market, document_id))
+    return describe(market, market.catalogue.get(document_id))
 
 
 @router.delete("/{document_id}", response_model=Deleted)

@@ -51,7 +51,7 @@ from vllm_kvmarket.core.errors import (
 )
 from vllm_kvmarket.core.model_identity import pack_tokens
 from vllm_kvmarket.ledger import ACCOUNT_ID
-from vllm_kvmarket.market import shared_bucket
+from vllm_kvmarket.market.garbage_collection import release_unneeded
 from vllm_kvmarket.market.market import Market
 from vllm_kvmarket.store import open_chunk
 from vllm_kvmarket.store.packings import own_share
@@ -220,10 +220,9 @@ def import_(
     delisted is refused, unless `relist`. `on_progress` gets the bytes stored and all bytes.
 
     Raises BundleError with the reason, and what the store raises (StoreFullError). Then nothing is
-    listed, and every chunk that was stored for it and that no other listing needs is gone. Raises
-    StoreError with the document on offer when a shared object store could not be informed.
+    listed, and every chunk that was stored for it and that no other listing needs is gone.
     """
-    market.identity.confirm_once()
+    market.identity.confirm()
     with opened(path) as descriptor:
         reader = Reader(descriptor, path.name)
         manifest = reader.manifest({key.kid: key for key in trusted})
@@ -245,16 +244,17 @@ def import_(
                 made = dataclasses.replace(listing, stored_bytes=sum(stored.values()))
                 market.catalogue.adopt(made, document, force=relist)
         except BaseException:
-            market.catalogue.leftovers.release(list(stored), market.store.disk.delete)
+            # What the object store keeps because it does not answer is left to the next gc.
+            with contextlib.suppress(StoreError):
+                release_unneeded(market, list(stored))
             raise
         _store_again(market, reader, files)
-    shared_bucket.offer(market, listing.document_id)
     return market.catalogue.get(listing.document_id)
 
 
 def _store_again(market: Market, reader: Reader, files: Sequence[File]) -> None:
     """Store what another process's gc took before the listing protected it."""
-    missing = [file for file in files if not market.store.has(*file.place)]
+    missing = [file for file in files if not market.store.is_kept(*file.place)]
     if not missing:
         return
     try:

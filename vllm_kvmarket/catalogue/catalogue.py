@@ -41,8 +41,6 @@ from vllm_kvmarket.core.errors import (
 from vllm_kvmarket.core.model_identity import CHUNK_TOKENS, unpack_tokens
 
 EXPIRED_REASON = "its time to live is over"
-# From this number of chunks on, reading all that are needed is quicker than asking for each.
-_MANY = 1000
 
 logger = logging.getLogger(__name__)
 
@@ -333,7 +331,8 @@ class Catalogue:
 
         A live one is returned as it is: another publisher of it was faster. One with a chunk that
         is marked as damaged becomes damaged; heal what was stored again first. Raises
-        CatalogueError when it is not being published.
+        CatalogueError when it is not being published, or not by this process any more: its chunks
+        may have been deleted since it was given up.
         """
         with self._changing() as db:
             listing = queries.find_listing(db, document_id)
@@ -343,6 +342,11 @@ class Catalogue:
                     f"{document_id} is {state}, not being published; begin it first"
                 )
             if listing.state == "publishing":
+                if self._owner.name not in queries.owners_of(db, document_id):
+                    raise CatalogueRefusedError(
+                        f"{document_id} is not being published by this process any more; publish "
+                        "it again"
+                    )
                 self._offer(db, document_id, stored_bytes)
             return self._read(db, document_id)
 
@@ -511,11 +515,8 @@ class Catalogue:
 
         Only `leftovers.release` may delete the others: a listing may begin to need them meanwhile.
         """
-        asked = set(keys)
         with self._db.snapshot() as db:
-            if len(asked) > _MANY:
-                return asked & queries.all_held(db, NEEDED)
-            return {key for key in asked if queries.is_held(db, key, NEEDED)}
+            return queries.held(db, list(keys), NEEDED)
 
     # Damage
 
@@ -527,10 +528,7 @@ class Catalogue:
         ignored: it may be gone for good reason.
         """
         with self._changing() as db:
-            if queries.is_held(db, key, NEEDED) and queries.set_damaged(db, key, damaged=True):
-                # Also those that were damaged before: what can be matched of them may be less now.
-                for name in queries.holders(db, key, ON_OFFER):
-                    queries.set_state(db, name, "damaged", reason)
+            queries.report_damage(db, key, reason)
 
     def heal(self, key: bytes) -> None:
         """Note that a chunk was stored again; mutates the database.

@@ -1,4 +1,7 @@
-"""Which shares of a chunk are stored, so that an old copy of it can be told from the new one."""
+"""Which shares of a chunk are stored, in which layouts: what else is there is not the market's.
+
+So an old copy of a chunk can be told from the new one, and what is deleted is known by name.
+"""
 
 from __future__ import annotations
 
@@ -35,40 +38,36 @@ class ChunkShares:
         """Return what is recorded of some chunks, in order of keys and ranks."""
         statement = (
             "SELECT key, rank, world_size, layout, bytes, fingerprint FROM chunk_share "
-            "WHERE key = ? ORDER BY world_size, rank"
+            "WHERE key = ? ORDER BY layout, world_size, rank"
         )
         with self._db.snapshot() as db:
             found = [queries.rows(db, statement, (key,)) for key in keys]
         return [StoredShare(*row) for share in found for row in share]
 
-    def needed_bytes(self, asking: Collection[str] = (), *, fixed: bool = False) -> int:
-        """Return the bytes in the store that this home's documents on offer or on their way need.
+    def taken_bytes(self, asking: Collection[str] = (), *, fixed: bool = False) -> int:
+        """Return the bytes that are taken in the store: what is there, and what is on its way.
 
-        Each share counts once, however many documents hold its chunk. What is on its way counts
-        with what it has asked for, except where it is `asking` now. Documents whose shares were
-        never recorded count with what they wrote. If `fixed`, only those that are pinned, on their
-        way or asking. Reads a row for each of their chunks.
+        Each share counts until it is deleted, once, however many documents hold its chunk. What is
+        on its way counts with what it has asked for, except where it is `asking` now. If `fixed`,
+        only chunks of documents that are pinned, on their way or asking; this reads a row for each.
         """
         asking = list(asking) or [""]
         marks = ", ".join("?" * len(asking))
-        needed = (
-            "NOT adopted AND (state = 'publishing' OR state IN ('live', 'damaged') "
-            f"AND (pinned OR NOT ? OR document_id IN ({marks})))"
+        shares = "SELECT coalesce(sum(bytes), 0) FROM chunk_share"
+        values: Sequence[Value] = ()
+        if fixed:
+            shares += (
+                " WHERE key IN (SELECT key FROM listing JOIN listing_chunk USING (document_id) "  # noqa: S608  # only question marks are put in
+                "WHERE state = 'publishing' OR state IN ('live', 'damaged') "
+                f"AND (pinned OR document_id IN ({marks})))"
+            )
+            values = asking
+        coming = (
+            "SELECT coalesce(sum(stored_bytes), 0) FROM listing WHERE state = 'publishing' "  # noqa: S608  # the same
+            f"AND NOT listed AND document_id NOT IN ({marks})"
         )
-        shares = (
-            "SELECT coalesce(sum(bytes), 0) FROM chunk_share WHERE key IN "  # noqa: S608  # the same
-            f"(SELECT key FROM listing JOIN listing_chunk USING (document_id) WHERE {needed})"
-        )
-        others = (
-            f"SELECT coalesce(sum(stored_bytes), 0) FROM listing WHERE {needed} "  # noqa: S608  # the same
-            f"AND NOT (state = 'publishing' AND document_id IN ({marks})) "
-            "AND (state = 'publishing' AND NOT listed OR NOT EXISTS (SELECT 1 FROM listing_chunk "
-            "JOIN chunk_share USING (key) WHERE listing_chunk.document_id = listing.document_id))"
-        )
-        values: tuple[Value, ...] = (fixed, *asking)
         with self._db.snapshot() as db:
-            counted = queries.rows(db, shares, values)
-            counted += queries.rows(db, others, (*values, *asking))
+            counted = queries.rows(db, shares, values) + queries.rows(db, coming, asking)
         return sum(int(count) for (count,) in counted)
 
 
@@ -81,15 +80,15 @@ def _write(db: Connection, share: StoredShare) -> bool:
     """Insert or replace a share; whether that was a change."""
     values = (
         share.key,
+        share.layout,
         share.rank,
         share.world_size,
-        share.layout,
         share.size_bytes,
         share.fingerprint,
     )
     statement = (
         "INSERT INTO chunk_share VALUES (?, ?, ?, ?, ?, ?) "
-        "ON CONFLICT (key, rank, world_size) DO UPDATE SET layout = excluded.layout, "
+        "ON CONFLICT (key, layout, rank, world_size) DO UPDATE SET "
         "bytes = excluded.bytes, fingerprint = excluded.fingerprint "
         "WHERE chunk_share.fingerprint <> excluded.fingerprint "
         "OR chunk_share.bytes <> excluded.bytes RETURNING 1"

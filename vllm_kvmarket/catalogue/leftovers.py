@@ -1,8 +1,9 @@
-"""What documents leave behind when they leave the market: files of chunks, and tokens.
+"""What documents leave behind when they leave the market: stored chunks, and tokens.
 
-No file is deleted inside a transaction. A chunk that nothing needs is first marked as being
-deleted; publishing a document with such a chunk waits until the files are gone and the mark with
-them. A mark of a process that has died means nothing.
+Nothing is deleted inside a transaction. A chunk that nothing needs is first marked as being
+deleted; then its files and objects go, and then the mark. Publishing a document with such a chunk
+waits until the mark is gone. It takes back the mark of a process that has died; otherwise the next
+who deletes continues there.
 """
 
 from __future__ import annotations
@@ -23,8 +24,10 @@ from vllm_kvmarket.core.errors import (
     NotFoundError,
 )
 
+Delete = Callable[[list[bytes]], object]
+
 # Chunks that are marked at once: a publisher may wait for all of them.
-_AT_ONCE = 32
+_AT_ONCE = 64
 # How long a publisher waits until its document's old chunks are gone.
 _PATIENCE_S = 60.0
 _PAUSE_S = 0.01
@@ -41,13 +44,13 @@ class Leftovers:
         self._owner = connections.owner
         self._lock = threading.Lock()
 
-    # Files
+    # Chunks
 
     def documents(self) -> list[str]:
         """Return documents that left the market since this was asked; mutates the database.
 
-        What only they needed can be released now. Others find files that are overlooked, in a
-        process that ends before it has released them, by looking at all files.
+        What only they needed can be released now. What a process leaves that ends before it has
+        released it is `unneeded`.
         """
         statement = (
             f"UPDATE listing SET stored = FALSE WHERE stored AND {_GONE} RETURNING document_id"  # noqa: S608  # a text of ours
@@ -61,12 +64,27 @@ class Leftovers:
             chunks = (queries.chunks_of(db, each) for each in document_ids)
             return list(dict.fromkeys(chunk.key for found in chunks for chunk in found))
 
-    def release(self, keys: Iterable[bytes], delete: Callable[[bytes], object]) -> int:
-        """Call `delete` for each chunk that no listing on offer or on its way holds; how many.
+    def unneeded(self) -> list[bytes]:
+        """Return chunks that are recorded as stored, and that nothing needs; reads all of them."""
+        statement = (
+            "SELECT DISTINCT key FROM chunk_share WHERE NOT EXISTS (SELECT 1 FROM listing_chunk "  # noqa: S608  # a text of ours
+            "JOIN listing USING (document_id) WHERE listing_chunk.key = chunk_share.key "
+            f"AND NOT ({_GONE}))"
+        )
+        with self._db.snapshot() as db:
+            return [key for (key,) in queries.rows(db, statement)]
+
+    def interrupted(self) -> list[bytes]:
+        """Return chunks that somebody is deleting, or was until it died."""
+        with self._db.snapshot() as db:
+            return [key for (key,) in queries.rows(db, "SELECT key FROM releasing")]
+
+    def release(self, keys: Iterable[bytes], delete: Delete) -> int:
+        """Call `delete` with chunks that no listing on offer or on its way holds; how many.
 
         No publication of a chunk can begin while it is being deleted: one that began before keeps
-        it, and one that begins afterwards finds it gone. Nobody else waits. `delete` must not
-        publish; its errors pass through.
+        it, and one that begins afterwards finds it gone. Nobody else waits. `delete` gets several
+        at once and must not publish; its errors pass through.
         """
         released = 0
         waiting = iter(dict.fromkeys(keys))
@@ -75,10 +93,10 @@ class Leftovers:
                 marked = self._mark(batch)
                 gone: list[bytes] = []
                 try:
-                    for key in marked:
+                    if marked:
                         self._check_certain()
-                        delete(key)
-                        gone.append(key)
+                        delete(marked)
+                        gone = marked
                 finally:
                     self._unmark(gone)
                 released += len(gone)
@@ -91,10 +109,11 @@ class Leftovers:
         """
         with self._db.transaction() as db:
             self._owner.announce(db)
+            needed = queries.held(db, batch, NEEDED)
             free = [
                 key
                 for key in batch
-                if not queries.is_held(db, key, NEEDED) and not self._are_being_deleted(db, [key])
+                if key not in needed and not self._are_being_deleted(db, [key])
             ]
             marks = [(key, self._owner.name) for key in free]
             db.executemany("INSERT INTO releasing VALUES (?, ?)", marks)
@@ -108,9 +127,18 @@ class Leftovers:
             )
 
     def _unmark(self, gone: list[bytes]) -> None:
+        """Forget what was deleted, and the marks.
+
+        A mark that somebody has taken back meanwhile, because this process stood still for so long
+        that it looked dead: the chunk may have been stored anew before it was deleted.
+        """
         with self._db.transaction() as db:
+            statement = "DELETE FROM releasing WHERE owner = ? RETURNING key"
+            own = {key for (key,) in queries.rows(db, statement, (self._owner.name,))}
             chunk_shares.forget(db, gone)
-            db.execute("DELETE FROM releasing WHERE owner = ?", (self._owner.name,))
+            for key in gone:
+                if key not in own:
+                    queries.report_damage(db, key, "it was deleted while it was published")
 
     @contextmanager
     def undisturbed(
@@ -135,19 +163,23 @@ class Leftovers:
             time.sleep(_PAUSE_S)
 
     def _are_being_deleted(self, db: Connection, keys: Iterable[bytes]) -> bool:
-        """Say whether a living process is deleting one of these chunks; forgets dead ones."""
-        found: set[str] = set()
+        """Say whether a living process is deleting one of these chunks.
+
+        Takes back marks of dead ones, and what was recorded of these chunks: they may be gone.
+        """
         for key in keys:
             statement = "SELECT owner FROM releasing WHERE key = ?"
-            found.update(owner for (owner,) in queries.rows(db, statement, (key,)))
-        dead = {owner for owner in found if not self._owner.is_alive(db, owner)}
-        db.executemany("DELETE FROM releasing WHERE owner = ?", [(owner,) for owner in dead])
-        return found != dead
+            for (owner,) in queries.rows(db, statement, (key,)):
+                if self._owner.is_alive(db, owner):
+                    return True
+                db.execute("DELETE FROM releasing WHERE key = ?", (key,))
+                chunk_shares.forget(db, [key])
+        return False
 
     # Tokens
 
-    def purge(self, document_ids: Iterable[str], delete: Callable[[bytes], object]) -> int:
-        """Remove the tokens of documents that left the market, and the files that only they need.
+    def purge(self, document_ids: Iterable[str], delete: Delete) -> int:
+        """Remove the tokens of documents that left the market, and the chunks that only they need.
 
         Their listings stay, for receipts and statistics. Returns how many documents had tokens;
         mutates the database. Raises NotFoundError, and CatalogueRefusedError for a document that is

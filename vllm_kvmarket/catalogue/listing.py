@@ -28,7 +28,7 @@ class Listing:
     the store needed its space. `stored_bytes` counts what this document's publishing wrote, not
     chunks that others had stored before. A `pinned` one is never evicted and is kept in the paged
     cache; only what is on offer or on its way can be. `paid_for` means that its publisher was
-    charged for storing it. An `adopted` one was published by another home of the same object store.
+    charged for storing it.
     """
 
     document_id: str
@@ -41,7 +41,6 @@ class Listing:
     stored_bytes: int = 0
     pinned: bool = False
     paid_for: bool = False
-    adopted: bool = False
     chunk_keys: tuple[bytes, ...] = ()
 
     @classmethod

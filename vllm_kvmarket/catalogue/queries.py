@@ -10,6 +10,7 @@ from typing import Any, Literal
 import msgspec
 
 from vllm_kvmarket.catalogue.listing import (
+    NEEDED,
     ON_OFFER,
     Listing,
     ListingFilter,
@@ -24,10 +25,11 @@ from vllm_kvmarket.core.listing_terms import ListingTerms
 _TERMS = ListingTerms.__struct_fields__
 _FACTS = tuple(field.name for field in fields(Listing) if field.name not in ("terms", "chunk_keys"))
 _COLUMNS = ", ".join((*_FACTS, *_TERMS))
-_FLAGS = ("pinned", "paid_for", "adopted")
-
+_FLAGS = ("pinned", "paid_for")
 
 _ALL = 2**62
+# Chunks in one statement.
+_ASKED_AT_ONCE = 500
 # The numbers that listings are ordered by, smallest first.
 _NUMBERS = {
     "age": "-created_at_s",
@@ -240,7 +242,7 @@ def chunks_of(db: Connection, document_id: str) -> list[StoredChunk]:
     """Return a document's chunks, in order."""
     statement = (
         "SELECT key, tokens, damaged, (SELECT string_agg(hex(fingerprint), '' ORDER BY rank, "
-        "world_size) FROM chunk_share WHERE chunk_share.key = chunk.key) "
+        "world_size, layout) FROM chunk_share WHERE chunk_share.key = chunk.key) "
         "FROM listing_chunk JOIN chunk USING (key) "
         "WHERE document_id = ? ORDER BY position"
     )
@@ -253,8 +255,8 @@ def chunks_of(db: Connection, document_id: str) -> list[StoredChunk]:
 def write_listing(db: Connection, listing: Listing) -> None:
     """Insert a listing, or restart the one of the same document; its chunks are not touched.
 
-    One that is damaged keeps its bytes, its pin, that it was paid for or adopted, and its end where
-    it is given no other. The place in the order of first offers is the publisher's own: anyone else
+    One that is damaged keeps its bytes, its pin, that it was paid for, and its end where it is given
+    no other. The place in the order of first offers is the publisher's own: anyone else
     who lists the document again gets a new one.
     """
     values = [getattr(listing, name) for name in _FACTS]
@@ -274,7 +276,6 @@ def write_listing(db: Connection, listing: Listing) -> None:
         "ELSE excluded.stored_bytes END, "
         "pinned = excluded.pinned OR (listing.listed AND listing.pinned), "
         "paid_for = excluded.paid_for OR (listing.listed AND listing.paid_for), "
-        "adopted = CASE WHEN listing.listed THEN listing.adopted ELSE excluded.adopted END, "
         "stored = TRUE, purged = FALSE, ended_at_s = NULL, "
         "expires_at_s = coalesce(excluded.expires_at_s, "
         "CASE WHEN listing.listed THEN listing.expires_at_s END), "
@@ -365,6 +366,14 @@ def set_damaged(db: Connection, key: bytes, damaged: bool) -> bool:
     return bool(rows(db, statement, (damaged, key, damaged)))
 
 
+def report_damage(db: Connection, key: bytes, reason: str) -> None:
+    """Mark a chunk as lost that a listing needs, and the listings on offer that hold it."""
+    if is_held(db, key, NEEDED) and set_damaged(db, key, damaged=True):
+        # Also those that were damaged before: what can be matched of them may be less now.
+        for name in holders(db, key, ON_OFFER):
+            set_state(db, name, "damaged", reason)
+
+
 def holders(db: Connection, key: bytes, states: Sequence[ListingState]) -> list[str]:
     """Return the documents in one of these states that hold a chunk."""
     statement = (
@@ -381,6 +390,22 @@ def is_held(db: Connection, key: bytes, states: Sequence[ListingState]) -> bool:
         f"AND state IN ({', '.join('?' * len(states))}) LIMIT 1"
     )
     return bool(rows(db, statement, (key, *states)))
+
+
+def held(
+    db: Connection, keys: Sequence[bytes], states: Sequence[ListingState]
+) -> set[bytes]:
+    """Return those of some chunks that a document in one of these states holds."""
+    found: set[bytes] = set()
+    for start in range(0, len(keys), _ASKED_AT_ONCE):
+        asked = keys[start : start + _ASKED_AT_ONCE]
+        statement = (
+            "SELECT key FROM listing_chunk JOIN listing USING (document_id) "  # noqa: S608  # only question marks are put in
+            f"WHERE key IN ({', '.join('?' * len(asked))}) "
+            f"AND state IN ({', '.join('?' * len(states))})"
+        )
+        found.update(key for (key,) in db.execute(statement, (*asked, *states)))
+    return found
 
 
 def all_held(db: Connection, states: Sequence[ListingState]) -> set[bytes]:

@@ -93,7 +93,8 @@ CREATE TABLE audit (
 CREATE INDEX audit_document ON audit (document_id);
 """
 
-# Where the chunks are: the object store's URL, and the id in it. NULL: on the disk alone.
+# Where the chunks are: the object store's URL, NULL for the disk alone; and the id that this market
+# writes into its object store, NULL before it has one.
 STORE_SCHEMA = """
 ALTER TABLE catalogue ADD COLUMN store_url TEXT;
 ALTER TABLE catalogue ADD COLUMN store_id TEXT;
@@ -114,7 +115,7 @@ CREATE INDEX listing_left ON listing (state)
     WHERE stored AND state NOT IN ('live', 'damaged', 'publishing');
 CREATE INDEX listing_end ON listing (ended_at_s) WHERE ended_at_s IS NOT NULL AND NOT purged;
 """
-# The shares of a chunk that are stored; a new one of a rank replaces the old.
+# The shares of a chunk that are stored; a new one replaces the old.
 SHARES_SCHEMA = """
 CREATE TABLE chunk_share (
     key BLOB NOT NULL CHECK (length(key) = 32),
@@ -126,11 +127,28 @@ CREATE TABLE chunk_share (
     PRIMARY KEY (key, rank, world_size)
 ) STRICT, WITHOUT ROWID;
 """
-# `adopted`: published by another home of the same object store. And listings that had left before
+# `adopted` was for documents of other markets in the same bucket. And listings that had left before
 # LEFTOVERS_SCHEMA are kept from now on, not from their publication on.
 ADOPTED_SCHEMA = """
 ALTER TABLE listing ADD COLUMN adopted INTEGER NOT NULL DEFAULT 0 CHECK (adopted IN (0, 1));
 UPDATE listing SET ended_at_s = unixepoch() WHERE ended_at_s = created_at_s;
+"""
+# A bucket is one market's. And a chunk may be stored in several layouts that nobody converts; their
+# digests are in their files' names. Others have none, as all had before.
+LAYOUTS_SCHEMA = """
+ALTER TABLE listing DROP COLUMN adopted;
+ALTER TABLE chunk_share RENAME TO old_share;
+CREATE TABLE chunk_share (
+    key BLOB NOT NULL CHECK (length(key) = 32),
+    layout TEXT NOT NULL,
+    rank INTEGER NOT NULL CHECK (rank >= 0),
+    world_size INTEGER NOT NULL CHECK (world_size > rank),
+    bytes INTEGER NOT NULL CHECK (bytes >= 0),
+    fingerprint BLOB NOT NULL CHECK (length(fingerprint) = 8),
+    PRIMARY KEY (key, layout, rank, world_size)
+) STRICT, WITHOUT ROWID;
+INSERT INTO chunk_share SELECT key, '', rank, world_size, bytes, fingerprint FROM old_share;
+DROP TABLE old_share;
 """
 
 # Only on PostgreSQL: every change is announced when it is committed, and who is publishing or
@@ -150,7 +168,7 @@ CREATE TABLE publisher_lease (
 """
 CATALOGUE = Room(
     "catalogue",
-    (SCHEMA, STORE_SCHEMA, LEFTOVERS_SCHEMA, SHARES_SCHEMA, ADOPTED_SCHEMA),
+    (SCHEMA, STORE_SCHEMA, LEFTOVERS_SCHEMA, SHARES_SCHEMA, ADOPTED_SCHEMA, LAYOUTS_SCHEMA),
     CatalogueUnavailableError,
     postgres_only=POSTGRES_ONLY,
 )

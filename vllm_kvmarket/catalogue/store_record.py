@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import uuid
 from collections.abc import Set
-from typing import NamedTuple
+from typing import Literal
 
 from vllm_kvmarket.catalogue import queries
 from vllm_kvmarket.catalogue.connections import Connections
@@ -12,30 +13,35 @@ from vllm_kvmarket.core.database import Connection
 from vllm_kvmarket.core.errors import CatalogueRefusedError
 
 
-class RecordedStore(NamedTuple):
-    """An object store's URL and the id that is written in it; None for both: the disk alone."""
-
-    url: str | None
-    store_id: str | None
-
-
 class StoreRecord:
-    """Reads and writes the record; `store_id` is the store that this process uses."""
+    """Reads and writes the record; `url` is the object store that this process uses, None for the
+    disk alone.
+    """
 
     def __init__(self, connections: Connections) -> None:
-        self.store_id: str | None = None
+        self.url: str | None = None
         self._db = connections
 
-    def read(self) -> RecordedStore:
-        """Return what is recorded. Raises CatalogueUnavailableError."""
+    def read(self) -> str | None:
+        """Return the URL that is recorded. Raises CatalogueUnavailableError."""
         with self._db.snapshot() as db:
-            return _read(db)
+            return _column(db, "store_url")
+
+    def market_id(self) -> str:
+        """Return what this market writes into its object store; makes it the first time."""
+        with self._db.snapshot() as db:
+            found = _column(db, "store_id")
+        if found is not None:
+            return found
+        with self._db.transaction() as db:
+            statement = "UPDATE catalogue SET store_id = coalesce(store_id, ?) RETURNING store_id"
+            return str(queries.rows(db, statement, (uuid.uuid4().hex,))[0][0])
 
     def is_current(self) -> bool:
-        """Say whether the recorded store is the one that this process uses."""
-        return self.read().store_id == self.store_id
+        """Say whether this process knows where the chunks are: in an object store, or not."""
+        return (self.read() is None) == (self.url is None)
 
-    def write(self, record: RecordedStore, uploaded: Set[bytes] | None = None) -> bool:
+    def write(self, url: str | None, uploaded: Set[bytes] | None = None) -> bool:
         """Record an object store, and that this process uses it; mutates the database.
 
         With `uploaded`, the keys of all chunks that were uploaded to it: returns False, and records
@@ -51,19 +57,20 @@ class StoreRecord:
                     )
                 if queries.all_held(db, NEEDED) - uploaded:
                     return False
-            db.execute("UPDATE catalogue SET store_url = ?, store_id = ?", record)
-        self.store_id = record.store_id
+            db.execute("UPDATE catalogue SET store_url = ?", (url,))
+        self.url = url
         return True
 
     def check(self, db: Connection) -> None:
-        """Refuse a new document when the chunks are in another store than this process uses."""
-        recorded = _read(db)
-        if recorded.store_id != self.store_id:
+        """Refuse a new document when an object store was added since this process began."""
+        recorded = _column(db, "store_url")
+        if (recorded is None) != (self.url is None):
             raise CatalogueRefusedError(
-                f"this market's chunks are in {recorded.url or 'its folder'} now; set "
+                f"this market's chunks are in {recorded or 'its folder'} now; set "
                 "object_store_url to it and restart this process"
             )
 
 
-def _read(db: Connection) -> RecordedStore:
-    return RecordedStore(*queries.rows(db, "SELECT store_url, store_id FROM catalogue")[0])
+def _column(db: Connection, name: Literal["store_url", "store_id"]) -> str | None:
+    found: str | None = queries.rows(db, f"SELECT {name} FROM catalogue")[0][0]  # noqa: S608  # names are ours
+    return found

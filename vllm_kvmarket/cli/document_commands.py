@@ -38,7 +38,7 @@ from vllm_kvmarket.core.errors import (
     UnavailableError,
 )
 from vllm_kvmarket.core.pricing import PPM, format_nano
-from vllm_kvmarket.market import eviction, garbage_collection
+from vllm_kvmarket.market import garbage_collection
 from vllm_kvmarket.market.market import Market
 
 if TYPE_CHECKING:
@@ -366,8 +366,7 @@ def _show_purged(where: Console, report: garbage_collection.PurgeReport, has_buc
     where.print(f"removed the tokens of {report.purged} documents")
     if has_bucket:
         where.print(
-            f"deleted {report.objects_deleted} objects; those of the last day, and what other "
-            "documents need, stay until `kvmarket store gc`"
+            f"deleted {report.objects_deleted} objects; what other documents need stays"
         )
 
 
@@ -384,7 +383,7 @@ def document_expire(args: argparse.Namespace) -> None:
     """Set the time until which a document is on offer."""
     expires_at_s = None if args.never else time.time() + args.ttl
     with open_market(args) as market:
-        listing = eviction.set_time_to_live(market, args.document_id, expires_at_s)
+        listing = market.catalogue.set_expiry(args.document_id, expires_at_s)
         document = {**describe(market, listing), "expires_at_s": listing.terms.expires_at_s}
     until = "for good" if expires_at_s is None else f"until {moment(expires_at_s)}"
     emit(args, document, lambda where: where.print(f"{listing.document_id}: on offer {until}"))

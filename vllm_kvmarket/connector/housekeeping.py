@@ -11,7 +11,6 @@ from vllm.logger import init_logger
 from vllm_kvmarket.connector.scheduler_metrics import SchedulerMetrics
 from vllm_kvmarket.market.garbage_collection import purge
 from vllm_kvmarket.market.market import Market
-from vllm_kvmarket.market.shared_bucket import Directory
 from vllm_kvmarket.proofs import TransparencyLog
 
 INTERVAL_S = 2.0
@@ -20,8 +19,8 @@ logger = init_logger("vllm.kvmarket.housekeeping")
 
 
 class Housekeeping:
-    """Expires overdue reservations, writes down what was used, follows a shared bucket, signs the
-    log, and takes the metrics that wait for disk or database.
+    """Expires overdue reservations, writes down what was used, signs the log, and takes the metrics
+    that wait for disk or database.
     """
 
     def __init__(
@@ -32,7 +31,6 @@ class Housekeeping:
         self._chores: dict[str, Callable[[], object]] = {
             "expiring reservations": market.ledger.expire_pending,
             "noting uses": market.flush_uses,
-            "following the object store": Directory(market).sync,
             "removing old documents' tokens": partial(purge, market),
             "signing the log": TransparencyLog(market.ledger, market.home).keep_signed,
             "taking metrics": metrics.look,

@@ -165,7 +165,7 @@ class PublishRequest:
         """List the document, or note why not; and charge for storing it, or do not."""
         market, document = self._engine.market, self._document
         if failure:
-            done = market.fail_listing(document.document_id, failure)
+            done = market.fail_listing(document.document_id, failure, self.report.shares)
         else:
             stored_bytes = self.report.stored_bytes
             done = market.commit_listing(

@@ -18,8 +18,9 @@ Fingerprint = Annotated[
 class StoredShare(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """One rank's share of a chunk: its file's bytes, and what else tells it from another.
 
-    `layout` is a short digest of how its pages are arranged. `fingerprint` is the checksum of the
-    file's header, which covers the checksums of all layers: other content has another.
+    `layout` is the digest of a layout that no other engine can convert, empty for all others, as in
+    its file's name. `fingerprint` is the checksum of the file's header, which covers the checksums
+    of all layers: other content has another.
     """
 
     key: Annotated[bytes, msgspec.Meta(min_length=KEY_BYTES, max_length=KEY_BYTES)]

@@ -1,32 +1,26 @@
-"""Which object store a market's chunks are in, so that a wrong setting cannot lose them.
+"""Which market an object store belongs to, so that a wrong setting cannot lose its chunks.
 
-The first market that uses an object store writes an id and the chunk size into it; every market
-records the id in its own database. A market that was given another bucket, another prefix, another
-chunk size, or a bucket while its chunks are on the disk alone, is refused before it does anything.
+A market writes an id of its own into its object store. A market that was given another market's
+store, another bucket or prefix, or a bucket while its chunks are on the disk alone, is refused
+before it does anything. Several machines use one store as one market, by one `database_url`.
 """
 
 from __future__ import annotations
 
 import contextlib
-import uuid
 from typing import TYPE_CHECKING, Annotated
 
 import msgspec
 
 from vllm_kvmarket.catalogue import Catalogue
 from vllm_kvmarket.catalogue.listing import NEEDED, ON_OFFER
-from vllm_kvmarket.catalogue.store_record import RecordedStore
 from vllm_kvmarket.core.errors import (
     ChunkDamagedError,
     ChunkMissingError,
     ConfigError,
     LayoutMismatchError,
-    NotFoundError,
     StoreError,
 )
-from vllm_kvmarket.market import shared_bucket
-from vllm_kvmarket.store import bucket_listings
-from vllm_kvmarket.store.bucket_listings import MARKER
 from vllm_kvmarket.store.object_tier import ObjectTier
 from vllm_kvmarket.store.tiers import Tiers
 
@@ -36,14 +30,15 @@ if TYPE_CHECKING:
     from vllm_kvmarket.market.market import Market
 
 FORMAT = 1
+# The object that says whose store it is.
+MARKER = "store.json"
 
 
-class Marker(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """The content of the object that names a store."""
+class Marker(msgspec.Struct, frozen=True):
+    """The content of the object that says whose store it is."""
 
     format: int
     store_id: Annotated[str, msgspec.Meta(min_length=32, max_length=32)]
-    chunk_tokens: int
 
 
 class UploadReport(msgspec.Struct, frozen=True, kw_only=True):
@@ -65,7 +60,7 @@ class BucketIdentity:
     def __init__(self, store: Tiers, catalogue: Catalogue) -> None:
         self._store = store
         self._catalogue = catalogue
-        self._is_confirmed = False
+        self._record = catalogue.store_record
 
     def check_configuration(self) -> None:
         """Refuse a store that is not this market's, when a market opens.
@@ -74,69 +69,46 @@ class BucketIdentity:
         `confirm` asks again. Raises ConfigError, and StoreError when a store with a new URL does
         not answer.
         """
-        record, url = self._catalogue.store_record.read(), self._url
-        if record.url is None and url is not None and self._has_chunks():
-            raise ConfigError(
-                "object_store_url is set, but this market's chunks are on its disk alone: run "
-                "`kvmarket store upload` with this configuration first"
-            )
-        if record.url is not None and url is None:
-            raise ConfigError(
-                f"this market's chunks are in {record.url}: set object_store_url to it"
-            )
-        if record.url is not None and record.url != url:
-            self._move(record)
-        self._catalogue.store_record.store_id = record.store_id
-        if record.store_id is None:
+        recorded, objects = self._record.read(), self._store.objects
+        if objects is None:
+            if recorded is not None:
+                raise ConfigError(
+                    f"this market's chunks are in {recorded}: set object_store_url to it"
+                )
+            return
+        if recorded is None:
+            if self._has_chunks():
+                raise ConfigError(
+                    "object_store_url is set, but this market's chunks are on its disk alone: run "
+                    "`kvmarket store upload` with this configuration first"
+                )
             # A store that does not answer now is claimed before the first document is stored.
             with contextlib.suppress(StoreError):
                 self.confirm()
-
-    def _move(self, record: RecordedStore) -> None:
-        """Accept another URL of the same store, or of its copy. Raises ConfigError."""
-        assert self._store.objects is not None
-        found = read_marker(self._store.objects)
-        if found is None or found.store_id != record.store_id:
-            raise ConfigError(
-                f"object_store_url is {self._url}, but this market's chunks are in {record.url}: "
-                f"set it to that, or copy everything with {MARKER} to the new place first"
-            )
-        self._catalogue.store_record.write(RecordedStore(self._url, record.store_id))
+            return
+        if recorded != objects.url:
+            found = read_marker(objects)
+            if found is None or found.store_id != self._record.market_id():
+                raise ConfigError(
+                    f"object_store_url is {objects.url}, but this market's chunks are in "
+                    f"{recorded}: set it to that, or copy everything with {MARKER} to the new "
+                    "place first"
+                )
+            self._record.write(objects.url)
+        self._record.url = objects.url
 
     def confirm(self) -> None:
         """Make sure that the object store is there and is this market's; before what relies on it.
 
         A store that no market uses yet becomes this one's. Raises StoreError, ConfigError.
         """
-        if self._store.objects is None:
+        objects = self._store.objects
+        if objects is None:
             return
-        self._is_confirmed = False
-        record = self._catalogue.store_record.read()
-        if record.store_id is None:
-            marker = claim(self._store.objects, self._catalogue.chunk_tokens)
-            self._catalogue.store_record.write(RecordedStore(self._url, marker.store_id))
-        else:
-            found = read_marker(self._store.objects)
-            if found is None or found.store_id != record.store_id:
-                raise StoreError(
-                    f"{self._url} is empty or another market's: its {MARKER} is not the one that "
-                    "this market knows, and nothing was changed; restore the bucket, or set the "
-                    "right URL"
-                )
-            self._catalogue.store_record.store_id = record.store_id
-        self._is_confirmed = True
-
-    def confirm_once(self) -> None:
-        """Confirm the object store unless the last time was in this process, and a success.
-
-        For what writes into the store: another bucket may be behind the URL that is recorded.
-        """
-        if not self._is_confirmed:
-            self.confirm()
-
-    @property
-    def _url(self) -> str | None:
-        return self._store.objects.url if self._store.objects is not None else None
+        is_new = self._record.read() is None
+        claim(objects, self._record.market_id(), may_be_empty=is_new)
+        if is_new or self._record.url is None:
+            self._record.write(objects.url)
 
     def _has_chunks(self) -> bool:
         if next(self._store.disk.keys(), None) is not None:
@@ -146,7 +118,7 @@ class BucketIdentity:
 
 
 def read_marker(objects: ObjectTier) -> Marker | None:
-    """Read which store this is; None when no market uses it. Raises StoreError."""
+    """Read which market's store this is; None when it is nobody's. Raises StoreError."""
     content = objects.get_bytes(MARKER)
     if content is None:
         return None
@@ -159,26 +131,26 @@ def read_marker(objects: ObjectTier) -> Marker | None:
     return marker
 
 
-def claim(objects: ObjectTier, chunk_tokens: int) -> Marker:
-    """Read which store this is, and give it an id if it has none.
+def claim(objects: ObjectTier, market_id: str, *, may_be_empty: bool) -> None:
+    """See that a store is this market's; one that is nobody's becomes it if it `may_be_empty`.
 
-    Raises StoreError, and ConfigError for a store with another chunk size.
+    Raises StoreError, and ConfigError for another market's store.
     """
-    marker = read_marker(objects)
-    if marker is None:
-        fresh = Marker(FORMAT, uuid.uuid4().hex, chunk_tokens)
-        objects.put_new(MARKER, msgspec.json.encode(fresh))
+    found = read_marker(objects)
+    if found is None and may_be_empty:
+        objects.put_new(MARKER, msgspec.json.encode(Marker(FORMAT, market_id)))
         # Another market may have been faster.
-        marker = read_marker(objects)
-        if marker is None:
-            raise StoreError(f"{objects.url}: {MARKER} was stored and is not there; try again")
-    if marker.chunk_tokens != chunk_tokens:
-        raise ConfigError(
-            f"chunk_tokens is {chunk_tokens}, but the chunks in {objects.url} have "
-            f"{marker.chunk_tokens} tokens: set it to {marker.chunk_tokens} in a new home, or use "
-            "another bucket or prefix"
+        found = read_marker(objects)
+    if found is None:
+        raise StoreError(
+            f"{objects.url} is empty: its {MARKER} is gone, and nothing was changed; restore the "
+            "bucket, or set the right URL"
         )
-    return marker
+    if found.store_id != market_id:
+        raise ConfigError(
+            f"{objects.url} is another market's, and nothing was changed: use a prefix of your "
+            "own, or that market's database_url"
+        )
 
 
 def upload(
@@ -190,19 +162,16 @@ def upload(
     record on, the disk is a cache of the object store. Raises StoreError, ConfigError, and
     CatalogueRefusedError while an engine publishes; nothing is recorded then.
     """
-    record = market.catalogue.store_record.read()
-    if record.url is not None:
-        raise ConfigError(f"this market's chunks are in {record.url} already")
-    marker = claim(objects, market.config.chunk_tokens)
+    record = market.catalogue.store_record
+    if (recorded := record.read()) is not None:
+        raise ConfigError(f"this market's chunks are in {recorded} already")
+    claim(objects, record.market_id(), may_be_empty=True)
     mover = _Mover(market, objects, on_progress)
     while True:
         market.catalogue.fail_abandoned()
         mover.move()
-        if market.catalogue.store_record.write(
-            RecordedStore(objects.url, marker.store_id), uploaded=mover.done
-        ):
+        if record.write(objects.url, uploaded=mover.done):
             break
-    mover.withdraw()
     return UploadReport(
         url=objects.url,
         uploaded=mover.uploaded,
@@ -213,7 +182,7 @@ def upload(
 
 
 class _Mover:
-    """Uploads documents one by one: the chunks, then the entry that protects them."""
+    """Uploads the chunks that documents need, one by one."""
 
     def __init__(
         self,
@@ -232,16 +201,13 @@ class _Mover:
     def move(self) -> None:
         """Upload what documents need and is not done yet."""
         on_offer = [each for each in self._market.catalogue.listings() if each.state in ON_OFFER]
-        total = len({key for each in on_offer for key in each.chunk_keys} | self.done)
-        for listing in on_offer:
-            for key in listing.chunk_keys:
-                if key not in self.done:
-                    self._move_chunk(key)
-                    self.done.add(key)
-                    if self._on_progress is not None:
-                        self._on_progress(len(self.done), total)
-            if listing.state == "live" and self.damaged.isdisjoint(listing.chunk_keys):
-                shared_bucket.put_entry(self._objects, self._market.catalogue, listing.document_id)
+        needed = {key for each in on_offer for key in each.chunk_keys}
+        total = len(needed | self.done)
+        for key in sorted(needed - self.done):
+            self._move_chunk(key)
+            self.done.add(key)
+            if self._on_progress is not None:
+                self._on_progress(len(self.done), total)
 
     def _move_chunk(self, key: bytes) -> None:
         unusable = (ChunkDamagedError, ChunkMissingError, LayoutMismatchError)
@@ -265,11 +231,3 @@ class _Mover:
         # The object is what counts, should it differ from the file that was here.
         stored = [self._both.describe(key, *share) for share in self._both.disk.files(key)]
         self._market.catalogue.shares.note([share for share in stored if share is not None])
-
-    def withdraw(self) -> None:
-        """Withdraw entries of documents that left the market while others were uploaded."""
-        for document_id in bucket_listings.listed_documents(self._objects):
-            with contextlib.suppress(NotFoundError):
-                listing = self._market.catalogue.get(document_id)
-                if listing.state not in NEEDED:
-                    shared_bucket.remove_entry(self._objects, listing)

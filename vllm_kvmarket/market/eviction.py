@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING
 from vllm_kvmarket.catalogue import Listing, eviction_policy
 from vllm_kvmarket.catalogue.eviction_policy import Candidate
 from vllm_kvmarket.catalogue.listing import ON_OFFER
-from vllm_kvmarket.market import shared_bucket
 from vllm_kvmarket.market.garbage_collection import bytes_on_disk, release_leftovers
 
 if TYPE_CHECKING:
@@ -22,8 +21,7 @@ def make_room(market: Market, needed_bytes: int, protect: Collection[str] = froz
 
     Chunks that no listing needs are deleted first. Then whole documents are evicted, in the order
     of the configured policy, until it fits. Documents in `protect` and pinned ones are never
-    evicted, nor those that other homes published, and those whose publisher paid for storage come
-    last. When the bytes cannot fit at all,
+    evicted, and those whose publisher paid for storage come last. When the bytes cannot fit at all,
     nothing is evicted. Nothing is done without a quota. With an object store, its quota counts, and
     the disk evicts by itself. No folder is scanned unless the disk's quota is used up. Raises
     CatalogueError, StoreError.
@@ -32,9 +30,8 @@ def make_room(market: Market, needed_bytes: int, protect: Collection[str] = froz
     free = space.free_bytes()
     if free >= needed_bytes or not space.has_quota:
         return free
-    for document_id in market.catalogue.expire():
-        shared_bucket.withdraw(market, document_id)
-    space.release()
+    market.catalogue.expire()
+    release_leftovers(market)
     free = space.free_bytes()
     if free >= needed_bytes or needed_bytes > space.bytes_that_can_be_free():
         return free
@@ -45,9 +42,8 @@ def make_room(market: Market, needed_bytes: int, protect: Collection[str] = froz
         if not chosen:
             break
         for victim in chosen:
-            if market.catalogue.evict(victim.document_id, reason):
-                shared_bucket.withdraw(market, victim.document_id)
-        space.release()
+            market.catalogue.evict(victim.document_id, reason)
+        release_leftovers(market)
         free = space.free_bytes()
     return free
 
@@ -63,9 +59,6 @@ class _Disk:
     def free_bytes(self) -> int:
         return self._market.store.disk.free_bytes()
 
-    def release(self) -> None:
-        release_leftovers(self._market)
-
     def bytes_that_can_be_free(self) -> int:
         keys = {
             key
@@ -78,10 +71,7 @@ class _Disk:
 
 
 class _Bucket:
-    """The object store; what is counted are the bytes that this home's own documents need there.
-
-    Objects that none of them needs are left to `kvmarket store gc`: another market may need them.
-    """
+    """The object store; what is counted are the bytes that the database knows of there."""
 
     def __init__(self, market: Market, protect: Collection[str]) -> None:
         self._shares = market.catalogue.shares
@@ -90,13 +80,10 @@ class _Bucket:
         self.has_quota = market.config.object_store_quota_bytes is not None
 
     def free_bytes(self) -> int:
-        return self._quota - self._shares.needed_bytes(self._protect)
-
-    def release(self) -> None:
-        """The bytes of a document that left are not counted any more."""
+        return self._quota - self._shares.taken_bytes(self._protect)
 
     def bytes_that_can_be_free(self) -> int:
-        return self._quota - self._shares.needed_bytes(self._protect, fixed=True)
+        return self._quota - self._shares.taken_bytes(self._protect, fixed=True)
 
 
 def _stays(listing: Listing, protect: Collection[str]) -> bool:
@@ -107,9 +94,10 @@ def _stays(listing: Listing, protect: Collection[str]) -> bool:
 
 def _victims(market: Market, protect: Collection[str]) -> Iterator[Candidate]:
     # What stays still holds the chunks that others share with it.
-    stay = {each.document_id for each in market.catalogue.listings() if each.adopted}.union(protect)
     candidates = [
-        dataclasses.replace(candidate, pinned=True) if candidate.document_id in stay else candidate
+        dataclasses.replace(candidate, pinned=True)
+        if candidate.document_id in protect
+        else candidate
         for candidate in market.catalogue.candidates()
     ]
     return iter(
@@ -129,12 +117,3 @@ def _enough(victims: Iterator[Candidate], missing: int) -> Iterator[Candidate]:
         missing -= victim.bytes
         if missing <= 0:
             return
-
-
-def set_time_to_live(market: Market, document_id: str, expires_at_s: float | None) -> Listing:
-    """Say until when a document is on offer, here and in the bucket; None for good.
-
-    Raises NotFoundError, CatalogueError for one that is not on offer, StoreError.
-    """
-    market.catalogue.set_expiry(document_id, expires_at_s)
-    return shared_bucket.offer_changes(market, document_id)

@@ -1,10 +1,16 @@
-"""Garbage collection: delete what no listing needs, also while others publish."""
+"""Garbage collection: delete what no listing needs, also while others publish.
+
+The database decides what is needed. Lists of files and objects only say what could be deleted, so
+one that is empty or cut off leaves something over, and deletes nothing that is needed.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterable, Set
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,12 +18,16 @@ import msgspec
 
 from vllm_kvmarket.catalogue.listing import NEEDED, ON_OFFER
 from vllm_kvmarket.core import sqlite
-from vllm_kvmarket.core.errors import CatalogueRefusedError, StoreError
-from vllm_kvmarket.market import shared_bucket
-from vllm_kvmarket.store import bucket_listings
+from vllm_kvmarket.core.errors import StoreError
+from vllm_kvmarket.store.chunk_format import chunk_name, is_chunk_file
 
 if TYPE_CHECKING:
     from vllm_kvmarket.market.market import Market
+
+# Chunks that the database is asked for at once.
+_ASKED_AT_ONCE = 1000
+# Where several markets of one bucket told each other what they published.
+_OLD_DIRECTORY = "listings"
 
 
 class GcReport(msgspec.Struct, frozen=True, kw_only=True):
@@ -40,7 +50,7 @@ class PurgeReport(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def collect_garbage(market: Market, *, dry_run: bool = False) -> GcReport:
-    """Delete what no listing needs: chunks, drafts of writers that died, the bucket's old objects.
+    """Delete what no listing needs: chunks on this disk and in the bucket, drafts of dead writers.
 
     First, listings whose time is over expire, and publications of dead processes fail. A chunk of a
     document that is on offer, or is being published, is never deleted, also when its publication
@@ -52,17 +62,20 @@ def collect_garbage(market: Market, *, dry_run: bool = False) -> GcReport:
         return _expected_garbage(market)
     expired = market.catalogue.expire()
     abandoned = market.catalogue.fail_abandoned()
-    chunks, freed = release_unneeded(market, market.store.disk.keys())
+    remover = _Remover(market)
+    remover.release_objects()
+    remover.release(market.catalogue.leftovers.unneeded())
+    remover.release(market.store.disk.keys())
     swept = market.store.disk.sweep_temporary(0)
     market.store.disk.recount()
     return GcReport(
         dry_run=False,
         expired=expired,
         abandoned=abandoned,
-        chunks_deleted=chunks,
-        bytes_freed=freed,
+        chunks_deleted=remover.chunks,
+        bytes_freed=remover.bytes_on_disk,
         drafts_swept=swept,
-        objects_deleted=_collect_objects(market, dry_run=False),
+        objects_deleted=remover.objects,
     )
 
 
@@ -78,66 +91,52 @@ def _expected_garbage(market: Market) -> GcReport:
         for key in listing.chunk_keys
     }
     unneeded = set(market.store.disk.keys()) - needed
+    objects = market.store.objects
+    names = objects.names() if objects is not None else ()
+    chunks = [name for name in names if _is_chunk(name) and _key_of(name) not in needed]
     return GcReport(
         dry_run=True,
         expired=sorted(ended),
         abandoned=[],
-        chunks_deleted=len(unneeded),
+        chunks_deleted=len(unneeded.union(map(_key_of, chunks))),
         bytes_freed=bytes_on_disk(market, unneeded),
         drafts_swept=0,
-        objects_deleted=_collect_objects(market, dry_run=True),
+        objects_deleted=len(chunks),
     )
 
 
-def release_leftovers(market: Market) -> tuple[int, int]:
-    """Delete chunks of documents that left the market, as `release_unneeded`; scans no folder."""
-    left = market.catalogue.leftovers.documents()
-    return release_unneeded(market, market.catalogue.leftovers.keys_of(left))
+def release_leftovers(market: Market) -> None:
+    """Delete chunks of documents that left the market, and what an earlier deletion left over.
+
+    Looks at no folder, and lists nothing. Raises CatalogueError, StoreError.
+    """
+    leftovers = market.catalogue.leftovers
+    left = leftovers.documents()
+    _Remover(market).release([*leftovers.interrupted(), *leftovers.keys_of(left)])
+
+
+def release_unneeded(market: Market, keys: Iterable[bytes]) -> None:
+    """Delete those of these chunks that no document needs. Raises CatalogueError, StoreError."""
+    _Remover(market).release(keys)
 
 
 def purge(market: Market, document_ids: Iterable[str] | None = None) -> PurgeReport:
-    """Remove the tokens of documents that left the market, and what only they need on the disk.
+    """Remove the tokens of documents that left the market, and the chunks that only they need.
 
-    Their entries in the bucket go too. Without `document_ids`, those that were delisted, expired or
-    failed longer ago than the configuration's retention; the bucket's objects are left to
-    `collect_garbage` then, since it takes long to know who needs them. Raises as Leftovers.purge,
-    and StoreError.
+    Without `document_ids`, those that were delisted, expired or failed longer ago than the
+    configuration's retention. Raises as Leftovers.purge, and StoreError.
     """
     leftovers, kept_s = market.catalogue.leftovers, market.config.retention_s
-    named = document_ids is not None
     if document_ids is None:
         document_ids = [] if kept_s is None else leftovers.overdue(time.time() - kept_s)
     chosen = list(document_ids)
     if not chosen:
         return PurgeReport()
-    for document_id in chosen:
-        if market.catalogue.get(document_id).state not in NEEDED:
-            shared_bucket.withdraw(market, document_id)
-    keys = set(leftovers.keys_of(chosen))
-    purged = leftovers.purge(chosen, market.store.disk.forget)
-    deleted = _collect_objects(market, only=keys) if named and keys else 0
+    remover = _Remover(market, thorough=True)
+    purged = leftovers.purge(chosen, remover.delete)
     if isinstance(market.database, Path):
         sqlite.empty_log(market.database)
-    return PurgeReport(purged=purged, objects_deleted=deleted)
-
-
-def release_unneeded(market: Market, keys: Iterable[bytes]) -> tuple[int, int]:
-    """Delete those chunks that no listing needs; how many, and how many bytes they had."""
-    keys = list(keys)
-    needed = market.catalogue.needed_chunks(keys)
-    freed = 0
-
-    def delete(key: bytes) -> None:
-        nonlocal freed
-        size = bytes_on_disk(market, [key])
-        market.store.disk.delete(key)
-        freed += size
-
-    # Asked again under the catalogue's lock, one by one; most are needed and need not be.
-    released = market.catalogue.leftovers.release(
-        (key for key in keys if key not in needed), delete
-    )
-    return released, freed
+    return PurgeReport(purged=purged, objects_deleted=remover.objects)
 
 
 def bytes_on_disk(market: Market, keys: Iterable[bytes]) -> int:
@@ -151,36 +150,72 @@ def bytes_on_disk(market: Market, keys: Iterable[bytes]) -> int:
     return total
 
 
-def _collect_objects(
-    market: Market, *, dry_run: bool = False, only: Set[bytes] | None = None
-) -> int:
-    """Delete the bucket's objects that no home's listing needs, and its entries that are over.
+class _Remover:
+    """Deletes chunks on this disk and in the bucket, and counts what went.
 
-    With `only`, objects of just these chunks. Raises StoreError when a home's needs cannot be read.
+    If `thorough`, also files in quarantine, and objects that the database has no row of. Raises
+    StoreError when the bucket is not this market's.
     """
-    objects = market.store.objects
-    if objects is None:
-        return 0
-    now_s = time.time()
-    needed: set[bytes] = set()
-    for listing in market.catalogue.listings():
-        if listing.state in NEEDED:
-            needed.update(listing.chunk_keys)
-    market.identity.confirm()
-    stored, entries = bucket_listings.read_whole(objects)
-    for document_id, encoded in entries:
-        try:
-            entry = shared_bucket.decode(encoded, document_id)
-            document = shared_bucket.chunks_of(entry, market.config.chunk_tokens)
-        except CatalogueRefusedError as error:
+
+    def __init__(self, market: Market, *, thorough: bool = False) -> None:
+        self.chunks = self.bytes_on_disk = self.objects = 0
+        self._catalogue = market.catalogue
+        self._store = market.store
+        self._thorough = thorough
+        # Objects of chunks, by their names in a list; the database may have no rows of them.
+        self._listed: dict[bytes, set[str]] = {}
+        market.identity.confirm()
+
+    def release(self, keys: Iterable[bytes]) -> None:
+        """Delete those of these chunks that no document needs."""
+        waiting = iter(keys)
+        while batch := list(islice(waiting, _ASKED_AT_ONCE)):
+            needed = self._catalogue.needed_chunks(batch)
+            # Asked again in the transaction that marks them; most are needed and need not be.
+            unneeded = (key for key in batch if key not in needed)
+            self.chunks += self._catalogue.leftovers.release(unneeded, self.delete)
+
+    def release_objects(self) -> None:
+        """Look at every object, and delete those of chunks that no document needs."""
+        objects = self._store.objects
+        if objects is None:
+            return
+        if next(objects.names(_OLD_DIRECTORY), None) is not None:
             raise StoreError(
-                f"the bucket's entry {document_id} cannot be read ({error}), so the "
-                "objects that it needs are unknown; withdraw it, or update kvmarket"
-            ) from None
-        ends_at_s = entry.terms.expires_at_s
-        if ends_at_s is not None and ends_at_s <= now_s:
-            if not dry_run:
-                bucket_listings.withdraw_listing(objects, document_id)
-        else:
-            needed.update(document.keys)
-    return len(bucket_listings.collect(objects, stored, needed, only=only, dry_run=dry_run))
+                f"{objects.url} has {_OLD_DIRECTORY}/ of an older kvmarket, where other markets may "
+                "have documents; export these as bundles, and delete that folder"
+            )
+        names = filter(_is_chunk, objects.names())
+        while batch := list(islice(names, _ASKED_AT_ONCE)):
+            listed = defaultdict(set)
+            for name in batch:
+                listed[_key_of(name)].add(name)
+            self._listed = listed
+            self.release(listed)
+
+    def delete(self, keys: Sequence[bytes]) -> None:
+        """Delete all that is stored of these chunks; the caller has marked them."""
+        disk, objects = self._store.disk, self._store.objects
+        for key in keys:
+            self.bytes_on_disk += disk.forget(key) if self._thorough else disk.delete(key)
+        if objects is None:
+            return
+        names = {name for key in keys for name in self._listed.get(key, ())}
+        names |= {
+            chunk_name(each.key, each.rank, each.world_size, each.layout)
+            for each in self._catalogue.shares.of(keys)
+        }
+        if self._thorough:
+            names |= {chunk_name(key, *share) for key in keys for share in objects.files(key)}
+        objects.delete(*sorted(names))
+        self.objects += len(names)
+
+
+def _is_chunk(name: str) -> bool:
+    """Whether an object of this name is one of ours to delete: a chunk, where chunks are."""
+    folder, _, last = name.rpartition("/")
+    return is_chunk_file(last) and folder == last[:2]
+
+
+def _key_of(name: str) -> bytes:
+    return bytes.fromhex(name.rpartition("/")[2][:64])

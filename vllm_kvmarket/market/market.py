@@ -27,12 +27,11 @@ from vllm_kvmarket.core.errors import (
     ConfigError,
     LedgerUnavailableError,
     NotFoundError,
-    StoreError,
     StoreFullError,
 )
 from vllm_kvmarket.core.stored_share import StoredShare
 from vllm_kvmarket.ledger import Account, Ledger, Receipt, Transfer
-from vllm_kvmarket.market import engine_operations, shared_bucket
+from vllm_kvmarket.market import engine_operations
 from vllm_kvmarket.market.bucket_identity import BucketIdentity
 from vllm_kvmarket.market.engine_operations import CONNECTOR, POLL_S
 from vllm_kvmarket.market.eviction import make_room
@@ -168,16 +167,9 @@ class Market:
     def delist(self, document_id: str) -> None:
         """Take a document off the market at once; `kvmarket store gc` frees its space.
 
-        One that another home published goes on there. Raises NotFoundError, and StoreError when a
-        shared object store cannot be reached: then do it again.
+        Raises NotFoundError.
         """
-        try:
-            self.catalogue.delist(document_id)
-        except NotFoundError:
-            # It may have been delisted while the object store was away.
-            shared_bucket.withdraw(self, document_id)
-            raise
-        shared_bucket.withdraw(self, document_id)
+        self.catalogue.delist(document_id)
 
     # Money
 
@@ -305,7 +297,7 @@ class Market:
         self, listing: Listing, document: DocumentChunks, needed_bytes: int
     ) -> Listing:
         self.store.disk.check_reserve(listing.document_id)
-        self.identity.confirm_once()
+        self.identity.confirm()
         publisher = listing.terms.publisher
         ensure_account(self.ledger, publisher)
         limits = limits_of(self.config, publisher)
@@ -344,19 +336,20 @@ class Market:
     ) -> None:
         self.catalogue.shares.note(shares)
         self.catalogue.heal_all(stored_keys)
-        if self.catalogue.get(document_id).state != "publishing":
-            return
-        try:
-            # Its chunks are durable: other homes may sell it a moment before this one does.
-            shared_bucket.offer(self, document_id, stored_bytes)
-        except StoreError as error:
-            self.catalogue.fail(document_id, str(error))
-            raise
-        self.catalogue.commit(document_id, stored_bytes)
+        if self.catalogue.get(document_id).state == "publishing":
+            self.catalogue.commit(document_id, stored_bytes)
 
-    def fail_listing(self, document_id: str, reason: str) -> Future[None]:
-        """Note that publishing ended without a listing."""
-        return self._clerk.submit(self.catalogue.fail, document_id, reason)
+    def fail_listing(
+        self, document_id: str, reason: str, shares: Sequence[StoredShare] = ()
+    ) -> Future[None]:
+        """Note that publishing ended without a listing; `shares` describe what it has stored."""
+        return self._clerk.submit(self._fail_listing, document_id, reason, shares)
+
+    def _fail_listing(
+        self, document_id: str, reason: str, shares: Sequence[StoredShare]
+    ) -> None:
+        self.catalogue.shares.note(shares)
+        self.catalogue.fail(document_id, reason)
 
     def report_damage(self, key: bytes) -> Future[None]:
         """A stored chunk could not be loaded: if it cannot be read here either, it is not sold
@@ -377,14 +370,7 @@ class Market:
     def verify(self, key: bytes) -> None:
         """Check every byte of every share of a chunk. Raises as Tiers.verify."""
         stored = self.catalogue.shares.of([key])
-        self.store.verify(
-            key,
-            [
-                Share(each.rank, each.world_size, form)
-                for each in stored
-                for form in ("", each.layout)
-            ],
-        )
+        self.store.verify(key, [Share(each.rank, each.world_size, each.layout) for each in stored])
 
     def note_use(self, use: Use) -> None:
         """Remember a reuse for the eviction policy; written with others, soon."""

@@ -1,6 +1,5 @@
 """Published KV in its tiers: a stored chunk is bit-exact, or an error."""
 
-from vllm_kvmarket.store import bucket_listings
 from vllm_kvmarket.store.chunk_format import ChunkHeader, ChunkLayout, LayerLayout
 from vllm_kvmarket.store.chunk_reader import StoredChunk, aligned_empty, open_chunk
 from vllm_kvmarket.store.disk import CHUNKS_FOLDER, DiskStore
@@ -17,6 +16,5 @@ __all__ = [
     "StoredChunk",
     "Tiers",
     "aligned_empty",
-    "bucket_listings",
     "open_chunk",
 ]

@@ -191,14 +191,16 @@ class DiskStore:
         with self._reporting(path):
             self._sync_names(path.parent)
 
-    def delete(self, key: bytes) -> None:
-        """Remove a chunk's files, if there are any; readers that have it open can go on.
+    def delete(self, key: bytes) -> int:
+        """Remove a chunk's files, if there are any, and return their bytes; readers that have it
+        open can go on.
 
         Raises StoreError.
         """
         if not self._files_of(key):
-            return
+            return 0
         with self._locked() as count:
+            before = count.used
             for file in self._files_of(key):
                 with contextlib.suppress(FileNotFoundError):
                     size = file.lstat().st_size
@@ -211,12 +213,14 @@ class DiskStore:
                         self._files.remove_tree(draft)
                     else:
                         count.shrink(size)
+            return before - count.used
 
-    def forget(self, key: bytes) -> None:
+    def forget(self, key: bytes) -> int:
         """Remove a chunk's files as `delete` does, and those in quarantine. Raises StoreError."""
-        self.delete(key)
+        freed = self.delete(key)
         with self._locked() as count:
             self._quarantine.discard(count, key.hex())
+        return freed
 
     # Reading
 

@@ -7,6 +7,7 @@ opens a circuit breaker: for a few seconds every further call fails at once.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 import os
 from collections.abc import Awaitable, Callable, Iterator, Mapping
@@ -32,6 +33,8 @@ _SLOWEST_UPLOAD_BYTES_PER_S = 1 << 20
 # For listings and the like: a writer to the bucket must not fill our memory.
 MAX_DOCUMENT_BYTES = 64 << 20
 _LISTED_AT_ONCE = 1000
+# Objects that can be deleted before the deadline of one call.
+_DELETED_IN_TIME = 100
 
 
 class ObjectReplacedError(StoreError):
@@ -203,12 +206,21 @@ class ObjectTier:
             )
         return content
 
-    def delete(self, name: str) -> None:
-        """Remove an object if there is one."""
-        try:
-            self._run(lambda: obstore.delete_async(self._store, name), name)
-        except FileNotFoundError:
-            return
+    def delete(self, *names: str) -> None:
+        """Remove objects, if they are there."""
+
+        async def remove(name: str) -> None:
+            with contextlib.suppress(FileNotFoundError):
+                await self._calls.attempt(lambda: obstore.delete_async(self._store, name))
+
+        async def remove_all() -> None:
+            async with asyncio.TaskGroup() as tasks:
+                for name in names:
+                    tasks.create_task(remove(name))
+
+        if names:
+            patience_s = self.timeout_s * (1 + len(names) // _DELETED_IN_TIME)
+            self._calls.run(remove_all, names[0], timeout_s=patience_s)
 
     def names(self, prefix: str = "") -> Iterator[str]:
         """Names of all objects below a folder, "" for all; in no order."""

@@ -1,9 +1,8 @@
 """The tiers below memory as one store: the disk, and an object store behind it where there is one.
 
 With an object store, every chunk is stored there, and the disk is a bounded cache of it. A chunk
-that is not on the disk, or damaged there, is fetched, verified and then read from the disk.
-Machines share the bucket, so `keys` and `delete` concern this machine's disk alone;
-bucket_listings.collect cleans the bucket.
+that is not on the disk, or damaged there, is fetched, verified and then read from the disk. Machines
+of one market share the bucket; market/garbage_collection.py deletes what none of them needs.
 """
 
 from __future__ import annotations
@@ -34,7 +33,6 @@ from vllm_kvmarket.store.chunk_format import (
     Share,
     check_complete,
     chunk_name,
-    layout_digest,
     missing,
 )
 from vllm_kvmarket.store.chunk_reader import StoredChunk, open_chunk, verify_share
@@ -42,9 +40,6 @@ from vllm_kvmarket.store.disk import CHUNKS_FOLDER, DiskStore
 from vllm_kvmarket.store.object_tier import ObjectReplacedError, ObjectTier
 from vllm_kvmarket.store.packings import own_share
 
-# A publisher writes an object again when it is older than this: the bucket's garbage collection
-# deletes old objects that no listing needs, and a young one is safe from it.
-FRESH_S = 6 * 3600.0
 _ATTEMPTS = 2
 _MOST_ACCEPTED = 10_000
 
@@ -152,16 +147,12 @@ OpenChunk = StoredChunk | MirroredChunk
 class Tiers:
     """Chunks on the disk and, where there is one, in the object store; thread-safe.
 
-    Without an object store every method does what the disk's does. `directory` is the object store
-    if homes tell each other there what they publish.
+    Without an object store every method does what the disk's does.
     """
 
-    def __init__(
-        self, disk: DiskStore, objects: ObjectTier | None = None, *, has_directory: bool = True
-    ) -> None:
+    def __init__(self, disk: DiskStore, objects: ObjectTier | None = None) -> None:
         self.disk = disk
         self.objects = objects
-        self.directory = objects if has_directory else None
         # Copies that were fetched though the catalogue knows others: fingerprint, and what it knew.
         self._accepted: dict[str, tuple[bytes, bytes]] = {}
         self._lock = threading.Lock()
@@ -227,8 +218,7 @@ class Tiers:
         """Make sure that a stored share will stay; False when it is not there: `put` it.
 
         A publisher calls this instead of `put` for a share that can be used already: its file may
-        not be durable yet, or be on this disk only, or be an old object that no listing needed.
-        Raises StoreError.
+        not be durable yet, or be on this disk only. Raises StoreError.
         """
         share = ShareId(key, rank, world_size, layout)
         try:
@@ -267,23 +257,19 @@ class Tiers:
             ) from None
 
     def _keep_object(self, objects: ObjectTier, share: ShareId) -> int:
-        """Make sure that an object is there, whole and young; returns the bytes that were sent.
+        """Make sure that an object is there and whole; returns the bytes that were sent.
 
         A whole object with other content is newer than the file here, which may be a cached copy
         of what was replaced: then the object replaces the file, and not the other way round. Raises
         FileNotFoundError when there is no file to send, StoreError.
         """
-        found = _whole_object(objects, share)
-        if found is not None:
-            fingerprint, modified_s = found
-            is_young = time.time() - modified_s < FRESH_S
-            ours = self.describe(*share)
-            is_other = ours is not None and ours.fingerprint != fingerprint
-            if is_other or (ours is None and not is_young):
-                self._fetch_once(share)
-            if is_young:
-                return 0
-        return objects.upload(share.name, self.disk.path(*share))
+        fingerprint = _whole_object(objects, share)
+        if fingerprint is None:
+            return objects.upload(share.name, self.disk.path(*share))
+        ours = self.describe(*share)
+        if ours is not None and ours.fingerprint != fingerprint:
+            self._fetch_once(share)
+        return 0
 
     # Reading
 
@@ -429,9 +415,8 @@ class Tiers:
         path = self.disk.path(key, rank, world_size, layout)
         try:
             with open_chunk(path, key) as chunk:
-                digest = layout_digest(chunk.header.layout)
                 size = path.stat().st_size
-                return StoredShare(key, rank, world_size, digest, size, chunk.fingerprint)
+                return StoredShare(key, rank, world_size, layout, size, chunk.fingerprint)
         except (StoreError, FileNotFoundError):
             return None
 
@@ -444,6 +429,12 @@ class Tiers:
             return True
         if self.objects is None:
             return False
+        return self.objects.head(chunk_name(key, rank, world_size, layout)) is not None
+
+    def is_kept(self, key: bytes, rank: int = 0, world_size: int = 1, layout: str = "") -> bool:
+        """Whether a share is where it stays, the object store if there is one. Raises StoreError."""
+        if self.objects is None:
+            return self.disk.has(key, rank, world_size, layout)
         return self.objects.head(chunk_name(key, rank, world_size, layout)) is not None
 
     def shares(self, key: bytes) -> list[tuple[int, int]]:
@@ -492,16 +483,13 @@ class Tiers:
         return sorted({*on_disk, *self.objects.files(key)}) if self.objects else on_disk
 
 
-def _whole_object(objects: ObjectTier, share: ShareId) -> tuple[bytes, float] | None:
-    """The fingerprint and the time of a share's object; None when there is none, or a damaged one.
+def _whole_object(objects: ObjectTier, share: ShareId) -> bytes | None:
+    """The fingerprint of a share's object; None when there is none, or a damaged one.
 
     Raises StoreError when the object store does not answer.
     """
-    facts = objects.facts(share.name)
-    if facts is None:
-        return None
     try:
-        return _verify_object(objects, share), facts.modified_s
+        return _verify_object(objects, share)
     except (ChunkDamagedError, ChunkMissingError, LayoutMismatchError, ObjectReplacedError):
         return None
 
@@ -548,4 +536,4 @@ def store_of(config: MarketConfig) -> Tiers:
         codec=config.codec,
         is_cache=objects is not None,
     )
-    return Tiers(disk, objects, has_directory=config.database_url is None)
+    return Tiers(disk, objects)

@@ -11,7 +11,6 @@ import pytest
 from tests.support.api_server import CONTEXT, as_, publish, running, settled, text_of
 from tests.support.catalogue_documents import chunks_of, listing_of, tokens
 from vllm_kvmarket.catalogue import Use
-from vllm_kvmarket.store import bucket_listings
 
 DOCUMENTS = "/v1/kvmarket/documents"
 
@@ -273,23 +272,6 @@ def test_a_price_can_be_changed_and_returned_to_the_tariff(server):
         headers=as_(server, "pat"),
     )
     assert dear.status_code == 400
-
-
-def test_terms_of_a_document_on_its_way_are_not_told_to_other_homes(tmp_path):
-    """They would sell what is not stored yet; once it is live, they learn its terms."""
-    (tmp_path / "bucket").mkdir()
-    url = (tmp_path / "bucket").as_uri()
-    with running(tmp_path / "home", engine=False, object_store_url=url) as server:
-        catalogue, objects = server.market.catalogue, server.market.store.objects
-        listing = listing_of(tokens(300), publisher="pat")
-        name = catalogue.begin(listing, chunks_of(tokens(300))).document_id
-        for state, told in (("publishing", set()), ("live", {name})):
-            changed = server.client.patch(
-                f"{DOCUMENTS}/{name}", json={"ttl_s": 60}, headers=as_(server, "pat")
-            )
-            assert (changed.status_code, changed.json()["state"]) == (200, state)
-            assert bucket_listings.listed_documents(objects) == told
-            catalogue.commit(name, 1000)
 
 
 def test_an_expired_document_is_on_no_list_and_quoted_no_more(server):

@@ -35,6 +35,7 @@ from vllm_kvmarket.core.errors import (
     StoreError,
     StoreFullError,
 )
+from vllm_kvmarket.market.garbage_collection import release_unneeded
 
 
 @pytest.fixture
@@ -265,7 +266,7 @@ def test_a_killed_import_lists_nothing(buyer, bundle):
     assert subprocess.run(command, env=environment, check=False).returncode == -signal.SIGKILL
     assert len(files_in(buyer.store.disk.root)) == 2
     buyer.store.disk.sweep_temporary()
-    buyer.catalogue.leftovers.release(list(buyer.store.disk.keys()), buyer.store.disk.delete)
+    release_unneeded(buyer, buyer.store.disk.keys())
     assert_nothing_left(buyer)
     assert take(buyer, bundle).state == "live"
 
@@ -304,9 +305,7 @@ def test_chunks_that_gc_takes_meanwhile_are_stored_again(buyer, bundle, tmp_path
 
         def collect(done, total):
             if done == total:
-                other.catalogue.leftovers.release(
-                    list(other.store.disk.keys()), other.store.disk.delete
-                )
+                release_unneeded(other, other.store.disk.keys())
 
         listing = take(buyer, bundle, on_progress=collect)
     assert listing.state == "live"

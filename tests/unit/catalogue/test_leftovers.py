@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 
@@ -28,6 +29,7 @@ from vllm_kvmarket.core.errors import (
     NotFoundError,
 )
 from vllm_kvmarket.core.model_identity import pack_tokens
+from vllm_kvmarket.core.stored_share import StoredShare
 
 DOCUMENT = tokens(600)
 
@@ -38,7 +40,7 @@ def test_nobody_waits_for_files_that_are_deleted(catalogue, place):
     catalogue.delist(gone.document_id)
     begun, may_end = threading.Event(), threading.Event()
 
-    def delete(_key: bytes) -> None:
+    def delete(_keys: list[bytes]) -> None:
         begun.set()
         assert may_end.wait(30)
 
@@ -71,7 +73,7 @@ def test_a_publisher_does_not_wait_for_ever(catalogue, monkeypatch):
     monkeypatch.setattr(module, "_PATIENCE_S", 0.05)
     refused: list[Exception] = []
 
-    def delete(_key: bytes) -> None:
+    def delete(_keys: list[bytes]) -> None:
         with pytest.raises(CatalogueUnavailableError, match="being deleted; try again") as error:
             catalogue.begin(listing_of(DOCUMENT), chunks_of(DOCUMENT))
         refused.append(error.value)
@@ -85,7 +87,7 @@ catalogue = Catalogue.open(place)
 listing = publish(catalogue, tokens(600))
 catalogue.delist(listing.document_id)
 
-def delete(key):
+def delete(keys):
     print("deleting", flush=True)
     sys.stdin.readline()
     os._exit(1)
@@ -114,10 +116,9 @@ def test_two_that_delete_the_same_chunks_do_not_free_them_for_each_other(catalog
     deleted: list[bytes] = []
     with Catalogue.open(place) as other:
 
-        def delete(key: bytes) -> None:
-            if not deleted:
-                assert other.leftovers.release(gone.chunk_keys, pytest.fail) == 0
-            deleted.append(key)
+        def delete(keys: list[bytes]) -> None:
+            assert other.leftovers.release(gone.chunk_keys, pytest.fail) == 0
+            deleted.extend(keys)
 
         assert catalogue.leftovers.release(gone.chunk_keys, delete) == len(gone.chunk_keys)
         assert deleted == list(gone.chunk_keys)
@@ -135,13 +136,61 @@ def test_who_deletes_after_a_process_that_died_is_waited_for(catalogue, path, mo
     begun: list[bytes] = []
     with Catalogue.open(path) as other:
 
-        def delete(key: bytes) -> None:
+        def delete(keys: list[bytes]) -> None:
             with pytest.raises(CatalogueUnavailableError, match="still being deleted"):
                 publish(other, DOCUMENT)
-            begun.append(key)
+            begun.extend(keys)
 
         assert catalogue.leftovers.release(keys, delete) == len(begun) > 0
         assert publish(other, DOCUMENT).state == "live"
+
+
+def test_a_deletion_that_was_interrupted_is_continued(catalogue, path):
+    """By whoever deletes next: the marks say which chunks may be gone already."""
+    process = start_process(DIE_WHILE_DELETING, path)
+    assert heard(process) == "deleting"
+    tell(process)
+    ended(process)
+    keys = list(chunks_of(DOCUMENT).keys)
+    assert sorted(catalogue.leftovers.interrupted()) == sorted(keys)
+    deleted: list[bytes] = []
+    assert catalogue.leftovers.release(catalogue.leftovers.interrupted(), deleted.extend) == 3
+    assert sorted(deleted) == sorted(keys)
+    assert catalogue.leftovers.interrupted() == []
+
+
+def test_what_was_published_while_it_was_deleted_is_damaged(catalogue, place, path):
+    """The deleting process looked dead, and was not: its last request may have come too late."""
+    gone, kept = publish(catalogue, DOCUMENT), publish(catalogue, tokens(300, seed=1))
+    catalogue.delist(gone.document_id)
+    with Catalogue.open(place) as other:
+
+        def delete(_keys: list[bytes]) -> None:
+            with contextlib.closing(apsw.Connection(str(path))) as db:
+                db.execute("DELETE FROM releasing")
+            assert publish(other, DOCUMENT).state == "live"
+
+        catalogue.leftovers.release(gone.chunk_keys, delete)
+        assert other.get(gone.document_id).state == "damaged"
+        other.heal_all(gone.chunk_keys)
+    assert catalogue.get(gone.document_id).state == "live"
+    assert catalogue.get(kept.document_id).state == "live"
+
+
+def test_what_is_recorded_and_not_needed_is_found_without_looking_at_files(catalogue):
+    """Chunks of which nothing is recorded, and those that another document needs, are none."""
+    gone, kept = publish(catalogue, DOCUMENT), publish(catalogue, DOCUMENT[:300])
+    unknown = publish(catalogue, tokens(300, seed=1))
+    for listing in (gone, kept):
+        catalogue.shares.note(
+            [StoredShare(key, 0, 1, form, 1, bytes(8)) for key in listing.chunk_keys for form in "ab"]
+        )
+    for listing in (gone, unknown):
+        catalogue.delist(listing.document_id)
+    unneeded = catalogue.leftovers.unneeded()
+    assert sorted(unneeded) == sorted(set(gone.chunk_keys) - set(kept.chunk_keys))
+    assert catalogue.leftovers.release(unneeded, lambda _: None) == 2
+    assert catalogue.leftovers.unneeded() == []
 
 
 def test_documents_that_left_are_found_without_looking_at_files(catalogue):
@@ -180,9 +229,9 @@ def test_the_tokens_of_a_delisted_document_leave_the_database(catalogue, place):
         catalogue.leftovers.purge([gone.document_id], lambda _: None)
     catalogue.delist(gone.document_id)
     deleted: list[bytes] = []
-    assert catalogue.leftovers.purge([gone.document_id], deleted.append) == 1
+    assert catalogue.leftovers.purge([gone.document_id], deleted.extend) == 1
     assert deleted == [gone.chunk_keys[-1]]
-    assert catalogue.leftovers.purge([gone.document_id], deleted.append) == 0
+    assert catalogue.leftovers.purge([gone.document_id], deleted.extend) == 0
     with pytest.raises(NotFoundError, match="were removed; publish its text again"):
         catalogue.tokens_of(gone.document_id)
     assert catalogue.get(gone.document_id).terms.title == "kept"

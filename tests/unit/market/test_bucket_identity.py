@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 from pathlib import Path
 
 import apsw
@@ -13,20 +12,17 @@ import pytest
 
 from tests.support.catalogue_documents import LAYOUT, listing_of, store_and_list, tokens
 from vllm_kvmarket.catalogue import Listing
+from vllm_kvmarket.catalogue.store_record import StoreRecord
 from vllm_kvmarket.core.document_chunks import DocumentChunks
 from vllm_kvmarket.core.errors import (
     CatalogueRefusedError,
     ConfigError,
-    NotFoundError,
     StoreError,
 )
-from vllm_kvmarket.core.listing_terms import ListingTerms
-from vllm_kvmarket.market import check_and_repair, garbage_collection, shared_bucket
-from vllm_kvmarket.market.bucket_identity import upload
+from vllm_kvmarket.market import check_and_repair, garbage_collection
+from vllm_kvmarket.market.bucket_identity import MARKER, upload
 from vllm_kvmarket.market.market import DATABASE_FILE, Market
-from vllm_kvmarket.market.shared_bucket import Directory
-from vllm_kvmarket.store import ObjectTier, bucket_listings
-from vllm_kvmarket.store.bucket_listings import MARKER
+from vllm_kvmarket.store import ObjectTier
 from vllm_kvmarket.store.chunk_format import chunk_name
 
 LENGTH = 600
@@ -35,10 +31,6 @@ LENGTH = 600
 def bucket_of(folder: Path, **more: object) -> dict[str, object]:
     folder.mkdir(exist_ok=True)
     return {"object_store_url": folder.as_uri(), **more}
-
-
-def directory_of(market: Market) -> Directory:
-    return Directory(market)
 
 
 def move(home: Path, config: dict[str, object]):
@@ -74,8 +66,6 @@ def test_a_disk_becomes_a_cache_only_after_its_chunks_were_uploaded(tmp_path):
             for key in listing.chunk_keys:
                 market.store.verify(key)
         assert check_and_repair.check(market).ok
-        listed = bucket_listings.listed_documents(market.store.objects)
-        assert listed == {each.document_id for each in listings}
 
 
 def test_an_upload_that_was_interrupted_is_continued(tmp_path, monkeypatch):
@@ -117,7 +107,7 @@ def test_a_damaged_chunk_is_not_uploaded(tmp_path):
     assert (report.uploaded, report.damaged) == (5, [bad.chunk_keys[1].hex()])
     with Market.open(home, config) as market:
         assert market.catalogue.get(bad.document_id).state == "damaged"
-        assert bucket_listings.listed_documents(market.store.objects) == {good.document_id}
+        assert market.catalogue.get(good.document_id).state == "live"
 
 
 def test_an_engine_that_still_uses_the_disk_alone_publishes_nothing(tmp_path):
@@ -142,30 +132,7 @@ def test_nothing_is_moved_while_a_document_is_being_published(tmp_path):
         market.catalogue.begin(listing_of(tokens(LENGTH, 2)), coming)
         with pytest.raises(CatalogueRefusedError, match="stop the market's engines"):
             move(home, config)
-        assert market.catalogue.store_record.read().url is None
-
-
-def test_what_left_the_market_during_the_upload_is_withdrawn(tmp_path, monkeypatch):
-    """Other markets must not sell what its publisher has taken back; their own offers stay."""
-    home, config = tmp_path / "home", bucket_of(tmp_path / "bucket")
-    with Market.open(home) as market:
-        first, second = (store_and_list(market, tokens(LENGTH, seed)) for seed in range(2))
-    with Market.open(tmp_path / "other", config) as other:
-        same = store_and_list(other, tokens(LENGTH, 7), title="theirs")
-        shared_bucket.offer(other, same.document_id)
-    put_entry = shared_bucket.put_entry
-
-    def put_and_delist(objects, catalogue, document_id):
-        put_entry(objects, catalogue, document_id)
-        catalogue.delist(document_id)
-
-    monkeypatch.setattr(shared_bucket, "put_entry", put_and_delist)
-    move(home, config)
-    with Market.open(home, config) as market:
-        assert not market.catalogue.listings("live")
-        listed = bucket_listings.listed_documents(market.store.objects)
-    assert listed == {same.document_id}
-    assert first.document_id != second.document_id
+        assert market.catalogue.store_record.read() is None
 
 
 def test_a_home_that_had_a_bucket_before_it_was_recorded_is_moved_whole(tmp_path):
@@ -179,7 +146,7 @@ def test_a_home_that_had_a_bucket_before_it_was_recorded_is_moved_whole(tmp_path
         market.store.objects.delete(chunk_name(lost))
         market.store.disk.path(listings[0].chunk_keys[2]).write_bytes(b"damaged")
     with contextlib.closing(apsw.Connection(str(home / DATABASE_FILE))) as db:
-        db.execute("UPDATE catalogue SET store_url = NULL, store_id = NULL")
+        db.execute("UPDATE catalogue SET store_url = NULL")
     with pytest.raises(ConfigError, match="run `kvmarket store upload`"):
         Market.open(home, config)
     report = move(home, config)
@@ -220,85 +187,97 @@ def test_the_same_bucket_at_another_address_is_the_same(tmp_path):
     moved = bucket_of(tmp_path / "moved")
     with Market.open(home, moved) as market:
         market.store.verify(listing.chunk_keys[0])
-        assert market.catalogue.store_record.read().url == moved["object_store_url"]
+        assert market.catalogue.store_record.read() == moved["object_store_url"]
 
 
-def test_another_chunk_size_is_refused(tmp_path):
-    """Its garbage collection would not know which chunks the bucket's documents need."""
+@pytest.mark.parametrize("more", [{}, {"chunk_tokens": 128}], ids=["alike", "other chunks"])
+def test_a_second_market_is_refused(tmp_path, more):
+    """Its garbage collection would not know what the first one's documents need."""
     config = bucket_of(tmp_path / "bucket")
+    with Market.open(tmp_path / "first", config) as first:
+        listing = store_and_list(first, tokens(LENGTH, 1))
+        with pytest.raises(
+            ConfigError, match=r"another market's.*a prefix of your own, or that market's database_url"
+        ):
+            Market.open(tmp_path / "second", config | more)
+        alone = Market.open(tmp_path / "third")
+        with alone, contextlib.closing(ObjectTier(str(config["object_store_url"]))) as objects:
+            store_and_list(alone, tokens(LENGTH, 2))
+            with pytest.raises(ConfigError, match="another market's"):
+                upload(alone, objects)
+        assert check_and_repair.check(first).ok
+        assert first.catalogue.get(listing.document_id).state == "live"
     Market.open(tmp_path / "first", config).close()
-    with pytest.raises(ConfigError, match=r"chunk_tokens is 128.* have 256 tokens"):
-        Market.open(tmp_path / "second", config | {"chunk_tokens": 128})
+
+
+def test_two_markets_that_claim_a_bucket_at_once_do_not_both_get_it(tmp_path, monkeypatch):
+    """The first to write its id has it; the other has changed nothing and may use another."""
+    config = bucket_of(tmp_path / "bucket")
+    put_new = ObjectTier.put_new
+
+    def late(tier, name, content):
+        monkeypatch.setattr(ObjectTier, "put_new", put_new)
+        Market.open(tmp_path / "first", config).close()
+        return put_new(tier, name, content)
+
+    monkeypatch.setattr(ObjectTier, "put_new", late)
+    with pytest.raises(ConfigError, match="another market's"):
+        Market.open(tmp_path / "second", config)
+    Market.open(tmp_path / "second", bucket_of(tmp_path / "other")).close()
+    Market.open(tmp_path / "first", config).close()
+
+
+def test_a_claim_that_a_crash_interrupted_is_the_markets_own(tmp_path, monkeypatch):
+    """Its id is in the bucket, and the database knows it."""
+    config = bucket_of(tmp_path / "bucket")
+    with monkeypatch.context() as crash:
+
+        def die(*_):
+            raise KeyboardInterrupt
+
+        crash.setattr(StoreRecord, "write", die)
+        with pytest.raises(KeyboardInterrupt):
+            Market.open(tmp_path / "home", config)
+    assert (tmp_path / "bucket" / MARKER).is_file()
+    with Market.open(tmp_path / "home", config) as market:
+        assert store_and_list(market, tokens(LENGTH, 1)).state == "live"
 
 
 @pytest.mark.parametrize("replaced", ["another market's", "empty"])
 @pytest.mark.parametrize("running", [True, False], ids=["running", "restarted"])
 def test_a_bucket_that_was_replaced_behind_its_url_gets_nothing(tmp_path, replaced, running):
-    """Its URL is the recorded one, and its id is not: nothing is published or withdrawn there."""
+    """Its URL is the recorded one, and its id is not: nothing is published or deleted there."""
     home, config = tmp_path / "home", bucket_of(tmp_path / "bucket")
     market = Market.open(home, config)
-    listing = store_and_list(market, tokens(LENGTH, 1))
-    shared_bucket.offer(market, listing.document_id)
+    gone, kept = (store_and_list(market, tokens(LENGTH, seed)) for seed in range(2))
+    market.delist(gone.document_id)
     (tmp_path / "bucket").rename(tmp_path / "gone")
     bucket_of(tmp_path / "bucket")
     if replaced == "another market's":
         with Market.open(tmp_path / "stranger", config) as stranger:
-            same = store_and_list(stranger, tokens(LENGTH, 1))
-            shared_bucket.offer(stranger, same.document_id)
+            store_and_list(stranger, tokens(LENGTH, 0))
     before = sorted(each for each in (tmp_path / "bucket").rglob("*") if each.is_file())
-    if running:
-        with pytest.raises(StoreError, match="restore the bucket"):
-            directory_of(market).sync()
-    else:
+    if not running:
         market.close()
         market = Market.open(home, config)
     with market:
         coming = DocumentChunks.of(bytes(range(32)), tokens(LENGTH, 2))
-        with pytest.raises(StoreError, match=r"empty or another market's.*restore the bucket"):
-            market.begin_listing(listing_of(tokens(LENGTH, 2)), coming).result()
-        with pytest.raises(StoreError, match="restore the bucket"):
-            market.delist(listing.document_id)
+        for act in (
+            lambda: market.begin_listing(listing_of(tokens(LENGTH, 2)), coming).result(),
+            lambda: garbage_collection.collect_garbage(market),
+            lambda: garbage_collection.purge(market, [gone.document_id]),
+            lambda: check_and_repair.repair(market, None, pytest.fail),
+        ):
+            with pytest.raises((StoreError, ConfigError), match="nothing was changed"):
+                act()
+        market.store.disk.delete(kept.chunk_keys[0])
+        with pytest.raises((StoreError, ConfigError), match=f"is {replaced}"):
+            market.report_damage(kept.chunk_keys[0]).result()
+        assert market.catalogue.get(kept.document_id).state == "live"
     assert before == sorted(each for each in (tmp_path / "bucket").rglob("*") if each.is_file())
 
 
 # Lists that lie
-
-
-@pytest.fixture
-def homes(tmp_path):
-    """Two markets on one bucket; what the first publishes is known to both."""
-    config = bucket_of(tmp_path / "bucket")
-    with Market.open(tmp_path / "a", config) as one, Market.open(tmp_path / "b", config) as other:
-        listing = store_and_list(one, tokens(LENGTH, 1))
-        shared_bucket.offer(one, listing.document_id)
-        directory = directory_of(other)
-        assert directory.sync() == 1
-        yield one, other, directory, listing
-
-
-def test_an_empty_list_delists_and_deletes_nothing(homes, tmp_path, monkeypatch):
-    """The entries are asked for one by one, and a list without the marker is none."""
-    one, other, directory, listing = homes
-    for file in (tmp_path / "bucket").rglob("*"):
-        os.utime(file, (1.0, 1.0))
-    whole = ObjectTier.entries
-    monkeypatch.setattr(ObjectTier, "entries", lambda *_, **__: iter(()))
-    with pytest.raises(StoreError, match="nothing is delisted"):
-        directory.sync()
-    with pytest.raises(StoreError, match="nothing was deleted"):
-        garbage_collection.collect_garbage(other)
-    # Cut off behind the chunks, before the entries: what is needed would be unknown.
-    monkeypatch.setattr(
-        ObjectTier,
-        "entries",
-        lambda *args, **more: (each for each in whole(*args, **more) if each.name < "listings"),
-    )
-    with pytest.raises(StoreError, match="nothing was deleted"):
-        garbage_collection.collect_garbage(other)
-    monkeypatch.undo()
-    assert other.catalogue.get(listing.document_id).state == "live"
-    directory.sync()
-    assert check_and_repair.check(one).ok
 
 
 def test_an_empty_list_damages_nothing(tmp_path, monkeypatch):
@@ -337,69 +316,3 @@ def put_half(market: Market, listing: Listing, rank: int) -> None:
     share = market.store.describe(document.keys[1], rank, 2)
     assert share is not None
     market.catalogue.shares.note([share])
-
-
-def test_a_bucket_that_was_emptied_delists_nothing(homes):
-    """Its id is gone with the rest: it is not the bucket that this market knows."""
-    one, other, directory, listing = homes
-    for name in list(one.store.objects.names()):
-        one.store.objects.delete(name)
-    with pytest.raises(StoreError, match="nothing was changed; restore the bucket"):
-        directory.sync()
-    assert other.catalogue.get(listing.document_id).state == "live"
-
-
-def test_what_was_withdrawn_is_still_delisted(homes):
-    """The guard does not keep what its publisher took back."""
-    one, other, directory, listing = homes
-    one.delist(listing.document_id)
-    directory.sync()
-    assert other.catalogue.get(listing.document_id).state == "delisted"
-
-
-@pytest.mark.parametrize(
-    "wrong",
-    [
-        {"terms": ListingTerms(cache_read_nano_per_mtok=-5)},
-        {"terms": ListingTerms(publisher="no account!")},
-        {"terms": ListingTerms(publisher="world")},
-        {"terms": ListingTerms(royalty_ppm=2_000_000)},
-        {"namespace": b"short"},
-        {"tokens": b""},
-        {"tokens": b"\1\0\0\0"},
-        {"tokens": b"123"},
-        {"created_at_s": float("nan")},
-        {"stored_bytes": -1},
-        {"document_id": "kvd_other"},
-        {"format": 2},
-    ],
-    ids=lambda wrong: str(next(iter(wrong))),
-)
-def test_an_entry_that_breaks_a_rule_is_skipped(homes, wrong):
-    """Any writer to the bucket can make one: it goes on offer nowhere, and stops no other."""
-    one, other, directory, _ = homes
-    document = DocumentChunks.of(bytes(range(32)), tokens(LENGTH, 2))
-    entry = shared_bucket.Entry(
-        format=shared_bucket.FORMAT,
-        document_id=document.document_id,
-        namespace=document.namespace,
-        tokens=b"".join(document.tokens),
-        terms=ListingTerms(),
-        created_at_s=1.0,
-        stored_bytes=1,
-    )
-    bad = msgspec.structs.replace(entry, **wrong)
-    encoded = msgspec.msgpack.encode(bad)
-    bucket_listings.publish_listing(one.store.objects, encoded, document.document_id)
-    assert directory.sync() == 0
-    with pytest.raises(NotFoundError):
-        other.catalogue.get(document.document_id)
-    right = msgspec.msgpack.encode(entry)
-    bucket_listings.publish_listing(one.store.objects, right, document.document_id)
-    assert directory_of(other).sync() == 1
-
-
-def test_the_marker_comes_behind_every_other_name(homes):
-    """So a list in order that has it was not cut off."""
-    one, *_ = homes
-    assert max(one.store.objects.names()) == MARKER

@@ -4,14 +4,22 @@ from __future__ import annotations
 
 import time
 
+import numpy as np
 import pytest
 
-from tests.support.catalogue_documents import chunks_of, listing_of, store_and_list, tokens
-from vllm_kvmarket.catalogue import Listing, Use
+from tests.support.catalogue_documents import (
+    LAYOUT,
+    chunks_of,
+    listing_of,
+    store_and_list,
+    tokens,
+)
+from vllm_kvmarket.catalogue import Use
 from vllm_kvmarket.core.errors import NotFoundError, StoreFullError
-from vllm_kvmarket.market import eviction, garbage_collection, shared_bucket
+from vllm_kvmarket.core.model_identity import ROOT
+from vllm_kvmarket.market import eviction, garbage_collection
 from vllm_kvmarket.market.market import Market
-from vllm_kvmarket.store import bucket_listings
+from vllm_kvmarket.store.chunk_format import chunk_name
 from vllm_kvmarket.store.disk import DiskStore
 
 LENGTH = 600
@@ -58,29 +66,71 @@ def bucket(tmp_path):
     """A market whose bucket has space for three documents; and what one of them takes."""
     (tmp_path / "bucket").mkdir()
     config = {"object_store_url": (tmp_path / "bucket").as_uri()}
-    with Market.open(tmp_path / "first", config) as market:
+    with Market.open(tmp_path / "home", config) as market:
         size = store_and_list(market, tokens(LENGTH, 0)).stored_bytes
         market.delist(listing_of(tokens(LENGTH, 0)).document_id)
+        garbage_collection.collect_garbage(market)
     config["object_store_quota_bytes"] = 3 * size + size // 2
-    with Market.open(tmp_path / "second", config) as market:
+    with Market.open(tmp_path / "home", config) as market:
         yield market, size
 
 
 def publish(market: Market, seed: int) -> str:
-    listing = store_and_list(market, tokens(LENGTH, seed))
-    shared_bucket.offer(market, listing.document_id)
-    return listing.document_id
+    return store_and_list(market, tokens(LENGTH, seed)).document_id
+
+
+def object_bytes(market: Market) -> int:
+    """What the bucket really has of chunks."""
+    assert market.store.objects is not None
+    return sum(each.size for each in market.store.objects.entries() if "/" in each.name)
 
 
 def test_a_bucket_has_a_quota(bucket):
-    """The least valuable documents leave this market and the bucket's entries."""
+    """The least valuable documents leave the market, and their objects the bucket at once."""
     market, size = bucket
     first, second, third = (publish(market, seed) for seed in (1, 2, 3))
     market.catalogue.note_uses([Use(name, LENGTH, 1, time.time()) for name in (first, third)])
+    assert object_bytes(market) == 3 * size
     assert begin(market, 4, size).state == "publishing"
     states = {each.document_id: each.state for each in market.catalogue.listings()}
     assert [states[name] for name in (first, second, third)] == ["live", "evicted", "live"]
-    assert bucket_listings.listed_documents(market.store.objects) == {first, third}
+    assert object_bytes(market) == 2 * size
+    gone = market.catalogue.get(second).chunk_keys
+    assert not any(market.store.objects.head(chunk_name(key)) for key in gone)
+
+
+def test_what_was_delisted_counts_until_its_objects_are_gone(bucket):
+    """As on a disk: the space is taken, and is freed before a document is evicted for it."""
+    market, size = bucket
+    names = [publish(market, seed) for seed in (1, 2, 3)]
+    market.delist(names[0])
+    assert market.catalogue.shares.taken_bytes() == object_bytes(market) == 3 * size
+    assert begin(market, 4, size).state == "publishing"
+    assert object_bytes(market) == 2 * size
+    assert {market.catalogue.get(name).state for name in names[1:]} == {"live"}
+
+
+def test_what_a_publication_stored_that_failed_is_deleted_too(bucket):
+    """Its chunks are recorded, so they count, and go when their space is needed."""
+    market, size = bucket
+    document = tokens(LENGTH, 7)
+    listing = begin(market, 7, size)
+    market.store.put(
+        key=listing.chunk_keys[0],
+        parent=ROOT,
+        namespace=listing.namespace,
+        tokens=chunks_of(document).tokens[0],
+        layout=LAYOUT,
+        layers=[[np.zeros(16 * 64, dtype=np.uint8)]],
+    )
+    share = market.store.describe(listing.chunk_keys[0])
+    market.fail_listing(listing.document_id, "the engine ended", [share]).result()
+    assert market.catalogue.shares.taken_bytes() == object_bytes(market) > 0
+    for seed in (1, 2, 3):
+        publish(market, seed)
+    assert begin(market, 4, size // 2).state == "publishing"
+    assert object_bytes(market) == 3 * size
+    assert len(market.catalogue.listings("live")) == 3
 
 
 def test_what_does_not_fit_into_the_bucket_is_refused(bucket):
@@ -96,35 +146,29 @@ def test_what_does_not_fit_into_the_bucket_is_refused(bucket):
     assert begin(market, 5, size).state == "publishing"
 
 
-def noted(market: Market, listing: Listing) -> Listing:
-    """Record what is stored of a document, as a publication does."""
-    market.catalogue.shares.note([market.store.describe(key) for key in listing.chunk_keys])
-    return listing
-
-
 def test_a_chunk_counts_as_long_as_a_document_needs_it(bucket):
     """Also when the document that wrote it has left, once, and with what is on its way."""
     market, size = bucket
-    first = noted(market, store_and_list(market, tokens(LENGTH, 1)))
+    first = store_and_list(market, tokens(LENGTH, 1))
     longer = [*tokens(LENGTH, 1)[:512], *tokens(400, 2)]
-    second = noted(market, store_and_list(market, longer))
+    second = store_and_list(market, longer)
     both = first.stored_bytes + second.stored_bytes
-    assert second.stored_bytes < size and market.catalogue.shares.needed_bytes() == both
+    assert second.stored_bytes < size and market.catalogue.shares.taken_bytes() == both
     market.delist(first.document_id)
     own_end = market.store.describe(first.chunk_keys[-1])
-    assert market.catalogue.shares.needed_bytes() == both - own_end.size_bytes
+    garbage_collection.release_leftovers(market)
+    assert market.catalogue.shares.taken_bytes() == both - own_end.size_bytes
     begin(market, 3, 1000)
-    assert market.catalogue.shares.needed_bytes() == both - own_end.size_bytes + 1000
+    assert market.catalogue.shares.taken_bytes() == both - own_end.size_bytes + 1000
     market.catalogue.fail(listing_of(tokens(LENGTH, 3)).document_id, "gone")
-    assert market.catalogue.shares.needed_bytes() == both - own_end.size_bytes
+    assert market.catalogue.shares.taken_bytes() == both - own_end.size_bytes
 
 
 def test_two_publications_do_not_count_on_the_same_space(bucket):
     """What the first is about to store is taken, before it has stored a byte."""
     market, size = bucket
-    names = [noted(market, store_and_list(market, tokens(LENGTH, seed))) for seed in (1, 2)]
-    for each in names:
-        market.catalogue.set_pinned(each.document_id, pinned=True)
+    for name in (publish(market, seed) for seed in (1, 2)):
+        market.catalogue.set_pinned(name, pinned=True)
     assert begin(market, 3, size).state == "publishing"
     with pytest.raises(StoreFullError, match="raise object_store_quota_bytes"):
         begin(market, 4, size)

@@ -236,8 +236,7 @@ def import_(
         stored: dict[bytes, int] = {}
         try:
             _store_files(market, reader, files, stored, on_progress)
-            stored_now = [market.store.describe(*file.place) for file in files]
-            market.catalogue.shares.note([share for share in stored_now if share is not None])
+            _note_stored(market, files)
             market.catalogue.heal_all(listing.chunk_keys)
             if not offered:
                 market.create_account(terms.publisher, "publisher")
@@ -249,7 +248,14 @@ def import_(
                 release_unneeded(market, list(stored))
             raise
         _store_again(market, reader, files)
+        # Another process's gc may have forgotten them with what it took.
+        _note_stored(market, files)
     return market.catalogue.get(listing.document_id)
+
+
+def _note_stored(market: Market, files: Sequence[File]) -> None:
+    stored = [market.store.describe(*file.place) for file in files]
+    market.catalogue.shares.note([share for share in stored if share is not None])
 
 
 def _store_again(market: Market, reader: Reader, files: Sequence[File]) -> None:

@@ -114,6 +114,12 @@ def test_an_audit_tells_honest_chunks_from_poisoned_ones(llm, market: Market):
     assert caught.worst_difference > 1e-3
     results = [audit.result for audit in market.catalogue.audits_of(listing.document_id)]
     assert sorted(results) == sorted([honest.result, "different"])
+
+    # It is sold no more, and the next publication does not keep what is stored.
+    assert market.catalogue.get(listing.document_id).state == "damaged"
+    market.store.verify(listing.chunk_keys[1])
+    market.republish(llm, listing.document_id)
+    assert market.audit(llm, listing.document_id, chunks=3, seed=1).result in ("exact", "close")
     market.delist(listing.document_id)
 
 

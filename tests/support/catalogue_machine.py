@@ -53,6 +53,7 @@ class Model:
     def __init__(self) -> None:
         self.documents: dict[Tokens, Document] = {}
         self.damaged: set[bytes] = set()
+        self.refuted: set[bytes] = set()
         self.alive = {0, 1}
         self.offers = 0
 
@@ -318,10 +319,31 @@ class CatalogueMachine(RuleBasedStateMachine):
             self.all(machine, lambda each: each.report_damage(key))
 
     @rule(machine=machines, which=which)
+    def refute(self, machine, which) -> None:
+        """An audit finds wrong pages: no heal helps until they are deleted."""
+        if known := self.chosen(which):
+            key = known.keys[which % len(known.keys)]
+            self.damage(machine, which)
+            self.model.damaged.add(key)
+            self.model.refuted.add(key)
+            self.all(machine, lambda each: each.refute([key]))
+
+    @rule(machine=machines)
+    def replace(self, machine) -> None:
+        """What was refuted is deleted, unless somebody is publishing it."""
+        refuted = self.model.refuted
+        free = {key for key in refuted if not self.model.with_chunk(key, ("publishing",))}
+        keys = sorted(refuted)
+        deleted = self.all(machine, lambda each: each.leftovers.release(keys, lambda _: None))
+        assert deleted == {len(free)}
+        refuted -= free
+
+    @rule(machine=machines, which=which)
     def heal(self, machine, which) -> None:
         if self.model.damaged:
             key = sorted(self.model.damaged)[which % len(self.model.damaged)]
-            self.model.damaged.discard(key)
+            if key not in self.model.refuted:
+                self.model.damaged.discard(key)
             for each in self.model.with_chunk(key, ("damaged",)):
                 self.model.offer(each)
             self.all(machine, lambda each: each.heal(key))
@@ -341,7 +363,9 @@ class CatalogueMachine(RuleBasedStateMachine):
     def all_answer_as_the_model(self) -> None:
         documents = list(self.model.documents.values())
         keys = {key for known in documents for key in known.keys}
-        needed = {key for e in documents if e.state in NEEDED for key in e.keys}
+        coming = {key for e in documents if e.state == "publishing" for key in e.keys}
+        offered = {key for e in documents if e.state in ON_OFFER for key in e.keys}
+        needed = coming | (offered - self.model.refuted)
         facts = sorted(
             (e.name, e.state, e.publisher, e.price, e.is_pinned, e.uses, e.used_tokens)
             for e in documents

@@ -51,7 +51,7 @@ from vllm_kvmarket.core.errors import (
 )
 from vllm_kvmarket.core.model_identity import pack_tokens
 from vllm_kvmarket.ledger import ACCOUNT_ID
-from vllm_kvmarket.market.garbage_collection import release_unneeded
+from vllm_kvmarket.market.garbage_collection import release_refuted, release_unneeded
 from vllm_kvmarket.market.market import Market
 from vllm_kvmarket.store import open_chunk
 from vllm_kvmarket.store.packings import own_share
@@ -234,6 +234,7 @@ def import_(
         offered = _check_home(market, listing, path.name, relist=relist)
         files = reader.files()
         stored: dict[bytes, int] = {}
+        release_refuted(market, document.keys)
         try:
             _store_files(market, reader, files, stored, on_progress)
             _note_stored(market, files)

@@ -511,12 +511,12 @@ class Catalogue:
             return queries.is_held(db, key, ON_OFFER)
 
     def needed_chunks(self, keys: Iterable[bytes]) -> set[bytes]:
-        """Return those of `keys` that a listing on offer or being published holds.
+        """Return those of `keys` that a listing on offer or being published needs.
 
         Only `leftovers.release` may delete the others: a listing may begin to need them meanwhile.
         """
         with self._db.snapshot() as db:
-            return queries.held(db, list(keys), NEEDED)
+            return queries.needed(db, list(keys))
 
     # Damage
 
@@ -529,6 +529,21 @@ class Catalogue:
         """
         with self._changing() as db:
             queries.report_damage(db, key, reason)
+
+    def refute(self, keys: Iterable[bytes]) -> None:
+        """Note that an audit has found wrong pages in these chunks; mutates the database.
+
+        They are damaged, and no `heal` changes that before what is stored was deleted.
+        """
+        with self._changing() as db:
+            for key in keys:
+                queries.report_damage(db, key, "an audit found wrong pages")
+                queries.refute(db, key)
+
+    def refuted(self, keys: Iterable[bytes]) -> list[bytes]:
+        """Return those chunks that an audit has refuted; nothing on offer needs what is stored."""
+        with self._db.snapshot() as db:
+            return queries.refuted(db, keys)
 
     def heal(self, key: bytes) -> None:
         """Note that a chunk was stored again; mutates the database.

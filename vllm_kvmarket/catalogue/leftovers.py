@@ -80,7 +80,7 @@ class Leftovers:
             return [key for (key,) in queries.rows(db, "SELECT key FROM releasing")]
 
     def release(self, keys: Iterable[bytes], delete: Delete) -> int:
-        """Call `delete` with chunks that no listing on offer or on its way holds; how many.
+        """Call `delete` with chunks that no listing on offer or on its way needs; how many.
 
         No publication of a chunk can begin while it is being deleted: one that began before keeps
         it, and one that begins afterwards finds it gone. Nobody else waits. `delete` gets several
@@ -109,7 +109,7 @@ class Leftovers:
         """
         with self._db.transaction() as db:
             self._owner.announce(db)
-            needed = queries.held(db, batch, NEEDED)
+            needed = queries.needed(db, batch)
             free = [
                 key
                 for key in batch
@@ -136,6 +136,7 @@ class Leftovers:
             statement = "DELETE FROM releasing WHERE owner = ? RETURNING key"
             own = {key for (key,) in queries.rows(db, statement, (self._owner.name,))}
             chunk_shares.forget(db, gone)
+            queries.forget_refuted(db, gone)
             for key in gone:
                 if key not in own:
                     queries.report_damage(db, key, "it was deleted while it was published")

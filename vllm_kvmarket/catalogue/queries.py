@@ -361,9 +361,12 @@ def is_listed(db: Connection, document_id: str) -> bool:
 
 
 def set_damaged(db: Connection, key: bytes, damaged: bool) -> bool:
-    """Mark a chunk as lost or whole; returns whether that was news."""
-    statement = "UPDATE chunk SET damaged = ? WHERE key = ? AND damaged <> ? RETURNING 1"
-    return bool(rows(db, statement, (damaged, key, damaged)))
+    """Mark a chunk as lost or whole; returns whether that was news. A refuted one stays lost."""
+    statement = (
+        "UPDATE chunk SET damaged = ? WHERE key = ? AND damaged <> ? AND (? OR NOT refuted) "
+        "RETURNING 1"
+    )
+    return bool(rows(db, statement, (damaged, key, damaged, damaged)))
 
 
 def report_damage(db: Connection, key: bytes, reason: str) -> None:
@@ -392,20 +395,36 @@ def is_held(db: Connection, key: bytes, states: Sequence[ListingState]) -> bool:
     return bool(rows(db, statement, (key, *states)))
 
 
-def held(
-    db: Connection, keys: Sequence[bytes], states: Sequence[ListingState]
-) -> set[bytes]:
-    """Return those of some chunks that a document in one of these states holds."""
+def needed(db: Connection, keys: Sequence[bytes]) -> set[bytes]:
+    """Return those of some chunks that must be kept: for a document that is on its way, or for one
+    on offer unless they are refuted.
+    """
     found: set[bytes] = set()
     for start in range(0, len(keys), _ASKED_AT_ONCE):
         asked = keys[start : start + _ASKED_AT_ONCE]
         statement = (
-            "SELECT key FROM listing_chunk JOIN listing USING (document_id) "  # noqa: S608  # only question marks are put in
-            f"WHERE key IN ({', '.join('?' * len(asked))}) "
-            f"AND state IN ({', '.join('?' * len(states))})"
+            "SELECT key FROM listing_chunk JOIN listing USING (document_id) JOIN chunk USING (key) "  # noqa: S608  # only question marks are put in
+            f"WHERE key IN ({', '.join('?' * len(asked))}) AND (state = 'publishing' "
+            "OR state IN ('live', 'damaged') AND NOT refuted)"
         )
-        found.update(key for (key,) in db.execute(statement, (*asked, *states)))
+        found.update(key for (key,) in db.execute(statement, asked))
     return found
+
+
+def refute(db: Connection, key: bytes) -> None:
+    """Mark a chunk whose pages are wrong."""
+    db.execute("UPDATE chunk SET refuted = TRUE, damaged = TRUE WHERE key = ?", (key,))
+
+
+def refuted(db: Connection, keys: Iterable[bytes]) -> list[bytes]:
+    """Return those of some chunks that are refuted."""
+    statement = "SELECT 1 FROM chunk WHERE key = ? AND refuted"
+    return [key for key in keys if rows(db, statement, (key,))]
+
+
+def forget_refuted(db: Connection, keys: Iterable[bytes]) -> None:
+    """Note that what was stored of refuted chunks is gone; they are lost still."""
+    db.executemany("UPDATE chunk SET refuted = FALSE WHERE key = ?", [(key,) for key in keys])
 
 
 def all_held(db: Connection, states: Sequence[ListingState]) -> set[bytes]:

@@ -150,6 +150,11 @@ CREATE TABLE chunk_share (
 INSERT INTO chunk_share SELECT key, '', rank, world_size, bytes, fingerprint FROM old_share;
 DROP TABLE old_share;
 """
+# A chunk is `refuted` when an audit has found other pages than its engine computes, whatever its
+# checksums say: it stays damaged until what is stored has been deleted and is stored anew.
+REFUTED_SCHEMA = """
+ALTER TABLE chunk ADD COLUMN refuted INTEGER NOT NULL DEFAULT 0 CHECK (refuted IN (0, 1));
+"""
 
 # Only on PostgreSQL: every change is announced when it is committed, and who is publishing or
 # deleting has a lease, by the server's clock.
@@ -168,7 +173,15 @@ CREATE TABLE publisher_lease (
 """
 CATALOGUE = Room(
     "catalogue",
-    (SCHEMA, STORE_SCHEMA, LEFTOVERS_SCHEMA, SHARES_SCHEMA, ADOPTED_SCHEMA, LAYOUTS_SCHEMA),
+    (
+        SCHEMA,
+        STORE_SCHEMA,
+        LEFTOVERS_SCHEMA,
+        SHARES_SCHEMA,
+        ADOPTED_SCHEMA,
+        LAYOUTS_SCHEMA,
+        REFUTED_SCHEMA,
+    ),
     CatalogueUnavailableError,
     postgres_only=POSTGRES_ONLY,
 )

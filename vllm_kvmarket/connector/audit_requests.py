@@ -108,4 +108,5 @@ class AuditRequest:
             worst_difference=report.worst_difference,
             detail="; ".join(report.details),
         )
-        self._engine.market.record_audit(record).add_done_callback(log_failure)
+        noted = self._engine.market.record_audit(record, report.refuted)
+        noted.add_done_callback(log_failure)

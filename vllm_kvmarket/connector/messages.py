@@ -5,6 +5,7 @@ Plain values only: they cross a process boundary by pickle.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -215,6 +216,15 @@ class AuditReport:
         """The worst that was found of any chunk."""
         found = (chunk.result for chunk in self.chunks.values())
         return max(found, key=_AUDIT_ORDER.index, default="exact")
+
+    @property
+    def refuted(self) -> list[bytes]:
+        """Keys of chunks whose numbers are wrong, and not only others where none may differ."""
+        return [
+            key
+            for key, chunk in self.chunks.items()
+            if chunk.result == "different" and math.isfinite(chunk.difference)
+        ]
 
     @property
     def worst_difference(self) -> float:

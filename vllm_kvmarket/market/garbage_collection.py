@@ -120,6 +120,15 @@ def release_unneeded(market: Market, keys: Iterable[bytes]) -> None:
     _Remover(market).release(keys)
 
 
+def release_refuted(market: Market, keys: Iterable[bytes]) -> None:
+    """Delete what is stored of those of these chunks that an audit has refuted.
+
+    Whoever stores them next would find them whole, and keep them. Raises as `release_unneeded`.
+    """
+    if refuted := market.catalogue.refuted(keys):
+        _Remover(market).release(refuted)
+
+
 def purge(market: Market, document_ids: Iterable[str] | None = None) -> PurgeReport:
     """Remove the tokens of documents that left the market, and the chunks that only they need.
 

@@ -35,6 +35,7 @@ from vllm_kvmarket.market import engine_operations
 from vllm_kvmarket.market.bucket_identity import BucketIdentity
 from vllm_kvmarket.market.engine_operations import CONNECTOR, POLL_S
 from vllm_kvmarket.market.eviction import make_room
+from vllm_kvmarket.market.garbage_collection import release_refuted
 from vllm_kvmarket.market.publishers import ensure_account, limits_of
 from vllm_kvmarket.market.purchase import Item, Purchase
 from vllm_kvmarket.market.quote import Quote, affordable_part, quote_of, sold_part
@@ -298,6 +299,7 @@ class Market:
     ) -> Listing:
         self.store.disk.check_reserve(listing.document_id)
         self.identity.confirm()
+        release_refuted(self, document.keys)
         publisher = listing.terms.publisher
         ensure_account(self.ledger, publisher)
         limits = limits_of(self.config, publisher)
@@ -381,6 +383,13 @@ class Market:
         uses = [self._uses.popleft() for _ in range(len(self._uses))]
         return self._clerk.submit(self.catalogue.note_uses, uses)
 
-    def record_audit(self, audit: Audit) -> Future[None]:
-        """Keep an audit's result with its listing."""
-        return self._clerk.submit(self.catalogue.record_audit, audit)
+    def record_audit(self, audit: Audit, refuted: Sequence[bytes] = ()) -> Future[None]:
+        """Keep an audit's result with its listing; chunks that are `refuted` are sold no more, and
+        the next publication replaces them.
+        """
+        return self._clerk.submit(self._record_audit, audit, refuted)
+
+    def _record_audit(self, audit: Audit, refuted: Sequence[bytes]) -> None:
+        self.catalogue.record_audit(audit)
+        if refuted:
+            self.catalogue.refute(refuted)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import time
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import apsw
 import pytest
 
 from tests.support.catalogue_documents import (
+    LAYOUT,
     LENGTH,
     file_bytes,
     matched,
@@ -17,7 +19,8 @@ from tests.support.catalogue_documents import (
     store_and_list,
     tokens,
 )
-from vllm_kvmarket.catalogue import Listing, Use
+from tests.support.store_chunks import falsify
+from vllm_kvmarket.catalogue import Audit, Listing, Use
 from vllm_kvmarket.core.document_chunks import DocumentChunks
 from vllm_kvmarket.core.errors import (
     NotFoundError,
@@ -28,6 +31,7 @@ from vllm_kvmarket.core.errors import (
 from vllm_kvmarket.core.listing_terms import ListingTerms
 from vllm_kvmarket.market import check_and_repair, eviction, garbage_collection
 from vllm_kvmarket.market.market import DATABASE_FILE, Market
+from vllm_kvmarket.store.chunk_format import chunk_name
 
 
 def damage(market: Market, key: bytes) -> None:
@@ -391,4 +395,58 @@ def test_a_bucket_that_is_not_there_is_no_damage(on_bucket):
         market.report_damage(listing.chunk_keys[0]).result()
     with pytest.raises(StoreError, match="nothing was changed"):
         check_and_repair.repair(market, None, market.catalogue.get)
+    assert market.catalogue.get(listing.document_id).state == "live"
+
+
+# Audits
+
+
+@pytest.fixture(params=["a disk", "a bucket"])
+def stored(request, home: Path, tmp_path: Path):
+    """A market whose chunks are on its disk, and one whose chunks are in a bucket."""
+    (tmp_path / "bucket").mkdir()
+    url = (tmp_path / "bucket").as_uri() if request.param == "a bucket" else None
+    with Market.open(home, {"object_store_url": url}) as market:
+        yield market
+        assert market.catalogue.check_integrity() == []
+
+
+def test_what_an_audit_refutes_is_replaced_by_the_next_publication(stored: Market):
+    """Its checksums are right, so nothing else can tell: it is sold no more, and not kept."""
+    listing = store(stored, 1)
+    name, key = listing.document_id, listing.chunk_keys[1]
+    falsify(stored.store.disk, key)
+    if stored.store.objects is not None:
+        stored.store.objects.upload(chunk_name(key), stored.store.disk.path(key))
+    stored.catalogue.shares.note([stored.store.describe(key)])
+    audit = Audit(name, time.time(), "engine", 3, "different", 1.0)
+    stored.record_audit(audit, [key]).result()
+    assert stored.catalogue.get(name).state == "damaged"
+    assert matched(stored.catalogue, tokens(LENGTH, 1)) == 256
+    stored.verify(key)
+    calls = []
+
+    def publish(document_id: str) -> Listing:
+        calls.append(document_id)
+        document = DocumentChunks.of(listing.namespace, tokens(LENGTH, 1))
+        assert stored.begin_listing(listing, document).result().state == "publishing"
+        return store(stored, 1)
+
+    report = check_and_repair.repair(stored, None, publish)
+    assert (report.healed, report.repaired, calls) == ([], [name], [name])
+    assert stored.catalogue.get(name).state == "live"
+    assert [each.result for each in stored.catalogue.audits_of(name)] == ["different"]
+    known = stored.catalogue.shares.of([key])
+    if stored.store.objects is not None:
+        stored.store.disk.delete(key)
+    with stored.store.open(key, LAYOUT, listing.namespace, known[0].fingerprint) as chunk:
+        assert set(chunk.layer(0).tolist()) == {1}
+    assert check_and_repair.check(stored).ok
+
+
+def test_an_audit_that_refutes_nothing_takes_nothing_off_the_market(market: Market):
+    """Where numbers may not differ at all, a difference is on record and no more."""
+    listing = store(market, 1)
+    audit = Audit(listing.document_id, time.time(), "engine", 3, "different", math.inf)
+    market.record_audit(audit).result()
     assert market.catalogue.get(listing.document_id).state == "live"

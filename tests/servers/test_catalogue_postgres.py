@@ -262,6 +262,37 @@ def test_a_process_that_cannot_renew_its_lease_deletes_nothing(place, monkeypatc
             catalogue.leftovers.release(chunks_of(DOCUMENT).keys, pytest.fail)
 
 
+DELETE_SLOWLY = """
+with Catalogue.open(place) as catalogue:
+    keys = chunks_of(tokens(700)).keys
+
+    def delete(marked):
+        print("deleting", flush=True)
+        sys.stdin.readline()
+
+    print(catalogue.leftovers.release(keys, delete), flush=True)
+"""
+
+
+def test_a_machine_that_stands_still_while_it_deletes_spoils_no_sale(place, monkeypatch):
+    """Once it looks dead its chunks can be published; what it deletes later is known as lost."""
+    with Catalogue.open(place) as catalogue:
+        name = publish(catalogue, DOCUMENT).document_id
+        catalogue.delist(name)
+        process = start_process(DELETE_SLOWLY, place)
+        assert heard(process) == "deleting"
+        monkeypatch.setattr(publisher_lease, "LEASE_S", 2.0)
+        process.send_signal(signal.SIGSTOP)
+        assert publish(catalogue, DOCUMENT).state == "live"
+        process.send_signal(signal.SIGCONT)
+        tell(process)
+        assert heard(process) == "3"
+        assert ended(process) == 0
+        assert catalogue.get(name).state == "damaged"
+        catalogue.heal_all(chunks_of(DOCUMENT).keys)
+        assert catalogue.get(name).state == "live"
+
+
 def test_a_process_that_stalls_inside_a_transaction_holds_nobody_up_for_long(place, monkeypatch):
     """The server rolls back what it began."""
     with Catalogue.open(place) as stalled, Catalogue.open(place) as other:

@@ -305,7 +305,7 @@ def _has_whole(market: Market, file: File) -> bool:
     try:
         with open_chunk(market.store.disk.path(*file.place), file.key) as chunk:
             chunk.verify()
-        market.store.disk.make_durable(file.key)
+        market.store.disk.make_durable(*file.place)
     except StoreError:
         return False
     return own_share(chunk.header.layout) == file.place[1:] and market.store.make_durable(

@@ -109,12 +109,8 @@ class Leftovers:
         """
         with self._db.transaction() as db:
             self._owner.announce(db)
-            needed = queries.needed(db, batch)
-            free = [
-                key
-                for key in batch
-                if key not in needed and not self._are_being_deleted(db, [key])
-            ]
+            taken = queries.needed(db, batch) | self._being_deleted(db, batch)
+            free = [key for key in batch if key not in taken]
             marks = [(key, self._owner.name) for key in free]
             db.executemany("INSERT INTO releasing VALUES (?, ?)", marks)
             return free
@@ -154,7 +150,7 @@ class Leftovers:
         until_s = time.monotonic() + _PATIENCE_S
         while True:
             with changing() as db:
-                if not self._are_being_deleted(db, keys):
+                if not self._being_deleted(db, keys):
                     yield db
                     return
             if time.monotonic() > until_s:
@@ -163,19 +159,19 @@ class Leftovers:
                 )
             time.sleep(_PAUSE_S)
 
-    def _are_being_deleted(self, db: Connection, keys: Iterable[bytes]) -> bool:
-        """Say whether a living process is deleting one of these chunks.
+    def _being_deleted(self, db: Connection, keys: Iterable[bytes]) -> set[bytes]:
+        """Return those of these chunks that a living process is deleting.
 
         Takes back marks of dead ones, and what was recorded of these chunks: they may be gone.
         """
-        for key in keys:
-            statement = "SELECT owner FROM releasing WHERE key = ?"
-            for (owner,) in queries.rows(db, statement, (key,)):
-                if self._owner.is_alive(db, owner):
-                    return True
+        asked, found = set(keys), set()
+        for key, owner in queries.rows(db, "SELECT key, owner FROM releasing"):
+            if key in asked and self._owner.is_alive(db, owner):
+                found.add(key)
+            elif key in asked:
                 db.execute("DELETE FROM releasing WHERE key = ?", (key,))
                 chunk_shares.forget(db, [key])
-        return False
+        return found
 
     # Tokens
 

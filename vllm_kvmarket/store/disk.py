@@ -179,15 +179,17 @@ class DiskStore:
                 if not self.is_cache:
                     self._files.sync_folder(path.parent)
 
-    def make_durable(self, key: bytes) -> None:
-        """Make sure that a chunk that is there survives a crash; `put` does so by itself.
+    def make_durable(
+        self, key: bytes, rank: int = 0, world_size: int = 1, layout: str = ""
+    ) -> None:
+        """Make sure that a share that is there survives a crash; `put` does so by itself.
 
         For a publisher that finds a chunk which another process is storing at this moment. Raises
         ChunkMissingError, StoreError.
         """
-        if not self._files_of(key):
-            raise chunk_format.missing(key)
-        path = self.path(key)
+        path = self.path(key, rank, world_size, layout)
+        if not path.is_file():
+            raise chunk_format.missing(key, rank, world_size, layout)
         with self._reporting(path):
             self._sync_names(path.parent)
 

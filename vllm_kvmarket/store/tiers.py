@@ -223,9 +223,7 @@ class Tiers:
         share = ShareId(key, rank, world_size, layout)
         try:
             if self.objects is None:
-                if not self.disk.has(*share):
-                    return False
-                self.disk.make_durable(key)
+                self.disk.make_durable(*share)
                 return True
             try:
                 self._keep_object(self.objects, share)

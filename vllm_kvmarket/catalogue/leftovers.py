@@ -90,13 +90,13 @@ class Leftovers:
         waiting = iter(dict.fromkeys(keys))
         with self._lock:
             while batch := list(islice(waiting, _AT_ONCE)):
-                marked = self._mark(batch)
+                if not (marked := self._mark(batch)):
+                    continue
                 gone: list[bytes] = []
                 try:
-                    if marked:
-                        self._check_certain()
-                        delete(marked)
-                        gone = marked
+                    self._check_certain()
+                    delete(marked)
+                    gone = marked
                 finally:
                     self._unmark(gone)
                 released += len(gone)

@@ -24,6 +24,7 @@ from tests.support.catalogue_documents import (
     publish,
     start_process,
     store,
+    tell,
     tokens,
 )
 from tests.support.catalogue_machine import CatalogueMachine

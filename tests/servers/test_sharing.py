@@ -18,7 +18,7 @@ from vllm_kvmarket.market import check_and_repair, garbage_collection
 from vllm_kvmarket.store.chunk_format import chunk_name
 
 pytest.importorskip("psycopg", reason="pip install vllm-kvmarket[postgres]")
-from tests.support.postgres import running_postgres  # noqa: E402  # needs psycopg
+from tests.support.postgres import running_postgres  # needs psycopg
 
 _numbers = itertools.count()
 TOKENS = tokens(LENGTH, 1)

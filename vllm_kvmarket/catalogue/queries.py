@@ -255,8 +255,8 @@ def chunks_of(db: Connection, document_id: str) -> list[StoredChunk]:
 def write_listing(db: Connection, listing: Listing) -> None:
     """Insert a listing, or restart the one of the same document; its chunks are not touched.
 
-    One that is damaged keeps its bytes, its pin, that it was paid for, and its end where it is given
-    no other. The place in the order of first offers is the publisher's own: anyone else
+    One that is damaged keeps its bytes, its pin, that it was paid for, and its end where it is
+    given no other. The place in the order of first offers is the publisher's own: anyone else
     who lists the document again gets a new one.
     """
     values = [getattr(listing, name) for name in _FACTS]

@@ -365,9 +365,7 @@ def document_purge(args: argparse.Namespace) -> None:
 def _show_purged(where: Console, report: garbage_collection.PurgeReport, has_bucket: bool) -> None:
     where.print(f"removed the tokens of {report.purged} documents")
     if has_bucket:
-        where.print(
-            f"deleted {report.objects_deleted} objects; what other documents need stays"
-        )
+        where.print(f"deleted {report.objects_deleted} objects; what other documents need stays")
 
 
 @command(

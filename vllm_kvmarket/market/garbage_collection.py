@@ -191,8 +191,8 @@ class _Remover:
             return
         if next(objects.names(_OLD_DIRECTORY), None) is not None:
             raise StoreError(
-                f"{objects.url} has {_OLD_DIRECTORY}/ of an older kvmarket, where other markets may "
-                "have documents; export these as bundles, and delete that folder"
+                f"{objects.url} has {_OLD_DIRECTORY}/ of an older kvmarket, where other markets "
+                "may have documents; export these as bundles, and delete that folder"
             )
         names = filter(_is_chunk, objects.names())
         while batch := list(islice(names, _ASKED_AT_ONCE)):

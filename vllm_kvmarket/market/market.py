@@ -347,9 +347,7 @@ class Market:
         """Note that publishing ended without a listing; `shares` describe what it has stored."""
         return self._clerk.submit(self._fail_listing, document_id, reason, shares)
 
-    def _fail_listing(
-        self, document_id: str, reason: str, shares: Sequence[StoredShare]
-    ) -> None:
+    def _fail_listing(self, document_id: str, reason: str, shares: Sequence[StoredShare]) -> None:
         self.catalogue.shares.note(shares)
         self.catalogue.fail(document_id, reason)
 

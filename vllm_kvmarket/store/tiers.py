@@ -1,8 +1,9 @@
 """The tiers below memory as one store: the disk, and an object store behind it where there is one.
 
 With an object store, every chunk is stored there, and the disk is a bounded cache of it. A chunk
-that is not on the disk, or damaged there, is fetched, verified and then read from the disk. Machines
-of one market share the bucket; market/garbage_collection.py deletes what none of them needs.
+that is not on the disk, or damaged there, is fetched, verified and then read from the disk.
+Machines of one market share the bucket; market/garbage_collection.py deletes what none of them
+needs.
 """
 
 from __future__ import annotations
@@ -430,7 +431,10 @@ class Tiers:
         return self.objects.head(chunk_name(key, rank, world_size, layout)) is not None
 
     def is_kept(self, key: bytes, rank: int = 0, world_size: int = 1, layout: str = "") -> bool:
-        """Whether a share is where it stays, the object store if there is one. Raises StoreError."""
+        """Whether a share is where it stays: in the object store, if there is one.
+
+        Raises StoreError.
+        """
         if self.objects is None:
             return self.disk.has(key, rank, world_size, layout)
         return self.objects.head(chunk_name(key, rank, world_size, layout)) is not None

@@ -9,7 +9,6 @@ import time
 import pytest
 
 from tests.support.api_server import CONTEXT, as_, publish, running, settled, text_of
-from tests.support.catalogue_documents import chunks_of, listing_of, tokens
 from vllm_kvmarket.catalogue import Use
 
 DOCUMENTS = "/v1/kvmarket/documents"

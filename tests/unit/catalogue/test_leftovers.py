@@ -183,7 +183,11 @@ def test_what_is_recorded_and_not_needed_is_found_without_looking_at_files(catal
     unknown = publish(catalogue, tokens(300, seed=1))
     for listing in (gone, kept):
         catalogue.shares.note(
-            [StoredShare(key, 0, 1, form, 1, bytes(8)) for key in listing.chunk_keys for form in "ab"]
+            [
+                StoredShare(key, 0, 1, form, 1, bytes(8))
+                for key in listing.chunk_keys
+                for form in "ab"
+            ]
         )
     for listing in (gone, unknown):
         catalogue.delist(listing.document_id)

@@ -147,7 +147,9 @@ def test_every_state_survives_a_restart(place):
             assert matched(catalogue, document) == (300 if state == "live" else 0)
             assert [found.state for found in catalogue.listings(state)] == [state]
         begun = listing_of(documents["publishing"]).document_id
-        assert catalogue.commit(begun, 1).state == "live"
+        with pytest.raises(CatalogueError, match="not being published by this process"):
+            catalogue.commit(begun, 1)
+        assert publish(catalogue, documents["publishing"]).state == "live"
         assert catalogue.check_integrity() == []
 
 

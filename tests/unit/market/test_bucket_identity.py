@@ -197,7 +197,8 @@ def test_a_second_market_is_refused(tmp_path, more):
     with Market.open(tmp_path / "first", config) as first:
         listing = store_and_list(first, tokens(LENGTH, 1))
         with pytest.raises(
-            ConfigError, match=r"another market's.*a prefix of your own, or that market's database_url"
+            ConfigError,
+            match=r"another market's.*a prefix of your own, or that market's database_url",
         ):
             Market.open(tmp_path / "second", config | more)
         alone = Market.open(tmp_path / "third")

@@ -181,10 +181,10 @@ def test_a_cache_makes_room_by_itself(tmp_path):
 def test_the_end_of_a_document_can_be_set(market):
     """For a time, or for good."""
     name = store(market, 1).document_id
-    assert eviction.set_time_to_live(market, name, 9e9).terms.expires_at_s == 9e9
-    assert eviction.set_time_to_live(market, name, None).terms.expires_at_s is None
+    assert market.catalogue.set_expiry(name, 9e9).terms.expires_at_s == 9e9
+    assert market.catalogue.set_expiry(name, None).terms.expires_at_s is None
     with pytest.raises(NotFoundError):
-        eviction.set_time_to_live(market, "kvd_unknown", None)
+        market.catalogue.set_expiry("kvd_unknown", None)
 
 
 # Checks

@@ -197,7 +197,9 @@ def test_a_process_that_is_killed_leaves_a_market_that_is_whole(market, home):
 def bucket(tmp_path: Path):
     """A market whose bucket is a folder; what is in it must be what documents need."""
     (tmp_path / "bucket").mkdir()
-    with Market.open(tmp_path / "a", {"object_store_url": (tmp_path / "bucket").as_uri()}) as market:
+    with Market.open(
+        tmp_path / "a", {"object_store_url": (tmp_path / "bucket").as_uri()}
+    ) as market:
         yield market
         assert market.catalogue.check_integrity() == []
 

@@ -29,12 +29,7 @@ from vllm_kvmarket.store.chunk_format import (
     is_chunk_file,
     share_of,
 )
-from vllm_kvmarket.store.chunk_reader import (
-    StoredChunk,
-    check_share,
-    open_chunk,
-    verify_share,
-)
+from vllm_kvmarket.store.chunk_reader import StoredChunk, check_share, open_chunk, verify_share
 from vllm_kvmarket.store.codec import CODEC_RAW
 from vllm_kvmarket.store.packings import own_share
 from vllm_kvmarket.store.quarantine import Quarantine, Quarantined

@@ -9,7 +9,7 @@ import json
 import pytest
 
 from tests.support.catalogue_documents import store, tokens
-from tests.unit.auth import test_admin_log, test_api_keys, test_sealed_secret
+from tests.unit.auth import test_admin_log, test_api_keys, test_api_servers, test_sealed_secret
 from vllm_kvmarket import Market
 from vllm_kvmarket.auth.admin_log import AdminLog
 from vllm_kvmarket.auth.api_keys import Keys, KeysUnavailableError
@@ -24,7 +24,7 @@ from tests.support.postgres import running_postgres  # noqa: E402  # needs psyco
 _numbers = itertools.count()
 
 # Tests of every database ask for a `place`; those that ask for a `path` are SQLite's own.
-for _module in (test_admin_log, test_api_keys, test_sealed_secret):
+for _module in (test_admin_log, test_api_keys, test_api_servers, test_sealed_secret):
     for _name, _member in inspect.getmembers(_module):
         if _name.startswith("test_") and inspect.isfunction(_member):
             parameters = set(inspect.signature(_member).parameters)

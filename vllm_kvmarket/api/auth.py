@@ -119,12 +119,19 @@ WRONG_KEYS = Rate(burst=20, per_s=1)
 class Limiter:
     """Counts requests by caller. For one thread, the event loop's.
 
-    Bounded: the callers that were silent for longest are forgotten, and have a full bucket again.
+    Each of `server_count` processes grants its part of the rate. Bounded: the callers that were
+    silent for longest are forgotten, and have a full bucket again.
     """
 
-    def __init__(self, rate: Rate, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self,
+        rate: Rate,
+        clock: Callable[[], float] = time.monotonic,
+        server_count: Callable[[], int] = lambda: 1,
+    ) -> None:
         self._rate = rate
         self._clock = clock
+        self._server_count = server_count
         self._buckets: OrderedDict[str, tuple[float, float]] = OrderedDict()
 
     def wait_s(self, caller: str, *, take: bool = True) -> int:
@@ -132,14 +139,15 @@ class Limiter:
 
         Returns 0, or, if the bucket is empty, after how many whole seconds to come again.
         """
-        now = self._clock()
-        left, at = self._buckets.pop(caller, (float(self._rate.burst), now))
-        left = min(self._rate.burst, left + (now - at) * self._rate.per_s)
+        now, servers = self._clock(), self._server_count()
+        burst, per_s = max(1.0, self._rate.burst / servers), self._rate.per_s / servers
+        left, at = self._buckets.pop(caller, (burst, now))
+        left = min(burst, left + (now - at) * per_s)
         granted = left >= 1
         self._buckets[caller] = (left - (granted and take), now)
         if len(self._buckets) > MOST_CALLERS:
             self._buckets.popitem(last=False)
-        return 0 if granted else max(1, math.ceil((1 - left) / self._rate.per_s))
+        return 0 if granted else max(1, math.ceil((1 - left) / per_s))
 
     def count(self, caller: str, *, take: bool = True) -> None:
         """Count one request of a caller, or only look; mutates. Raises ApiError at the limit."""
@@ -181,9 +189,9 @@ class Queue:
 class KeyChecker:
     """Checks API keys, bounded and beside the event loop."""
 
-    def __init__(self, keys: Keys) -> None:
+    def __init__(self, keys: Keys, server_count: Callable[[], int] = lambda: 1) -> None:
         self._keys = keys
-        self._wrong = Limiter(WRONG_KEYS)
+        self._wrong = Limiter(WRONG_KEYS, server_count=server_count)
         self._waiting = Queue(MOST_CHECKS, "the check of an API key")
 
     async def check(self, secret: str, address: str) -> Principal | None:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
 
 from fastapi import APIRouter
 from fastapi.concurrency import run_in_threadpool
 
+from vllm_kvmarket.api.auth import Caller
 from vllm_kvmarket.api.bodies import MarketRoute
 from vllm_kvmarket.api.document_routes import CHARACTERS_A_TOKEN, find, is_on_offer, prices_of
 from vllm_kvmarket.api.errors import ApiError, invalid, not_found
@@ -20,6 +20,10 @@ from vllm_kvmarket.core.errors import CatalogueError, NotFoundError
 from vllm_kvmarket.core.pricing import amount_nano
 from vllm_kvmarket.market import quote as market_quote
 from vllm_kvmarket.market.market import Market
+from vllm_kvmarket.market.quote import NO_LIMIT, Budget
+
+# Strangers see matches in steps of so many tokens: token by token they could guess a text.
+STRANGERS_STEP = 64
 
 router = APIRouter(prefix="/quotes", tags=["kvmarket quotes"], route_class=MarketRoute)
 
@@ -29,17 +33,18 @@ async def quote(wish: QuoteWish, service: ServiceOf, caller: CallerOf) -> Quote:
     """Say what a prompt matches, and what it costs with and without reuse.
 
     A document's id stands for a prompt that begins with it. Output is not priced here.
-    Quotes are for the model itself, not for its adapters.
+    Quotes are for the model itself, not for its adapters. Nothing behind a listing that is dearer
+    than the caller's key may buy from is priced. Without a key, matches are multiples of 64 tokens.
     """
     caller.need_reader()
     if wish.document is not None:
-        return await run_in_threadpool(_of_document, service.market, wish.document, caller.account)
+        return await run_in_threadpool(_of_document, service.market, wish.document, caller)
     frontend = service.frontend
     if frontend is None:
         raise ApiError(503, "no_engine", "this server has no engine; ask for a document")
     tokens = await _tokens_of(service, frontend, wish)
     return await run_in_threadpool(
-        _quote, service.market, frontend.namespace, tokens, len(tokens) - 1, caller.account
+        _quote, service.market, frontend.namespace, tokens, len(tokens) - 1, caller
     )
 
 
@@ -58,12 +63,12 @@ async def _tokens_of(service: Service, frontend: Frontend, wish: QuoteWish) -> l
     return tokens
 
 
-def _of_document(market: Market, document_id: str, account: str | None) -> Quote:
+def _of_document(market: Market, document_id: str, caller: Caller) -> Quote:
     listing = find(market, document_id)
     if listing is None or not is_on_offer(listing):
         raise not_found(f"there is no document {document_id} on offer")
     tokens = market.catalogue.tokens_of(document_id)
-    return _quote(market, listing.namespace, tokens, len(tokens), account, named=True)
+    return _quote(market, listing.namespace, tokens, len(tokens), caller, named=True)
 
 
 def _quote(
@@ -71,7 +76,7 @@ def _quote(
     namespace: bytes,
     tokens: list[int],
     most: int,
-    account: str | None,
+    caller: Caller,
     *,
     named: bool = False,
 ) -> Quote:
@@ -79,7 +84,11 @@ def _quote(
     # A document that was shown as live a moment ago is quoted, too.
     with contextlib.suppress(CatalogueError):
         market.catalogue.refresh()
-    priced = market.quote(namespace, tokens, most=most, named=named)
+    budget = Budget(caller.limits.max_cache_read_nano_per_mtok)
+    priced = market.quote(namespace, tokens, most=most, named=named, budget=budget)
+    if caller.is_anonymous and not named:
+        shown = priced.tokens // STRANGERS_STEP * STRANGERS_STEP
+        priced = market.quote_match(priced.match if shown else None, shown)
     listing = None if priced.match is None else priced.match.listing
     prices = prices_of(market, listing)
     charge = priced.charge_nano
@@ -108,8 +117,19 @@ def _quote(
         with_reuse_nano=with_reuse,
         without_reuse_nano=without,
         saving_nano=without - with_reuse,
-        affordable=None if account is None else _available_nano(market, account) >= charge,
+        affordable=_is_affordable(market, caller, priced, budget),
     )
+
+
+def _is_affordable(
+    market: Market, caller: Caller, priced: market_quote.Quote, budget: Budget
+) -> bool | None:
+    """Whether the caller's account and key can buy what was quoted; None without a key."""
+    if caller.account is None:
+        return None
+    match = priced.match
+    is_within = match is None or market.affordable_part(match, budget) is match
+    return is_within and _available_nano(market, caller.account) >= priced.charge_nano
 
 
 def _available_nano(market: Market, account: str) -> int:
@@ -139,50 +159,63 @@ async def offer_of(
     prompts: Sequence[Sequence[int]],
     account: str,
     document_tokens: int | None = None,
-    max_cache_read_nano_per_mtok: int | None = None,
-) -> Offer:
+    budget: Budget = NO_LIMIT,
+) -> tuple[Offer, list[int]]:
     """Quote a request's prompts, or the document in front of them, beside the event loop.
 
-    Without a document, only what the engine would buy under the price cap.
+    Returns the charge of each prompt too. Without a document, only what the engine would buy is
+    quoted; but where it would buy nothing, all that is on offer below the price cap.
     """
-    assert service.frontend is not None
-    quote = partial(
-        service.market.quote,
-        service.frontend.namespace,
-        named=document_tokens is not None,
-        max_cache_read_nano_per_mtok=max_cache_read_nano_per_mtok,
-    )
-    return await asyncio.to_thread(_offer, service.market, quote, prompts, account, document_tokens)
+    return await asyncio.to_thread(_offer, service, prompts, account, document_tokens, budget)
 
 
 def _offer(
-    market: Market,
-    quote: Callable[..., market_quote.Quote],
+    service: Service,
     prompts: Sequence[Sequence[int]],
     account: str,
     document_tokens: int | None,
-) -> Offer:
-    matched = charge = without = 0
-    document_id = None
+    budget: Budget,
+) -> tuple[Offer, list[int]]:
+    assert service.frontend is not None
+    market, namespace = service.market, service.frontend.namespace
+    capped = Budget(budget.max_cache_read_nano_per_mtok)
+    quotes = []
     for tokens in prompts:
         # A prompt's last token is always computed.
         bought = tokens if document_tokens is None else tokens[:document_tokens]
         most = min(len(bought), len(tokens) - 1)
-        priced = quote(bought, most=most)
-        if priced.match is None:
-            continue
-        matched += priced.tokens
-        charge += priced.charge_nano
-        without += priced.recompute_nano
-        document_id = document_id or priced.match.listing.document_id
-    return Offer(
-        document_id=document_id,
+        named = document_tokens is not None
+        quotes.append(
+            (market.quote(namespace, bought, most=most, named=named, budget=capped), most)
+        )
+    found = [each for each, _ in quotes]
+    if document_tokens is None and budget.max_price_nano is not None:
+        bought_parts = _within(market, quotes, budget.max_price_nano)
+        if any(each.tokens for each in bought_parts):
+            found = bought_parts
+    matches = [each.match for each in found if each.match is not None]
+    offer = Offer(
+        document_id=matches[0].listing.document_id if matches else None,
         prompt_tokens=sum(map(len, prompts)),
-        matched_tokens=matched,
-        charge_nano=charge,
-        without_reuse_nano=without,
+        matched_tokens=sum(each.tokens for each in found),
+        charge_nano=sum(each.charge_nano for each in found),
+        without_reuse_nano=sum(each.recompute_nano for each in found),
         available_nano=_available_nano(market, account),
     )
+    return offer, [each.charge_nano for each in found]
+
+
+def _within(
+    market: Market, quotes: Sequence[tuple[market_quote.Quote, int]], left_nano: int
+) -> list[market_quote.Quote]:
+    """What the engine buys of quoted prompts, one after another, for an amount in all."""
+    found = []
+    for quote, most in quotes:
+        budget = Budget(max_price_nano=left_nano)
+        part = quote.match and market.affordable_part(quote.match, budget, most)
+        found.append(market.quote_match(part, most))
+        left_nano -= found[-1].charge_nano
+    return found
 
 
 def may_reuse(

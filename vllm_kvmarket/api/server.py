@@ -27,6 +27,7 @@ from vllm_kvmarket.api.pages import build_pages
 from vllm_kvmarket.api.publication_queue import Publications
 from vllm_kvmarket.api.service import Frontend, Service, ServiceOf, market_settings
 from vllm_kvmarket.auth.api_keys import Keys
+from vllm_kvmarket.auth.api_servers import ApiServers
 from vllm_kvmarket.core.config import MarketConfig, load
 from vllm_kvmarket.market.market import Market
 
@@ -94,6 +95,7 @@ def open_service(config: MarketConfig, frontend: Frontend | None, model: str) ->
     return Service(
         market=market,
         keys=Keys(market.database),
+        servers=ApiServers(market.database),
         info=_describe(config, frontend, model),
         frontend=frontend,
         publications=None if frontend is None else Publications(market, frontend),
@@ -132,6 +134,8 @@ async def close_service(service: Service) -> None:
     if service.publications is not None:
         await service.publications.close()
     service.tokenizing.shutdown(wait=False)
+    if service.servers is not None:
+        await asyncio.to_thread(service.servers.close)
     await asyncio.to_thread(service.market.close)
     service.keys.close()
 

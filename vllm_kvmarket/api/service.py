@@ -28,6 +28,7 @@ from vllm_kvmarket.api.errors import ApiError
 from vllm_kvmarket.api.sessions import Sessions
 from vllm_kvmarket.auth.admin_log import AdminLog
 from vllm_kvmarket.auth.api_keys import Keys
+from vllm_kvmarket.auth.api_servers import ApiServers
 from vllm_kvmarket.market.market import Market
 
 if TYPE_CHECKING:
@@ -80,16 +81,23 @@ class Service:
     )
     gate_queue: Queue = field(default_factory=lambda: Queue(MOST_PREPARED, "the gate"))
     tokenizing_queue: Queue = field(default_factory=lambda: Queue(MOST_WAITING, "the tokenizer"))
-    reads: Limiter = field(default_factory=lambda: Limiter(READS))
-    writes: Limiter = field(default_factory=lambda: Limiter(WRITES))
+    # None for a server that is alone.
+    servers: ApiServers | None = None
+    reads: Limiter = field(init=False)
+    writes: Limiter = field(init=False)
     admin_log: AdminLog = field(init=False)
     key_checker: KeyChecker = field(init=False)
     sessions: Sessions = field(init=False)
 
     def __post_init__(self) -> None:
         self.admin_log = AdminLog(self.market.database)
-        self.key_checker = KeyChecker(self.keys)
+        self.reads = Limiter(READS, server_count=self._server_count)
+        self.writes = Limiter(WRITES, server_count=self._server_count)
+        self.key_checker = KeyChecker(self.keys, self._server_count)
         self.sessions = Sessions(self.market.credentials, self.keys, self.market.home)
+
+    def _server_count(self) -> int:
+        return self.servers.count if self.servers else 1
 
     @property
     def anonymous_may_read(self) -> bool:

@@ -21,7 +21,7 @@ import msgspec
 from blake3 import blake3
 
 from vllm_kvmarket.auth.operator_tokens import ACCOUNT_PATTERN
-from vllm_kvmarket.core.database import Bindings, Room, open_database
+from vllm_kvmarket.core.database import Bindings, Connection, Room, open_database
 from vllm_kvmarket.core.errors import ConfigError, NotFoundError, UnavailableError
 
 Scope = Literal["admin", "publisher", "buyer", "read-only"]
@@ -36,6 +36,8 @@ WRITE_USES_S = 30.0
 # A purchase waits for its budget no longer than this for other writers of the database.
 WRITE_PATIENCE_MS = 1_000
 DAY_S = 86_400
+# Longer than a retry finds its purchase in the ledger.
+KEEP_PURCHASES_S = 2 * DAY_S
 
 _ACCOUNT = re.compile(ACCOUNT_PATTERN)
 _SECRET = re.compile(r"kvm_[A-Za-z0-9_-]{43}")
@@ -68,6 +70,23 @@ CREATE TABLE api_key_use (
     spent_nano INTEGER NOT NULL DEFAULT 0
 ) STRICT, WITHOUT ROWID;
 """
+# The purchases that a client may repeat, with the attempts under way; see also api_servers.
+_SHARED = """
+CREATE TABLE api_key_purchase (
+    key_id TEXT NOT NULL REFERENCES api_key,
+    purchase TEXT NOT NULL,
+    begun_at_s REAL NOT NULL,
+    counted_nano INTEGER NOT NULL,
+    charged_nano INTEGER NOT NULL,
+    attempts INTEGER NOT NULL,
+    PRIMARY KEY (key_id, purchase)
+) STRICT, WITHOUT ROWID;
+CREATE INDEX api_key_purchase_begun ON api_key_purchase (begun_at_s);
+CREATE TABLE api_server (
+    name TEXT PRIMARY KEY,
+    seen_at_s REAL NOT NULL
+) STRICT, WITHOUT ROWID;
+"""
 _COLUMNS = (
     "api_key.key_id, account, scopes, label, limits, created_at_s, revoked_at_s, "
     "last_used_at_s, day, spent_of_day_nano, spent_nano"
@@ -81,7 +100,7 @@ class KeysUnavailableError(UnavailableError):
     """The table of keys cannot be read: nobody can be let in."""
 
 
-KEYS = Room("keys", (_SCHEMA,), KeysUnavailableError, patience_ms=WRITE_PATIENCE_MS)
+KEYS = Room("keys", (_SCHEMA, _SHARED), KeysUnavailableError, patience_ms=WRITE_PATIENCE_MS)
 
 
 class KeyLimits(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -271,23 +290,27 @@ class Keys:
         digest = self._by_id.get(key_id)
         return self._good(self._known.get(digest) if digest else None, address)
 
-    def spend(self, key_id: str, amount_nano: int) -> bool:
-        """Count a purchase if the key's budgets have room for it; whether they do. Mutates."""
+    def spend(self, key_id: str, amount_nano: int, purchase: str | None = None) -> bool:
+        """Count a purchase if the key's budgets have room for it; whether they do. Mutates.
+
+        If so, `answered` follows. Retries of a named purchase are counted once together.
+        """
         # Not `principal`: the request's address has been checked, and is not known here.
         self._look_again(is_missing=key_id not in self._by_id)
         found = self._known.get(self._by_id.get(key_id, b""))
         if found is None:
             return False
-        day = int(self._wall_clock() // DAY_S)
         limits = found.limits
-        asked: dict[str, int | str | None] = {
-            "key_id": key_id,
-            "day": day,
-            "amount": amount_nano,
-            "of_day": limits.day_budget_nano,
-            "in_all": limits.total_budget_nano,
-        }
         with self._db.transaction() as db:
+            counted_nano, charged_nano, attempts = _attempts(db, key_id, purchase)
+            more_nano = max(0, amount_nano - counted_nano)
+            asked: dict[str, int | str | None] = {
+                "key_id": key_id,
+                "day": int(self._wall_clock() // DAY_S),
+                "amount": more_nano,
+                "of_day": limits.day_budget_nano,
+                "in_all": limits.total_budget_nano,
+            }
             db.execute(
                 "INSERT INTO api_key_use (key_id) VALUES (:key_id) ON CONFLICT DO NOTHING", asked
             )
@@ -303,11 +326,44 @@ class Keys:
                 "AND (:in_all IS NULL OR spent_nano <= :in_all - :amount) RETURNING 1",
                 asked,
             )
-            return bool(spent.fetchall())
+            has_room = bool(spent.fetchall())
+            if has_room and purchase is not None:
+                counted = (counted_nano + more_nano, charged_nano, attempts + 1)
+                self._note_attempts(db, key_id, purchase, counted)
+            return has_room
 
-    def refund(self, key_id: str, amount_nano: int) -> None:
-        """Give back a part of today's spending that was not charged in the end. Mutates."""
+    def budget_left_nano(self, key_id: str, purchase: str | None = None) -> int | None:
+        """The most that a key may still spend today, with what is counted for a named purchase;
+        None without a budget.
+        """
+        (found,) = self.listed(key_id=key_id)
+        budgets = (
+            (found.limits.day_budget_nano, found.spent_today_nano),
+            (found.limits.total_budget_nano, found.spent_nano),
+        )
+        with self._reading, self._db.reading() as db:
+            counted_nano, _, _ = _attempts(db, key_id, purchase)
+        left = [most - spent + counted_nano for most, spent in budgets if most is not None]
+        return min(left, default=None)
+
+    def answered(
+        self, key_id: str, spent_nano: int, charged_nano: int | None, purchase: str | None = None
+    ) -> None:
+        """Give back what was spent and not charged; nothing where that is not known (None).
+
+        Mutates. Of a named purchase, only when no attempt of it is under way.
+        """
+        if purchase is None and charged_nano is None:
+            return
         with self._db.transaction() as db:
+            left_nano = 0 if charged_nano is None else spent_nano - charged_nano
+            if purchase is not None:
+                counted_nano, before_nano, attempts = _attempts(db, key_id, purchase)
+                charged_nano = counted_nano if charged_nano is None else charged_nano + before_nano
+                charged_nano = min(counted_nano, charged_nano)
+                left_nano = 0 if attempts > 1 else counted_nano - charged_nano
+                counted = (counted_nano - left_nano, charged_nano, attempts - 1)
+                self._note_attempts(db, key_id, purchase, counted)
             db.execute(
                 "UPDATE api_key_use SET spent_nano = CASE WHEN spent_nano > :amount "
                 "THEN spent_nano - :amount ELSE 0 END, "
@@ -316,10 +372,22 @@ class Keys:
                 "WHERE key_id = :key_id",
                 {
                     "key_id": key_id,
-                    "amount": amount_nano,
+                    "amount": max(0, left_nano),
                     "day": int(self._wall_clock() // DAY_S),
                 },
             )
+
+    def _note_attempts(
+        self, db: Connection, key_id: str, purchase: str, counted: tuple[int, int, int]
+    ) -> None:
+        now_s = self._wall_clock()
+        db.execute("DELETE FROM api_key_purchase WHERE begun_at_s < ?", (now_s - KEEP_PURCHASES_S,))
+        db.execute(
+            "INSERT INTO api_key_purchase VALUES (?, ?, ?, ?, ?, ?) "
+            "ON CONFLICT (key_id, purchase) DO UPDATE SET counted_nano = excluded.counted_nano, "
+            "charged_nano = excluded.charged_nano, attempts = excluded.attempts",
+            (key_id, purchase, now_s, *counted),
+        )
 
     def write_uses(self) -> None:
         """Write the times of last use that are not written yet. Mutates the database."""
@@ -414,6 +482,16 @@ class Keys:
             db.execute("UPDATE api_key_revision SET revision = revision + 1")
             db.execute(statement, values)
         self._fresh_until_s = float("-inf")
+
+
+def _attempts(db: Connection, key_id: str, purchase: str | None) -> tuple[int, int, int]:
+    """What is counted for a purchase, what of that was charged, and its attempts under way."""
+    rows: list[tuple[int, int, int]] = db.execute(
+        "SELECT counted_nano, charged_nano, attempts FROM api_key_purchase "
+        "WHERE key_id = ? AND purchase = ?",
+        (key_id, purchase),
+    ).fetchall()
+    return rows[0] if rows else (0, 0, 0)
 
 
 def _digest(secret: str) -> bytes:

@@ -55,14 +55,19 @@ def ledger_key(engine_id: str, request_id: str, arrival_time: float) -> str:
     return f"{engine_id}:{digest}"
 
 
+def prompt_number(request_id: str) -> int:
+    """Which of a completion's prompts a request of vLLM's is, counted from 0."""
+    numbered = _NUMBERED.fullmatch(client_request_id(request_id, is_sample=True))
+    return int(numbered.group(1)) if numbered else 0
+
+
 def shared_key(purchase_key: str, account: str, request_id: str, prompt: Sequence[int]) -> str:
     """The key of a purchase that a client may repeat: the same on every engine, also after a price
     has changed.
 
     One HTTP request may have several prompts, also equal ones, each with its number in its id.
     """
-    numbered = _NUMBERED.fullmatch(client_request_id(request_id, is_sample=True))
-    parts = (purchase_key, account, numbered and numbered.group(1))
+    parts = (purchase_key, account, prompt_number(request_id))
     digest = blake3(repr(parts).encode())
     digest.update(pack_tokens(prompt))
     return f"key:{digest.hexdigest(16)}"

@@ -17,6 +17,7 @@ from vllm_kvmarket.core.listing_terms import ListingTerms
 FIELD = "kvmarket"
 
 
+Nano = Annotated[int, msgspec.Meta(ge=0)]
 AccountId = Annotated[str, msgspec.Meta(pattern=f"^{ACCOUNT_PATTERN}$")]
 # Why a request does not buy: its sender wants it so, or the gate could not know its retries.
 Reason = Literal["never", "max_price", "ledger_unavailable"]
@@ -60,9 +61,10 @@ class RequestParams(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     # Requests with one key are one purchase, on every engine: a client's retries.
     purchase_key: PurchaseKey | None = None
     # The most that its reuse may be reserved at: the price may have changed since it was quoted.
-    max_price_nano: Annotated[int, msgspec.Meta(ge=0)] | None = None
+    # Where one HTTP request has several prompts, it is a list with the limit of each.
+    max_price_nano: Nano | tuple[Nano, ...] | None = None
     # The dearest listing that the account has agreed to buy from.
-    max_cache_read_nano_per_mtok: Annotated[int, msgspec.Meta(ge=0)] | None = None
+    max_cache_read_nano_per_mtok: Nano | None = None
     # Why the request does not buy.
     declined: Reason | None = None
     # The operator's work.
@@ -77,6 +79,13 @@ class RequestParams(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     def is_operators(self) -> bool:
         """Whether this is the operator's work, and no purchase."""
         return self.publish is not None or self.preload or self.audit is not None
+
+    def limit_nano(self, prompt_number: int) -> int | None:
+        """The most that the reuse of one of the HTTP request's prompts may cost."""
+        limit = self.max_price_nano
+        if not isinstance(limit, tuple):
+            return limit
+        return limit[prompt_number] if prompt_number < len(limit) else 0
 
 
 class Refusal(msgspec.Struct, frozen=True):

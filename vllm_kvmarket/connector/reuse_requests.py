@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Self
 
 from vllm_kvmarket.catalogue import Match
+from vllm_kvmarket.connector.purchases import prompt_number
 from vllm_kvmarket.connector.request_params import (
     WHY_DECLINED,
     Declined,
@@ -14,6 +15,7 @@ from vllm_kvmarket.connector.request_params import (
 )
 from vllm_kvmarket.connector.request_state import Ended, Engine, Lookup, Reuse, is_answered
 from vllm_kvmarket.market.purchase import Purchase, PurchaseState
+from vllm_kvmarket.market.quote import Budget
 
 if TYPE_CHECKING:
     from vllm.v1.request import Request
@@ -101,14 +103,22 @@ class ReuseRequest:
             share(self._engine, self.reuse)
 
     def _affordable(self, params: RequestParams, match: Match) -> Match | None:
-        """The part of the match that the request buys; None: it is too dear."""
+        """The part of the match that the request buys; None: it is too dear.
+
+        A document that is named is bought whole.
+        """
+        limit_nano = params.limit_nano(prompt_number(self._request.request_id))
+        budget = Budget(params.max_cache_read_nano_per_mtok, limit_nano)
+        most = self._request.num_prompt_tokens - 1
         market = self._engine.market
-        wanted = market.affordable_part(match, params.max_cache_read_nano_per_mtok)
-        if wanted is None or (params.document is not None and wanted is not match):
-            return None
-        quote = market.quote_match(wanted, self._request.num_prompt_tokens - 1)
-        limit = params.max_price_nano
-        return None if limit is not None and quote.charge_nano > limit else wanted
+        wanted = market.affordable_part(match, budget, most)
+        if params.document is not None:
+            return wanted if wanted is match else None
+        # Who cannot pay for a dear addition still buys what was there before.
+        funds_nano = market.ledger.known_available_nano(params.account or "")
+        if wanted is None or funds_nano is None:
+            return wanted
+        return market.affordable_part(wanted, Budget(max_price_nano=funds_nano), most) or wanted
 
     def decline(self, message: str, reason: str) -> None:
         """Compute the request in full, or end it where it must be reserved; mutates.

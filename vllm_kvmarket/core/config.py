@@ -200,7 +200,11 @@ class MarketConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
     ] = 1 << 38
     publisher_max_queued: Annotated[
         int,
-        msgspec.Meta(ge=1, description="most documents of a publisher that wait to be published"),
+        msgspec.Meta(
+            ge=1,
+            description="most documents of a publisher that wait to be published, in "
+            "each API server process",
+        ),
     ] = 16
     quarantine_bytes: Annotated[
         int,

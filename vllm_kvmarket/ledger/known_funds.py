@@ -56,6 +56,14 @@ class KnownFunds:
             self._waiting_nano[account_id] = waiting_nano
             return True
 
+    def available_nano(self, account_id: str) -> int | None:
+        """What an account could spend at last, less what waits; None where that is not known."""
+        with self._lock:
+            account, at_s = self._known.get(account_id, (None, 0.0))
+            if account is None or self._monotonic() - at_s > MOST_AGE_S:
+                return None
+            return max(0, account.available_nano - self._waiting_nano.get(account_id, 0))
+
     def end(self, account_id: str, amount_nano: int, answer: Future[list[Result]]) -> None:
         """The ledger answered for an amount that was taken, or it did not; mutates.
 

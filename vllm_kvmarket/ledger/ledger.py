@@ -201,6 +201,10 @@ class Ledger:
         answer.add_done_callback(partial(funds.end, hold.debit, amount_nano))
         return answer
 
+    def known_available_nano(self, account_id: str) -> int | None:
+        """What an account could spend at last; see known_funds. Never waits."""
+        return self._storage.funds.available_nano(account_id)
+
     @property
     def queue_depth(self) -> int:
         """How many batches wait to be written; never waits."""

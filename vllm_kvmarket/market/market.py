@@ -38,7 +38,14 @@ from vllm_kvmarket.market.eviction import make_room
 from vllm_kvmarket.market.garbage_collection import release_refuted
 from vllm_kvmarket.market.publishers import ensure_account, limits_of
 from vllm_kvmarket.market.purchase import Item, Purchase
-from vllm_kvmarket.market.quote import Quote, affordable_part, quote_of, sold_part
+from vllm_kvmarket.market.quote import (
+    NO_LIMIT,
+    Budget,
+    Quote,
+    affordable_part,
+    quote_of,
+    sold_part,
+)
 from vllm_kvmarket.store.chunk_format import Share
 from vllm_kvmarket.store.tiers import store_of
 
@@ -224,17 +231,17 @@ class Market:
         *,
         most: int | None = None,
         named: bool = False,
-        max_cache_read_nano_per_mtok: int | None = None,
+        budget: Budget = NO_LIMIT,
     ) -> Quote:
         """Price the reuse of what is published of a prompt, of at most `most` tokens of it.
 
         `named`: the tokens are those of a document that the buyer has named, and wants whole.
-        Without it, only what lies before the first listing dearer than
-        `max_cache_read_nano_per_mtok` is priced. May wait for the database, as `match`.
+        Without it, only what the engine sells under the buyer's `budget` is priced. May wait for
+        the database, as `match`.
         """
         match = self.match(namespace, token_ids, named=named)
         if match is not None and not named:
-            match = self.affordable_part(match, max_cache_read_nano_per_mtok)
+            match = self.affordable_part(match, budget, most)
         return self.quote_match(match, most)
 
     # For the scheduler half: nothing here waits for disk or database
@@ -251,10 +258,10 @@ class Market:
         return sold_part(match, self.config.tariff, 1 if named else self.config.min_reuse_tokens)
 
     def affordable_part(
-        self, match: Match, max_cache_read_nano_per_mtok: int | None
+        self, match: Match, budget: Budget, most: int | None = None
     ) -> Match | None:
-        """The part of a match that a buyer with a price cap buys; see quote.affordable_part."""
-        return affordable_part(match, self.config.tariff, max_cache_read_nano_per_mtok)
+        """The part of a match that a buyer can pay; see quote.affordable_part."""
+        return affordable_part(match, self.config.tariff, budget, most)
 
     def is_worth_loading(self, match: Match) -> bool:
         """Whether loading a match saves more than it costs."""

@@ -59,17 +59,32 @@ def sold_part(match: Match, tariff: Tariff, min_tokens: int) -> Match | None:
     return msgspec.structs.replace(match.until(covered), segments=tuple(sold))
 
 
+class Budget(msgspec.Struct, frozen=True):
+    """What a buyer agreed to pay: for a listing's tokens, and in all. None means no limit."""
+
+    max_cache_read_nano_per_mtok: int | None = None
+    max_price_nano: int | None = None
+
+
+NO_LIMIT = Budget()
+
+
 def affordable_part(
-    match: Match, tariff: Tariff, max_cache_read_nano_per_mtok: int | None
+    match: Match, tariff: Tariff, budget: Budget, most: int | None = None
 ) -> Match | None:
-    """Return the part of a match before its first segment that is dearer than a buyer agreed to.
+    """Return the part of a match before its first segment that is dearer than a buyer agreed to, or
+    with which `most` tokens cost more in all.
 
     None when already the first one is. What lies behind cannot be reused without it.
     """
-    end = 0
+    dearest, end, charge = budget.max_cache_read_nano_per_mtok, 0, 0
     for segment in match.segments:
-        price = tariff.terms(segment.listing.terms).cache_read_nano_per_mtok
-        if max_cache_read_nano_per_mtok is not None and price > max_cache_read_nano_per_mtok:
+        terms = tariff.terms(segment.listing.terms)
+        if dearest is not None and terms.cache_read_nano_per_mtok > dearest:
+            break
+        reused = segment.end if most is None else min(segment.end, most)
+        charge += terms.charge_nano(max(0, reused - segment.start))
+        if budget.max_price_nano is not None and charge > budget.max_price_nano:
             break
         end = segment.end
     return match.until(end) if end else None

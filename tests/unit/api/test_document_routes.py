@@ -9,6 +9,7 @@ import time
 import pytest
 
 from tests.support.api_server import CONTEXT, as_, publish, running, settled, text_of
+from vllm_kvmarket.auth.api_keys import KeyLimits
 from vllm_kvmarket.catalogue import Use
 
 DOCUMENTS = "/v1/kvmarket/documents"
@@ -333,6 +334,40 @@ def test_a_document_costs_what_its_quote_says(server):
     quoted = server.client.post("/v1/kvmarket/quotes", json={"document": longer["id"]}).json()
     assert shown["charge_nano"] == quoted["charge_nano"] == 600 * 100 + 200 * 200
     assert [line["document"] for line in quoted["lines"]] == [first["id"], longer["id"]]
+
+
+def test_a_stranger_cannot_guess_a_text_by_quotes(server):
+    """Token by token: a right guess changes nothing before 64 of them are right."""
+    publish(server, text=text_of(300))
+    seen = []
+    for known in (128, 129, 191, 192):
+        reply = server.client.post(
+            "/v1/kvmarket/quotes", json={"prompt": f"{text_of(known)} and more"}
+        ).json()
+        seen.append((reply["matched_tokens"], reply["charge_nano"]))
+    assert seen == [(128, 64_000)] * 3 + [(192, 96_000)]
+    reply = server.client.post("/v1/kvmarket/quotes", json={"prompt": f"{text_of(63)} x"}).json()
+    assert (reply["matched_tokens"], reply["document"]) == (0, None)
+
+
+def test_a_quote_ends_where_the_callers_key_may_not_buy(server):
+    """The engine sells it no more; a document that is too dear at its end is not affordable."""
+    publish(server, text=text_of(300), cache_read_nano_per_mtok=100_000_000)
+    whole = f"{text_of(300)} {text_of(300, 'x')}"
+    dear = publish(server, "eve", text=whole, cache_read_nano_per_mtok=200_000_000)
+    secret, _ = server.service.keys.create(
+        "bea", limits=KeyLimits(max_cache_read_nano_per_mtok=100_000_000)
+    )
+    for headers, matched, affordable in (
+        ({"x-api-key": secret}, 300, False),
+        (as_(server, "bea"), 600, True),
+    ):
+        wish = {"token_ids": [*server.engine.document(whole, None, "text"), 1]}
+        quoted = server.client.post("/v1/kvmarket/quotes", json=wish, headers=headers).json()
+        assert (quoted["matched_tokens"], quoted["affordable"]) == (matched, True)
+        wish = {"document": dear["id"]}
+        quoted = server.client.post("/v1/kvmarket/quotes", json=wish, headers=headers).json()
+        assert (quoted["matched_tokens"], quoted["affordable"]) == (600, affordable)
 
 
 def test_a_server_without_an_engine_shows_but_does_not_publish(tmp_path):

@@ -8,7 +8,15 @@ from types import SimpleNamespace
 import pytest
 
 from tests.support.catalogue_documents import store_and_list, tokens
-from tests.unit.api.gate.test_middleware import alice, app, client, keys, market, reached  # noqa: F401  # fixtures
+from tests.unit.api.gate.test_middleware import (  # noqa: F401  # fixtures
+    alice,
+    app,
+    client,
+    keys,
+    market,
+    reached,
+    signed,
+)
 from vllm_kvmarket.market.market import Market
 
 
@@ -26,6 +34,36 @@ def test_the_engine_is_told_the_most_that_it_may_reserve(client, alice, market):
         assert reply["kv_transfer_params"]["kvmarket"]["max_price_nano"] == most
     reply = reached(ask(client, alice, "m"))
     assert "max_price_nano" not in reply["kv_transfer_params"]["kvmarket"]
+
+
+def test_each_prompt_has_its_own_part_of_the_limit(client, alice, market):  # noqa: F811
+    """Its quote, and an equal part of what is left: together never more than the limit."""
+    store_and_list(market, tokens(300))
+    price = 300 * 500
+    body = {"prompt": [[*tokens(300), 1], [5, 6], [*tokens(300), 2]]}
+    for wish, most in (
+        ({"max_price_nano": 2 * price + 31}, [price + 10, 10, price + 10]),
+        ({"max_price_nano": 2 * price - 1}, [price + (price - 1) // 3, (price - 1) // 3] * 2),
+    ):
+        reply = client.post("/v1/completions", json=body | {"kvmarket": wish}, headers=alice)
+        got = signed(market, reached(reply))["max_price_nano"]
+        assert sum(got) <= wish["max_price_nano"]
+        assert got[:2] == most[:2]
+    assert got[2] < price, "the limit buys one of them"
+
+
+def test_a_limit_buys_the_part_that_it_pays_for(client, alice, market):  # noqa: F811
+    """Quote and engine agree: what stands before a dear addition is sold, by the first in turn."""
+    document = tokens(600)
+    store_and_list(market, document[:300])
+    store_and_list(market, document, cache_read_nano_per_mtok=10**9)
+    body = {"prompt": [*document, 1], "kvmarket": {"reuse": "require", "max_price_nano": 300 * 500}}
+    got = signed(market, reached(client.post("/v1/completions", json=body, headers=alice)))
+    assert got["max_price_nano"] == 300 * 500
+    body["kvmarket"]["max_price_nano"] -= 1
+    refused = client.post("/v1/completions", json=body, headers=alice)
+    assert refused.status_code == 402
+    assert refused.json()["quote"]["charge_nano"] == 300 * 500 + 300 * 1000
 
 
 @pytest.mark.parametrize("wish", [{"reuse": "require"}, {"document": "kvd_any"}])

@@ -11,12 +11,12 @@ import time
 import apsw
 import pytest
 
-from tests.support.key_budgets import budget_left_nano
 from vllm_kvmarket import ledger
 from vllm_kvmarket.api.auth import Caller
 from vllm_kvmarket.auth import api_keys
 from vllm_kvmarket.auth.api_keys import (
     DAY_S,
+    KEEP_PURCHASES_S,
     REFRESH_S,
     RESERVED_ACCOUNTS,
     KeyLimits,
@@ -294,11 +294,11 @@ def test_a_budget_of_a_day_ends_with_the_day(dated, wall):
     assert dated.spend(key_id, 6)
     assert not dated.spend(key_id, 5)
     assert dated.spend(key_id, 4)
-    assert budget_left_nano(dated, key_id) == 0
+    assert dated.budget_left_nano(key_id) == 0
     wall.now_s += DAY_S - 101
     assert not dated.spend(key_id, 1)
     wall.now_s += 1
-    assert budget_left_nano(dated, key_id) == 5
+    assert dated.budget_left_nano(key_id) == 5
     assert not dated.spend(key_id, 6)
     assert dated.spend(key_id, 5)
     assert not dated.spend(key_id, 1)
@@ -318,12 +318,61 @@ def test_what_was_not_charged_is_given_back(dated, wall):
     """To the budget in all, and to the day's if it is still that day."""
     _, key_id = dated.create("alice", limits=KeyLimits(day_budget_nano=10, total_budget_nano=20))
     assert dated.spend(key_id, 10)
-    dated.refund(key_id, 4)
-    assert budget_left_nano(dated, key_id) == 4
+    dated.answered(key_id, 10, 6)
+    assert dated.budget_left_nano(key_id) == 4
     wall.now_s += DAY_S
-    dated.refund(key_id, 6)
+    dated.answered(key_id, 10, 4)
+    dated.answered(key_id, 10, None)
     assert dated.spend(key_id, 10)
     assert dated.listed()[0].spent_nano == 10
+
+
+# The attempts of one purchase at a price of 10: how each ends, and what is left of 25 then. The
+# engine says what it charged: 0 where the purchase was paid before or nothing was sold, None where
+# nobody knows.
+ATTEMPTS = [
+    ([8, 0, 0], [17, 17, 17]),
+    ([0, 8], [25, 17]),
+    ([None, 0, 10], [15, 15, 15]),
+    ([0, None, 0], [25, 15, 15]),
+]
+
+
+@pytest.mark.parametrize(("charges", "left"), ATTEMPTS)
+def test_the_retries_of_a_purchase_are_counted_once(dated, charges, left):
+    """As the ledger charges them; another purchase is counted for itself."""
+    _, key_id = dated.create("alice", limits=KeyLimits(day_budget_nano=25))
+    for charged, expected in zip(charges, left, strict=True):
+        assert dated.spend(key_id, 10, "one")
+        dated.answered(key_id, 10, charged, "one")
+        assert dated.budget_left_nano(key_id) == expected
+    assert dated.spend(key_id, 10, "two")
+    assert dated.budget_left_nano(key_id) == left[-1] - 10
+
+
+@pytest.mark.parametrize("charges", [(10, 0), (0, 10), (10, 10), (None, 0)])
+def test_a_retry_beside_the_first_attempt_is_counted_with_it(dated, place, charges):
+    """Whichever of them is charged, whichever ends first, and whichever machine serves it."""
+    _, key_id = dated.create("alice", limits=KeyLimits(total_budget_nano=10))
+    other = Keys(place, wall_clock=dated._wall_clock)
+    assert dated.spend(key_id, 10, "one")
+    assert other.spend(key_id, 10, "one")
+    assert not dated.spend(key_id, 1, "two")
+    for charged, server in zip(charges, (other, dated), strict=True):
+        server.answered(key_id, 10, charged, "one")
+        assert dated.budget_left_nano(key_id) == 0
+    assert dated.spend(key_id, 10, "one"), "it is paid"
+    other.close()
+
+
+def test_a_purchase_is_remembered_as_long_as_it_can_be_repeated(dated, wall):
+    """Then its row goes."""
+    _, key_id = dated.create("alice", limits=KeyLimits(total_budget_nano=30))
+    assert dated.spend(key_id, 10, "one")
+    wall.now_s += KEEP_PURCHASES_S + 1
+    assert dated.spend(key_id, 10, "two")
+    assert dated.spend(key_id, 10, "one")
+    assert dated.budget_left_nano(key_id) == 0
 
 
 def test_a_budget_holds_for_all_processes_together(place):
@@ -343,7 +392,7 @@ def test_a_budget_holds_for_all_processes_together(place):
     for thread in threads:
         thread.join()
     assert len(spent) == 50
-    assert budget_left_nano(first, key_id) == 0
+    assert first.budget_left_nano(key_id) == 0
     first.close()
 
 
@@ -363,7 +412,7 @@ def test_a_purchase_does_not_wait_long_for_its_budget(keys, path):
 def test_a_key_without_a_budget_has_no_end(keys):
     """None is left to say; an unknown key may spend nothing."""
     _, key_id = keys.create("alice")
-    assert budget_left_nano(keys, key_id) is None
+    assert keys.budget_left_nano(key_id) is None
     assert not keys.spend("key_0", 1)
 
 

@@ -128,7 +128,7 @@ def longer(market, half):
 
 def buy(half, prompt, **fields):
     """One purchase from its arrival to its answer; what of it was sold, and the charge."""
-    request = request_of([*prompt, 7, 8], params(account="alice", **fields))
+    request = request_of([*prompt, 7, 8], params(**{"account": "alice", **fields}))
     half.arrived(request)
     external, refusal = decided(half, request)
     assert refusal is None
@@ -158,6 +158,33 @@ def test_a_dear_continuation_keeps_nobody_from_buying_the_document(market, half,
     request = request_of([*longer, 7], params(account="alice", document=name, **cap))
     half.arrived(request)
     assert decided(half, request)[1].code == "price_above_limit"
+
+
+def test_a_limit_buys_the_part_that_it_pays_for(market, half, longer):
+    """Also where several prompts have a limit each."""
+    assert buy(half, longer, max_price_nano=600 * 500) == (600, [("pat", 600)])
+    assert buy(half, longer, max_price_nano=[600 * 500, 0]) == (600, [("pat", 600)])
+    request = request_of(PROMPT, params(account="alice", max_price_nano=[10**9, 0]), "cmpl-a-1")
+    half.arrived(request)
+    assert decided(half, request)[1].code == "price_above_limit"
+    request = request_of(PROMPT, params(account="alice", max_price_nano=[0, 600 * 500]), "cmpl-b-1")
+    half.arrived(request)
+    assert decided(half, request) == (600 - CACHED, None)
+
+
+def test_an_account_buys_the_part_that_its_funds_pay_for(market, half, longer):
+    """Once the ledger has refused the whole. A document that is named is bought whole, or not."""
+    market.create_account("bob")
+    market.deposit("bob", 600 * 500 + 10, "d2")
+    request = request_of([*longer, 7, 8], params(account="bob"))
+    half.arrived(request)
+    assert decided(half, request)[1].code == "insufficient_funds"
+    half.finished(request, [[]])
+    name = market.match(NAMESPACE, longer).whole.document_id
+    request = request_of([*longer, 7], params(account="bob", document=name))
+    half.arrived(request)
+    assert decided(half, request)[1].code == "insufficient_funds"
+    assert buy(half, longer, account="bob") == (600, [("pat", 600)])
 
 
 def test_a_request_that_would_read_no_cache_is_ended_too(market, half):

@@ -17,7 +17,7 @@ from vllm_kvmarket.ledger import PROVIDER
 from vllm_kvmarket.ledger.statements import statement
 from vllm_kvmarket.market.market import Market
 from vllm_kvmarket.market.purchase import PurchaseState, ReuseItem, Usage
-from vllm_kvmarket.market.quote import Quote, affordable_part, quote_of, sold_part
+from vllm_kvmarket.market.quote import NO_LIMIT, Budget, Quote, affordable_part, quote_of, sold_part
 
 CHUNK = 4
 MIN_TOKENS = 3
@@ -29,6 +29,7 @@ PRICES = (None, 0, 7 * INPUT + 1, 20 * INPUT, 21 * INPUT)
 DOCUMENT = st.builds(
     lambda stem, rest: (7,) * stem + tuple(rest), st.integers(1, 9), st.lists(st.integers(0, 1))
 )
+BUDGET = st.builds(Budget, st.sampled_from(PRICES), st.none() | st.integers(0, 300))
 OFFER = st.tuples(DOCUMENT, st.sampled_from("abc"), st.sampled_from(PRICES))
 
 
@@ -50,10 +51,11 @@ class Shop:
         chunks = [packed[start : start + width] for start in range(0, len(packed), width)]
         self.tree.put(listing, len(self.listings), chunks)
 
-    def quote(self, prompt) -> Quote:
+    def quote(self, prompt, budget=NO_LIMIT) -> Quote:
         match = self.tree.match(NAMESPACE, prompt)
         sold = sold_part(match, TARIFF, MIN_TOKENS) if match else None
-        return quote_of(sold, TARIFF, len(prompt) - 1)
+        most = len(prompt) - 1
+        return quote_of(sold and affordable_part(sold, TARIFF, budget, most), TARIFF, most)
 
     def expected(self, prompt) -> list[tuple[str, int, int]]:
         """Go through the listings in the order of their offers; who reaches further, adds."""
@@ -72,22 +74,27 @@ class Shop:
         return sold
 
 
-@given(st.lists(OFFER, max_size=10), st.lists(DOCUMENT, min_size=1, max_size=4))
+@given(st.lists(OFFER, max_size=10), st.lists(DOCUMENT, min_size=1, max_size=4), BUDGET)
 @settings(max_examples=300, deadline=None)
 def test_nobody_loses_by_what_is_published_later_and_no_buyer_pays_more_than_the_terms(
-    offers, prompts
+    offers, prompts, budget
 ):
-    """Random overlapping documents in random order; after each, every prompt is quoted again."""
+    """Random overlapping documents in random order; after each, every prompt is quoted again, for
+    buyers with and without limits.
+    """
     shop = Shop()
     income: dict[tuple[int, str], int] = {}
     for offer in offers:
         shop.offer(*offer)
         for number, prompt in enumerate(prompts):
             asked = (*prompt, 99)
-            quote = shop.quote(asked)
+            quote = shop.quote(asked, budget)
+            expected = shop.expected(asked)
             assert [
                 (line.listing.document_id, line.start, line.end) for line in quote.lines
-            ] == shop.expected(asked)
+            ] == expected[: len(quote.lines)]
+            assert len(quote.lines) == len(expected) or budget != Budget()
+            assert budget.max_price_nano is None or quote.charge_nano <= budget.max_price_nano
             for publisher in "abc":
                 earned = sum(
                     line.royalty_nano
@@ -155,9 +162,8 @@ def test_the_market_quotes_what_it_sells(tmp_path, chunks_in_memory):
         market.catalogue.refresh()
         longer = [*cheap, *tokens(300, 5)]
         assert market.quote(NAMESPACE, longer).tokens == 600
-        assert market.quote(NAMESPACE, longer, max_cache_read_nano_per_mtok=first).tokens == 300
-        capped = {"max_cache_read_nano_per_mtok": first, "named": True}
-        assert market.quote(NAMESPACE, longer, **capped).tokens == 600
+        assert market.quote(NAMESPACE, longer, budget=Budget(first)).tokens == 300
+        assert market.quote(NAMESPACE, longer, budget=Budget(first), named=True).tokens == 600
         assert market.quote(NAMESPACE, document[:63]).match is None
         assert market.quote(NAMESPACE, document[:64]).tokens == 64
 
@@ -172,11 +178,24 @@ def test_a_price_cap_buys_what_lies_before_the_first_dearer_segment():
     match = shop.tree.match(NAMESPACE, range(1, 301))
     sold = sold_part(match, TARIFF, MIN_TOKENS)
     assert [segment.end for segment in sold.segments] == [100, 200, 250]
-    bought = affordable_part(sold, TARIFF, 10 * INPUT)
+    bought = affordable_part(sold, TARIFF, Budget(10 * INPUT))
     assert quote_of(bought, TARIFF).lines == before.lines
-    assert affordable_part(sold, TARIFF, 6 * INPUT) is None
-    assert affordable_part(sold, TARIFF, 20 * INPUT) is sold
-    assert affordable_part(sold, TARIFF, None) is sold
+    assert affordable_part(sold, TARIFF, Budget(6 * INPUT)) is None
+    assert affordable_part(sold, TARIFF, Budget(20 * INPUT)) is sold
+    assert affordable_part(sold, TARIFF, Budget()) is sold
+
+
+def test_a_limit_buys_what_lies_before_the_segment_that_exceeds_it():
+    """Of the tokens that can be reused; with a limit of nothing, what is free."""
+    shop = Shop()
+    shop.offer(range(1, 101), "acme", 0)
+    shop.offer(range(1, 201), "mallory", 7 * INPUT)
+    shop.offer(range(1, 301), "edith", 20 * INPUT)
+    assert shop.quote(range(1, 301), Budget(max_price_nano=0)).tokens == 100
+    assert shop.quote(range(1, 301), Budget(max_price_nano=699)).tokens == 100
+    assert shop.quote(range(1, 301), Budget(max_price_nano=700)).tokens == 200
+    assert shop.quote(range(1, 204), Budget(max_price_nano=740)).tokens == 202
+    assert shop.quote(range(1, 301), Budget(max_price_nano=2700)).tokens == 299
 
 
 def test_a_named_document_is_sold_whole_however_short_its_own_part(tmp_path):

@@ -11,6 +11,8 @@ import asyncio
 import contextlib
 from collections.abc import AsyncIterator
 from contextvars import ContextVar
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import msgspec
@@ -26,11 +28,21 @@ from vllm_kvmarket.ledger import Receipt
 # The engine answers a moment before the ledger's commit.
 PATIENCE_S = 0.2
 
-# Tasks that serve a request inherit the list, and add to it.
-_answers: ContextVar[list[dict[str, Any]] | None] = ContextVar("kvmarket_answers", default=None)
-# Stands in the list until an output's last part says what was charged. It stays when the client
-# leaves, and when vLLM's front end ends the answer at a stop string: the engine charges both.
-_UNKNOWN: dict[str, Any] = {}
+
+@dataclass(slots=True)
+class Answers:
+    """The market's parts of a request's outputs, and how many outputs may still be charged.
+
+    An output counts as open until its last part says what was charged. It stays open when the
+    client leaves, and when vLLM's front end ends it at a stop string: the engine charges both.
+    """
+
+    given: list[dict[str, Any]] = field(default_factory=list)
+    open_count: int = 0
+
+
+# Tasks that serve a request inherit it, and add to it.
+_answers: ContextVar[Answers | None] = ContextVar("kvmarket_answers", default=None)
 
 
 def watch(engine_client: Any) -> None:
@@ -45,22 +57,21 @@ def watch(engine_client: Any) -> None:
     engine_client.generate = watched
 
 
-async def _noted(outputs: Any, answers: list[dict[str, Any]]) -> AsyncIterator[Any]:
-    answers.append(_UNKNOWN)
-    known = False
+async def _noted(outputs: Any, answers: Answers) -> AsyncIterator[Any]:
+    answers.open_count += 1
+    is_open = True
     try:
         async with contextlib.aclosing(outputs):
             async for output in outputs:
                 answer = (output.kv_transfer_params or {}).get(FIELD)
                 if isinstance(answer, dict):
-                    answers.append(answer)
-                    if output.finished and not known:
-                        answers.remove(_UNKNOWN)
-                        known = True
+                    answers.given.append(answer)
+                    if output.finished and is_open:
+                        answers.open_count -= 1
+                        is_open = False
                 yield output
     except Exception:
-        if not known:  # an answer that failed is not charged
-            answers.remove(_UNKNOWN)
+        answers.open_count -= is_open  # an answer that failed is not charged
         raise
 
 
@@ -79,7 +90,7 @@ class MarketResponse:
         self._send = send
         self._service = service
         self._request = request
-        self._answers: list[dict[str, Any]] = []
+        self._answers = Answers()
         self._start: Message | None = None
         self._is_stream = False
         self._is_refused = False
@@ -90,17 +101,22 @@ class MarketResponse:
         try:
             await app(scope, receive, self)
         finally:
-            charges = {each["receipt_id"]: each.get("charge_nano", 0) for each in self._sold()}
-            left_nano = self._request.spent_nano - sum(charges.values())
-            key_id = self._request.caller.key_id
-            if left_nano > 0 and key_id is not None and _UNKNOWN not in self._answers:
-                # Also if the client has left: then this task is cancelled.
-                await asyncio.shield(
-                    asyncio.to_thread(self._service.keys.refund, key_id, left_nano)
+            request, key_id = self._request, self._request.caller.key_id
+            if request.spent_nano and key_id is not None:
+                charges = {each["receipt_id"]: each.get("charge_nano", 0) for each in self._sold()}
+                charged_nano = None if self._answers.open_count else sum(charges.values())
+                answered = partial(
+                    self._service.keys.answered,
+                    key_id,
+                    request.spent_nano,
+                    charged_nano,
+                    request.repeatable_purchase,
                 )
+                # Also if the client has left: then this task is cancelled.
+                await asyncio.shield(asyncio.to_thread(answered))
 
     def _sold(self) -> list[dict[str, Any]]:
-        return [each for each in self._answers if each.get("receipt_id")]
+        return [each for each in self._answers.given if each.get("receipt_id")]
 
     async def __call__(self, message: Message) -> None:
         """ASGI's send."""
@@ -129,7 +145,7 @@ class MarketResponse:
         await self._send({**message, "body": await self._event(), "more_body": False})
 
     def _refusal(self) -> ApiError | None:
-        error = next((each["error"] for each in self._answers if each.get("error")), None)
+        error = next((each["error"] for each in self._answers.given if each.get("error")), None)
         if error is None:
             return None
         return ApiError(error["status"], error["code"], error["message"], param=FIELD)

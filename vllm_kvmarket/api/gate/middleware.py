@@ -30,6 +30,7 @@ from vllm_kvmarket.api.bodies import (
 )
 from vllm_kvmarket.api.errors import ApiError, invalid, missing_key, translate
 from vllm_kvmarket.api.gate import body_checks
+from vllm_kvmarket.api.gate.answer_bounds import check_answers, samples_of
 from vllm_kvmarket.api.gate.engine_answers import MarketResponse
 from vllm_kvmarket.api.gate.placement import Documents, prompts_of
 from vllm_kvmarket.api.gate.request_fields import (
@@ -38,7 +39,6 @@ from vllm_kvmarket.api.gate.request_fields import (
     engine_params,
     remove_admin_fields,
     remove_server_fields,
-    samples_of,
     scope_media,
     sender_of,
     take_market_field,
@@ -51,6 +51,7 @@ from vllm_kvmarket.api.service import CALLER, Service, market_settings
 from vllm_kvmarket.connector.request_params import FIELD
 from vllm_kvmarket.core.config import MarketConfig
 from vllm_kvmarket.core.errors import KVMarketError, UnavailableError
+from vllm_kvmarket.market.quote import Budget
 
 _REQUEST_ID = re.compile(r"[\x21-\x7e]{1,256}")
 _IDEMPOTENCY_KEY = re.compile(r"[\x21-\x7e]{1,255}")
@@ -123,7 +124,8 @@ class Gate:
             return {**scope, CALLER: caller}, replay(content, receive), send
         body = await parse_object(scope, content, service.most_items)
         if kind is Kind.WORK:
-            text = await _checked(scope, caller, body, len(content))
+            await _check(scope, caller, body, content)
+            text = await beside_loop(len(content), msgspec.json.encode, body)
             return *with_body(scope, receive, text, {}), send
         request_id = single_header(scope, "x-request-id") or secrets.token_hex(16)
         if not _REQUEST_ID.fullmatch(request_id):
@@ -133,6 +135,9 @@ class Gate:
         if not (caller.is_admin or caller.operation is not None):
             remove_admin_fields(body)
             scope = without_admin_headers(scope)
+        # Before anything is counted in a key's budget.
+        await _check(scope, caller, body, content)
+        _check_answers(service, caller, body)
         request = GatedRequest(
             app=scope["app"],
             kind=_shape(kind, body),
@@ -146,7 +151,7 @@ class Gate:
             await self._prepare(service, request)
         if kind is Kind.RESPONSES:
             body["request_id"] = f"resp_{request_id}"
-        text = await _checked(scope, caller, body, len(content))
+        text = await beside_loop(len(content), msgspec.json.encode, body)
         scope, receive = with_body(scope, receive, text, {"x-request-id": request_id})
         if (
             caller.account is not None
@@ -164,7 +169,6 @@ class Gate:
         market, kind, caller, body = service.market, request.kind, request.caller, request.body
         samples = samples_of(body)
         field = request.field = take_market_field(body)
-        request.max_price_nano = field.max_price_nano
         salt = cache_salt(caller, market.credentials, remove_server_fields(body))
         await beside_loop(request.size, partial(scope_media, body), salt)
         if field.is_binding and caller.account is None:
@@ -205,20 +209,21 @@ class Gate:
         return self._documents
 
 
-async def _checked(scope: Scope, caller: Caller, body: dict[str, Any], size: int) -> bytes:
-    """A body as vLLM gets it. Raises ApiError if vLLM would check it for too long.
-
-    Admins' bodies are not checked.
-    """
+async def _check(scope: Scope, caller: Caller, body: dict[str, Any], content: bytes) -> None:
+    """Raises ApiError if vLLM would check a body for too long. Admins' bodies are not checked."""
     if caller.is_admin or caller.operation is not None:
-        return await beside_loop(size, msgspec.json.encode, body)
-    await beside_loop(size, body_checks.check_forms, body)
-    needed = await beside_loop(size, body_checks.needs_check, body)
-    text = await beside_loop(size, msgspec.json.encode, body)
-    kind = body_checks.body_type(scope["app"], scope, body) if needed else None
-    if kind is not None:
-        await asyncio.to_thread(body_checks.check, kind, text)
-    return text
+        return
+    await beside_loop(len(content), body_checks.check_forms, body)
+    if await beside_loop(len(content), body_checks.needs_check, body):
+        kind = body_checks.body_type(scope["app"], scope, body)
+        if kind is not None:
+            await asyncio.to_thread(body_checks.check, kind, content)
+
+
+def _check_answers(service: Service, caller: Caller, body: dict[str, Any]) -> None:
+    """Raises ApiError if vLLM would write answers for too long. Admins' bodies are not checked."""
+    if service.frontend is not None and not (caller.is_admin or caller.operation is not None):
+        check_answers(body, service.frontend.context_tokens)
 
 
 async def _purchase_key(service: Service, request: GatedRequest, account: str) -> str | None:
@@ -248,26 +253,23 @@ async def _is_affordable(service: Service, request: GatedRequest, *, is_adapter:
     has_budget = caller.limits.has_budget
     refuse_unfunded = service.market.config.unfunded == "refuse"
     is_limited = field.reuse == "require" or field.max_price_nano is not None
+    request.limits_nano = _limits(field.max_price_nano, [0] * request.prompt_count)
     if is_adapter:
-        _split_limit(request)
         return not has_budget  # only the engine can quote it, and keeps the other limits
     if not (is_limited or has_budget or refuse_unfunded):
         return True
     assert caller.account is not None
     prompts = await prompts_of(request)
     try:
-        offer = await quotes.offer_of(
-            service,
-            prompts,
-            caller.account,
-            request.document_tokens,
-            field.dearest_nano_per_mtok(caller.limits, service.market.config.tariff),
+        most_nano = await _most_nano(service, request)
+        cap_nano = field.dearest_nano_per_mtok(caller.limits, service.market.config.tariff)
+        offer, charges_nano = await quotes.offer_of(
+            service, prompts, caller.account, request.document_tokens, Budget(cap_nano, most_nano)
         )
     except UnavailableError:
         if field.is_binding:
             raise
         # The engine keeps the limit, and computes what it cannot reserve.
-        _split_limit(request)
         return not has_budget
     may_reuse = quotes.may_reuse(
         offer,
@@ -275,36 +277,50 @@ async def _is_affordable(service: Service, request: GatedRequest, *, is_adapter:
         max_price_nano=field.max_price_nano,
         refuse_unfunded=refuse_unfunded,
     )
-    if not may_reuse or not has_budget:
-        return may_reuse
-    return await _spend(service, request, offer)
+    if may_reuse and has_budget:
+        may_reuse = await _spend(service, request, offer)
+        request.limits_nano = charges_nano
+    elif may_reuse:
+        request.limits_nano = _limits(field.max_price_nano, charges_nano)
+    return may_reuse
 
 
-def _split_limit(request: GatedRequest) -> None:
-    """Give each prompt of a request an equal part of its limit, as no sum was quoted; mutates."""
-    prompts = request.body.get("prompt")
-    if request.max_price_nano is not None and isinstance(prompts, list):
-        several = bool(prompts) and isinstance(prompts[0], list | str)
-        request.max_price_nano //= len(prompts) if several else 1
+async def _most_nano(service: Service, request: GatedRequest) -> int | None:
+    """The most that a request may cost, by its own limit and by the budgets of its key."""
+    limits = [request.field.max_price_nano]
+    if request.caller.limits.has_budget:
+        left = service.keys.budget_left_nano
+        purchase = request.repeatable_purchase
+        limits.append(await run_in_threadpool(left, str(request.caller.key_id), purchase))
+    return min((each for each in limits if each is not None), default=None)
+
+
+def _limits(most_nano: int | None, charges_nano: list[int]) -> list[int] | None:
+    """A limit for each prompt: its quoted charge, and an equal part of what is left of all."""
+    if most_nano is None:
+        return None
+    left_nano = max(0, most_nano - sum(charges_nano))
+    return [each + left_nano // len(charges_nano) for each in charges_nano]
 
 
 async def _spend(service: Service, request: GatedRequest, offer: quotes.Offer) -> bool:
-    """Charge the budget of the request's key with an offer, which is then the request's limit.
+    """Charge the budget of the request's key with an offer.
 
     Mutates the request. Raises ApiError if it is too little and the request must reuse.
     """
     key_id = request.caller.key_id
     assert key_id is not None
-    if not await run_in_threadpool(service.keys.spend, key_id, offer.charge_nano):
+    price_nano, purchase = offer.charge_nano, request.repeatable_purchase
+    if price_nano and not await run_in_threadpool(service.keys.spend, key_id, price_nano, purchase):
         if request.field.is_binding:
             raise ApiError(
                 402,
                 "budget_exhausted",
-                f"reuse costs {offer.charge_nano} nano-units, more than this key may still spend",
+                f"reuse costs {price_nano} nano-units, more than this key may still spend",
                 quote=asdict(offer),
             )
         return False
-    request.max_price_nano = request.spent_nano = offer.charge_nano
+    request.spent_nano = price_nano
     return True
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import secrets
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
@@ -30,10 +29,6 @@ _CONNECTOR_FIELDS = ("kv_transfer_params", "ec_transfer_params")
 # They reorder vLLM's queue, choose an engine, or replace the model: for admins only.
 _ADMIN_HEADERS = ("x-vllm-priority", "x-data-parallel-rank")
 _ADMIN_HEADER_PREFIX = "x-amzn-sagemaker-"
-# Prompts times samples of one request.
-MOST_ANSWERS = 128
-# Fields that may hold several prompts, conversations, texts to score, or questions.
-_PROMPT_LISTS = ("prompt", "messages", "items")
 # Fields of a body in which media stand with an id of the client's choice.
 _MEDIA_HOLDERS = ("messages", "input", "content_parts")
 
@@ -115,11 +110,25 @@ class GatedRequest:
     document_tokens: int | None = None
     # Why nothing is bought, where the gate knows that already.
     declined: Reason | None = None
-    max_price_nano: int | None = None
+    # The most that the reuse of each prompt may cost.
+    limits_nano: list[int] | None = None
     # Charged to the key's budget for this request, before the engine's answer.
     spent_nano: int = 0
     # The same for all retries of a request.
     purchase_key: str | None = None
+
+    @property
+    def repeatable_purchase(self) -> str | None:
+        """The purchase that a retry may come to, for the budget of the sender's key."""
+        return self.purchase_key if self.idempotency_key else None
+
+    @property
+    def prompt_count(self) -> int:
+        """How many prompts the engine gets, each as a request of its own."""
+        prompts = self.body.get("prompt")
+        if isinstance(prompts, list) and prompts and isinstance(prompts[0], list | str):
+            return len(prompts)
+        return 1
 
     @property
     def size(self) -> int:
@@ -225,31 +234,6 @@ def _scope_ids(value: Any, prefix: str) -> None:
                 _scope_ids(each, prefix)
 
 
-def samples_of(body: Mapping[str, Any]) -> int:
-    """How many answers to each prompt a request asks for. Raises ApiError.
-
-    Also if there are too many of them: vLLM makes them all requests in one go, on the event loop.
-    """
-    sampling = body.get("sampling_params")
-    count = (sampling if isinstance(sampling, dict) else body).get("n")
-    if count is None:
-        count = 1
-    if type(count) is not int or count < 1:
-        raise invalid("n: expected a whole number above 0", "n")
-    prompts = 1
-    questions = body.get("questions")
-    if isinstance(questions, dict):
-        prompts = len(questions)
-    for field in _PROMPT_LISTS:
-        given = body.get(field)
-        if isinstance(given, list) and given and not isinstance(given[0], int | dict):
-            prompts = max(prompts, len(given))
-    if count * prompts > MOST_ANSWERS:
-        message = f"the request asks for more than {MOST_ANSWERS} answers; send several requests"
-        raise ApiError(413, "too_many_answers", message, param="n")
-    return count
-
-
 def sender_of(caller: Caller, credentials: Credentials, body: dict[str, Any]) -> Caller:
     """The caller, or, without a key, the holder of the operator's token in a body's parameters.
 
@@ -282,13 +266,14 @@ def engine_params(
         return {FIELD: {"declined": request.declined}}
     if caller.account is None or request.kind is Kind.SALTED:
         return None
+    limits = request.limits_nano
     params = {
         "account": caller.account,
         "document": field.document,
         "document_tokens": request.document_tokens,
         "must_reserve": field.is_binding or None,
         "purchase_key": request.purchase_key,
-        "max_price_nano": request.max_price_nano,
+        "max_price_nano": limits[0] if limits and len(limits) == 1 else limits,
         "max_cache_read_nano_per_mtok": field.dearest_nano_per_mtok(caller.limits, tariff),
         "request_id": request.request_id,
     }

@@ -64,7 +64,7 @@ def test_an_engines_outputs_are_closed_with_their_reader(app):  # noqa: F811
     async def leave():
         engine = Endless()
         engine_answers.watch(engine)
-        engine_answers._answers.set([])
+        engine_answers._answers.set(engine_answers.Answers())
         outputs = engine.generate()
         await anext(outputs)
         await outputs.aclose()

@@ -11,7 +11,6 @@ from fastapi.testclient import TestClient
 
 from tests.support.catalogue_documents import store_and_list, tokens
 from tests.support.gate_app import make_app
-from tests.support.key_budgets import budget_left_nano
 from vllm_kvmarket import Market
 from vllm_kvmarket.api.auth import Queue
 from vllm_kvmarket.api.gate.route_kinds import ROUTES, Kind
@@ -343,7 +342,7 @@ def test_a_request_is_computed_while_the_ledger_is_away(client, alice, market, m
     assert ask(client, alice, prompt, reuse="require").status_code == 503
     # Nobody could add up what several prompts cost: each may cost its part of the limit.
     got = reached(ask(client, alice, [prompt, prompt], max_price_nano=10**9))
-    assert got["kv_transfer_params"]["kvmarket"]["max_price_nano"] == 10**9 // 2
+    assert got["kv_transfer_params"]["kvmarket"]["max_price_nano"] == [10**9 // 2] * 2
 
 
 METRICS = """# HELP vllm:kvmarket_charged_nano_total Charges.
@@ -462,32 +461,6 @@ def test_reuse_is_bought_where_it_was_agreed_to(*, client, keys, market, limits,
         assert got["kv_transfer_params"] == {"kvmarket": {"declined": "never"}}
     else:
         assert signed(market, got).get("max_cache_read_nano_per_mtok") == expected
-
-
-def test_a_keys_budget_is_charged_with_what_was_sold(app, client, keys, market):
-    """Before the request, with the quote; afterwards it gets back what was not charged."""
-    prompt = [*tokens(300), 1]
-    price = 300 * 500
-    store_and_list(market, prompt[:-1])
-    secret, key_id = keys.create("alice", limits=KeyLimits(total_budget_nano=2 * price))
-    key = {"x-api-key": secret}
-
-    def left():
-        return budget_left_nano(keys, key_id)
-
-    app.state.engine_client.answers = [{"receipt_id": "r", "charge_nano": price - 10}] * 2
-    got = signed(market, reached(ask(client, key, prompt)))
-    assert got["max_price_nano"] == price and left() == price + 10
-    app.state.engine_client.answers = [{"receipt_id": None, "charge_nano": 0}]
-    reached(ask(client, key, prompt))
-    assert left() == price + 10
-    app.state.engine_client.answers = [{"receipt_id": "s", "charge_nano": price}]
-    reached(ask(client, key, prompt))
-    got = reached(ask(client, key, prompt))
-    assert got["kv_transfer_params"] == {"kvmarket": {"declined": "max_price"}}
-    reply = ask(client, key, prompt, reuse="require")
-    assert (reply.status_code, reply.json()["error"]["code"]) == (402, "budget_exhausted")
-    assert left() == 10
 
 
 def test_a_keyed_request_buys_nothing_while_its_key_cannot_be_kept(

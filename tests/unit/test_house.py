@@ -12,6 +12,7 @@ from importlib import import_module, metadata
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 
 import vllm_kvmarket
 from vllm_kvmarket.cli import commands
@@ -251,6 +252,17 @@ def test_entry_points_name_something_callable():
 def test_the_type_marker_is_packaged():
     """Type checkers of users believe our annotations only where py.typed is."""
     assert (ROOT / "vllm_kvmarket" / "py.typed").is_file()
+
+
+def test_versions_are_recorded_for_all_that_users_install():
+    """constraints.txt has one that pyproject.toml allows for each of our dependencies."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
+    parts = project["optional-dependencies"]
+    wanted = map(Requirement, project["dependencies"] + parts["api"] + parts["postgres"])
+    lines = (ROOT / "constraints.txt").read_text("utf-8").splitlines()
+    recorded = dict(line.split("==") for line in lines if not line.startswith("#"))
+    wrong = [each.name for each in wanted if recorded.get(each.name, "0") not in each.specifier]
+    assert wrong == []
 
 
 def test_the_threat_model_names_tests_that_exist():

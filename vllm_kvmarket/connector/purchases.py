@@ -55,10 +55,10 @@ def ledger_key(engine_id: str, request_id: str, arrival_time: float) -> str:
     return f"{engine_id}:{digest}"
 
 
-def prompt_number(request_id: str) -> int:
-    """Which of a completion's prompts a request of vLLM's is, counted from 0."""
+def prompt_number(request_id: str) -> int | None:
+    """Which of a completion's prompts a request of vLLM's is, counted from 0; None for others."""
     numbered = _NUMBERED.fullmatch(client_request_id(request_id, is_sample=True))
-    return int(numbered.group(1)) if numbered else 0
+    return int(numbered.group(1)) if numbered else None
 
 
 def shared_key(purchase_key: str, account: str, request_id: str, prompt: Sequence[int]) -> str:

@@ -107,7 +107,7 @@ class ReuseRequest:
 
         A document that is named is bought whole.
         """
-        limit_nano = params.limit_nano(prompt_number(self._request.request_id))
+        limit_nano = params.limit_nano(prompt_number(self._request.request_id) or 0)
         budget = Budget(params.max_cache_read_nano_per_mtok, limit_nano)
         most = self._request.num_prompt_tokens - 1
         market = self._engine.market

@@ -354,6 +354,7 @@ def test_a_quote_ends_where_the_callers_key_may_not_buy(server):
     """The engine sells it no more; a document that is too dear at its end is not affordable."""
     publish(server, text=text_of(300), cache_read_nano_per_mtok=100_000_000)
     whole = f"{text_of(300)} {text_of(300, 'x')}"
+    server.market.deposit("bea", 10**9, "for quotes")
     dear = publish(server, "eve", text=whole, cache_read_nano_per_mtok=200_000_000)
     secret, _ = server.service.keys.create(
         "bea", limits=KeyLimits(max_cache_read_nano_per_mtok=100_000_000)

@@ -237,6 +237,11 @@ class Reader:
                 f"{self.name}: signed by {kid}, which this market does not trust; when that is the "
                 "id of its exporter's key, get the key from them, and run `kvmarket trust add FILE`"
             )
+        if key.revoked_at_s:
+            raise BundleError(
+                f"{self.name}: signed by {kid}, a key that was revoked; ask for a bundle that was "
+                "exported again"
+            )
         if not key.verifies(signature, encoded):
             raise self._refuse(f"its manifest is not what {kid} signed")
         try:

@@ -15,8 +15,6 @@ from blake3 import blake3
 from vllm_kvmarket.auth.signing_keys import (
     SIGNATURE_BYTES,
     PublicKey,
-    SigningKeys,
-    TrustedKeys,
     read_jwks,
 )
 from vllm_kvmarket.bundles.bundle_format import (
@@ -79,7 +77,7 @@ def export(
     listing = market.catalogue.get(document_id)
     if listing.state != "live":
         raise BundleError(f"{document_id} is {listing.state}; only a live document can be exported")
-    key = SigningKeys(market.home).current()
+    key = market.signing_keys.current()
     chunks = tuple(_survey(market, chunk) for chunk in listing.chunk_keys)
     manifest = Manifest(
         format=FORMAT,
@@ -192,14 +190,14 @@ def _written_whole(path: Path) -> Iterator[int]:
 
 
 def trusted_keys(market: Market, files: Iterable[Path] = ()) -> list[PublicKey]:
-    """Whose bundles are imported: the home's own, those it trusts, and those in `files` (JWK).
+    """Whose bundles are imported: the market's own, those it trusts, and those in `files` (JWK).
 
     Raises ConfigError for a file that is no key.
     """
-    own = SigningKeys(market.home).public_keys()
+    own = market.signing_keys.public_keys()
     return [
         *own,
-        *TrustedKeys(market.home).all().values(),
+        *market.trusted_keys.all().values(),
         *(key for file in files for key in read_jwks(file)),
     ]
 
@@ -225,7 +223,9 @@ def import_(
     market.identity.confirm()
     with opened(path) as descriptor:
         reader = Reader(descriptor, path.name)
-        manifest = reader.manifest({key.kid: key for key in trusted})
+        # Of two copies of a key, the one that says that it was revoked is believed.
+        by_kid = {key.kid: key for key in sorted(trusted, key=lambda key: key.revoked_at_s)}
+        manifest = reader.manifest(by_kid)
         document = check(manifest, path.name, market.config.chunk_tokens)
         terms = manifest.terms
         if publisher:

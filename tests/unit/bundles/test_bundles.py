@@ -154,6 +154,19 @@ def test_a_key_that_is_trusted_no_more_is_refused(buyer, bundle):
         take(buyer, bundle)
 
 
+def test_a_key_that_was_revoked_is_refused(seller, buyer, bundle):
+    """By its own market, and by one that has trusted it before and knows of the revocation."""
+    keys = SigningKeys(seller.home)
+    stolen = keys.current().kid
+    keys.revoke(stolen, "a stolen laptop")
+    known = [key for key in keys.public_keys() if key.kid == stolen]
+    with pytest.raises(BundleError, match=f"{stolen}, a key that was revoked"):
+        take(seller, bundle)
+    for order in ([*known, *bundles.trusted_keys(buyer)], [*bundles.trusted_keys(buyer), *known]):
+        with pytest.raises(BundleError, match="revoked"):
+            bundles.import_(buyer, bundle, order)
+
+
 def test_the_quota_is_respected(buyer, bundle, tmp_path):
     """A bundle that does not fit is refused, and what was stored of it goes."""
     needed = sum(map(len, (content for member, content in members(bundle)[2:])))

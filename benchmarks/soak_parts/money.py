@@ -9,7 +9,6 @@ from typing import Any
 
 from benchmarks.soak_parts.plan import BLOCK_TOKENS, Asked, Story
 from benchmarks.soak_parts.server import Soaked
-from vllm_kvmarket.auth.signing_keys import SigningKeys
 from vllm_kvmarket.core.errors import KVMarketError
 from vllm_kvmarket.core.pricing import MTOK, PPM
 from vllm_kvmarket.ledger import PROVIDER, Receipt, Transfer
@@ -242,8 +241,8 @@ def _check_sums(
 
 def _check_proofs(market: Market, receipts: list[Receipt], story: Story) -> dict[str, int]:
     """Checkpoints that were signed on the way lead to the log of now; receipts' proofs hold."""
-    log = TransparencyLog(market.ledger, market.home)
-    keys = SigningKeys(market.home).public_keys()
+    log = TransparencyLog.of(market)
+    keys = market.signing_keys.public_keys()
     rng = random.Random(0)
     proven = consistent = 0
     try:

@@ -9,14 +9,22 @@ import json
 import pytest
 
 from tests.support.catalogue_documents import store, tokens
-from tests.unit.auth import test_admin_log, test_api_keys, test_api_servers, test_sealed_secret
-from vllm_kvmarket import Market
+from tests.support.proof_market import open_shop, sell
+from tests.unit.auth import (
+    test_admin_log,
+    test_api_keys,
+    test_api_servers,
+    test_sealed_secret,
+    test_shared_keys,
+)
+from vllm_kvmarket import Market, bundles
 from vllm_kvmarket.auth.admin_log import AdminLog
 from vllm_kvmarket.auth.api_keys import Keys, KeysUnavailableError
 from vllm_kvmarket.auth.sealed_secret import KEY_VARIABLE
 from vllm_kvmarket.cli import main
-from vllm_kvmarket.core.errors import KVMarketError, UnavailableError
+from vllm_kvmarket.core.errors import BundleError, KVMarketError, ProofError, UnavailableError
 from vllm_kvmarket.market.garbage_collection import purge, release_leftovers
+from vllm_kvmarket.proofs import signed_receipt, verify
 
 psycopg = pytest.importorskip("psycopg", reason="pip install vllm-kvmarket[postgres]")
 from tests.support.postgres import running_postgres  # noqa: E402  # needs psycopg
@@ -24,14 +32,21 @@ from tests.support.postgres import running_postgres  # noqa: E402  # needs psyco
 _numbers = itertools.count()
 
 # Tests of every database ask for a `place`; those that ask for a `path` are SQLite's own.
-for _module in (test_admin_log, test_api_keys, test_api_servers, test_sealed_secret):
+for _module in (
+    test_admin_log,
+    test_api_keys,
+    test_api_servers,
+    test_sealed_secret,
+    test_shared_keys,
+):
     for _name, _member in inspect.getmembers(_module):
         if _name.startswith("test_") and inspect.isfunction(_member):
             parameters = set(inspect.signature(_member).parameters)
-            if parameters & {"place", "keys", "dated"} and "path" not in parameters:
+            if parameters & {"place", "keys", "dated", "machines"} and "path" not in parameters:
                 assert _name not in globals(), _name
                 globals()[_name] = _member
 keys, dated, wall = test_api_keys.keys, test_api_keys.dated, test_api_keys.wall
+machines = test_shared_keys.machines
 
 
 @pytest.fixture(scope="module")
@@ -93,6 +108,34 @@ def test_a_session_of_one_home_holds_on_another(config, tmp_path, monkeypatch):
             assert second.credentials.verifies("session", "alice", token) == bool(key)
 
 
+def test_what_one_machine_signs_every_machine_verifies(config, tmp_path):
+    """Receipts and bundles, until any machine revokes the key."""
+    with (
+        open_shop(tmp_path / "first", config) as first,
+        Market.open(tmp_path / "second", config) as second,
+    ):
+        jws = signed_receipt(first, sell(first, "sale").id).jws
+        (listing,) = first.catalogue.listings("live")
+        bundle = bundles.export(first, listing.document_id, tmp_path / "bundle.kvb")
+        kid = first.signing_keys.current().kid
+        assert bundle.kid == kid
+        for market in (first, second):
+            assert verify(jws, market.signing_keys.public_keys()).kid == kid
+            bundles.import_(market, bundle.path, bundles.trusted_keys(market))
+        # The same sale, signed by the other machine in its own name.
+        theirs = signed_receipt(second, "kvr_sale").jws
+        assert theirs != jws
+        assert verify(theirs, first.signing_keys.public_keys()).payload.payer == "alice"
+        second.signing_keys.revoke(kid, "stolen")
+        for market in (first, second):
+            with pytest.raises(ProofError, match="revoked"):
+                verify(jws, market.signing_keys.public_keys())
+            with pytest.raises(BundleError, match="revoked"):
+                bundles.import_(market, bundle.path, bundles.trusted_keys(market))
+        again = signed_receipt(first, "kvr_sale").jws
+        assert verify(again, second.signing_keys.public_keys()).kid != kid
+
+
 # Roles
 
 
@@ -145,6 +188,8 @@ def test_engines_need_no_right_to_make_tables(runtime, tmp_path):
         "DELETE FROM kvmarket.account",
         "DELETE FROM kvmarket.api_key",
         "UPDATE kvmarket.admin_log SET actor = 'x'",
+        "DELETE FROM kvmarket.revoked_key",
+        "DELETE FROM kvmarket.signing_key",
         "UPDATE kvmarket.schema_version SET version = 0",
         "DROP SCHEMA kvmarket CASCADE",
     ],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from tests.support.catalogue_documents import NAMESPACE, store_and_list, tokens
 from tests.support.purchases import reserve
@@ -14,9 +15,9 @@ from vllm_kvmarket.market.purchase import Usage
 DOCUMENT = tokens(600)
 
 
-def open_shop(home: Path) -> Market:
+def open_shop(home: Path, config: dict[str, Any] | None = None) -> Market:
     """Open a market with one document of pat's, and alice with money."""
-    market = Market.open(home)
+    market = Market.open(home, config)
     market.create_account("pat", "publisher")
     market.create_account("alice")
     market.deposit("alice", NANO, "d1")

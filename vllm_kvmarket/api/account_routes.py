@@ -201,7 +201,7 @@ def _statement(
         raise invalid("from: it is after `to`", "from")
     wanted = ListingFilter(publisher=account_id, any_state=True, seen_by=account_id)
     own = [listing.document_id for listing, _ in market.catalogue.page(wanted, ALL)]
-    log = TransparencyLog(market.ledger, market.home)
+    log = TransparencyLog.of(market)
     made = statement(
         market.ledger, account_id, from_s, to_s, documents=own, indexes_of=log.indexes_of
     )

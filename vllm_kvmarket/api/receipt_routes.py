@@ -28,7 +28,6 @@ from vllm_kvmarket.api.models import (
 )
 from vllm_kvmarket.api.paging import After, Limit, receipts_page, transfers_page
 from vllm_kvmarket.api.service import CallerOf, ServiceOf
-from vllm_kvmarket.auth.signing_keys import SigningKeys
 from vllm_kvmarket.core.errors import KVMarketError, NotFoundError
 from vllm_kvmarket.ledger import Receipt
 from vllm_kvmarket.market.market import Market
@@ -116,7 +115,7 @@ def transfers(
 def checkpoint(service: ServiceOf, caller: CallerOf) -> PlainTextResponse:
     """The signed size and root of the log of all transfers."""
     caller.need_reader()
-    log = TransparencyLog(service.market.ledger, service.market.home)
+    log = TransparencyLog.of(service.market)
     return PlainTextResponse(log.checkpoint().note)
 
 
@@ -131,7 +130,7 @@ def proof(
     """Prove that a `transfer` of the caller's account is in the log (text: c2sp.org/tlog-proof), or
     that the log of `new` transfers (default: of all) begins with the log of `old` transfers.
     """
-    log = TransparencyLog(service.market.ledger, service.market.home)
+    log = TransparencyLog.of(service.market)
     if (transfer is None) == (old is None) or (new is not None and old is None):
         raise invalid("give `transfer`, or `old` and perhaps `new`")
     if transfer is not None:
@@ -159,7 +158,7 @@ def jwks(service: ServiceOf, caller: CallerOf) -> Jwks:
 
 def key_set(market: Market) -> dict[str, Any]:
     """The market's public keys as a JWK set; makes the first key on first use."""
-    keys = SigningKeys(market.home)
+    keys = market.signing_keys
     keys.current()
     return keys.jwks()
 

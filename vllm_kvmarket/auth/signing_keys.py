@@ -17,7 +17,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import msgspec
 from cryptography.exceptions import InvalidSignature
@@ -29,6 +29,9 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import (
 
 from vllm_kvmarket.core.durable_files import locked, sweep_drafts, sync_path, write_durably
 from vllm_kvmarket.core.errors import ConfigError, NotFoundError
+
+if TYPE_CHECKING:
+    from vllm_kvmarket.auth.shared_keys import SharedKeys
 
 KEYS_FOLDER = "signing"
 TRUSTED_FOLDER = "trusted"
@@ -229,11 +232,13 @@ class SigningKeys:
     """The key pairs of one market home; thread-safe, and safe for several processes.
 
     A home that was restored without its private keys has the public ones, and signs with a new key.
-    Every call sees what another process added meanwhile, for the price of one stat().
+    Every call sees what another process added meanwhile, for the price of one stat(). With `shared`
+    other machines know its public keys, and it knows theirs; that asks the database each time.
     """
 
-    def __init__(self, home: Path) -> None:
+    def __init__(self, home: Path, shared: SharedKeys | None = None) -> None:
         self._folder = home / KEYS_FOLDER
+        self._shared = shared
         self._lock = threading.Lock()
         self._keys: tuple[SigningKey, ...] = ()
         self._public: tuple[tuple[int, PublicKey], ...] = ()
@@ -246,24 +251,28 @@ class SigningKeys:
         A key that was revoked, or whose validity is over, is replaced by a new one. Raises
         ConfigError for a file that is no key.
         """
-        if found := self._usable():
-            return found
-        with locked(self._folder):
-            # Another process may have been faster: then its key is the home's.
-            return self._usable() or self._make(self._next_serial())
+        found = self._usable()
+        if found is None:
+            with locked(self._folder):
+                # Another process may have been faster: then its key is the home's.
+                found = self._usable() or self._make(self._next_serial())
+        if self._shared is not None:
+            self.own_keys()  # the others know it before they see what it signs
+        return found
 
     def _usable(self) -> SigningKey | None:
         """The newest key, if it may still sign."""
         for key in self._all()[:1]:
             over = 0 < key.not_after_s <= int(time.time())
-            if key.kid not in self._revoked and not over:
+            if key.kid not in self._revocations() and not over:
                 return key
         return None
 
     def market(self) -> str:
         """The market's name: the kid of its first key that is here and is not revoked."""
         self.current()
-        return next(key.kid for key in self._all()[::-1] if key.kid not in self._revoked)
+        revoked = self._revocations()
+        return next(key.kid for key in self._all()[::-1] if key.kid not in revoked)
 
     def rotate(self) -> SigningKey:
         """Make a new key, which signs from now on; older ones still verify. Raises ConfigError."""
@@ -271,7 +280,7 @@ class SigningKeys:
             return self._make(self._next_serial())
 
     def revoke(self, kid: str, reason: str) -> SigningKey:
-        """Make a key of this home worthless from now on; return the key that signs instead.
+        """Make a key worthless from now on; return the key of this home that signs.
 
         Somebody else may have it, so nothing that it ever signed verifies with this home's key set
         any more. When it is the market's first key, the market gets another name. Raises
@@ -279,29 +288,52 @@ class SigningKeys:
         """
         if self.find(kid) is None:
             raise NotFoundError(f"no signing key {kid!r}; see `kvmarket key show --all`")
-        record = json.dumps({"revoked_at_s": int(time.time()), "reason": reason}).encode()
+        now_s = int(time.time())
+        if self._shared is not None:
+            self._shared.revoke(kid, now_s, reason)
+        record = json.dumps({"revoked_at_s": now_s, "reason": reason}).encode()
         with locked(self._folder):
             write_durably(self._folder / f"{kid}{REVOKED_SUFFIX}", record)
         return self.current()
 
+    def _revocations(self) -> dict[str, int]:
+        """When keys were revoked, here or on another machine, by their kid."""
+        return self._revoked | (self._shared.revoked() if self._shared is not None else {})
+
     def public_keys(self) -> list[PublicKey]:
-        """Every key of this home, the one that signs first; none where none was used yet."""
+        """Every key of this home, the one that signs first, then those of the other machines."""
+        own = self.own_keys()
+        if self._shared is None:
+            return own
+        kids, revoked = {key.kid for key in own}, self._revocations()
+        others = [key for key in self._shared.signers() if key.kid not in kids]
+        marked = [replace(key, revoked_at_s=revoked.get(key.kid, 0)) for key in others]
+        return [*own, *bound(marked)]
+
+    def own_keys(self) -> list[PublicKey]:
+        """Every key of this home, the one that signs first; none where none was used yet.
+
+        The other machines know them on return.
+        """
         pairs = self._all()
-        first = next((pair for pair in pairs[::-1] if pair.kid not in self._revoked), None)
+        revoked = self._revocations()
+        first = next((pair for pair in pairs[::-1] if pair.kid not in revoked), None)
         later = {pair.kid for pair in pairs if first is not None and pair is not first}
         keys = []
         for _, known in self._public:
-            revoked_at_s = self._revoked.get(known.kid, known.revoked_at_s)
+            revoked_at_s = revoked.get(known.kid, known.revoked_at_s)
             key = replace(known, revoked_at_s=revoked_at_s)
             if first is not None and key.kid in later:
                 signature = first.sign(_endorsed_text(first.kid, key))
                 keys.append(replace(key, market=first.kid, endorsement=signature))
             else:
                 keys.append(key)
+        if self._shared is not None:
+            self._shared.announce(keys, self._revoked.items())
         return bound(keys)
 
     def find(self, kid: str) -> PublicKey | None:
-        """One of this home's keys, to verify what it signed before or after a rotation."""
+        """One of the market's keys, to verify what it signed before or after a rotation."""
         return next((key for key in self.public_keys() if key.kid == kid), None)
 
     def jwks(self) -> dict[str, list[dict[str, Any]]]:
@@ -313,7 +345,7 @@ class SigningKeys:
         self._all()
         return {
             f"{key.kid}{JWK_SUFFIX}": json.dumps({**key.jwk(), "serial": serial}).encode()
-            for (serial, _), key in zip(self._public, self.public_keys(), strict=True)
+            for (serial, _), key in zip(self._public, self.own_keys(), strict=True)
         }
 
     def _next_serial(self) -> int:
@@ -414,17 +446,25 @@ def read_jwks(path: Path) -> list[PublicKey]:
 
 
 class TrustedKeys:
-    """The keys whose bundles a home imports: one file each under `trusted`. A user may add some."""
+    """The keys whose bundles a home imports: one file each under `trusted`. A user may add some.
 
-    def __init__(self, home: Path) -> None:
+    With `shared` they are in the database instead, for all machines.
+    """
+
+    def __init__(self, home: Path, shared: SharedKeys | None = None) -> None:
         self._folder = home / TRUSTED_FOLDER
+        self._shared = shared
 
     def all(self) -> dict[str, PublicKey]:
         """Every trusted key by its kid. Raises ConfigError for a file that is no key."""
+        if self._shared is not None:
+            return self._shared.trusted()
         return {key.kid: key for _, key in self._files()}
 
     def add(self, key: PublicKey) -> bool:
         """Trust a key from now on; False if it was trusted before."""
+        if self._shared is not None:
+            return self._shared.trust(key)
         if key.kid in self.all():
             return False
         self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -434,13 +474,18 @@ class TrustedKeys:
 
     def remove(self, kid: str) -> None:
         """Trust a key no more; what was imported stays. Raises NotFoundError."""
-        files = [file for file, key in self._files() if key.kid == kid]
-        if not files:
+        if self._shared is not None:
+            files, is_known = [], self._shared.distrust(kid)
+        else:
+            files = [file for file, key in self._files() if key.kid == kid]
+            is_known = bool(files)
+        if not is_known:
             hint = "" if _KID.fullmatch(kid) else ", a key's id has 43 characters"
             raise NotFoundError(f"no trusted key {kid!r}{hint}; see `kvmarket trust list`")
         for file in files:
             file.unlink(missing_ok=True)
-        sync_path(self._folder)
+        if files:
+            sync_path(self._folder)
 
     def _files(self) -> list[tuple[Path, PublicKey]]:
         found = []

@@ -8,6 +8,7 @@ import contextlib
 from vllm_kvmarket.auth.admin_log import ADMIN_LOG
 from vllm_kvmarket.auth.api_keys import KEYS
 from vllm_kvmarket.auth.sealed_secret import SECRETS
+from vllm_kvmarket.auth.shared_keys import PUBLIC_KEYS
 from vllm_kvmarket.catalogue.schema import CATALOGUE
 from vllm_kvmarket.cli.command import UsageError, argument, command
 from vllm_kvmarket.cli.output import clean, emit
@@ -29,7 +30,7 @@ def database_init(args: argparse.Namespace) -> None:
     if url is None:
         raise UsageError("give a configuration with database_url: --config market.toml")
     Ledger.open(url).close()
-    for room in (CATALOGUE, KEYS, ADMIN_LOG, SECRETS):
+    for room in (CATALOGUE, KEYS, ADMIN_LOG, SECRETS, PUBLIC_KEYS):
         with contextlib.closing(open_database(url, room)):
             pass
     if args.role is not None:

@@ -14,7 +14,7 @@ import msgspec
 
 from vllm_kvmarket.auth.api_keys import SCOPES, KeyLimits, Keys
 from vllm_kvmarket.auth.operator_tokens import GRACE_S
-from vllm_kvmarket.auth.signing_keys import PublicKey, SigningKeys, TrustedKeys, read_jwks
+from vllm_kvmarket.auth.signing_keys import PublicKey, read_jwks
 from vllm_kvmarket.cli.command import amount, argument, command, one_of, open_market, span_s
 from vllm_kvmarket.cli.output import emit, moment, table
 from vllm_kvmarket.core.pricing import format_nano
@@ -154,7 +154,7 @@ def apikey_revoke(args: argparse.Namespace) -> None:
 def key_show(args: argparse.Namespace) -> None:
     """Print the public key to give to others."""
     with open_market(args) as market:
-        keys = SigningKeys(market.home)
+        keys = market.signing_keys
         document = keys.current().public.jwk()
         # JSON with and without --json: the output is a file for others.
         print(json.dumps(keys.jwks() if args.all else document, indent=2))
@@ -164,7 +164,7 @@ def key_show(args: argparse.Namespace) -> None:
 def key_rotate(args: argparse.Namespace) -> None:
     """Make a new key, which signs from now on."""
     with open_market(args) as market:
-        key = SigningKeys(market.home).rotate()
+        key = market.signing_keys.rotate()
     text = f"{key.kid} signs from now on; give `kvmarket key show` to everyone who trusted the last"
     emit(args, key.public.jwk(), lambda where: where.print(text))
 
@@ -177,7 +177,7 @@ def key_rotate(args: argparse.Namespace) -> None:
 def key_revoke(args: argparse.Namespace) -> None:
     """Make a signing key worthless, because others may have it."""
     with open_market(args) as market:
-        key = SigningKeys(market.home).revoke(args.kid, args.reason)
+        key = market.signing_keys.revoke(args.kid, args.reason)
     text = f"{args.kid} is revoked; {key.kid} signs: give `kvmarket key show --all` to everyone"
     emit(args, key.public.jwk(), lambda where: where.print(text))
 
@@ -203,7 +203,7 @@ def trust_add(args: argparse.Namespace) -> None:
     # Read the file first: a wrong file must not create a market.
     keys = read_jwks(args.file)
     with open_market(args, create=True) as market:
-        trusted = TrustedKeys(market.home)
+        trusted = market.trusted_keys
         added = [trusted.add(key) for key in keys]
 
     def show(where: Console) -> None:
@@ -217,7 +217,7 @@ def trust_add(args: argparse.Namespace) -> None:
 def trust_list(args: argparse.Namespace) -> None:
     """List the trusted keys."""
     with open_market(args) as market:
-        keys = list(TrustedKeys(market.home).all().values())
+        keys = list(market.trusted_keys.all().values())
     emit(args, {"keys": [key.jwk() for key in keys]}, lambda where: _show_trusted(where, keys))
 
 
@@ -233,5 +233,5 @@ def _show_trusted(where: Console, keys: list[PublicKey]) -> None:
 def trust_remove(args: argparse.Namespace) -> None:
     """Stop trusting a key."""
     with open_market(args) as market:
-        TrustedKeys(market.home).remove(args.kid)
+        market.trusted_keys.remove(args.kid)
     emit(args, {"kid": args.kid}, lambda where: where.print(f"no longer trusted: {args.kid}"))

@@ -206,6 +206,7 @@ def ledger_check(args: argparse.Namespace) -> int:
                 market.home,
                 given,
                 lambda done: bar.update(task, note=str(done)),
+                keys=market.signing_keys,
             )
     emit(args, msgspec.to_builtins(report), lambda where: show_check(where, report))
     return 0 if report.ok else 1
@@ -251,7 +252,7 @@ def ledger_statement(args: argparse.Namespace) -> None:
     if args.from_s is not None and args.to_s is not None and args.to_s <= args.from_s:
         raise UsageError("--to is not after --from; give a later time")
     with open_market(args) as market:
-        log = proofs.TransparencyLog(market.ledger, market.home)
+        log = proofs.TransparencyLog.of(market)
         published = [
             listing.document_id
             for listing in market.catalogue.listings()

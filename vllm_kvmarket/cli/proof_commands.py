@@ -16,6 +16,7 @@ from vllm_kvmarket.auth.admin_log import AdminLog
 from vllm_kvmarket.auth.signing_keys import PublicKey, SigningKeys, TrustedKeys, read_jwks
 from vllm_kvmarket.cli.command import UsageError, argument, command, home_of, limit, open_market
 from vllm_kvmarket.cli.output import clean, emit, moment, pairs, read_text, table
+from vllm_kvmarket.core import config
 from vllm_kvmarket.core.pricing import format_nano
 
 if TYPE_CHECKING:
@@ -61,7 +62,7 @@ JWKS = argument(
     metavar="FILE",
     type=Path,
     help="the market's public keys, as `kvmarket key show --all` prints them "
-    "(default: this home's own and those it trusts)",
+    "(default: this market's own and those it trusts)",
 )
 
 
@@ -69,6 +70,11 @@ def _keys(args: argparse.Namespace) -> list[PublicKey]:
     if args.jwks:
         return read_jwks(args.jwks)
     home = home_of(args)
+    if config.load(args.config).database_url is not None:
+        from vllm_kvmarket.bundles import trusted_keys
+
+        with open_market(args) as market:
+            return trusted_keys(market)
     keys = [*SigningKeys(home).public_keys(), *TrustedKeys(home).all().values()]
     if not keys:
         raise UsageError(f"there are no keys at {home}; give the market's with --jwks")
@@ -176,8 +182,8 @@ def _refused(args: argparse.Namespace, error: Exception) -> int:
 def log_checkpoint(args: argparse.Namespace) -> None:
     """Sign the log's size and root."""
     with open_market(args) as market:
-        checkpoint = proofs.TransparencyLog(market.ledger, market.home).checkpoint()
-        key = SigningKeys(market.home).current().public
+        checkpoint = proofs.TransparencyLog.of(market).checkpoint()
+        key = market.signing_keys.current().public
     if not args.json:
         sys.stdout.write(checkpoint.note)
         return
@@ -199,7 +205,7 @@ def log_checkpoint(args: argparse.Namespace) -> None:
 def log_epoch(args: argparse.Namespace) -> None:
     """Begin a new log after the ledger was rolled back, and record what was lost."""
     with open_market(args) as market:
-        epoch = proofs.TransparencyLog(market.ledger, market.home).open_epoch(args.reason)
+        epoch = proofs.TransparencyLog.of(market).open_epoch(args.reason)
     lost = "unknown" if epoch.common_size is None else epoch.signed_size - epoch.common_size
     emit(
         args,
@@ -215,7 +221,7 @@ def log_epoch(args: argparse.Namespace) -> None:
 def log_prove(args: argparse.Namespace) -> None:
     """Prove that a transfer is in the log."""
     with open_market(args) as market:
-        proof = proofs.TransparencyLog(market.ledger, market.home).prove(args.transfer_id)
+        proof = proofs.TransparencyLog.of(market).prove(args.transfer_id)
     if not args.json:
         sys.stdout.write(proof.text())
         return
@@ -237,7 +243,7 @@ def log_prove(args: argparse.Namespace) -> None:
 def log_consistency(args: argparse.Namespace) -> None:
     """Prove that the log only grew."""
     with open_market(args) as market:
-        log = proofs.TransparencyLog(market.ledger, market.home)
+        log = proofs.TransparencyLog.of(market)
         known = log.public_keys()
         old, old_note = _size(args.old, known)
         new, new_note = _size(args.new, known) if args.new else (None, "")

@@ -32,7 +32,7 @@ class Housekeeping:
             "expiring reservations": market.ledger.expire_pending,
             "noting uses": market.flush_uses,
             "removing old documents' tokens": partial(purge, market),
-            "signing the log": TransparencyLog(market.ledger, market.home).keep_signed,
+            "signing the log": TransparencyLog.of(market).keep_signed,
             "taking metrics": metrics.look,
         }
         self._problems: dict[str, str] = {}

@@ -34,6 +34,8 @@ OPTIONS: dict[str, Any] = {
     "keepalives_count": 3,
     "tcp_user_timeout": 10_000,
     "application_name": "kvmarket",
+    # Of several hosts, the one that takes writes: after a failover, the standby that was promoted.
+    "target_session_attrs": "read-write",
 }
 # Durable whatever the server's default is. A client that stalls inside a transaction (a stopped
 # process, a lost network) holds the others up no longer than this: the server rolls it back.
@@ -47,9 +49,9 @@ GRANT USAGE ON SCHEMA kvmarket TO {role};
 GRANT SELECT, INSERT, UPDATE, DELETE ON ALL TABLES IN SCHEMA kvmarket TO {role};
 REVOKE INSERT, UPDATE, DELETE ON kvmarket.schema_version FROM {role};
 REVOKE UPDATE, DELETE ON kvmarket.transfer, kvmarket.receipt, kvmarket.receipt_line,
-    kvmarket.admin_log, kvmarket.first_offer, kvmarket.audit FROM {role};
+    kvmarket.admin_log, kvmarket.first_offer, kvmarket.audit, kvmarket.revoked_key FROM {role};
 REVOKE DELETE ON kvmarket.account, kvmarket.catalogue, kvmarket.listing,
-    kvmarket.api_key, kvmarket.api_key_revision FROM {role}
+    kvmarket.api_key, kvmarket.api_key_revision, kvmarket.signing_key FROM {role}
 """
 _BEGIN_READING = "BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY"
 # Only one process at a time makes tables; the number is arbitrary.

@@ -18,6 +18,8 @@ import msgspec
 
 from vllm_kvmarket.auth.operator_tokens import Credentials
 from vllm_kvmarket.auth.sealed_secret import SealedSecret, secrets_key
+from vllm_kvmarket.auth.shared_keys import SharedKeys
+from vllm_kvmarket.auth.signing_keys import SigningKeys, TrustedKeys
 from vllm_kvmarket.catalogue import Audit, Catalogue, Listing, Match, Use
 from vllm_kvmarket.core.config import MarketConfig, load, to_mapping
 from vllm_kvmarket.core.document_chunks import DocumentChunks
@@ -76,6 +78,11 @@ class Market:
         with contextlib.ExitStack() as opened:
             self.credentials = _credentials(config, self.home)
             opened.callback(self.credentials.close)
+            shared = None if config.database_url is None else SharedKeys(config.database_url)
+            if shared is not None:
+                opened.callback(shared.close)
+            self.signing_keys = SigningKeys(self.home, shared)
+            self.trusted_keys = TrustedKeys(self.home, shared)
             self.ledger = Ledger.open(
                 config.ledger_url or self.database,
                 outbox=self.home / OUTBOX_FOLDER,

@@ -29,7 +29,7 @@ from blake3 import blake3
 
 from vllm_kvmarket.auth.operator_tokens import SECRET_FILE
 from vllm_kvmarket.auth.sealed_keys import seal, unseal
-from vllm_kvmarket.auth.signing_keys import KEY_SUFFIX, KEYS_FOLDER, TRUSTED_FOLDER, SigningKeys
+from vllm_kvmarket.auth.signing_keys import KEY_SUFFIX, KEYS_FOLDER, TRUSTED_FOLDER
 from vllm_kvmarket.catalogue import Catalogue
 from vllm_kvmarket.core import sqlite
 from vllm_kvmarket.core.durable_files import sync_path, write_durably
@@ -122,7 +122,7 @@ def backup(
     copier.note(DATABASE)
     for path in sorted(market.home.glob(f"{TRUSTED_FOLDER}/[!.]*")):
         copier.add(path.relative_to(market.home).as_posix(), path)
-    for name, content in SigningKeys(market.home).public_files().items():
+    for name, content in market.signing_keys.public_files().items():
         copier.write(f"{KEYS_FOLDER}/{name}", content)
     if passphrase is not None:
         patterns = (SECRET_FILE, f"{KEYS_FOLDER}/[!.]*{KEY_SUFFIX}")

@@ -52,15 +52,17 @@ def check_ledger(
     home: Path,
     given: Iterable[str] = (),
     on_progress: Progress | None = None,
+    *,
+    keys: SigningKeys | None = None,
 ) -> LedgerCheck:
     """Recompute everything; `given` are checkpoints' notes that somebody kept.
 
     Safe while engines charge. Changes nothing but the log's file of hashes, which is made anew
     where it differs, and reported as a problem. Raises LedgerError and ConfigError.
     """
-    log = TransparencyLog(ledger, home)
+    log = TransparencyLog(ledger, home, keys)
     problems = [f"ledger: {problem}" for problem in ledger.check_integrity()]
-    checkpoints, unreadable = _checkpoints(log, home, given)
+    checkpoints, unreadable = _checkpoints(log, given)
     problems += [f"log: {problem}" for problem in unreadable]
     # Brought up to date first: then the file has no less than what was signed.
     try:
@@ -100,11 +102,9 @@ def check_ledger(
     )
 
 
-def _checkpoints(
-    log: TransparencyLog, home: Path, given: Iterable[str]
-) -> tuple[list[Checkpoint], list[str]]:
+def _checkpoints(log: TransparencyLog, given: Iterable[str]) -> tuple[list[Checkpoint], list[str]]:
     """The checkpoints that this home signed, its own and those given; and problems, in words."""
-    keys = SigningKeys(home).public_keys()
+    keys = log.own_keys()
     # The home's own file has what a key signed before it was revoked.
     all_keys = [dataclasses.replace(key, revoked_at_s=0) for key in keys]
     found, problems = [], []

@@ -21,7 +21,7 @@ import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Self, TypeVar
+from typing import TYPE_CHECKING, Self, TypeVar
 
 import msgspec
 
@@ -41,6 +41,9 @@ from vllm_kvmarket.proofs.notes import (
     read_checkpoint,
     sign_checkpoint,
 )
+
+if TYPE_CHECKING:
+    from vllm_kvmarket.market.market import Market
 
 CHECKPOINT_S = 60.0  # how often the log is signed while transfers are added
 LOG_FOLDER = "log"
@@ -146,10 +149,16 @@ class StoredHashes:
 class TransparencyLog:
     """One home's log; safe for several threads and processes. Methods raise LedgerError too."""
 
-    def __init__(self, ledger: Ledger, home: Path) -> None:
+    def __init__(self, ledger: Ledger, home: Path, keys: SigningKeys | None = None) -> None:
+        """`keys` are by default those in the home alone."""
         self._ledger = ledger
-        self._keys = SigningKeys(home)
+        self._keys = keys or SigningKeys(home)
         self.folder = home / LOG_FOLDER
+
+    @classmethod
+    def of(cls, market: Market) -> Self:
+        """The log of a market's home."""
+        return cls(market.ledger, market.home, market.signing_keys)
 
     @property
     def origin(self) -> str:
@@ -192,7 +201,7 @@ class TransparencyLog:
 
     def is_own(self, checkpoint: Checkpoint) -> bool:
         """Whether this home signed a checkpoint, in this epoch or before, under any of its keys."""
-        own = {ORIGIN_PREFIX + key.kid for key in self._keys.public_keys()}
+        own = {ORIGIN_PREFIX + key.kid for key in self.own_keys()}
         return (
             checkpoint.origin == self.origin
             or checkpoint.origin.rpartition("/")[0] in own
@@ -237,8 +246,12 @@ class TransparencyLog:
                 self._checkpoint(tree)
         return found
 
-    def public_keys(self) -> list[PublicKey]:
+    def own_keys(self) -> list[PublicKey]:
         """Every key that this log signs or signed with, the newest first."""
+        return self._keys.own_keys()
+
+    def public_keys(self) -> list[PublicKey]:
+        """Those, and the keys of other machines of the market."""
         return self._keys.public_keys()
 
     def indexes_of(self, transfer_ids: Iterable[str]) -> dict[str, int]:

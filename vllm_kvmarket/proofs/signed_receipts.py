@@ -30,7 +30,6 @@ import msgspec
 from vllm_kvmarket.auth.signing_keys import (
     PublicKey,
     SigningKey,
-    SigningKeys,
     decode_base64url,
     encode_base64url,
 )
@@ -122,7 +121,7 @@ def signed_receipt(market: Market, receipt_id: str) -> SignedReceipt:
     Raises NotFoundError, LedgerError, ConfigError; ProofError when the ledger was rolled back.
     """
     receipt = market.receipt(receipt_id)
-    log = TransparencyLog(market.ledger, market.home)
+    log = TransparencyLog.of(market)
     try:
         digest = market.catalogue.get(receipt.document_id).chunk_keys[-1].hex()
     except (NotFoundError, IndexError):
@@ -130,7 +129,7 @@ def signed_receipt(market: Market, receipt_id: str) -> SignedReceipt:
     currency = market.ledger.account(receipt.account).currency
     transfers = tuple(log.cover(receipt.transfer_ids))
     payload = Payload.of(Sale(receipt, digest, currency, transfers, log.origin))
-    key = SigningKeys(market.home).current()
+    key = market.signing_keys.current()
     return SignedReceipt(payload, key.kid, sign(payload, key))
 
 

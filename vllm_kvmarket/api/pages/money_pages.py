@@ -12,7 +12,6 @@ from vllm_kvmarket.api.errors import ApiError, not_found
 from vllm_kvmarket.api.models import WHOLE_ACCOUNT
 from vllm_kvmarket.api.pages.page import HEADERS, PageRoute, Visitor, VisitorOf
 from vllm_kvmarket.api.paging import After, receipts_page, transfers_page
-from vllm_kvmarket.auth.signing_keys import SigningKeys
 from vllm_kvmarket.core.errors import KVMarketError, NotFoundError
 from vllm_kvmarket.ledger import Account, Ledger, Receipt, Transfer
 from vllm_kvmarket.market.market import Market
@@ -156,11 +155,11 @@ def prove(market: Market, receipt: Receipt) -> Proof:
     kid, text, index, size = "", "", None, None
     try:
         text = signed_receipt(market, receipt.id).jws
-        keys = SigningKeys(market.home).public_keys()
+        keys = market.signing_keys.public_keys()
         checked = verify(text, keys)
         kid = checked.kid
         if receipt.transfer_ids:
-            found = TransparencyLog(market.ledger, market.home).prove(receipt.transfer_ids[0])
+            found = TransparencyLog.of(market).prove(receipt.transfer_ids[0])
             verify_with_proof(checked, found, keys)
             index, size = found.index, found.checkpoint.size
     except (ProofError, KVMarketError, OSError) as error:

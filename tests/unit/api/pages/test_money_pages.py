@@ -85,7 +85,7 @@ def test_a_receipt_that_does_not_hold_is_called_so(server, monkeypatch):
     assert "valid" in text_in(visitor.get("/money/receipt", id=sold.id), "verified")
     foreign = SigningKeys(server.market.home / "elsewhere")
     foreign.current()
-    monkeypatch.setattr(money_pages, "SigningKeys", lambda _: foreign)
+    monkeypatch.setattr(server.market.signing_keys, "public_keys", foreign.public_keys)
     page = visitor.get("/money/receipt", id=sold.id)
     assert page.status_code == 200 and "does not verify" in text_in(page, "verified")
 

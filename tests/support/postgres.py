@@ -39,9 +39,12 @@ def needed_binaries() -> Path:
 
 
 class PostgreSQL:
-    """One server with its own folder; `url` reaches it over loopback, `local_url` over a socket."""
+    """One server with its own folder; `url` reaches it over loopback, `local_url` over a socket.
 
-    def __init__(self, programs: Path) -> None:
+    With `primary`, which must run, it is a hot standby of that one.
+    """
+
+    def __init__(self, programs: Path, primary: PostgreSQL | None = None) -> None:
         self._programs = programs
         # Not pytest's folder: that is closed to the user that the server runs as.
         self.folder = Path(tempfile.mkdtemp(prefix="kvmarket-pg-"))
@@ -51,10 +54,16 @@ class PostgreSQL:
         self._user = "postgres" if os.getuid() == 0 else None
         if self._user:
             os.chown(self.folder, pwd.getpwnam(self._user).pw_uid, -1)
-        self._run(
-            "initdb", "-D", str(self._data), "-U", "market", "-A", "trust", "-E", "UTF8", "-N",
-            "--locale=C",
-        )  # fmt: skip
+        if primary is not None:
+            self._run(
+                "pg_basebackup", "-D", str(self._data), "-R", "--checkpoint=fast",
+                "-d", primary.url("postgres"),
+            )  # fmt: skip
+        else:
+            self._run(
+                "initdb", "-D", str(self._data), "-U", "market", "-A", "trust", "-E", "UTF8", "-N",
+                "--locale=C",
+            )  # fmt: skip
         with socket.socket() as chosen:
             chosen.bind(("127.0.0.1", 0))
             self.port = chosen.getsockname()[1]
@@ -76,14 +85,14 @@ class PostgreSQL:
         )
         assert done.returncode == 0, done.stderr
 
-    def start(self) -> None:
-        """Start, and wait until it lets clients in."""
+    def start(self, *options: str) -> None:
+        """Start with options like `-c fsync=off`, and wait until it lets clients in."""
         log = (self.folder / "log").open("ab")
         self._process = subprocess.Popen(
             [
                 str(self._programs / "postgres"), "-D", str(self._data), "-p", str(self.port),
                 "-c", "listen_addresses=127.0.0.1", "-c", f"unix_socket_directories={self.folder}",
-                "-c", "max_connections=60", "-c", "shared_buffers=32MB",
+                "-c", "max_connections=60", "-c", "shared_buffers=32MB", *options,
             ],
             stdout=log,
             stderr=log,
@@ -107,6 +116,22 @@ class PostgreSQL:
             self._process.send_signal(how)
             self._process.wait(timeout=START_S)
             self._process = None
+
+    def wait_for_standby(self) -> None:
+        """From now on confirm only what a standby has on its disk; it follows on return."""
+        with psycopg.connect(self.url("postgres"), autocommit=True) as db:
+            db.execute("ALTER SYSTEM SET synchronous_standby_names = '*'")
+            db.execute("SELECT pg_reload_conf()")
+            deadline = time.monotonic() + START_S
+            state = "SELECT 1 FROM pg_stat_replication WHERE sync_state = 'sync'"
+            while not db.execute(state).fetchall():
+                assert time.monotonic() < deadline, (self.folder / "log").read_text()
+                time.sleep(0.05)
+
+    def promote(self) -> None:
+        """Make a standby the primary; it takes writes on return."""
+        with psycopg.connect(self.url("postgres"), autocommit=True) as db:
+            assert db.execute("SELECT pg_promote()").fetchone() == (True,)
 
     def close(self) -> None:
         """Stop for good, without a last checkpoint; nothing is left."""

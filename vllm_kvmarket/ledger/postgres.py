@@ -69,6 +69,7 @@ CONNECTION: dict[str, Any] = {
     "keepalives_count": 3,
     "tcp_user_timeout": 10_000,
     "application_name": "kvmarket-ledger",
+    "target_session_attrs": "read-write",
 }
 # Durable whatever the server's default is.
 SETTINGS = "SET synchronous_commit = on"

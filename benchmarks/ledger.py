@@ -9,6 +9,9 @@ settlement (a post, the royalty, the receipt; one transaction). So many pairs ar
 at which the same disk syncs an appended page, measured in the same run: without group commit, no
 ledger is faster than half of it.
 
+Then 1 to 32 client processes share one PostgreSQL, each an engine: as fast as they can, which fills
+the machine's cores, and at a fixed rate of requests that come at random moments, as an engine's do.
+
 Without --postgres a server is started from the programs on this machine, if there are any. Writes
 docs/results/ledger.json. Measure on a quiet machine; medians of the repeats are shown.
 """
@@ -16,19 +19,22 @@ docs/results/ledger.json. Measure on a quiet machine; medians of the repeats are
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import math
 import multiprocessing
 import os
 import queue
+import random
 import statistics
 import tempfile
 import time
 from collections.abc import Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from benchmarks.machine import describe_machine
 from vllm_kvmarket.ledger import Ledger, Operation, Receipt, Result, pending, plain, post
@@ -36,6 +42,7 @@ from vllm_kvmarket.ledger import Ledger, Operation, Receipt, Result, pending, pl
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "docs" / "results" / "ledger.json"
 IN_FLIGHT = (1, 8, 64, 512)
+CLIENTS = (1, 4, 12, 32)
 CLIENT_IN_FLIGHT = 8
 CALLBACK_REQUESTS_PER_S = 200
 FUNDS = 10**15
@@ -191,40 +198,141 @@ def measure_pairs(
     }
 
 
-def _client(place: str, buyer: str, pairs: int, start: Any, results: Any) -> None:
+class PacedLoad:
+    """An engine's requests at random moments, whatever the ledger does meanwhile.
+
+    A reservation's time runs from when it was due, so that nobody's lateness is left out.
+    """
+
+    def __init__(self, ledger: Ledger, buyer: str) -> None:
+        self._ledger = ledger
+        self._buyer = buyer
+        self._reserved: queue.SimpleQueue[str] = queue.SimpleQueue()
+        self.reserve_s: list[float] = []
+        self.settle_s: list[float] = []
+
+    def run(self, rate_per_s: float, seconds: float) -> None:
+        """Make requests for some seconds; each is settled when a later one comes."""
+        chosen = random.Random(self._buyer)
+        due = time.perf_counter()
+        end, answers = due + seconds, []
+        for number in itertools.count():
+            due += chosen.expovariate(rate_per_s)
+            if due > end:
+                break
+            time.sleep(max(0.0, due - time.perf_counter()))
+            key = f"{os.getpid()}:paced:{number}"
+            asked = self._ledger.submit(reservation(key, self._buyer), patience_s=60)
+            asked.add_done_callback(partial(self._answered, key, due))
+            answers.append(asked)
+            while not self._reserved.empty():
+                operations, receipt = settlement(self._reserved.get(), self._buyer)
+                at_s = time.perf_counter()
+                asked = self._ledger.submit(operations, receipt=receipt)
+                asked.add_done_callback(partial(self._answered, "", at_s))
+                answers.append(asked)
+        assert all(answer.result()[0].outcome.good for answer in answers)
+
+    def _answered(self, key: str, at_s: float, _: Future[list[Result]]) -> None:
+        taken_s = time.perf_counter() - at_s
+        if key:
+            self.reserve_s.append(taken_s)
+            self._reserved.put(key)
+        else:
+            self.settle_s.append(taken_s)
+
+
+class ClientRun(NamedTuple):
+    """What one process saw: as fast as it could, then at a given rate."""
+
+    pairs_per_s: float
+    groups_per_s: float
+    reserve_s: list[float]
+    paced_reserve_s: list[float]
+    paced_settle_s: list[float]
+
+
+def _client(place: str, buyer: str, args: argparse.Namespace, start: Any, results: Any) -> None:
     """One engine's process, with a buyer of its own."""
     with Ledger.open(place) as ledger:
-        load = Load(ledger, pairs, bare=False, buyer=buyer)
+        groups: list[float] = []
+        ledger.on_commit(groups.append)
+        load = Load(ledger, args.pairs, bare=False, buyer=buyer)
         start.wait()
         rate = load.run(CLIENT_IN_FLIGHT)
-        results.put((rate, load.reserve_s))
+        groups_per_s = len(groups) * rate / args.pairs
+        start.wait()
+        paced = PacedLoad(ledger, buyer)
+        start.wait()
+        paced.run(args.rate, args.paced_seconds)
+        start.wait()
+        run = ClientRun(rate, groups_per_s, load.reserve_s, paced.reserve_s, paced.settle_s)
+        results.put(run)
 
 
-def measure_clients(new_place: Any, clients: int, pairs: int) -> dict[str, Any]:
-    """Pairs a second of several processes on one database, and how long reservations wait."""
+def measure_clients(new_place: Any, clients: int, args: argparse.Namespace) -> dict[str, Any]:
+    """Several processes on one database: pairs a second, and how long reservations wait.
+
+    First each keeps some pairs in flight: the machine is saturated, and waits are those of its
+    queue. Then each makes requests at an engine's rate, and `busy_cores` says what that takes.
+    """
     context, place = multiprocessing.get_context("spawn"), new_place()
     buyers = [f"buyer{number}" for number in range(clients)]
     with funded(place) as ledger:
         for buyer in buyers:
             ledger.create_account(buyer, "buyer")
             ledger.deposit(buyer, FUNDS, f"deposit {buyer}")
-    start, results = context.Barrier(clients), context.Queue()
+    start, results = context.Barrier(clients + 1), context.Queue()
     processes = [
-        context.Process(target=_client, args=(place, buyer, pairs, start, results))
+        context.Process(target=_client, args=(place, buyer, args, start, results))
         for buyer in buyers
     ]
     for process in processes:
         process.start()
-    answers = [results.get() for _ in processes]
+    for _ in range(3):  # all are there, all are through, all begin again
+        start.wait()
+    busy_s, started = busy_cpu_s(), time.perf_counter()
+    start.wait()
+    busy_cores = (busy_cpu_s() - busy_s) / (time.perf_counter() - started)
+    runs: list[ClientRun] = [results.get() for _ in processes]
     for process in processes:
         process.join()
-    waited = percentiles([each for _, reserve_s in answers for each in reserve_s], 1e-3)
-    rate = round(sum(rate for rate, _ in answers))
+    found = {
+        "clients": clients,
+        "pairs_per_s": round(sum(each.pairs_per_s for each in runs)),
+        "groups_per_s": round(sum(each.groups_per_s for each in runs)),
+        "reserve_ms": percentiles([s for each in runs for s in each.reserve_s], 1e-3),
+        "paced": {
+            "pairs_per_s_each": args.rate,
+            "pairs": sum(len(each.paced_reserve_s) for each in runs),
+            "busy_cores": round(busy_cores, 2),
+            "reserve_ms": percentiles([s for each in runs for s in each.paced_reserve_s], 1e-3),
+            "settle_ms": percentiles([s for each in runs for s in each.paced_settle_s], 1e-3),
+        },
+    }
+    show_clients(found)
+    return found
+
+
+def show_clients(found: dict[str, Any]) -> None:
+    """One line of the table."""
+    closed, paced = found["reserve_ms"], found["paced"]
     print(
-        f"  {clients:4} clients: {rate:7,} pairs/s, "
-        f"reserve p50 {waited['p50']}, p99 {waited['p99']} ms"
+        f"  {found['clients']:4} clients: {found['pairs_per_s']:7,} pairs/s in "
+        f"{found['groups_per_s']:,} groups, reserve p50 {closed['p50']}, p99 {closed['p99']} ms; "
+        f"at {paced['pairs_per_s_each']:g}/s each ({paced['busy_cores']} cores busy): "
+        f"p50 {paced['reserve_ms']['p50']}, p99 {paced['reserve_ms']['p99']} ms",
+        flush=True,
     )
-    return {"clients": clients, "pairs_per_s": rate, "reserve_ms": waited}
+
+
+def busy_cpu_s() -> float:
+    """CPU seconds that anybody used on this machine since it started."""
+    user, nice, system, _, _, *interrupts = (
+        Path("/proc/stat").read_text().split("\n")[0].split()[1:8]
+    )
+    ticks = sum(map(int, (user, nice, system, *interrupts)))
+    return ticks / os.sysconf("SC_CLK_TCK")
 
 
 def measure_callbacks(new_place: Any, seconds: float) -> dict[str, Any]:
@@ -348,6 +456,9 @@ def main() -> None:
     parser.add_argument(
         "--clients", type=int, nargs="+", help="only: so many processes on one PostgreSQL"
     )
+    parser.add_argument("--no-clients", action="store_true", help="one process alone")
+    parser.add_argument("--rate", type=float, default=10.0, help="pairs/s of a paced client")
+    parser.add_argument("--paced-seconds", type=float, default=20.0, help="of paced clients")
     parser.add_argument("--seconds", type=float, default=5.0, help="of paced callbacks")
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()))
     parser.add_argument("--output", type=Path, default=RESULTS)
@@ -355,7 +466,7 @@ def main() -> None:
     if args.clients:
         with postgres_places(args.postgres) as new_place:
             for clients in args.clients:
-                measure_clients(new_place, clients, args.pairs)
+                measure_clients(new_place, clients, args)
         return
     result: dict[str, Any] = {"machine": describe_machine(), "pairs_a_run": args.pairs}
     with tempfile.TemporaryDirectory(dir=args.folder, prefix="kvmarket-ledger-") as name:
@@ -368,6 +479,11 @@ def main() -> None:
             else:
                 print("PostgreSQL (synchronous_commit=on)")
                 result["postgres"] = measure_backend(new_place, args, folder)
+                if not args.no_clients:
+                    args.pairs = min(args.pairs, 1000)
+                    result["postgres"]["clients"] = [
+                        measure_clients(new_place, clients, args) for clients in CLIENTS
+                    ]
     for backend in ("sqlite", "postgres"):
         if backend in result:
             print(f"{backend}: raw fdatasync {result[backend]['fdatasync_per_s']:,}/s beside it")

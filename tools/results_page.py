@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from benchmarks.peer_systems import report
+from benchmarks.simulation.scaling import with_ledgers
 from tools.results_paper import (
     RESULTS,
     Result,
@@ -167,6 +168,60 @@ def ledger(found: Result) -> str:
 committed to disk before it counts.
 
 {table(head, rows)}
+{_clients(found.get("postgres", {}).get("clients", []))}"""
+
+
+def _clients(runs: list[Result]) -> str:
+    """Several processes on one ledger."""
+    if not runs:
+        return ""
+    rows = [
+        (
+            str(run["clients"]),
+            f"{run['pairs_per_s']:,}",
+            f"{run['groups_per_s']:,}",
+            f"{run['reserve_ms']['p99']:.1f}",
+            f"{run['paced']['pairs']:,}",
+            f"{run['paced']['busy_cores']:.2f}",
+            f"{run['paced']['reserve_ms']['p50']:.1f}",
+            f"{run['paced']['reserve_ms']['p99']:.1f}",
+        )
+        for run in runs
+    ]
+    head = (
+        "clients", "pairs/s", "groups/s", "p99 ms", "paced pairs", "cores busy", "p50 ms", "p99 ms",
+    )  # fmt: skip
+    rate = runs[0]["paced"]["pairs_per_s_each"]
+    return f"""
+Client processes on one PostgreSQL, each an engine. On the left each keeps eight pairs in flight, which fills both
+cores: waits are those of the queue for a core. On the right each makes {rate:g} requests a second at random moments,
+and a reservation's wait counts from when it was due.
+
+{table(head, rows)}
+"""
+
+
+def ledger_history(found: Result) -> str:
+    """A ledger with a long past."""
+    rows = []
+    for name, label in (("sqlite", "SQLite"), ("postgres", "PostgreSQL 15")):
+        if name in found:
+            drawn, check = found[name]["statement_ms"], found[name]["check"]
+            rows.append(
+                (
+                    label,
+                    *(f"{drawn[who]['p99']:.0f}" for who in ("buyer", "publisher", "provider")),
+                    f"{check['day_s']:.0f}",
+                    f"{check['whole_s']:.0f}" if "whole_s" in check else "-",
+                )
+            )
+    head = ("backend", "a buyer's, p99 ms", "a publisher's", "the provider's", "day, s", "all, s")
+    return f"""## A ledger with a long past
+
+`python -m benchmarks.ledger_history`: {found["transfers"]:,} transfers, a sale each second. Statements of one second
+(aim 100 ms), and checks of the books of the last day and from the start.
+
+{table(head, rows)}
 """
 
 
@@ -242,6 +297,7 @@ def simulation(found: Result) -> str:
     verdict = found["verdict"]
     behind = ", ".join(verdict["behind_lru_of_documents"]) or "nowhere"
     out = ", ".join(verdict["out_of_reach_even_with_known_rates"]) or "nowhere"
+    scaling = found["scaling"]["prefix-aware"]
     breaks = [
         (
             part["part"],
@@ -249,7 +305,9 @@ def simulation(found: Result) -> str:
             "-" if part["breaks_beyond_engines"] is None else f"{part['breaks_beyond_engines']:,}",
             part["then"],
         )
-        for part in found["scaling"]["prefix-aware"]["breaks"]
+        for part in with_ledgers(
+            scaling["breaks"], scaling["one_engine_of_ten"]["reads_per_s"], RESULTS
+        )
     ]
     head = (
         "workload, storage", "LRU", "S3-FIFO", "W-TinyLFU", "GDSF", "ours", "Belady",
@@ -307,6 +365,7 @@ FILES: dict[str, Callable[[Result], str]] = {
     "peers": peers,
     "store": store,
     "ledger": ledger,
+    "ledger_history": ledger_history,
     "catalogue": catalogue,
     "cdn_simulation": simulation,
     "soak": soak,

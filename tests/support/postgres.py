@@ -92,7 +92,7 @@ class PostgreSQL:
             [
                 str(self._programs / "postgres"), "-D", str(self._data), "-p", str(self.port),
                 "-c", "listen_addresses=127.0.0.1", "-c", f"unix_socket_directories={self.folder}",
-                "-c", "max_connections=60", "-c", "shared_buffers=32MB", *options,
+                "-c", "max_connections=200", "-c", "shared_buffers=32MB", *options,
             ],
             stdout=log,
             stderr=log,

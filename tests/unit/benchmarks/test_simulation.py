@@ -16,7 +16,14 @@ from benchmarks.simulation.fleet import Engine, replicated, simulate
 from benchmarks.simulation.limits import known_rates_share
 from benchmarks.simulation.reads import DAY_S, Population, Read, Workload, read_trace
 from benchmarks.simulation.replay import POLICIES, PUBLISHED, money, replay, store_of
-from benchmarks.simulation.scaling import Demand, breaking_points, measured_parts, table
+from benchmarks.simulation.scaling import (
+    Demand,
+    breaking_points,
+    ledger_parts,
+    measured_parts,
+    table,
+    with_ledgers,
+)
 from benchmarks.simulation.stores import NEVER, DocumentStore, following_reads
 from vllm_kvmarket.core.pricing import Tariff
 
@@ -246,3 +253,25 @@ def test_the_scaling_table_names_what_is_over(tmp_path):
     assert rows[10]["over"] == []
     assert rows[100]["over"] == ["ledger on SQLite"]
     assert rows[100]["run_then"].keys() == {"ledger on SQLite"}
+
+
+def test_a_ledger_on_postgresql_carries_what_its_groups_carry(tmp_path):
+    """Two groups a pair, of the number of clients that commit most; the results page has them."""
+    runs = [
+        {"clients": 1, "pairs_per_s": 1500, "groups_per_s": 400},
+        {"clients": 12, "pairs_per_s": 1400, "groups_per_s": 1000},
+    ]
+    measured = {"postgres": {"clients": runs, "pairs": []}}
+    (tmp_path / "ledger.json").write_text(json.dumps(measured))
+    (part,) = [each for each in ledger_parts(measured) if each.name == "ledger on PostgreSQL"]
+    assert part.capacity == 500
+    assert "12 clients, two a pair" in part.source
+    points = [
+        {"part": "ledger on PostgreSQL", "capacity": 350, "breaks_beyond_engines": 100},
+        {"part": "disk", "capacity": 7, "breaks_beyond_engines": 120},
+    ]
+    newer = with_ledgers(points, 2.5, tmp_path)
+    assert [(each["part"], each["breaks_beyond_engines"]) for each in newer] == [
+        ("disk", 120),
+        ("ledger on PostgreSQL", 200),
+    ]

@@ -23,6 +23,7 @@ from vllm_kvmarket.auth.api_keys import Keys, KeysUnavailableError
 from vllm_kvmarket.auth.sealed_secret import KEY_VARIABLE
 from vllm_kvmarket.cli import main
 from vllm_kvmarket.core.errors import BundleError, KVMarketError, ProofError, UnavailableError
+from vllm_kvmarket.ledger import pending, post
 from vllm_kvmarket.market.garbage_collection import purge, release_leftovers
 from vllm_kvmarket.proofs import signed_receipt, verify
 
@@ -164,6 +165,12 @@ def test_engines_need_no_right_to_make_tables(runtime, tmp_path):
         market.catalogue.delist(store(market, 2).document_id)
         market.create_account("buyer")
         market.deposit("buyer", 1_000, "payment")
+        pair = {"debit": "buyer", "credit": "provider", "code": "hold"}
+        market.ledger.transact(pending(id="h", amount_nano=9, timeout_s=9, **pair))
+        market.ledger.transact(post(id="p", pending_id="h", amount_nano=5))
+        assert market.ledger.account("buyer").available_nano == 995
+        assert len(market.ledger.transfers_after(0, 9)) == len(market.ledger.transfers())
+        assert market.ledger.moved_before("buyer", 1e11) == 995
         release_leftovers(market)
         purge(market, [each.document_id for each in market.catalogue.listings("delisted")])
         assert market.catalogue.check_integrity() == []
@@ -184,8 +191,19 @@ def test_engines_need_no_right_to_make_tables(runtime, tmp_path):
         "TRUNCATE kvmarket.listing CASCADE",
         "DELETE FROM kvmarket.listing",
         "UPDATE kvmarket.transfer SET amount_nano = 0",
+        "INSERT INTO kvmarket.transfer (sequence) VALUES (1)",
         "DELETE FROM kvmarket.receipt",
         "DELETE FROM kvmarket.account",
+        "UPDATE kvmarket.account SET credits_posted = 9",
+        "INSERT INTO kvmarket.account (id, credits_posted) VALUES ('x', 9)",
+        "UPDATE kvmarket.balance_part SET credits_posted = 9",
+        "INSERT INTO kvmarket.balance_part VALUES ('x', 0, 0, 0, 0, 9, 0)",
+        "INSERT INTO kvmarket.log_leaf VALUES (1, 1)",
+        "UPDATE kvmarket.log_leaf SET number = 1",
+        "DELETE FROM kvmarket.log_leaf",
+        "UPDATE kvmarket.numbering SET leaves = 0",
+        "UPDATE kvmarket.period_sum SET moved_nano = 0",
+        "DELETE FROM kvmarket.clock",
         "DELETE FROM kvmarket.api_key",
         "UPDATE kvmarket.admin_log SET actor = 'x'",
         "DELETE FROM kvmarket.revoked_key",

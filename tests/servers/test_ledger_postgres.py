@@ -12,6 +12,7 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
+from dataclasses import replace
 
 import msgspec
 import pytest
@@ -22,10 +23,12 @@ from tests.support.ledger_keeping import *  # noqa: F403
 from tests.support.ledger_processes import *  # noqa: F403
 from tests.support.ledger_processes import writer
 from vllm_kvmarket import LedgerError
-from vllm_kvmarket.ledger import Ledger, Outcome, plain, post, postgres_schema
+from vllm_kvmarket.ledger import Ledger, Outcome, plain, post
+from vllm_kvmarket.ledger.model import digest_of, encode_receipt
 
 psycopg = pytest.importorskip("psycopg", reason="pip install vllm-kvmarket[postgres]")
 from tests.support.postgres import running_postgres  # noqa: E402  # needs psycopg
+from vllm_kvmarket.core import postgres_database  # noqa: E402  # needs psycopg
 from vllm_kvmarket.ledger import postgres  # noqa: E402  # needs psycopg
 
 
@@ -136,6 +139,42 @@ def test_a_leaf_of_a_writer_who_was_slow_comes_last(ledger, place):
     found = [each.id for each in ledger.transfers_after(before, 99)]
     assert found == ["h0", "h1", "h2", "t1", "h3"]
     assert ledger.check_integrity() == []
+
+
+def test_a_check_goes_on_over_what_was_booked_late(ledger, place):
+    """A receipt that had its number early and was committed late is found with its charge."""
+    _, audited = ledger.audit()
+    late = msgspec.structs.replace(receipt("kvr_late", 5, "t1"), created_at_s=1.0)
+    row = {key: getattr(late, key) for key in ("id", "request_id", "account", "document_id")}
+    row |= {"charge_nano": 5, "body": encode_receipt(late).decode()}
+    changes = json.loads(booking(1, credit="provider", debit="alice"))
+    changes["transfers"][0] |= {"code": "owed", "receipt_digest": digest_of(late)}
+    with psycopg.connect(place) as slow:
+        slow.execute("SELECT kvmarket.book(%s)", (json.dumps(changes | {"receipts": [row]}),))
+        for number in range(3):
+            sold = [
+                hold(f"h{number}", 5),
+                post(id=f"p{number}", pending_id=f"h{number}", amount_nano=5),
+            ]
+            ledger.submit(sold, receipt=receipt(f"kvr_{number}", 5, f"p{number}")).result()
+            problems, audited = ledger.audit(audited)
+            assert problems == []
+        slow.commit()
+    problems, audited = ledger.audit(audited)
+    assert (problems, audited.receipts, audited.size) == ([], 4, 8)
+    assert ledger.audit() == ([], audited)
+
+
+def test_a_check_counts_what_has_no_number_yet(ledger, place):
+    """It is in the balances, which are compared with all transfers of one moment."""
+    _, audited = ledger.audit()
+    with psycopg.connect(place) as slow:
+        slow.execute("SELECT kvmarket.book(%s)", (booking(1),))
+        ledger.submit([hold("h", 1)]).result()
+        slow.commit()
+    rest = ledger._storage.everything(audited.size, audited.last_receipt)
+    assert [each.id for each in rest.transfers] == ["t1", "h"]
+    assert ledger.audit(audited)[0] == []
 
 
 def test_credits_wait_for_nobody(ledger, place):
@@ -272,11 +311,10 @@ def test_a_role_that_may_make_nothing_uses_tables_that_are_there(server, place):
 
 def test_books_of_an_older_version_keep_balances_and_places_in_the_log(place, by_hand):
     """Where writers took turns: balances were in the accounts' rows, sequences had no gaps."""
-    with psycopg.connect(place) as db:
-        db.execute(postgres_schema.VERSION_TABLE)
-        for migration in postgres_schema.MIGRATIONS[:2]:
-            db.execute(migration)
-        db.execute("INSERT INTO kvmarket.schema_version VALUES ('ledger', 2)")
+    with postgres_database.connect(place) as db:
+        postgres_database.migrate(
+            db, replace(postgres.ROOM, migrations=postgres.ROOM.migrations[:2])
+        )
     by_hand(
         """INSERT INTO account VALUES ('world', 'world', true, 'USD', 0, 0, 100, 0),
             ('alice', 'buyer', false, 'USD', 60, 0, 0, 100),
@@ -309,7 +347,7 @@ def test_many_processes_open_a_new_database_at_once(place):
 def test_opening_waits_for_the_process_that_makes_the_tables(place):
     """For longer than a group waits for an account."""
     with psycopg.connect(place) as other, ThreadPoolExecutor(1) as pool:
-        other.execute("SELECT pg_advisory_xact_lock(%s)", (postgres.SCHEMA_LOCK,))
+        other.execute("SELECT pg_advisory_xact_lock(%s)", (postgres_database.SCHEMA_LOCK,))
         opening = pool.submit(Ledger.open, place)
         assert wait([opening], timeout=1.0).done == set()
         other.commit()

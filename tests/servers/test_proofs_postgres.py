@@ -12,6 +12,7 @@ from vllm_kvmarket.proofs import (
     TransparencyLog,
     backup,
     check_ledger,
+    check_new,
     read_inclusion,
     restore,
 )
@@ -30,12 +31,12 @@ def url(server):
     return server.create_database(f"proofs-{fresh_number()}")
 
 
-def fill(ledger, count):
+def fill(ledger, count, prefix="h"):
     for number in range(count):
-        held = f"h{number}"
+        held = f"{prefix}{number}"
         sold = msgspec.structs.replace(hold(held, 3), code="reuse")
         charge = post(id=f"{held}:post", pending_id=held, amount_nano=2)
-        ledger.submit([sold, charge], receipt=receipt(f"kvr_{number}", 2, charge.id)).result()
+        ledger.submit([sold, charge], receipt=receipt(f"kvr_{held}", 2, charge.id)).result()
 
 
 def test_the_log_is_the_same_on_every_database(url, tmp_path):
@@ -49,6 +50,10 @@ def test_the_log_is_the_same_on_every_database(url, tmp_path):
             assert checkpoint.size == 41
             roots.append(checkpoint.root)
             assert check_ledger(ledger, home).ok
+            assert check_new(ledger, home).ok
+            fill(ledger, 3, "more")
+            report = check_new(ledger, home)
+            assert (report.ok, report.since) == (True, report.transfers - 6)
     assert roots[0] == roots[1]
 
 

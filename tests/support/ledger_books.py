@@ -11,7 +11,7 @@ from vllm_kvmarket.ledger import Account, Ledger, Receipt, Transfer, pending
 from vllm_kvmarket.ledger.integrity import problems
 from vllm_kvmarket.ledger.ledger import storage_of
 from vllm_kvmarket.ledger.rules import ENDS, apply
-from vllm_kvmarket.ledger.storage import Batch, Everything, apply_group, wanted
+from vllm_kvmarket.ledger.storage import Batch, Everything, NumberedReceipt, apply_group, wanted
 from vllm_kvmarket.ledger.working_set import Found, GroupBooks
 
 NANO = 1_000_000_000
@@ -66,7 +66,8 @@ class MemoryBooks:
 
     def problems(self, receipts=()):
         accounts, transfers = list(self.accounts.values()), list(self.transfers.values())
-        return problems(Everything(accounts, transfers, list(receipts), self.open_holds()))
+        numbered = [NumberedReceipt(number, each) for number, each in enumerate(receipts, 1)]
+        return problems(Everything(accounts, transfers, numbered, self.open_holds()))
 
     def close(self):
         pass

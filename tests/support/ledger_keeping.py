@@ -10,7 +10,8 @@ import pytest
 from tests.support import ledger_model
 from tests.support.ledger_books import NANO, StoredBooks, hold, receipt
 from vllm_kvmarket import LedgerError
-from vllm_kvmarket.ledger import Ledger, Outcome, plain, void
+from vllm_kvmarket.ledger import Ledger, Outcome, plain, post, void
+from vllm_kvmarket.ledger.model import TURN_NANO
 
 
 def insert(values):
@@ -158,3 +159,40 @@ def test_a_caller_cannot_take_a_submitted_batch_back(ledger, held_up):
 def test_any_history_agrees_with_a_naive_model(new_place):
     """Outcomes, balances, holds and the audit, over batches, retries, renewals and waiting."""
     ledger_model.run(lambda *accounts: StoredBooks(new_place(), *accounts), histories=12)
+
+
+def test_an_account_turns_over_more_than_64_bits(ledger):
+    """What bounds it is what it has; both sums are shown less what they have in common."""
+    for number in range(6):
+        for name, debit, credit in (
+            ("in", "world", "alice"),
+            ("sold", "alice", "provider"),
+            ("out", "provider", "world"),
+        ):
+            moved = {"debit": debit, "credit": credit, "amount_nano": TURN_NANO, "code": "x"}
+            ledger.transact(plain(id=f"{name}{number}", **moved))
+        ledger.transact(hold(f"h{number}", NANO), void(id=f"v{number}", pending_id=f"h{number}"))
+    assert (ledger.account("alice").balance_nano, ledger.account("provider").balance_nano) == (
+        NANO,
+        0,
+    )
+    assert ledger.account("world").balance_nano == -NANO
+    assert max(each.credits_posted for each in ledger.accounts()) <= TURN_NANO
+    assert ledger.check_integrity() == []
+
+
+def test_a_retry_of_what_would_be_refused_now_has_taken_effect(ledger):
+    """Ids are looked up before anything is refused, among others that are new."""
+    assert ledger.submit([hold("all", NANO)]).result()[0].outcome is Outcome.OK
+    spent = ledger.submit([hold("all", NANO), hold("more", 1)], linked=False).result()
+    assert [each.outcome for each in spent] == [Outcome.EXISTS, Outcome.EXCEEDS_CREDITS]
+    ended = post(id="p", pending_id="all", amount_nano=NANO)
+    for outcome in (Outcome.OK, Outcome.EXISTS):
+        assert ledger.submit([ended]).result()[0].outcome is outcome
+    again = [
+        hold("all", NANO),
+        plain(id="d2", debit="world", credit="pat", amount_nano=1, code="x"),
+    ]
+    assert [each.outcome for each in ledger.submit(again).result()] == [Outcome.EXISTS, Outcome.OK]
+    assert ledger.account("pat").balance_nano == 1
+    assert ledger.check_integrity() == []

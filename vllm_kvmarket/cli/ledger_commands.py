@@ -190,23 +190,29 @@ def _show_ledger(where: Console, document: dict[str, Any]) -> None:
         help="also check this checkpoint from earlier; may be repeated",
     ),
     argument(
+        "--from-the-start",
+        action="store_true",
+        help="also what was checked before (default: what was booked since the last check)",
+    ),
+    argument(
         "--backup", metavar="FOLDER", type=Path, help="check this backup instead of the market"
     ),
 )
 def ledger_check(args: argparse.Namespace) -> int:
-    """Recompute every balance and signed root from the transfers."""
+    """Recompute balances and signed roots from the transfers since the last check."""
     given = [read_text(path) for path in args.checkpoint]
     if args.backup:
         report = proofs.check_backup(args.backup, given)
     else:
         with open_market(args) as market, progress() as bar:
             task = bar.add_task("hashing transfers", total=None, note="")
-            report = proofs.check_ledger(
+            report = proofs.check_new(
                 market.ledger,
                 market.home,
                 given,
                 lambda done: bar.update(task, note=str(done)),
                 keys=market.signing_keys,
+                from_the_start=args.from_the_start,
             )
     emit(args, msgspec.to_builtins(report), lambda where: show_check(where, report))
     return 0 if report.ok else 1
@@ -221,6 +227,8 @@ def show_check(where: Console, report: proofs.LedgerCheck) -> None:
         f"transfers, {report.receipts} receipts, {report.checkpoints} checkpoints, "
         f"{len(report.problems)} problems"
     )
+    if report.since:
+        where.print(f"the first {report.since} transfers were checked before")
     for currency, debits in report.debits_nano.items():
         credits_ = report.credits_nano[currency]
         where.print(f"{currency}: debits {format_nano(debits)}, credits {format_nano(credits_)}")

@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 import threading
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import lru_cache
 from typing import Any
@@ -36,6 +36,9 @@ OPTIONS: dict[str, Any] = {
     "application_name": "kvmarket",
     # Of several hosts, the one that takes writes: after a failover, the standby that was promoted.
     "target_session_attrs": "read-write",
+    # Puts values into statements on this side. Where the server binds them, it has to guess the
+    # type of each, and does not for `? IS NULL`.
+    "cursor_factory": psycopg.ClientCursor,
 }
 # Durable whatever the server's default is. A client that stalls inside a transaction (a stopped
 # process, a lost network) holds the others up no longer than this: the server rolls it back.
@@ -43,15 +46,22 @@ SETTINGS = (
     "SET search_path = kvmarket; SET synchronous_commit = on; "
     "SET idle_in_transaction_session_timeout = '10s'"
 )
+# An account's id may be "updated" so that its row can be locked; a trigger keeps the id. Balances,
+# places in the log and sums change by the ledger's own functions only.
 _GRANTS = """
 REVOKE ALL ON ALL TABLES IN SCHEMA kvmarket FROM {role};
 GRANT USAGE ON SCHEMA kvmarket TO {role};
 GRANT SELECT, INSERT, UPDATE, DELETE ON ALL TABLES IN SCHEMA kvmarket TO {role};
-REVOKE INSERT, UPDATE, DELETE ON kvmarket.schema_version FROM {role};
-REVOKE UPDATE, DELETE ON kvmarket.transfer, kvmarket.receipt, kvmarket.receipt_line,
-    kvmarket.admin_log, kvmarket.first_offer, kvmarket.audit, kvmarket.revoked_key FROM {role};
-REVOKE DELETE ON kvmarket.account, kvmarket.catalogue, kvmarket.listing,
-    kvmarket.api_key, kvmarket.api_key_revision, kvmarket.signing_key FROM {role}
+REVOKE INSERT, UPDATE, DELETE ON kvmarket.schema_version, kvmarket.account, kvmarket.transfer,
+    kvmarket.balance_part, kvmarket.log_leaf, kvmarket.numbering, kvmarket.period_sum FROM {role};
+GRANT INSERT (id, kind, may_go_negative, currency), UPDATE (id) ON kvmarket.account TO {role};
+GRANT INSERT (id, kind, debit, credit, amount_nano, pending_id, timeout_s, code, user_data,
+    receipt_digest, created_at_s) ON kvmarket.transfer TO {role};
+REVOKE UPDATE, DELETE ON kvmarket.receipt, kvmarket.receipt_line, kvmarket.admin_log,
+    kvmarket.first_offer, kvmarket.audit, kvmarket.revoked_key FROM {role};
+REVOKE INSERT, DELETE ON kvmarket.clock FROM {role};
+REVOKE DELETE ON kvmarket.catalogue, kvmarket.listing, kvmarket.api_key,
+    kvmarket.api_key_revision, kvmarket.signing_key FROM {role}
 """
 _BEGIN_READING = "BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY"
 # Only one process at a time makes tables; the number is arbitrary.
@@ -121,12 +131,9 @@ class PostgresConnection:
             cursor.executemany(translated(statement), bindings)
 
 
-def connect(url: str) -> psycopg.Connection[Any]:
-    """Open a connection without a transaction; values are put into statements on this side.
-
-    Where the server binds them, it has to guess the type of each, and does not for `? IS NULL`.
-    """
-    raw = psycopg.connect(url, autocommit=True, cursor_factory=psycopg.ClientCursor, **OPTIONS)
+def connect(url: str, options: Mapping[str, Any] = OPTIONS) -> psycopg.Connection[Any]:
+    """Open a connection without a transaction."""
+    raw = psycopg.connect(url, autocommit=True, **options)
     raw.execute(SETTINGS)
     return raw
 
@@ -143,6 +150,7 @@ def migrate(raw: psycopg.Connection[Any], room: Room) -> None:
     Who may not make tables can use those that are there.
     """
     with raw.transaction():
+        raw.execute("SET LOCAL lock_timeout = '60s'")  # many may open at once
         raw.execute("SELECT pg_advisory_xact_lock(%s)", (SCHEMA_LOCK,))
         version = _version(raw, room.name)
         newest = len(room.migrations)

@@ -22,6 +22,7 @@ from vllm_kvmarket.core.errors import (
 )
 from vllm_kvmarket.ledger import integrity
 from vllm_kvmarket.ledger.group_commit import Writer
+from vllm_kvmarket.ledger.integrity import Audited
 from vllm_kvmarket.ledger.model import (
     ACCOUNT_ID,
     CURRENCY,
@@ -476,7 +477,15 @@ class Ledger:
         """Every problem of the books, in words; none when debits equal credits, every balance and
         hold follows from the transfers, and receipts, charges and royalties agree.
         """
-        return integrity.problems(self._reader().everything())
+        return self.audit()[0]
+
+    def audit(
+        self,
+        start: Audited | None = None,
+        on_page: Callable[[Sequence[Transfer]], object] | None = None,
+    ) -> tuple[list[str], Audited]:
+        """Check the books behind `start`; see integrity.audit."""
+        return integrity.audit(self._reader(), start, on_page)
 
     def _reader(self) -> Storage:
         if foreign := self._foreign():

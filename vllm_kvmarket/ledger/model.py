@@ -12,6 +12,7 @@ import msgspec
 from vllm_kvmarket.auth.operator_tokens import ACCOUNT_PATTERN
 
 INT64_MAX = 2**63 - 1
+TURN_NANO = 2**62
 # Room for the keys that name a request, and below what PostgreSQL can keep in an index.
 MAX_ID_LENGTH = 512
 MAX_PENDING_ID_LENGTH = 448  # renewals and the expiry append to it
@@ -76,7 +77,8 @@ class Account(msgspec.Struct, frozen=True, gc=False):
     """An account and its balances, in nano-units of its currency.
 
     `late_nano` is the part of `debits_posted` that was booked after its hold had expired: only
-    these debits may exceed the account's funds.
+    these debits may exceed the account's funds. Both posted sums are counted less whole TURN_NANO
+    that they have in common, so that 64 bits bound what an account has, and not its turnover.
     """
 
     id: str
@@ -103,6 +105,12 @@ class Account(msgspec.Struct, frozen=True, gc=False):
     def debt_nano(self) -> int:
         """What the account owes for late settlements; the next deposits pay it."""
         return 0 if self.may_go_negative else max(0, -self.balance_nano)
+
+
+def turned(debits: int, credits: int) -> tuple[int, int]:
+    """An account's posted sums, less the whole TURN_NANO that they have in common."""
+    common = min(debits, credits) // TURN_NANO * TURN_NANO
+    return debits - common, credits - common
 
 
 class Operation(msgspec.Struct, frozen=True, gc=False):

@@ -17,7 +17,7 @@ from typing import Any
 
 import msgspec
 
-from vllm_kvmarket.core import sqlite
+from vllm_kvmarket.core.database import Room
 from vllm_kvmarket.core.errors import LedgerError, LedgerUnavailableError
 from vllm_kvmarket.ledger import postgres_schema
 from vllm_kvmarket.ledger.group_commit import malformed, unavailable
@@ -38,6 +38,7 @@ from vllm_kvmarket.ledger.storage import (
     Everything,
     KeyedRequest,
     NewReceipt,
+    NumberedReceipt,
     RowsHeldError,
     apply_group,
     storable,
@@ -51,6 +52,7 @@ try:
     from psycopg import sql
     from psycopg.rows import scalar_row
 
+    from vllm_kvmarket.core import postgres_database as database
     from vllm_kvmarket.ledger import postgres_queries as queries
 except ImportError as missing:
     raise LedgerError(
@@ -58,26 +60,18 @@ except ImportError as missing:
         "install it with `pip install vllm-kvmarket[postgres]`"
     ) from missing
 
-ROOM = "ledger"
+ROOM = Room("ledger", postgres_schema.MIGRATIONS, LedgerUnavailableError)
 READERS = 8
 READ_TIMEOUT_S = 5.0
-# A server that is gone without a word is noticed within seconds, not after the kernel's hours.
-CONNECTION: dict[str, Any] = {
-    "connect_timeout": 5,
-    "keepalives_idle": 5,
-    "keepalives_interval": 2,
-    "keepalives_count": 3,
-    "tcp_user_timeout": 10_000,
+OPTIONS = database.OPTIONS | {
     "application_name": "kvmarket-ledger",
-    "target_session_attrs": "read-write",
+    "cursor_factory": psycopg.Cursor,
 }
-# Durable whatever the server's default is.
-SETTINGS = "SET synchronous_commit = on"
 # Behind a lock each statement must see what was committed. A writer that stalls between its two
 # calls (a stopped process, a lost network) keeps its locks no longer than this: the server rolls it
 # back. The last statement gives the writer balance rows that nobody else uses, or shared ones.
 WRITERS = 64
-WRITER_SETTINGS = f"""{SETTINGS};
+WRITER_SETTINGS = f"""
 SET default_transaction_isolation = 'read committed';
 SET idle_in_transaction_session_timeout = '2s';
 SET lock_timeout = '300ms';
@@ -92,8 +86,6 @@ RACES = (
     psycopg.errors.SerializationFailure,
 )
 MOST_RACES = 5
-# Only one process at a time makes the tables; the number is arbitrary.
-SCHEMA_LOCK = 0x6B766D61726B6574
 
 
 class Request(Wanted, frozen=True):
@@ -128,21 +120,17 @@ class PostgresStorage:
 
     def __init__(self, url: str) -> None:
         self._url = url
-        self._place = _without_password(url)
+        self._place = database.without_password(url)
         self._writing: psycopg.Connection[Any] | None = None
         # Another writer keeps a lock for long: it is not waited for.
         self._skip_held = False
         self.funds = KnownFunds()
         with self._reported():
-            try:
-                with self._writer().transaction():
-                    _make_tables(self._writer())
-            except BaseException:
-                self._drop_writer()
-                raise
+            with database.connect(url, OPTIONS) as made:
+                database.migrate(made, ROOM)
             self._pool = psycopg_pool.ConnectionPool(
                 url,
-                kwargs={**CONNECTION, "autocommit": True},
+                kwargs={**OPTIONS, "autocommit": True},
                 configure=_configure,
                 min_size=0,
                 max_size=READERS,
@@ -231,7 +219,7 @@ class PostgresStorage:
 
     def _writer(self) -> psycopg.Connection[Any]:
         if self._writing is None:
-            self._writing = psycopg.connect(self._url, autocommit=True, **CONNECTION)
+            self._writing = database.connect(self._url, OPTIONS)
             self._writing.execute(WRITER_SETTINGS)
         return self._writing
 
@@ -286,9 +274,7 @@ class PostgresStorage:
             return queries.transfers(db, where, values).fetchall()
 
     def transfers_after(self, sequence: int, limit: int) -> list[Transfer]:
-        behind = sql.SQL(
-            "JOIN kvmarket.log_leaf USING (sequence) WHERE number > %s ORDER BY number LIMIT %s"
-        )
+        behind = sql.SQL(queries.NUMBERED)
         with self._reading() as db:
             found = queries.transfers(db, behind, (sequence, limit)).fetchall()
             if len(found) < limit and queries.number_leaves(db):
@@ -366,15 +352,22 @@ class PostgresStorage:
             assert row is not None
             return KeyedRequest(*row)
 
-    def everything(self) -> Everything:
+    def receipts_after(self, sequence: int, limit: int) -> list[NumberedReceipt]:
+        with self._reading() as db:
+            return queries.receipts_after(db, sequence, limit)
+
+    def everything(self, after: int = 0, receipts_after: int = 0) -> Everything:
         with self._reading() as db, db.transaction():
             # One snapshot for all that follows.
             db.execute("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ READ ONLY")
             dues = db.execute("SELECT pending_id, due_at_s FROM kvmarket.hold").fetchall()
             return Everything(
                 queries.accounts(db),
-                queries.transfers(db, sql.SQL(queries.IN_LOG_ORDER)).fetchall(),
-                queries.receipts(db, {}, None)[::-1],
+                [
+                    *queries.transfers(db, sql.SQL(queries.NUMBERED), (after, None)),
+                    *queries.transfers(db, sql.SQL(queries.UNNUMBERED)),
+                ],
+                queries.receipts_after(db, receipts_after, None),
                 dict(dues),
             )
 
@@ -398,7 +391,7 @@ class PostgresStorage:
 
 
 def _configure(db: psycopg.Connection[Any]) -> None:
-    db.execute(SETTINGS)
+    db.execute(database.SETTINGS)
 
 
 class _ProviderShortError(Exception):
@@ -459,31 +452,6 @@ def _is_away(error: Exception) -> bool:
     return isinstance(error, psycopg.Error) and not isinstance(error, refused)
 
 
-def _make_tables(db: psycopg.Connection[Any]) -> None:
-    """Make the tables where there are none, in one transaction; one process at a time."""
-    # Many may open at once, and a migration takes its time: a group's patience is too short here.
-    db.execute("SET LOCAL lock_timeout = '60s'")
-    db.execute("SELECT pg_advisory_xact_lock(%s)", (SCHEMA_LOCK,))
-    # Whoever may not make a schema can use one that is there.
-    made = db.execute("SELECT to_regclass('kvmarket.schema_version')").fetchone()
-    if made is None or made[0] is None:
-        db.execute(postgres_schema.VERSION_TABLE)
-    row = db.execute(
-        "SELECT version FROM kvmarket.schema_version WHERE room = %s", (ROOM,)
-    ).fetchone()
-    version = row[0] if row else 0
-    newest = len(postgres_schema.MIGRATIONS)
-    sqlite.refuse_newer(ROOM, version, newest)
-    for migration in postgres_schema.MIGRATIONS[version:]:
-        db.execute(sql.SQL(migration))
-    if version < newest:
-        db.execute(
-            "INSERT INTO kvmarket.schema_version VALUES (%s, %s) "
-            "ON CONFLICT (room) DO UPDATE SET version = excluded.version",
-            (ROOM, newest),
-        )
-
-
 def _receipt_row(new: NewReceipt) -> dict[str, Any]:
     receipt = new.receipt
     return {
@@ -494,9 +462,3 @@ def _receipt_row(new: NewReceipt) -> dict[str, Any]:
         "charge_nano": receipt.charge_nano,
         "body": new.body.decode(),
     }
-
-
-def _without_password(url: str) -> str:
-    """Where the database is, fit for a message."""
-    facts = psycopg.conninfo.conninfo_to_dict(url)
-    return f"{facts.get('dbname', '')} at {facts.get('host', 'the local socket')}"

@@ -12,14 +12,19 @@ from psycopg.rows import class_row
 
 from vllm_kvmarket.ledger.model import MOVES, Account, Receipt, Transfer
 from vllm_kvmarket.ledger.periods import HOUR_S, is_in, sequences
+from vllm_kvmarket.ledger.storage import NumberedReceipt
 
-# Those that have no number yet depend on what has one, and not the other way round.
-IN_LOG_ORDER = "LEFT JOIN kvmarket.log_leaf USING (sequence) ORDER BY number NULLS LAST, sequence"
+NUMBERED = "JOIN kvmarket.log_leaf USING (sequence) WHERE number > %s ORDER BY number LIMIT %s"
+# They depend on what has a number, and not the other way round.
+UNNUMBERED = """WHERE sequence > (SELECT complete FROM kvmarket.numbering) AND NOT EXISTS (
+    SELECT FROM kvmarket.log_leaf AS leaf WHERE leaf.sequence = transfer.sequence)
+    ORDER BY sequence"""
 TRANSFER_COLUMNS = ", ".join(
     "coalesce(pending_id, '') AS pending_id" if field == "pending_id" else field
     for field in Transfer.__struct_fields__
 )
 RECEIPT_TIME = "(body::json->>'created_at_s')::double precision"
+decode = msgspec.json.Decoder(Receipt).decode
 # A period: its beginning, and its end, which is no part of it; None is without that bound.
 Period = tuple[float | None, float | None]
 HALF = sql.SQL(
@@ -109,7 +114,19 @@ def receipts(
         "SELECT body FROM kvmarket.receipt WHERE {} ORDER BY sequence DESC LIMIT %s"
     ).format(sql.SQL(" AND ").join([sql.SQL("TRUE"), *conditions]))
     rows = db.execute(query, (*values, limit))
-    return [msgspec.json.decode(body, type=Receipt) for (body,) in rows]
+    return [decode(body) for (body,) in rows]
+
+
+def receipts_after(
+    db: psycopg.Connection[Any], sequence: int, limit: int | None
+) -> list[NumberedReceipt]:
+    """See storage.Storage."""
+    rows = db.execute(
+        "SELECT sequence, body FROM kvmarket.receipt WHERE sequence > %s "
+        "ORDER BY sequence LIMIT %s",
+        (sequence, limit),
+    )
+    return [NumberedReceipt(number, decode(body)) for number, body in rows]
 
 
 def moves(db: psycopg.Connection[Any], account: str, period: Period) -> list[Transfer]:
@@ -151,5 +168,5 @@ def receipts_booked(
         "WHERE sequence BETWEEN %(first)s AND %(last)s {} ORDER BY sequence"
     ).format(sql.SQL("" if account is None else OF_ACCOUNT_OR_DOCUMENTS))
     values = {"first": first, "last": last, "account": account, "documents": list(documents)}
-    found = [msgspec.json.decode(body, type=Receipt) for (body,) in db.execute(query, values)]
+    found = [decode(body) for (body,) in db.execute(query, values)]
     return [each for each in found if is_in(each, *period)]

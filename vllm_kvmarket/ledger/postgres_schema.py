@@ -5,15 +5,6 @@ The same rules stand in both databases' schemas; see sqlite.py for SQLite's.
 
 from __future__ import annotations
 
-# Two processes that open a new database at once: one of them makes the tables.
-VERSION_TABLE = """
-CREATE SCHEMA IF NOT EXISTS kvmarket;
-CREATE TABLE IF NOT EXISTS kvmarket.schema_version (
-    room text PRIMARY KEY,
-    version integer NOT NULL
-);
-"""
-
 TABLES = """
 CREATE TABLE kvmarket.account (
     id text COLLATE "C" PRIMARY KEY CHECK (length(id) BETWEEN 1 AND 128),
@@ -145,19 +136,6 @@ CREATE TABLE kvmarket.balance_part (
     late_nano numeric NOT NULL,
     PRIMARY KEY (account, writer)
 ) WITH (fillfactor = 50);
-CREATE VIEW kvmarket.balance AS
-    SELECT id, kind, may_go_negative, currency,
-        whole.debits_pending + coalesce(part.debits_pending, 0) AS debits_pending,
-        whole.credits_pending + coalesce(part.credits_pending, 0) AS credits_pending,
-        whole.debits_posted + coalesce(part.debits_posted, 0) AS debits_posted,
-        whole.credits_posted + coalesce(part.credits_posted, 0) AS credits_posted,
-        whole.late_nano + coalesce(part.late_nano, 0) AS late_nano
-    FROM kvmarket.account AS whole CROSS JOIN LATERAL (
-        SELECT sum(debits_pending) AS debits_pending, sum(credits_pending) AS credits_pending,
-            sum(debits_posted) AS debits_posted, sum(credits_posted) AS credits_posted,
-            sum(late_nano) AS late_nano
-        FROM kvmarket.balance_part WHERE account = whole.id
-    ) AS part;
 -- The log's leaves are numbered behind the writers, without gaps; see number_leaves.
 CREATE TABLE kvmarket.log_leaf (
     number bigint PRIMARY KEY,
@@ -203,11 +181,12 @@ CREATE TRIGGER receipts_are_founded AFTER INSERT ON kvmarket.receipt
     REFERENCING NEW TABLE AS added FOR EACH STATEMENT EXECUTE FUNCTION kvmarket.check_receipts();
 """
 
+# What runs with the owner's rights can be called by anyone, and trusts no names of the caller's.
 CHECKS = """
 -- Plans are kept from when the tables were empty, when any index seemed as good as another. So each
 -- row of `added` looks others up by their ids and nothing else: OFFSET 0 keeps it so.
 CREATE OR REPLACE FUNCTION kvmarket.check_transfers() RETURNS trigger LANGUAGE plpgsql
-SET enable_seqscan = off SET jit = off AS $$
+SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET enable_seqscan = off SET jit = off AS $$
 BEGIN
     IF EXISTS (
         SELECT FROM (SELECT DISTINCT debit, credit FROM added) AS pair
@@ -417,7 +396,7 @@ END $$;
 -- Number what has no number yet, in the order of arrival; how many that were. What a transfer
 -- depends on was committed before it arrived, and so is numbered before it.
 CREATE OR REPLACE FUNCTION kvmarket.number_leaves() RETURNS bigint LANGUAGE plpgsql
-SET enable_seqscan = off SET jit = off AS $$
+SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET enable_seqscan = off SET jit = off AS $$
 DECLARE
     state kvmarket.numbering;
     newest bigint;
@@ -477,5 +456,30 @@ $$;
 SELECT kvmarket.sum_periods(ARRAY(SELECT sequence FROM kvmarket.log_leaf));
 """
 
+# Posted sums are counted less the whole 2**62 that both have in common; see model.turned.
+BALANCES = """
+CREATE OR REPLACE VIEW kvmarket.balance AS
+    SELECT id, kind, may_go_negative, currency, debits_pending, credits_pending,
+        debits_posted - common AS debits_posted, credits_posted - common AS credits_posted,
+        late_nano
+    FROM (
+        SELECT id, kind, may_go_negative, currency,
+            whole.debits_pending + coalesce(part.debits_pending, 0) AS debits_pending,
+            whole.credits_pending + coalesce(part.credits_pending, 0) AS credits_pending,
+            whole.debits_posted + coalesce(part.debits_posted, 0) AS debits_posted,
+            whole.credits_posted + coalesce(part.credits_posted, 0) AS credits_posted,
+            whole.late_nano + coalesce(part.late_nano, 0) AS late_nano
+        FROM kvmarket.account AS whole CROSS JOIN LATERAL (
+            SELECT sum(debits_pending) AS debits_pending, sum(credits_pending) AS credits_pending,
+                sum(debits_posted) AS debits_posted, sum(credits_posted) AS credits_posted,
+                sum(late_nano) AS late_nano
+            FROM kvmarket.balance_part WHERE account = whole.id
+        ) AS part
+    ) AS summed CROSS JOIN LATERAL (
+        SELECT div(least(debits_posted, credits_posted), 4611686018427387904)
+            * 4611686018427387904 AS common
+    ) AS turned;
+"""
+
 # The SQL that leads from each version to the next; functions come new with the last one.
-MIGRATIONS = (TABLES + GUARDS, "", PARTS + CHECKS, PERIODS + FUNCTIONS)
+MIGRATIONS = (TABLES + GUARDS, "", PARTS, PERIODS, BALANCES + CHECKS + FUNCTIONS)

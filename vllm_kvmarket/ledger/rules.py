@@ -20,12 +20,14 @@ from vllm_kvmarket.ledger.model import (
     OWED,
     ROYALTY,
     SUSPENSE,
+    TURN_NANO,
     Account,
     Operation,
     Outcome,
     Result,
     Transfer,
     TransferKind,
+    turned,
 )
 
 OK = Result(Outcome.OK)
@@ -223,9 +225,14 @@ def _balance(
 ) -> Result:
     """Change both accounts by the same amounts."""
     debits_pending, debits_posted = debit.debits_pending + held, debit.debits_posted + moved
+    paid_in, paid_out = debit.credits_posted, credit.debits_posted
+    if debits_posted >= TURN_NANO:
+        debits_posted, paid_in = turned(debits_posted, paid_in)
     if debits_pending + debits_posted > INT64_MAX:
         return Result(Outcome.OVERFLOW, debit.id)
     credits_pending, credits_posted = credit.credits_pending + held, credit.credits_posted + moved
+    if credits_posted >= TURN_NANO:
+        paid_out, credits_posted = turned(paid_out, credits_posted)
     if credits_pending + credits_posted > INT64_MAX:
         return Result(Outcome.OVERFLOW, credit.id)
     # Spelled out: this is the innermost step, and msgspec.structs.replace costs thrice as much.
@@ -238,7 +245,7 @@ def _balance(
             debits_pending,
             debit.credits_pending,
             debits_posted,
-            debit.credits_posted,
+            paid_in,
             debit.late_nano + late,
         )
     )
@@ -250,7 +257,7 @@ def _balance(
             credit.currency,
             credit.debits_pending,
             credits_pending,
-            credit.debits_posted,
+            paid_out,
             credits_posted,
             credit.late_nano,
         )

@@ -78,26 +78,6 @@ CREATE INDEX receipt_account ON receipt (account);
 CREATE INDEX receipt_request ON receipt (request_id);
 CREATE INDEX receipt_document ON receipt (document_id);
 -- INSERT OR REPLACE deletes without asking the other triggers: those BEFORE INSERT ask first.
--- One trigger for all that an insert must fulfil: each is a program to start, a row.
-CREATE TRIGGER transfer_fits BEFORE INSERT ON transfer BEGIN
-    SELECT CASE
-        WHEN EXISTS (SELECT 1 FROM transfer WHERE id = NEW.id)
-            OR EXISTS (SELECT 1 FROM transfer WHERE sequence = NEW.sequence)
-            THEN RAISE (ABORT, 'transfers are never replaced')
-        WHEN (SELECT currency FROM account WHERE id = NEW.debit)
-            <> (SELECT currency FROM account WHERE id = NEW.credit)
-            THEN RAISE (ABORT, 'both accounts of a transfer have one currency')
-        WHEN NEW.pending_id IS NOT NULL AND (
-            coalesce((SELECT kind FROM transfer WHERE pending_id = NEW.pending_id
-                AND kind IN ('post', 'void', 'expire')), 'open')
-                <> iif(NEW.kind = 'late', 'expire', 'open')
-            OR NOT EXISTS (
-                SELECT 1 FROM transfer WHERE id = NEW.pending_id AND kind = 'pending'
-                AND debit = NEW.debit AND credit = NEW.credit
-                AND NEW.amount_nano <= iif(NEW.kind IN ('post', 'late'), amount_nano, 0)))
-            THEN RAISE (ABORT, 'what names a pending transfer fits it, while it is open')
-    END;
-END;
 CREATE TRIGGER transfer_is_final BEFORE UPDATE ON transfer
     BEGIN SELECT RAISE (ABORT, 'transfers never change'); END;
 CREATE TRIGGER transfer_stays BEFORE DELETE ON transfer
@@ -116,8 +96,9 @@ CREATE TRIGGER account_is_itself BEFORE UPDATE OF id, kind, may_go_negative, cur
 """
 
 # A trigger looks up all that a row refers to, so that the writer needs no foreign keys beside it.
+# One trigger for all that an insert must fulfil: each is a program to start, a row.
 WHOLE_CHECKS = """
-DROP TRIGGER transfer_fits;
+DROP TRIGGER IF EXISTS transfer_fits;
 CREATE TRIGGER transfer_fits BEFORE INSERT ON transfer BEGIN
     SELECT CASE
         WHEN EXISTS (SELECT 1 FROM transfer WHERE id = NEW.id)

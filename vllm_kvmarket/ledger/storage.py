@@ -75,12 +75,19 @@ class NewReceipt(msgspec.Struct, frozen=True, gc=False):
     body: bytes
 
 
+class NumberedReceipt(msgspec.Struct, frozen=True):
+    """A stored receipt, and its sequence number, which has gaps."""
+
+    sequence: int
+    receipt: Receipt
+
+
 class Everything(msgspec.Struct, frozen=True):
     """The whole books, of one moment. Transfers in the order in which they took effect."""
 
     accounts: list[Account]
     transfers: list[Transfer]
-    receipts: list[Receipt]
+    receipts: list[NumberedReceipt]
     dues: dict[str, float]
 
 
@@ -127,6 +134,9 @@ class Storage(Protocol):
     ) -> list[Receipt]:
         """Receipts whose columns have these values, newest first, older than `before`."""
 
+    def receipts_after(self, sequence: int, limit: int) -> list[NumberedReceipt]:
+        """Receipts behind a sequence number, in their order; on PostgreSQL not that of booking."""
+
     def moves(self, account: str, from_s: float | None, to_s: float | None) -> list[Transfer]:
         """What moved amounts to or from an account in a period, in the order of effect.
 
@@ -159,8 +169,11 @@ class Storage(Protocol):
         A new key gets this digest and purchase key; an older one keeps its own. Durable on return.
         """
 
-    def everything(self) -> Everything:
-        """The whole books, of one moment."""
+    def everything(self, after: int = 0, receipts_after: int = 0) -> Everything:
+        """The books of one moment: all accounts and holds, and the transfers and receipts behind.
+
+        Transfers that have no place in the log yet come last.
+        """
 
     def close(self) -> None:
         """Release the database. Nobody may be using it any more."""

@@ -23,6 +23,10 @@ class Wanted(msgspec.Struct, frozen=True):
     pending_ids: list[str]
     account_ids: list[str]
 
+    def without_new(self) -> Wanted:
+        """The same, but no transfers that the group is to make."""
+        return Wanted(self.pending_ids, self.pending_ids, self.account_ids)
+
 
 class Found(msgspec.Struct, frozen=True):
     """What the database has of it, and its time.

@@ -20,14 +20,14 @@ those of its own test purchases, and those that buyers show.
 
 The leaf of a charge contains its receipt's digest: the market cannot sign another receipt for it.
 Hashes prove that every sale that was shown was booked; they do not find a sale that nobody shows.
-An auditor, who may read the whole ledger, finds those: `kvmarket ledger check --checkpoint FILE`
-recomputes every balance, and the root of every checkpoint, from the transfers, and compares charges
-and royalties with their receipts.
+An auditor, who may read the whole ledger, finds those: `kvmarket ledger check --checkpoint FILE
+--from-the-start` recomputes every balance and the root of every checkpoint from the transfers, and
+compares charges and royalties with their receipts.
 """
 
 from vllm_kvmarket.core.errors import ProofError
 from vllm_kvmarket.proofs.backup import BackupReport, backup, check_backup, restore
-from vllm_kvmarket.proofs.ledger_check import LedgerCheck, check_ledger
+from vllm_kvmarket.proofs.ledger_check import LedgerCheck, check_ledger, check_new
 from vllm_kvmarket.proofs.log import TransparencyLog
 from vllm_kvmarket.proofs.notes import (
     PROOF_HEADER,
@@ -59,6 +59,7 @@ __all__ = [
     "backup",
     "check_backup",
     "check_ledger",
+    "check_new",
     "read_inclusion",
     "read_jws",
     "restore",

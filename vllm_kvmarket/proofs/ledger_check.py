@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import io
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
 import msgspec
 
-from vllm_kvmarket.auth.signing_keys import SigningKeys
+from vllm_kvmarket.auth.signing_keys import PublicKey, SigningKeys
 from vllm_kvmarket.core.errors import ProofError
-from vllm_kvmarket.ledger import Ledger
-from vllm_kvmarket.proofs import leaves, merkle
+from vllm_kvmarket.ledger import Ledger, Transfer
+from vllm_kvmarket.proofs import check_record, merkle
+from vllm_kvmarket.proofs.check_record import CheckRecord
 from vllm_kvmarket.proofs.leaves import entry_of
 from vllm_kvmarket.proofs.log import HASHES_FILE, TransparencyLog
 from vllm_kvmarket.proofs.notes import (
@@ -31,12 +32,13 @@ Progress = Callable[[int], object]
 class LedgerCheck(msgspec.Struct, frozen=True, kw_only=True):
     """The result of a check. `problems` has one sentence each; `ok` means that there are none.
 
-    `root` is that of all transfers, in base64; `checkpoints` of the log's own and of those given
-    were checked.
+    The first `since` transfers were checked before, and were not read again. `root` is that of all
+    transfers, in base64; `checkpoints` of the log's own and of those given were checked.
     """
 
     ok: bool
     problems: list[str]
+    since: int
     accounts: int
     transfers: int
     receipts: int
@@ -60,71 +62,111 @@ def check_ledger(
     Safe while engines charge. Changes nothing but the log's file of hashes, which is made anew
     where it differs, and reported as a problem. Raises LedgerError and ConfigError.
     """
+    return _check(TransparencyLog(ledger, home, keys), CheckRecord(), given, on_progress)[0]
+
+
+def check_new(
+    ledger: Ledger,
+    home: Path,
+    given: Iterable[str] = (),
+    on_progress: Progress | None = None,
+    *,
+    keys: SigningKeys | None = None,
+    from_the_start: bool = False,
+) -> LedgerCheck:
+    """Check what was booked since the last check, and record how far the books are good.
+
+    The record is signed by this home. One that is not, or whose transfers are not the ledger's any
+    more, is a problem, and everything is checked, as it is `from_the_start`. What was changed in
+    bookings that were checked before is found from the start only. Else as `check_ledger`.
+    """
     log = TransparencyLog(ledger, home, keys)
-    problems = [f"ledger: {problem}" for problem in ledger.check_integrity()]
-    checkpoints, unreadable = _checkpoints(log, given)
-    problems += [f"log: {problem}" for problem in unreadable]
+    start, doubts = CheckRecord(), list[str]()
+    try:
+        if not from_the_start:
+            start = check_record.read(log) or start
+    except ProofError as error:
+        doubts = [f"log: {error}; everything was checked from the start"]
+    report, end = _check(log, start, given, on_progress)
+    if report.ok:
+        check_record.write(log, end)
+    elif not report.since:
+        check_record.forget(log)  # what it says may be what is wrong
+    return msgspec.structs.replace(
+        report, ok=report.ok and not doubts, problems=doubts + report.problems
+    )
+
+
+def _check(
+    log: TransparencyLog,
+    start: CheckRecord,
+    given: Iterable[str],
+    on_progress: Progress | None,
+) -> tuple[LedgerCheck, CheckRecord]:
+    """Check what is behind a record; the report, and the record of what is checked now."""
+    checkpoints, problems = _checkpoints(log, start.audited.size, given)
     # Brought up to date first: then the file has no less than what was signed.
     try:
         kept = log.update()
+        tree = log.frontier(start.audited.size)
     except ProofError as error:
         problems.append(f"log: {error}")
-        kept = 0
-    roots, size, root, same = _recompute(
-        ledger, {each.size for each in checkpoints}, log.folder / HASHES_FILE, kept, on_progress
-    )
+        kept, tree, start = 0, merkle.Frontier(), CheckRecord()
+    since = tree.size
+    with _open(log.folder / HASHES_FILE) as stored:
+        hashing = _Hashing(tree, {each.size for each in checkpoints}, stored, kept, on_progress)
+        found, audited = log.ledger.audit(start.audited, hashing.add)
+    problems = [f"ledger: {problem}" for problem in found] + problems
     for checkpoint in checkpoints:
-        if checkpoint.size not in roots:
-            problems.append(
-                f"log: {checkpoint.size} transfers were signed for, the ledger has {size}"
-            )
-        elif roots[checkpoint.size] != checkpoint.root:
-            problems.append(
-                f"log: the first {checkpoint.size} transfers are not those that were signed: their "
-                f"root is {encode_base64(roots[checkpoint.size])}, the checkpoint says "
-                f"{encode_base64(checkpoint.root)}"
-            )
-    if not same:
+        problems += _wrong_root(log, checkpoint, hashing, since)
+    if not hashing.same:
         log.rebuild()
         problems.append(f"log: {log.folder / HASHES_FILE} differed from the transfers; made anew")
-    totals = ledger.totals()
-    return LedgerCheck(
+    totals = log.ledger.totals()
+    report = LedgerCheck(
         ok=not problems,
         problems=problems,
-        accounts=len(ledger.accounts()),
-        transfers=size,
-        receipts=len(ledger.receipts()),
-        root=encode_base64(root),
+        since=since,
+        accounts=len(log.ledger.accounts()),
+        transfers=tree.size,
+        receipts=audited.receipts,
+        root=encode_base64(tree.root()),
         checkpoints=len(checkpoints),
         debits_nano={currency: debits for currency, (debits, _) in totals.items()},
         credits_nano={currency: credits for currency, (_, credits) in totals.items()},
-        rebuilt=not same,
+        rebuilt=not hashing.same,
     )
+    return report, CheckRecord(report.root, audited)
 
 
-def _checkpoints(log: TransparencyLog, given: Iterable[str]) -> tuple[list[Checkpoint], list[str]]:
-    """The checkpoints that this home signed, its own and those given; and problems, in words."""
+def _checkpoints(
+    log: TransparencyLog, since: int, given: Iterable[str]
+) -> tuple[list[Checkpoint], list[str]]:
+    """The checkpoints that this home signed: its own behind `since`, and those given; problems."""
     keys = log.own_keys()
-    # The home's own file has what a key signed before it was revoked.
-    all_keys = [dataclasses.replace(key, revoked_at_s=0) for key in keys]
     found, problems = [], []
     try:
-        own = [signed.note for signed in log.checkpoints()]
+        notes = [signed.note for signed in log.checkpoints()]
+        own = dict.fromkeys(
+            note for note in notes if not since or read_checkpoint(note).size > since
+        )
     except ProofError as error:
-        own, problems = [], [str(error)]
+        own, problems = {}, [f"log: {error}"]
     for note in [*own, *given]:
         try:
-            if note in own:
-                signer_of(note, all_keys)
-                checkpoint = read_checkpoint(note)
-            else:
-                checkpoint = verify_checkpoint(note, keys)
+            checkpoint = _own(note, keys) if note in own else verify_checkpoint(note, keys)
             if not log.is_own(checkpoint):
                 raise ProofError(f"it is of another log, {checkpoint.origin}")
             found.append(checkpoint)
         except ProofError as error:
-            problems.append(f"checkpoint {_name(note)}: {error}")
+            problems.append(f"log: checkpoint {_name(note)}: {error}")
     return found, problems
+
+
+def _own(note: str, keys: Iterable[PublicKey]) -> Checkpoint:
+    # The home's own file has what a key signed before it was revoked.
+    signer_of(note, [dataclasses.replace(key, revoked_at_s=0) for key in keys])
+    return read_checkpoint(note)
 
 
 def _name(note: str) -> str:
@@ -134,30 +176,62 @@ def _name(note: str) -> str:
         return repr(note[:40])
 
 
-def _recompute(
-    ledger: Ledger, wanted: set[int], hashes: Path, kept: int, on_progress: Progress | None
-) -> tuple[dict[int, bytes], int, bytes, bool]:
-    """Hash all transfers: the roots at the wanted sizes, the size and root of all, and whether the
-    file of hashes has the same for the first `kept`.
+class _Hashing:
+    """Hashes transfers behind a tree's end; `same` while the file of hashes agrees.
+
+    `roots` are those at the wanted sizes; the file is compared for the first `kept` transfers.
     """
-    end = merkle.Frontier()
-    roots = {0: end.root()}
-    same = True
-    with hashes.open("rb") if hashes.exists() else _nothing() as stored:
-        for page in leaves.pages(ledger):
-            completed: list[bytes] = []
-            for transfer in page:
-                hashed = end.append(merkle.leaf_hash(entry_of(transfer)))
-                if end.size <= kept:
-                    completed += hashed
-                if end.size in wanted:
-                    roots[end.size] = end.root()
-            expected = b"".join(completed)
-            same = same and stored.read(len(expected)) == expected
-            if on_progress is not None:
-                on_progress(end.size)
-    return roots, end.size, end.root(), same
+
+    def __init__(
+        self,
+        tree: merkle.Frontier,
+        wanted: set[int],
+        stored: BinaryIO,
+        kept: int,
+        on_progress: Progress | None,
+    ) -> None:
+        self.tree, self._wanted, self._stored, self._kept = tree, wanted, stored, kept
+        self._on_progress = on_progress
+        self.roots = {tree.size: tree.root()}
+        self.same = True
+        stored.seek(merkle.stored_count(tree.size) * merkle.HASH_BYTES)
+
+    def add(self, page: Sequence[Transfer]) -> None:
+        """Hash the next transfers; mutates."""
+        completed: list[bytes] = []
+        for transfer in page:
+            hashed = self.tree.append(merkle.leaf_hash(entry_of(transfer)))
+            if self.tree.size <= self._kept:
+                completed += hashed
+            if self.tree.size in self._wanted:
+                self.roots[self.tree.size] = self.tree.root()
+        expected = b"".join(completed)
+        self.same = self.same and self._stored.read(len(expected)) == expected
+        if self._on_progress is not None:
+            self._on_progress(self.tree.size)
 
 
-def _nothing() -> BinaryIO:
-    return io.BytesIO()
+def _wrong_root(
+    log: TransparencyLog, checkpoint: Checkpoint, hashing: _Hashing, since: int
+) -> list[str]:
+    """What is wrong with a signed root, in words."""
+    size, root = checkpoint.size, hashing.roots.get(checkpoint.size)
+    if size < since:
+        try:
+            path = log.consistency_path(size, since)
+            merkle.verify_consistency(size, since, checkpoint.root, hashing.roots[since], path)
+        except ProofError as error:
+            return [f"log: checkpoint of {size}: {error}"]
+        return []
+    if root is None:
+        return [f"log: {size} transfers were signed for, the ledger has {hashing.tree.size}"]
+    if root != checkpoint.root:
+        return [
+            f"log: the first {size} transfers are not those that were signed: their root is "
+            f"{encode_base64(root)}, the checkpoint says {encode_base64(checkpoint.root)}"
+        ]
+    return []
+
+
+def _open(hashes: Path) -> BinaryIO:
+    return hashes.open("rb") if hashes.exists() else io.BytesIO()

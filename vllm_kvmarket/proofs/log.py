@@ -7,6 +7,7 @@ home signs under its own origin, kvmarket/<kid of its first key>. Under <home>/l
     head.json          up to where it is durable
     checkpoints.jsonl  every checkpoint that was ever signed: these cannot be made anew
     epochs.jsonl       when the operator began anew after a loss, and what was lost
+    checked            up to where the books were checked; see check_record.py
 
 Nothing is signed that contradicts what was signed before. When the ledger was rolled back, nothing
 is signed at all until the operator opens a new epoch: a new log, with an origin that ends in its
@@ -151,8 +152,8 @@ class TransparencyLog:
 
     def __init__(self, ledger: Ledger, home: Path, keys: SigningKeys | None = None) -> None:
         """`keys` are by default those in the home alone."""
-        self._ledger = ledger
-        self._keys = keys or SigningKeys(home)
+        self.ledger = ledger
+        self.keys = keys or SigningKeys(home)
         self.folder = home / LOG_FOLDER
 
     @classmethod
@@ -165,7 +166,7 @@ class TransparencyLog:
         """The log's name, for as long as the home has its first key, and within one epoch."""
         number = len(self.epochs()) + 1
         epoch = f"/{number}" if number > 1 else ""
-        return ORIGIN_PREFIX + self._keys.market() + epoch
+        return ORIGIN_PREFIX + self.keys.market() + epoch
 
     def update(self) -> int:
         """Take in the transfers that took effect since; how many there are now."""
@@ -248,32 +249,32 @@ class TransparencyLog:
 
     def own_keys(self) -> list[PublicKey]:
         """Every key that this log signs or signed with, the newest first."""
-        return self._keys.own_keys()
+        return self.keys.own_keys()
 
     def public_keys(self) -> list[PublicKey]:
         """Those, and the keys of other machines of the market."""
-        return self._keys.public_keys()
+        return self.keys.public_keys()
 
     def indexes_of(self, transfer_ids: Iterable[str]) -> dict[str, int]:
         """Which leaves of the log transfers are, from 0. Raises NotFoundError."""
-        return leaves.indexes_of(self._ledger, transfer_ids)
+        return leaves.indexes_of(self.ledger, transfer_ids)
 
     def locate(self, transfer_id: str) -> LoggedTransfer:
         """Find a transfer's place in the log. Raises NotFoundError."""
         index = self.indexes_of([transfer_id])[transfer_id]
-        leaf = merkle.leaf_hash(entry_of(self._ledger.transfer(transfer_id)))
+        leaf = merkle.leaf_hash(entry_of(self.ledger.transfer(transfer_id)))
         return LoggedTransfer(transfer_id, index, leaf.hex())
 
     def prove(self, transfer_id: str) -> InclusionProof:
         """Prove that a transfer is in the log as it stands. Raises NotFoundError and ProofError."""
-        transfer = self._ledger.transfer(transfer_id)
+        transfer = self.ledger.transfer(transfer_id)
         index = self.indexes_of([transfer_id])[transfer_id]
         with self._tree() as tree:
             checkpoint = self._checkpoint(tree)
             path = merkle.inclusion_path(tree.read, index, checkpoint.size)
         proof = InclusionProof(index, entry_of(transfer), tuple(path), checkpoint)
         # Whatever has happened to the files: no proof is handed out that would not hold.
-        proof.verify(self._keys.public_keys())
+        proof.verify(self.keys.public_keys())
         return proof
 
     def prove_consistency(self, old: int, new: int | None = None) -> ConsistencyProof:
@@ -306,6 +307,18 @@ class TransparencyLog:
             new_checkpoint=notes.get(new, ""),
         )
 
+    def frontier(self, size: int) -> merkle.Frontier:
+        """Read the end of the tree over the first `size` leaves. Raises ProofError."""
+        with self._tree() as tree:
+            if size > tree.size:
+                raise ProofError(f"the ledger has {tree.size} transfers, {size} are expected")
+            return merkle.frontier(tree.read, size)
+
+    def consistency_path(self, old: int, new: int) -> list[bytes]:
+        """See merkle.consistency_path. Raises ProofError."""
+        with self._tree() as tree:
+            return merkle.consistency_path(tree.read, old, new)
+
     def rebuild(self) -> int:
         """Hash all transfers again, from the first; how many there are."""
         with locked(self.folder):
@@ -314,7 +327,7 @@ class TransparencyLog:
                 return tree.size
 
     def _checkpoint(self, tree: StoredHashes) -> Checkpoint:
-        key = self._keys.current()
+        key = self.keys.current()
         root = tree.root()
         before = self._last_checkpoint()
         if before is not None:
@@ -351,7 +364,7 @@ class TransparencyLog:
                 if lost.root() != before.root:
                     return None
                 common = 0
-                for page in leaves.pages(self._ledger):
+                for page in leaves.pages(self.ledger):
                     for transfer in page:
                         hashed = merkle.leaf_hash(entry_of(transfer))
                         if common == before.size or hashed != lost.read(0, common):
@@ -371,7 +384,7 @@ class TransparencyLog:
         """The tree over all transfers as of now."""
         head = self._head()
         with StoredHashes(self.folder / HASHES_FILE, head.size) as tree:
-            for page in leaves.pages(self._ledger, head.size):
+            for page in leaves.pages(self.ledger, head.size):
                 tree.append(merkle.leaf_hash(entry_of(transfer)) for transfer in page)
             if tree.size > head.size:
                 tree.sync()
@@ -396,7 +409,7 @@ class TransparencyLog:
         """Whether the ledger still has the transfer that was hashed last, where it was."""
         if head.size == 0:
             return True
-        last = leaves.transfer_at(self._ledger, head.size - 1)
+        last = leaves.transfer_at(self.ledger, head.size - 1)
         return last is not None and merkle.leaf_hash(entry_of(last)) == tree.read(0, head.size - 1)
 
     def _forget(self) -> None:

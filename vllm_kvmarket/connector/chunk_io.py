@@ -373,7 +373,7 @@ class Chunks:
         `layers` are its pages, where they lie in the paged cache no more. Slots behind its last
         token are stored as zeros, whatever they hold. Raises StoreErrors.
         """
-        if self._is_stored_otherwise(namespace, chunk.key):
+        if not chunk.is_new and self._is_stored_otherwise(namespace, chunk.key):
             return 0
         pages = self.computed(chunk) if layers is None else layers
         return self._store.put(

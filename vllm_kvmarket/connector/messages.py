@@ -82,12 +82,14 @@ class ChunkSave:
     """Store a chunk from blocks; `tokens` are little-endian uint32.
 
     `groups` has one entry for each KV cache group: all pages of the chunk, or in a PageCopy some.
+    `is_new`: nothing of it was on offer, so nobody looks for it in other layouts.
     """
 
     key: bytes
     parent: bytes
     tokens: bytes
     groups: tuple[GroupPages, ...]
+    is_new: bool = False
 
     @property
     def token_count(self) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from concurrent.futures import Future
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -138,7 +139,13 @@ class PublishRequest:
             return []
         start = self._request.num_computed_tokens
         computed, facts = range(start, start + count), self._engine.facts
-        return page_copies(self._request, self._document, facts, computed, block_ids)
+        copies = page_copies(self._request, self._document, facts, computed, block_ids)
+        return [replace(copy, chunk=self._told_new(copy.chunk)) for copy in copies]
+
+    def _told_new(self, chunk: ChunkSave) -> ChunkSave:
+        """Say of a chunk whether this request had to compute all of it."""
+        on_offer = -(-self.reuse.limit // self._engine.facts.chunk_tokens)
+        return replace(chunk, is_new=chunk.key not in self._document.keys[:on_offer])
 
     def finished(self, block_ids: Sequence[Sequence[int]]) -> Ended:
         """Have every chunk of the document stored from the request's blocks; mutates.
@@ -155,6 +162,7 @@ class PublishRequest:
         # An older reader of the document may have left some of it there meanwhile.
         self._engine.hashes.forget_behind(self._request, self.reuse.limit, but=block_ids[0])
         chunks = chunk_pages(document, block_ids, self._engine.facts.groups)
+        chunks = tuple(self._told_new(chunk) for chunk in chunks)
         return Ended(answer, saves=SavePlan(self._request.request_id, document.namespace, chunks))
 
     def transferred(self) -> None:

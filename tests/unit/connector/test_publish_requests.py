@@ -75,6 +75,7 @@ def stored(half, request, **report):
     if waits:
         (plan,) = half.take_instructions().saves
         assert [len(blocks_of(chunk)) for chunk in plan.chunks] == [2, 2, 1]
+        assert all(chunk.is_new for chunk in plan.chunks)
         saves = {request.request_id: SaveReport(**report)}
         half.worker_reported(
             KVConnectorOutput(
@@ -153,6 +154,9 @@ def test_what_is_on_offer_is_taken_from_the_cache_and_the_rest_computed(half):
     request = arrived(half, prompt=longer)
     assert local_tokens(half, request) == 1152
     assert found(half, request) == (512, 600 - 512)
+    half.finished(request, [list(range(10))])
+    (plan,) = half.take_instructions().saves
+    assert [chunk.is_new for chunk in plan.chunks] == [False, False, False, True, True]
 
 
 def test_buyers_find_what_was_just_published_and_not_what_lay_there(half):

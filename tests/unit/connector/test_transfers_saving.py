@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -28,6 +29,7 @@ from vllm_kvmarket.connector.messages import (
     SavePlan,
     WorkerReport,
 )
+from vllm_kvmarket.store import disk
 
 RESULTS = ("exact", "close", "different", "unread")
 
@@ -59,6 +61,17 @@ def test_closing_finishes_a_save(tmp_path):
     with bench:
         bench.transfers.save(SavePlan("r", NAMESPACE, chunks))
     assert all(bench.store.has(chunk.key) for chunk in chunks)
+
+
+@pytest.mark.parametrize("is_new", [True, False])
+def test_a_new_chunk_is_stored_without_looking_for_others(bench, monkeypatch, is_new):
+    """No folder is scanned and no bucket listed for what was never on offer."""
+    scanned = []
+    files = disk._scan
+    monkeypatch.setattr(disk, "_scan", lambda folder: scanned.append(folder) or files(folder))
+    chunk = replace(chunk_save(1, CHUNK_TOKENS, range(4)), is_new=is_new)
+    assert bench.save(chunk).stored_bytes > 0
+    assert bool(scanned) == (not is_new)
 
 
 def test_a_store_that_has_gone_fails_the_save_with_the_reason(tmp_path):

@@ -402,6 +402,7 @@ class Market:
         return self._clerk.submit(self._record_audit, audit, refuted)
 
     def _record_audit(self, audit: Audit, refuted: Sequence[bytes]) -> None:
-        self.catalogue.record_audit(audit)
+        # First: who sees the audit must not buy what it refutes.
         if refuted:
             self.catalogue.refute(refuted)
+        self.catalogue.record_audit(audit)

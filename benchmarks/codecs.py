@@ -137,7 +137,9 @@ def _layers(market: Market, keys: tuple[bytes, ...]) -> Iterator[Layer]:
             with market.store.open_share(key, *share[:2], layout=share.layout) as chunk:
                 layout = chunk.header.layout
                 for index, described in enumerate(layout.layers):
-                    yield Layer(layout.dtype, described.page_bytes, chunk.layer(index))
+                    # A chunk inside a document has no recurrent state.
+                    if (pages := chunk.layer(index)).nbytes:
+                        yield Layer(layout.dtype, described.page_bytes, pages)
 
 
 def report_on(market: Market, document_id: str, threads: int, sample: int) -> dict[str, Any]:

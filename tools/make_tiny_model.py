@@ -18,9 +18,11 @@ _HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2}
 _ATTENTION = {"hidden_size": 128, "intermediate_size": 256, **_HEADS, "head_dim": 32}
 _WINDOWS = ["sliding_attention", "full_attention"]
 _MAMBA = {"mamba_n_heads": 8, "mamba_d_head": 32, "mamba_d_state": 16, "mamba_n_groups": 1}
+# Heads so wide that vLLM's blocks of attention, into which a state must fit, have 256 tokens.
 _DELTA_NET = {
-    "linear_num_value_heads": 4, "linear_num_key_heads": 2, "linear_key_head_dim": 128,
-    "linear_value_head_dim": 128,
+    "hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 4,
+    "num_key_value_heads": 4, "head_dim": 128, "num_hidden_layers": 4, "linear_num_value_heads": 4,
+    "linear_num_key_heads": 2, "linear_key_head_dim": 128, "linear_value_head_dim": 128,
 }  # fmt: skip
 _LONG_ROPE = {"rope_type": "longrope", "short_factor": [1.0] * 16, "long_factor": [4.0] * 16}
 
@@ -86,15 +88,15 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "lfm2": (
         "Lfm2Config",
         {"hidden_size": 128, "intermediate_size": 256, **_HEADS, "num_hidden_layers": 4,
-         "layer_types": ["conv", "full_attention"] * 2, "block_auto_adjust_ff_dim": False},
+         "layer_types": ["conv", "full_attention"] * 2, "block_auto_adjust_ff_dim": False,
+         "conv_dim": 128, "block_dim": 128},
     ),
     "qwen3-next": (
         "Qwen3NextConfig",
-        {**_ATTENTION, "num_hidden_layers": 4, "num_experts": 4, "num_experts_per_tok": 2,
-         "moe_intermediate_size": 64, "shared_expert_intermediate_size": 64,
-         **_DELTA_NET},
+        {**_DELTA_NET, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64,
+         "shared_expert_intermediate_size": 64},
     ),
-    "qwen3.5": ("Qwen3_5TextConfig", {**_ATTENTION, "num_hidden_layers": 4, **_DELTA_NET}),
+    "qwen3.5": ("Qwen3_5TextConfig", _DELTA_NET),
     "qwen-vl": (
         "Qwen2_5_VLConfig",
         {"text_config": {"hidden_size": 128, "intermediate_size": 256, **_HEADS,

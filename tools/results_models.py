@@ -55,6 +55,12 @@ The KV cache is as vLLM builds it for the family: from its specifications alone 
 A family that is refused and one that vLLM itself does not run on this machine are different things.
 """
 TAIL = """
+Of a model with recurrent state (Mamba2, and beside attention in hybrids) a document is reused to its last token: of 900
+tokens 900. A prompt that leaves it half-way, or is just the document, reuses what ends with the last state before: the
+longest shorter document on offer, or a multiple of `state_every_tokens`. Prompts are computed behind a document in
+another order of sums than full prefill has, so log-probabilities are close and not equal to the bit. vLLM's prefix
+caching must be off (`--no-enable-prefix-caching`): it keeps states in another place, which was not tried.
+
 Also refused: context parallelism, connector roles other than `kv_both`, speculative decoding with a KV cache of its
 own, and attention layers that are not causal. Publishing, charging, audits, damage and repair of a family are tested
 by `python -m pytest tests/engine/test_model_families.py`.

@@ -3,16 +3,11 @@
 from __future__ import annotations
 
 import pytest
-from transformers import (
-    AutoTokenizer,
-    DeepseekV2Config,
-    DeepseekV2ForCausalLM,
-    Mamba2Config,
-    Mamba2ForCausalLM,
-)
+from transformers import AutoTokenizer, DeepseekV2Config, DeepseekV2ForCausalLM
 from vllm.config import KVTransferConfig
 from vllm.engine.arg_utils import AsyncEngineArgs, EngineArgs
 
+from tools.make_tiny_model import make_tiny_model
 from vllm_kvmarket import ConfigError, Market
 from vllm_kvmarket.connector.offline_engine import open_llm
 
@@ -35,19 +30,6 @@ MODELS = {
             first_k_dense_replace=2,
         ),
         "multi-head latent attention",
-    ),
-    "recurrent state": (
-        Mamba2ForCausalLM,
-        Mamba2Config(
-            hidden_size=64,
-            num_hidden_layers=2,
-            state_size=16,
-            num_heads=4,
-            head_dim=32,
-            n_groups=1,
-            dtype="float32",
-        ),
-        "recurrent state",
     ),
 }
 
@@ -91,6 +73,37 @@ def test_without_kvmarket_they_are_none_of_our_business(refused_model):
     """Plain vLLM takes them as before."""
     folder, _ = refused_model
     EngineArgs(model=str(folder), max_model_len=1024).create_engine_config()
+
+
+@pytest.mark.parametrize(
+    ("family", "caching", "complaint"),
+    [
+        ("mamba2", None, ""),
+        ("mamba2", False, ""),
+        ("mamba2", True, "--no-enable-prefix-caching"),
+        ("granite4", None, "attention beside"),
+        ("granite4", False, "attention beside"),
+        ("falcon-h1", False, "attention beside"),
+    ],
+)
+def test_models_with_recurrent_state_are_taken_where_they_were_tried(
+    family, caching, complaint, smollm, tmp_path
+):
+    """Without prefix caching, with which vLLM keeps the state elsewhere, and without attention."""
+    model = make_tiny_model(1, smollm, tmp_path / "tiny", family)
+    with Market.open(tmp_path / "home") as market:
+        arguments = EngineArgs(
+            model=str(model),
+            max_model_len=1024,
+            enable_prefix_caching=caching,
+            kv_transfer_config=KVTransferConfig(**market.transfer_config()),
+        )
+        if not complaint:
+            arguments.create_engine_config()
+            return
+        with pytest.raises(ConfigError, match=complaint) as refusal:
+            arguments.create_engine_config()
+    assert "\n" not in str(refusal.value)
 
 
 @pytest.mark.parametrize(

@@ -106,6 +106,7 @@ class Bench:
         host_bytes: int = 0,
         threads: int = 2,
         timeout_s: float = 10.0,
+        namespace: bytes = NAMESPACE,
         **disk: Any,
     ) -> None:
         self.cache = cache or paged_cache()
@@ -114,6 +115,7 @@ class Bench:
         self.transfers = Transfers(
             self.store, self.cache, threads, host=self.host, timeout_s=timeout_s
         )
+        self.namespace = namespace
         self.bad_blocks: set[int] = set()
         self.reports: dict[str, Any] = {}
         self._requests = 0
@@ -149,14 +151,14 @@ class Bench:
     def save(self, *chunks: ChunkSave) -> SaveReport:
         """Store chunks, and wait."""
         request = self._id()
-        self.transfers.save(SavePlan(request, NAMESPACE, chunks))
+        self.transfers.save(SavePlan(request, self.namespace, chunks))
         report: SaveReport = self._wait(request)
         return report
 
     def start_load(self, *chunks: ChunkLoad) -> str:
         """Start to load chunks; the request's id for `end_load`."""
         request = self._id()
-        self.transfers.load(LoadPlan(request, NAMESPACE, chunks))
+        self.transfers.load(LoadPlan(request, self.namespace, chunks))
         return request
 
     def end_load(self, request: str) -> LoadReport:
@@ -171,7 +173,7 @@ class Bench:
     def audit(self, *chunks: ChunkSave) -> AuditReport:
         """Compare chunks, and wait."""
         request = self._id()
-        self.transfers.audit(SavePlan(request, NAMESPACE, chunks))
+        self.transfers.audit(SavePlan(request, self.namespace, chunks))
         report: AuditReport = self._wait(request)
         return report
 

@@ -17,6 +17,7 @@ from vllm_kvmarket.catalogue.sqlite_connections import SqliteConnections
 from vllm_kvmarket.core.database import Connection
 from vllm_kvmarket.core.errors import CatalogueError, ConfigError
 from vllm_kvmarket.core.listing_terms import ListingTerms
+from vllm_kvmarket.core.model_identity import keeps_states
 
 # Larger than every place in the order of first offers.
 _BEHIND_ALL = 2**48
@@ -92,8 +93,11 @@ class Index:
             self._beyond.close()
 
     def match_later(self, namespace: bytes, token_ids: Sequence[int]) -> Future[Match | None]:
-        """Start to match in the tree and in the database; never waits."""
-        if self._beyond is None or not self.is_beyond_memory:
+        """Start to match in the tree and in the database; never waits.
+
+        Where the model keeps a state, in the tree only.
+        """
+        if self._beyond is None or not self.is_beyond_memory or keeps_states(namespace):
             done: Future[Match | None] = Future()
             done.set_result(self.tree.match(namespace, token_ids))
             return done

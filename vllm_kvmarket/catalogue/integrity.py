@@ -11,7 +11,7 @@ from vllm_kvmarket.catalogue.listing import NEEDED, Listing
 from vllm_kvmarket.catalogue.prefix_tree import Node, PrefixTree
 from vllm_kvmarket.core.database import Connection
 from vllm_kvmarket.core.document_chunks import DocumentChunks
-from vllm_kvmarket.core.model_identity import TOKEN_BYTES, unpack_tokens
+from vllm_kvmarket.core.model_identity import TOKEN_BYTES, keeps_states, unpack_tokens
 
 
 def problems(db: Connection, tree: PrefixTree, now_s: float, *, whole: bool = True) -> list[str]:
@@ -71,6 +71,8 @@ def _offer_problems(
     db: Connection, listing: Listing, chunks: list[queries.StoredChunk]
 ) -> Iterator[str]:
     """Compare what is matched in the database with what should be; time to live does not matter."""
+    if keeps_states(listing.namespace):  # matched in memory only
+        return
     held = queries.rows(
         db,
         "SELECT followed.key FROM followed JOIN listing USING (document_id) "

@@ -9,6 +9,7 @@ import msgspec
 
 from vllm_kvmarket.core.document_chunks import DocumentChunks
 from vllm_kvmarket.core.listing_terms import ListingTerms
+from vllm_kvmarket.core.model_identity import has_state, keeps_states
 
 ListingState = Literal["publishing", "live", "failed", "delisted", "damaged", "expired", "evicted"]
 # What can be matched; `damaged` up to its first damaged chunk.
@@ -177,6 +178,21 @@ class Match(msgspec.Struct, frozen=True):
     def listing(self) -> Listing:
         """The last segment's listing, which contains the whole match."""
         return self.segments[-1].listing
+
+    def last_end(self, end: int) -> int:
+        """Find the last place up to `end` behind which a request can go on: there, unless the model
+        keeps a state, which is stored at the end and behind some chunks. 0: nowhere.
+        """
+        if end >= self.token_count or not keeps_states(self.listing.namespace):
+            return min(end, self.token_count)
+        found = total = 0
+        for chunk in self.chunks:
+            total += chunk.matched
+            if total > end:
+                break
+            if has_state(chunk.key):
+                found = total
+        return found
 
     def until(self, end: int) -> Match:
         """Return the match as it would be for the first `end` tokens, at least one, only."""

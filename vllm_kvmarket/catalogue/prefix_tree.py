@@ -10,7 +10,7 @@ from __future__ import annotations
 import threading
 from array import array
 from bisect import bisect_left, bisect_right
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise, takewhile
 from operator import attrgetter
@@ -18,7 +18,13 @@ from operator import attrgetter
 import numpy as np
 
 from vllm_kvmarket.catalogue.listing import Listing, Match, MatchedChunk, Segment
-from vllm_kvmarket.core.model_identity import ROOT, TOKEN_BYTES, pack_tokens
+from vllm_kvmarket.core.model_identity import (
+    ROOT,
+    TOKEN_BYTES,
+    chunks_between_states,
+    keeps_states,
+    pack_tokens,
+)
 
 _MAX_TOKEN_ID = 2**32 - 1
 _tokens = attrgetter("tokens")
@@ -63,6 +69,22 @@ class Children:
         at = bisect_left(self.nodes, node.tokens, key=_tokens)
         self.nodes.insert(at, node)
         self.firsts.insert(at, node.first)
+
+    def ended_prefixes(self, tokens: bytes) -> Iterator[Node]:
+        """Find the children with listings that end there and that `tokens` begin with, longest
+        first.
+        """
+        while tokens:
+            at = bisect_right(self.nodes, tokens, key=_tokens)
+            if not at:
+                return
+            node = self.nodes[at - 1]
+            shared = common_tokens(node.tokens, tokens)
+            if shared * TOKEN_BYTES == len(node.tokens):
+                if node.ended:
+                    yield node
+                shared -= 1
+            tokens = tokens[: shared * TOKEN_BYTES]
 
     def owners(self, tokens: bytes) -> list[tuple[int, Node]]:
         """Find who offered first what leads as far into `tokens` as any child does.
@@ -209,8 +231,13 @@ class PrefixTree:
         """Find the longest published prefix of `token_ids`, down to inside a chunk.
 
         Each of its tokens belongs to the listing that was the first to offer the prefix up to it.
+        Where the model keeps a state, it ends with the last one that is stored.
         """
         with self._lock:
+            last = None
+            if keeps_states(namespace):
+                end, last = self._last_state(namespace, token_ids)
+                token_ids = token_ids[:end]
             found, whole = self._find(namespace, token_ids)
             if not found:
                 return None
@@ -219,9 +246,10 @@ class PrefixTree:
             for end, place in found:
                 segments.append(Segment(self._listings[place], start, end))
                 start = end
-            entry = self.entries[segments[-1].listing.document_id]
+            last = last or segments[-1].listing
+            entry = self.entries[last.document_id]
             path, known = entry.path[1:], entry.known
-        keys = segments[-1].listing.chunk_keys
+        keys = last.chunk_keys
         chunks = []
         for index, node in enumerate(path[: -(-start // self.chunk_tokens)]):
             count = len(node.tokens) // TOKEN_BYTES
@@ -274,6 +302,28 @@ class PrefixTree:
         ended = [self._listings[place] for place in end.ended] if end is not None else []
         whole = [listing for listing in ended if listing.token_count == found[-1][0]]
         return found, whole[0] if whole else None
+
+    def _last_state(self, namespace: bytes, token_ids: Sequence[int]) -> tuple[int, Listing | None]:
+        """Find the last state that is stored of what the tokens begin with, at the end of a
+        document or after so many of its chunks; and a document that has it.
+        """
+        node, total = self.roots.get(namespace), 0
+        step = chunks_between_states(namespace) * self.chunk_tokens
+        best: tuple[int, Listing | None] = 0, None
+        while node is not None and node.children is not None:
+            tokens = pack_valid(token_ids[total : total + self.chunk_tokens])
+            for child in node.children.ended_prefixes(tokens):
+                end = total + len(child.tokens) // TOKEN_BYTES
+                ended = [self._listings[place] for place in sorted(child.ended)]
+                # A damaged document ends in the tree before its end.
+                whole = [listing for listing in ended if listing.token_count == end]
+                if whole:
+                    best = end, whole[0]
+                    break
+            node, total = node.child(tokens), total + self.chunk_tokens
+            if step and total % step == 0 and node is not None and total <= len(token_ids):
+                best = total, self._listings[node.first]
+        return best
 
     def _prepare(
         self, listing: Listing, place: int, chunks: Sequence[bytes]

@@ -26,15 +26,15 @@ from vllm_kvmarket.core.errors import ConfigError
 if TYPE_CHECKING:
     from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheSpec
 
-RECURRENT = (
-    "this model has layers with a recurrent state (Mamba and others), which kvmarket cannot store "
-    "yet; start it without kvmarket"
-)
 LATENT = (
     "this model keeps a compressed KV cache (multi-head latent attention, as DeepSeek does), with "
     "which kvmarket gave wrong tokens on a CPU and was not tried elsewhere; start it without "
     "kvmarket"
 )
+# Recurrent layers whose reuse was compared with full prefill, by vLLM's names.
+STATES = frozenset({"MAMBA2", "SHORT_CONV", "GDN_ATTN"})
+UNTRIED_STATE = "kvmarket was not tried with this model's recurrent state"
+AWAY = "start it without kvmarket"
 NOT_CAUSAL = (
     "this model's layers look at tokens that come later, so that vLLM turns prefix caching off and "
     "kvmarket must not reuse its KV cache either; start it without kvmarket"
@@ -47,20 +47,30 @@ class GroupKind(enum.Enum):
     FULL = "full"  # all of them
     WINDOW = "window"  # the last `reach` - 1
     LOCAL = "local"  # those since the last multiple of `reach`
+    STATE = "state"  # none of them: a state that the last one has left
 
 
 @dataclass(frozen=True, slots=True)
 class CacheGroup:
-    """One group: `page_bytes` is a block of all its layers on one rank."""
+    """One group: `page_bytes` is a block of all its layers on one rank.
+
+    `states` are the parts of each layer's recurrent state; see store.chunk_format.LayerLayout.
+    """
 
     kind: GroupKind
     block_tokens: int
     layers: tuple[str, ...]
     page_bytes: int
     reach: int = 0
+    states: tuple[str, ...] = ()
 
     def first_token(self, computed: int) -> int:
-        """The first token that is still read when so many tokens have been computed."""
+        """The first token that is still read when so many tokens have been computed.
+
+        Of a recurrent state, the one that has left it.
+        """
+        if self.kind is GroupKind.STATE:
+            return computed - 1
         if self.kind is GroupKind.WINDOW:
             return max(0, computed - self.reach + 1)
         return computed // self.reach * self.reach if self.kind is GroupKind.LOCAL else 0
@@ -72,6 +82,8 @@ class CacheGroup:
         """
         if start >= stop:
             return GroupPages()
+        if self.kind is GroupKind.STATE:
+            return GroupPages(0, (blocks[(stop - 1) // self.block_tokens],))
         first, last = start // self.block_tokens, -(-stop // self.block_tokens)
         return GroupPages(first - origin // self.block_tokens, tuple(blocks[first:last]))
 
@@ -99,17 +111,17 @@ def groups_of(kv_cache_config: KVCacheConfig, chunk_tokens: int) -> tuple[CacheG
             )
         kind, reach = kinds.pop()
         block_tokens = int(group.kv_cache_spec.block_size)
-        if chunk_tokens % block_tokens:
-            raise ConfigError(
-                f"chunk_tokens {chunk_tokens} is no multiple of the block size {block_tokens}; "
-                f"set --block-size to a divisor of {chunk_tokens}"
-            )
+        if kind is not GroupKind.STATE and chunk_tokens % block_tokens:
+            raise ConfigError(_other_blocks(kv_cache_config, chunk_tokens, block_tokens))
         names = tuple(group.layer_names)
-        page_bytes = sum(spec.page_size_bytes for spec in specs)
+        page_bytes = sum(_content_bytes(spec) for spec in specs)
         if len(specs) == 1:
             page_bytes *= len(names)
-        groups.append(CacheGroup(kind, block_tokens, names, page_bytes, reach))
-    if len({group.block_tokens for group in groups}) > 1:
+        states = tuple(_state_of(spec) for spec in specs if isinstance(spec, MambaSpec))
+        if len(states) == 1:
+            states *= len(names)
+        groups.append(CacheGroup(kind, block_tokens, names, page_bytes, reach, states))
+    if len({group.block_tokens for group in groups if group.kind is not GroupKind.STATE}) > 1:
         raise ConfigError(
             "this model's attention layers have blocks of different sizes, which kvmarket does not "
             "support; start it without kvmarket"
@@ -117,11 +129,38 @@ def groups_of(kv_cache_config: KVCacheConfig, chunk_tokens: int) -> tuple[CacheG
     return tuple(groups)
 
 
+def _other_blocks(config: KVCacheConfig, chunk_tokens: int, block_tokens: int) -> str:
+    """What to do where a chunk is not made of whole blocks."""
+    problem = f"chunk_tokens {chunk_tokens} is no multiple of the block size {block_tokens}; "
+    if not config.has_mamba_layers:
+        return f"{problem}set --block-size to a divisor of {chunk_tokens}"
+    # vLLM makes blocks so long that a recurrent state fits into one, whatever is asked for.
+    size = max(chunk_tokens, 1 << (block_tokens - 1).bit_length())
+    return (
+        f"{problem}vLLM needs blocks of that length for this model's recurrent state: start it "
+        f"with --block-size {size}, on a market with chunk_tokens {size}"
+    )
+
+
+def _content_bytes(spec: KVCacheSpec) -> int:
+    """The bytes of one layer's block; vLLM pads a state to the length of attention's blocks."""
+    return spec.state_content_size_bytes if isinstance(spec, MambaSpec) else spec.page_size_bytes
+
+
 def layer_specs(spec: KVCacheSpec) -> list[KVCacheSpec]:
     """The specifications of a group's layers; one where all are equal."""
     if isinstance(spec, UniformTypeKVCacheSpecs):
         return list(spec.kv_cache_specs.values())
     return [spec]
+
+
+def _state_of(spec: MambaSpec) -> str:
+    """For example `mamba2:7x96=bfloat16,8x32x16=float32`."""
+    parts = (
+        f"{'x'.join(map(str, shape))}={str(dtype).removeprefix('torch.')}"
+        for shape, dtype in zip(spec.shapes, spec.dtypes, strict=True)
+    )
+    return f"{spec.mamba_type.name.lower()}:{','.join(parts)}"
 
 
 def _kind_of(spec: KVCacheSpec) -> tuple[GroupKind, int]:
@@ -137,7 +176,11 @@ def _kind_of(spec: KVCacheSpec) -> tuple[GroupKind, int]:
     if isinstance(spec, MLAAttentionSpec):
         raise ConfigError(LATENT)
     if isinstance(spec, MambaSpec):
-        raise ConfigError(RECURRENT)
+        if type(spec) is not MambaSpec or spec.mamba_type.name not in STATES:
+            raise ConfigError(f"{UNTRIED_STATE} ({spec.mamba_type.name}), {AWAY}")
+        if spec.mamba_cache_mode != "none" or spec.num_speculative_blocks:
+            raise ConfigError(f"{UNTRIED_STATE} (in blocks, or for drafts), {AWAY}")
+        return GroupKind.STATE, 0
     raise ConfigError(
         f"kvmarket was not tried with a KV cache of {type(spec).__name__}; "
         "start this model without kvmarket"

@@ -7,12 +7,14 @@ is converted. What was loaded twice, or was read ahead, stays in host memory.
 from __future__ import annotations
 
 import contextlib
+import math
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 
 from vllm_kvmarket.connector.device_copies import (
     AfterCopies,
@@ -31,9 +33,10 @@ from vllm_kvmarket.core.errors import (
     LayoutMismatchError,
     StoreError,
 )
+from vllm_kvmarket.core.model_identity import has_state
 from vllm_kvmarket.core.stored_share import StoredShare
 from vllm_kvmarket.store import aligned_empty, conversion
-from vllm_kvmarket.store.chunk_format import ChunkLayout
+from vllm_kvmarket.store.chunk_format import ChunkLayout, raw_sizes, state_parts
 from vllm_kvmarket.store.chunk_reader import current_guard, guarded
 from vllm_kvmarket.store.conversion import as_floats, canonical
 from vllm_kvmarket.store.host_memory import Filling, HostTier, layers_of
@@ -71,6 +74,7 @@ class _Straight:
         self.stored = stored
         self.known = known
         self.page_count = stored.header.page_count
+        self.has_state = stored.header.has_state
 
     def copy(self, first: int, last: int, destinations: Sequence[Sequence[Bytes]]) -> None:
         """Verified pages first .. last - 1 of every layer; see StoredChunk.copy_all_pages."""
@@ -81,6 +85,7 @@ class _Converted:
     """A stored chunk in another layout or in other ranks' shares, `page_count` pages as of here."""
 
     is_converted = True
+    has_state = False
 
     def __init__(  # ruff counts the instance
         self, store: Tiers, cache: PagedCache, namespace: bytes, key: bytes, known: bytes
@@ -113,7 +118,8 @@ class Chunks:
         # The same without the object store, for threads that must not wait for it.
         self._local = store.local()
         self._cache = cache
-        self._host = host
+        # A buffer of the host tier has all pages of each layer.
+        self._host = HostTier(0) if cache.layout.has_states else host
         self._tally = tally
         self._layers = range(cache.layer_count)
         self._page_bytes = sum(layer.page_bytes for layer in cache.layout.layers)
@@ -236,8 +242,14 @@ class Chunks:
 
     def _read(self, source: _Straight | _Converted, buffer: Bytes) -> None:
         """Read a whole chunk into host memory."""
-        layers = layers_of(buffer, self._cache.layout, source.page_count)
-        source.copy(0, source.page_count, [[layer] for layer in layers])
+        layers = layers_of(buffer, self.layout, source.page_count, source.has_state)
+        if isinstance(source, _Converted) or not self.layout.has_states:
+            source.copy(0, source.page_count, [[layer] for layer in layers])
+            return
+        counts = source.stored.header.page_counts
+        for index, (layer, count) in enumerate(zip(layers, counts, strict=True)):
+            if count:
+                source.stored.copy_pages(index, 0, count, [layer])
 
     def _bring(self, key: bytes, source: _Straight | _Converted, filling: Filling) -> Bytes | None:
         """Read a whole chunk into the host tier, where it stays; None: it does not fit."""
@@ -253,7 +265,7 @@ class Chunks:
     def _copy_in_place(self, source: _Straight | _Converted, chunk: ChunkLoad) -> None:
         """Read pages from a file into the paged cache, without host memory where that can be."""
         spans = {(pages.first_page, pages.last_page) for pages in chunk.groups}
-        if self._cache.on_host and len(spans) == 1:
+        if self._cache.on_host and len(spans) == 1 and not self.layout.has_states:
             ((first, last),) = spans
             places = [self._cache.host_pages(*place) for place in self._wanted(chunk)]
             source.copy(first, last, places)
@@ -433,8 +445,9 @@ class Chunks:
 
     def memory(self, chunk: ChunkSave) -> list[Bytes]:
         """Memory for a chunk's pages, for each layer uint8 (bytes,); not initialised."""
-        pages = self.layout.page_count(chunk.token_count)
-        return [aligned_empty(pages * layer.page_bytes) for layer in self.layout.layers]
+        counts = self.layout.page_counts(chunk.token_count, has_state(chunk.key))
+        pairs = zip(counts, self.layout.layers, strict=True)
+        return [aligned_empty(count * layer.page_bytes) for count, layer in pairs]
 
     def copy_out(self, chunk: ChunkSave, layers: Sequence[Bytes]) -> None:
         """Copy the pages that `chunk.groups` names into the memory of a whole chunk."""
@@ -452,9 +465,10 @@ class Chunks:
         """
         try:
             with self._source(self._store, namespace, key) as source:
-                buffer = aligned_empty(source.page_count * self._page_bytes)
+                sizes = raw_sizes(self.layout, source.page_count, source.has_state)
+                buffer = aligned_empty(sum(sizes))
                 self._read(source, buffer)
-                return layers_of(buffer, self._cache.layout, source.page_count)
+                return layers_of(buffer, self.layout, source.page_count, source.has_state)
         except ChunkDamagedError as error:
             self._quarantine(key, error)
             raise
@@ -472,6 +486,9 @@ def without_tail(
         return layers
     cleared = []
     for index, runs in enumerate(layers):
+        if layout.layers[index].state:
+            cleared.append(list(runs))
+            continue
         page_bytes = layout.layers[index].page_bytes
         *before, end = runs
         last = end[-page_bytes:].copy()
@@ -518,6 +535,8 @@ def _difference(
 
     Infinite where it is not a number, or is not known.
     """
+    if layout.layers[index].state:
+        return _state_difference(layout.layers[index].state, ours, theirs)
     try:
         computed = canonical(layout, index, ours)[:token_count]
         stored = canonical(layout, index, theirs)[:token_count]
@@ -529,8 +548,36 @@ def _difference(
         whole = token_count // layout.block_tokens * layout.layers[index].page_bytes
         same = np.array_equal(ours[:whole], theirs[:whole])
         return (0.0 if same else np.inf), 0.0
+    return _bounded(difference, numbers, layout.dtype)
+
+
+def _state_difference(state: str, ours: Bytes, theirs: Bytes) -> tuple[float, float]:
+    """As `_difference`, for a state: of the part that differs most from what is close."""
+    found, start = (-np.inf, 0.0), 0
+    for shape, dtype in state_parts(state):
+        words = np.dtype(np.uint16 if dtype in {"bfloat16", "float16"} else np.uint32)
+        stop = start + math.prod(shape) * words.itemsize
+        computed, stored = (each[start:stop].view(words) for each in (ours, theirs))
+        start = stop
+        if not np.array_equal(computed, stored):
+            try:
+                numbers = as_floats(computed, dtype).astype(np.float64)
+                difference = np.abs(numbers - as_floats(stored, dtype))
+            except LayoutMismatchError:
+                return np.inf, 0.0
+            found = max(found, _bounded(difference, numbers, dtype), key=_excess)
+    return found
+
+
+def _excess(found: tuple[float, float]) -> float:
+    return found[0] - found[1]
+
+
+def _bounded(
+    difference: npt.NDArray[np.float64], numbers: npt.NDArray[np.float64], dtype: str
+) -> tuple[float, float]:
     largest = float(difference.max())
-    allowed = TOLERANCES[layout.dtype] * float(np.abs(numbers).max())
+    allowed = TOLERANCES[dtype] * float(np.abs(numbers).max())
     if not np.isfinite(largest) or not np.isfinite(allowed):
         return np.inf, 0.0
     return largest, allowed

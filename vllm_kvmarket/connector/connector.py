@@ -25,6 +25,7 @@ from vllm_kvmarket.connector.metrics import MarketPromMetrics, MarketStats
 from vllm_kvmarket.connector.request_params import Refusal
 from vllm_kvmarket.connector.request_state import EngineFacts
 from vllm_kvmarket.connector.scheduler import SchedulerHalf
+from vllm_kvmarket.connector.supported_models import check_groups
 from vllm_kvmarket.connector.worker import WorkerHalf
 from vllm_kvmarket.core.config import load
 
@@ -65,6 +66,7 @@ class KVMarketConnector(KVConnectorBase_V1, SupportsHMA):
         config = load(self._kv_transfer_config.kv_connector_extra_config)
         check_prepared(self._kv_transfer_config, config)
         groups = groups_of(kv_cache_config, config.chunk_tokens)
+        check_groups(vllm_config, groups)
         self._starts_early = not kv_cache_config.needs_kv_cache_zeroing
         self._scheduler: SchedulerHalf | None = None
         self._worker: WorkerHalf | None = None

@@ -31,7 +31,9 @@ class Frontend:
         config = engine_client.vllm_config
         self._engine = engine_client
         self.context_tokens = int(config.model_config.max_model_len)
-        self.block_tokens = int(config.cache_config.block_size or 1)
+        # A model without attention has one block, as long as its context.
+        no_attention = config.model_config.is_attention_free
+        self.block_tokens = 1 if no_attention else int(config.cache_config.block_size or 1)
         self.vocabulary_tokens = int(config.model_config.get_vocab_size())
         self.namespace = namespace_digest(base_facts(config, home))
         # vLLM uses its own at the same time.

@@ -14,6 +14,7 @@ from huggingface_hub import try_to_load_from_cache
 from vllm.logger import init_logger
 
 from vllm_kvmarket.connector.model_settings import draft_model
+from vllm_kvmarket.connector.supported_models import has_states
 from vllm_kvmarket.core.config import load as load_market_config
 from vllm_kvmarket.core.errors import ConfigError
 from vllm_kvmarket.core.model_identity import (
@@ -28,6 +29,8 @@ from vllm_kvmarket.core.model_identity import (
 if TYPE_CHECKING:
     from vllm.config import LoRAConfig, ModelConfig, VllmConfig
     from vllm.lora.request import LoRARequest
+
+    from vllm_kvmarket.core.config import MarketConfig
 
 T = TypeVar("T")
 
@@ -81,16 +84,27 @@ def base_facts(vllm_config: VllmConfig, home: Path) -> NamespaceFacts:
             for model in models
         ),
         settings=digested_settings(vllm_config),
+        chunks_between_states=_chunks_between_states(vllm_config),
     )
 
 
 def digested_settings(vllm_config: VllmConfig) -> str:
     """The digest of the settings that was taken while vLLM created this configuration."""
-    transfer = vllm_config.kv_transfer_config
-    config = load_market_config(transfer.kv_connector_extra_config if transfer else None)
-    if config.model_settings is None:
+    if (settings := _market_config(vllm_config).model_settings) is None:
         raise ConfigError(NOT_PREPARED)
-    return config.model_settings
+    return settings
+
+
+def _chunks_between_states(vllm_config: VllmConfig) -> int | None:
+    if not has_states(vllm_config):
+        return None
+    config = _market_config(vllm_config)
+    return (config.state_every_tokens or 0) // config.chunk_tokens
+
+
+def _market_config(vllm_config: VllmConfig) -> MarketConfig:
+    transfer = vllm_config.kv_transfer_config
+    return load_market_config(transfer.kv_connector_extra_config if transfer else None)
 
 
 @dataclass(slots=True)

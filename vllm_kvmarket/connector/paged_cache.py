@@ -18,7 +18,7 @@ import torch
 from vllm.logger import init_logger
 from vllm.v1.kv_cache_interface import group_kernel_blocks
 
-from vllm_kvmarket.connector.cache_groups import CacheGroup, is_plain
+from vllm_kvmarket.connector.cache_groups import CacheGroup, GroupKind, is_plain
 from vllm_kvmarket.core.errors import LayoutMismatchError
 from vllm_kvmarket.store import ChunkLayout, LayerLayout
 from vllm_kvmarket.store.packings import CPU_PACKINGS, TOKENS, canonical
@@ -185,18 +185,30 @@ class PagedCache:
         self.group_of = [group for group, _ in unique]
         self.is_plain = is_plain(groups)
         self.rows = [byte_rows(name, tensor) for name, tensor in unique.values()]
-        first = next(iter(unique.values()))[1]
-        self.device = first.device
-        block_tokens = groups[0].block_tokens
+        self.device = next(iter(unique.values()))[1].device
+        states = {
+            name: state
+            for group in groups
+            for name, state in zip(group.layers, group.states, strict=False)
+        }
+        attention = {name: each for name, each in unique.values() if name not in states}
+        block_tokens = next(
+            (group.block_tokens for group in groups if group.kind is not GroupKind.STATE), 1
+        )
+        tag, dtype = f"none/{self.device.type}", "uint8"
+        if attention:
+            tag = layout_tag(vllm_config, attention, block_tokens)
+            dtype = str(next(iter(attention.values())).dtype).removeprefix("torch.")
         self.layout = ChunkLayout(
-            tag=layout_tag(vllm_config, dict(unique.values()), block_tokens),
-            dtype=str(first.dtype).removeprefix("torch."),
+            tag=tag,
+            dtype=dtype,
             block_tokens=block_tokens,
             layers=tuple(
                 LayerLayout(
                     name=name,
                     page_shape=tuple(tensor.shape[1:]),
                     page_bytes=tensor[0].numel() * tensor.element_size(),
+                    state=states.get(name, ""),
                 )
                 for name, tensor in unique.values()
             ),

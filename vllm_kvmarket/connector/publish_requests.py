@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from vllm.logger import init_logger
 
 from vllm_kvmarket.catalogue import Listing, Match
-from vllm_kvmarket.connector.cache_groups import CacheGroup
+from vllm_kvmarket.connector.cache_groups import CacheGroup, GroupKind
 from vllm_kvmarket.connector.messages import ChunkSave, PageCopy, SavePlan, SaveReport
 from vllm_kvmarket.connector.purchases import ledger_key
 from vllm_kvmarket.connector.request_params import PublishParams
@@ -27,7 +27,7 @@ from vllm_kvmarket.connector.request_state import (
 )
 from vllm_kvmarket.connector.reuse_requests import WEIGHTS_CHANGED, PreloadRequest
 from vllm_kvmarket.core.document_chunks import DocumentChunks
-from vllm_kvmarket.core.model_identity import TOKEN_BYTES
+from vllm_kvmarket.core.model_identity import TOKEN_BYTES, has_state
 from vllm_kvmarket.market.purchase import Purchase, PurchaseState, StorageItem
 
 if TYPE_CHECKING:
@@ -68,7 +68,9 @@ class PublishRequest:
         else:
             # Of what it found in the cache not all pages would be there.
             engine.hashes.isolate(request)
-        if engine.facts.forgets:
+        if engine.facts.has_states:
+            self.reuse.limit = 0
+        elif engine.facts.forgets:
             # A chunk is stored whole, and a load does not bring all of its pages.
             self.reuse.limit -= self.reuse.limit % engine.facts.chunk_tokens
         price_nano = market.config.tariff.write_nano(new_tokens)
@@ -236,23 +238,29 @@ def page_copies(
     """What to copy of a document in a step that computes these of a request's tokens.
 
     Of groups that keep all tokens, the whole chunk when it is complete; of others, what the step
-    computes, since its blocks may be gone afterwards.
+    computes, since its blocks may be gone afterwards. Of recurrent layers the state that the last
+    token of a chunk with a state has left, with which a step must end: the next token changes it.
     """
     copies = []
     size, stop = facts.chunk_tokens, min(computed.stop, document.token_count)
     for index in range(computed.start // size, -(-stop // size)):
         origin, end = index * size, min((index + 1) * size, document.token_count)
         first, last = max(computed.start, origin), min(stop, end)
+        with_state = facts.has_states and last == end and has_state(document.keys[index])
+        firsts = {
+            GroupKind.FULL: origin if last == end else last,
+            GroupKind.STATE: last - 1 if with_state else last,
+        }
         pages = tuple(
-            group.pages(
-                blocks, first if group.reach else origin if last == end else last, last, origin
-            )
+            group.pages(blocks, firsts.get(group.kind, first), last, origin)
             for group, blocks in zip(facts.groups, block_ids, strict=True)
         )
         chunk = ChunkSave(
             document.keys[index], document.parents[index], document.tokens[index], pages
         )
         start = first - origin if facts.forgets else 0
+        if with_state and last < computed.stop:
+            start = last - origin  # its state is gone
         copies.append(PageCopy(request.request_id, document.namespace, chunk, start, last - origin))
     return copies
 

@@ -11,7 +11,7 @@ from vllm.sampling_params import RequestOutputKind
 from vllm.v1.request import RequestStatus
 
 from vllm_kvmarket.catalogue import Match
-from vllm_kvmarket.connector.cache_groups import CacheGroup, is_plain
+from vllm_kvmarket.connector.cache_groups import CacheGroup, GroupKind, is_plain
 from vllm_kvmarket.connector.idle_time import IdleTime
 from vllm_kvmarket.connector.messages import ChunkLoad, LoadPlan, LoadReport, SavePlan
 from vllm_kvmarket.connector.pins import PinnedBlocks
@@ -54,13 +54,19 @@ class EngineFacts:
 
     @property
     def block_tokens(self) -> int:
-        """Tokens in the largest block."""
-        return max(group.block_tokens for group in self.groups)
+        """Tokens in a block of attention layers; 1 where there are none."""
+        attention = [group for group in self.groups if group.kind is not GroupKind.STATE]
+        return attention[0].block_tokens if attention else 1
 
     @property
     def is_plain(self) -> bool:
         """Whether all layers keep all tokens, in one block table."""
         return is_plain(self.groups)
+
+    @property
+    def has_states(self) -> bool:
+        """Whether there are layers with a recurrent state, which is stored at a document's end."""
+        return any(group.kind is GroupKind.STATE for group in self.groups)
 
     @property
     def forgets(self) -> bool:
@@ -132,18 +138,21 @@ class Reuse:
         """The tokens that may be charged. A prompt's last token is computed, also when a preempted
         request finds it in the paged cache: it was not quoted.
         """
-        return min(self.match.token_count, self.request.num_prompt_tokens - 1) if self.match else 0
+        return self.match.last_end(self.request.num_prompt_tokens - 1) if self.match else 0
 
     def lookup(self) -> Lookup:
         """Whether there is something to reuse, where nothing else speaks against it."""
         return Lookup.MISS if self.match is None else Lookup.HIT
 
     def external_tokens(self, local: int) -> int:
-        """How many tokens behind the `local` ones to load. Mutates."""
+        """How many tokens behind the `local` ones to load, which the request can go on behind.
+        Mutates.
+        """
         self.asked = True
         self.local = local
         # At least one token must be computed, or there is nothing to sample from.
-        return max(0, min(self.limit, self.request.num_tokens - 1) - local)
+        end = min(self.limit, self.request.num_tokens - 1)
+        return max(0, (self.match.last_end(end) if self.match else 0) - local)
 
     def allocated(self, external: int) -> bool:
         """Note what the scheduler decided; whether there is anything to load. Mutates."""
@@ -213,6 +222,7 @@ class Reuse:
             good = max(self.local, min(end, first * facts.chunk_tokens))
             self.countable.lower(max(self.reused, good))
             if not facts.is_plain:
+                self.limit = self.match.last_end(self.limit)
                 self.failed = max(self.failed, end - self.limit)
                 return
             self.failed += end - good

@@ -196,7 +196,11 @@ class PreloadRequest:
     def finished(self, block_ids: Sequence[Sequence[int]]) -> Ended:
         """Pin the document if it is to be pinned. Mutates."""
         answer = self.reuse.answer(self.declined)
-        pin(self._engine, self.reuse, block_ids, answer)
+        if self._engine.facts.has_states:
+            # vLLM keeps nothing of it in its cache.
+            answer["not_pinned"] = "of a model with recurrent state nothing is kept to be pinned"
+        else:
+            pin(self._engine, self.reuse, block_ids, answer)
         return Ended(answer)
 
 

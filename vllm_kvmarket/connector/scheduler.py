@@ -50,6 +50,7 @@ from vllm_kvmarket.connector.shared_loads import SharedLoads
 from vllm_kvmarket.connector.step_loads import StepLoads
 from vllm_kvmarket.core.config import MarketConfig
 from vllm_kvmarket.core.document_chunks import DocumentChunks
+from vllm_kvmarket.core.model_identity import keeps_states
 from vllm_kvmarket.ledger import Outcome, Result
 from vllm_kvmarket.market.market import Market
 
@@ -82,6 +83,7 @@ class DatabaseLookup:
 
 # What the market knows of a request.
 AnyRequest = ReuseRequest | PreloadRequest | PublishRequest | AuditRequest | ProbeRequest
+COPIED = PublishRequest | AuditRequest | ProbeRequest
 
 
 class SchedulerHalf:
@@ -208,6 +210,9 @@ class SchedulerHalf:
         tokens = only_tokens(request)
         match: Match | None = None
         if namespace is not None and tokens is not None:
+            if keeps_states(namespace):
+                # The last one is computed, and there is no state before a document's last token.
+                tokens = tokens[:-1]
             match = self._market.catalogue.match(namespace, tokens)
             if self._asks_database(request, params, match):
                 found = self._market.catalogue.match_later(namespace, tokens)
@@ -274,14 +279,17 @@ class SchedulerHalf:
         tokens = request.prompt_token_ids[:count]
         namespace = match.listing.namespace
         document = DocumentChunks.of(namespace, tokens, catalogue.chunk_tokens) if tokens else None
+        # The last chunk of a document with a state is no part of a longer one.
+        found = catalogue.match(namespace, tokens) if keeps_states(namespace) else match
         if (
             document is None
             or document.document_id != params.document
-            or match.token_count < document.token_count
+            or found is None
+            or found.token_count < document.token_count
         ):
             message = f"the prompt does not begin with document {params.document} as it is on offer"
             return Declined(message, "other_tokens", params.must_reserve), match
-        cut = match.until(document.token_count)
+        cut = found.until(document.token_count)
         return params, msgspec.structs.replace(cut, whole=listing) if listing else cut
 
     def _looked_up(self, request: Request, lookup: DatabaseLookup) -> None:
@@ -374,8 +382,12 @@ class SchedulerHalf:
             return
         for request_id, count in output.num_scheduled_tokens.items():
             made = self._requests.get(request_id)
-            if state is not None and isinstance(made, PublishRequest | AuditRequest | ProbeRequest):
+            if state is not None and isinstance(made, COPIED):
                 self._next.copies += made.copies(count, state.resolve_block_ids(request_id))
+
+    def copies_pages_of(self, request: Request) -> bool:
+        """Whether the pages that a request computes are stored or compared."""
+        return isinstance(self._requests.get(request.request_id), COPIED)
 
     def _renew(self) -> None:
         """Extend reservations of requests under way, three times in their life; mutates."""

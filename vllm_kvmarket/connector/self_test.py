@@ -35,6 +35,7 @@ from vllm.version import __version__ as vllm_version
 
 from vllm_kvmarket.connector.cache_groups import GroupKind
 from vllm_kvmarket.connector.probe_requests import ProbeRequest, match_of
+from vllm_kvmarket.connector.state_steps import end_steps_at_states
 from vllm_kvmarket.connector.weight_changes import half_of
 from vllm_kvmarket.core.document_chunks import DocumentChunks
 from vllm_kvmarket.core.verdicts import VERDICTS_FOLDER, Verdict, read_verdict, write_verdict
@@ -112,6 +113,7 @@ def _after_the_test(call: Any) -> Any:
         half = half_of(self)
         if half is not None and not hasattr(self, _TESTED):
             setattr(self, _TESTED, True)
+            end_steps_at_states(self.scheduler, half)
             decide(self, half)
         return call(self, *args, **kwargs)
 
@@ -258,9 +260,8 @@ class SelfTest:
         match = match_of(self._document)
         reused = self._ask(whole, "whole", match=match)
         reason = self._compare(full, reused, "whole", lambda: self._ask(whole, salt="full"))
-        half = len(self._tokens) // 2
-        ends_anywhere = all(each.kind in _ENDS_ANYWHERE for each in self._half.engine.facts.groups)
-        if reason or half == 0 or not ends_anywhere:
+        half = match.last_end(len(self._tokens) // 2)
+        if reason or half == 0:
             return reason
         part = [*self._tokens[:half], *self._questions[1]]
         full, reused = self._ask(part, "half"), self._ask(part, "part", match=match.until(half))

@@ -112,7 +112,7 @@ class StepCopies:
         copy = self._copies.get(request_id, {}).get(key)
         if copy is None:
             return None
-        if copy.layers:
+        if copy.layers and not copy.outcome.done():
             raise StoreError(f"{key.hex()}: was not computed to its end")
         return copy.outcome.result()
 

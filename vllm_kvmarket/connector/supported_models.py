@@ -6,9 +6,10 @@ configuration says. `cache_groups.groups_of` checks again in the engine, by its 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from vllm_kvmarket.connector.cache_groups import LATENT, RECURRENT
+from vllm_kvmarket.connector.cache_groups import LATENT, CacheGroup, GroupKind
 from vllm_kvmarket.core.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -22,6 +23,14 @@ ONE_ROLE = 'kvmarket publishes and reuses in every engine: give kv_role "kv_both
 CACHING_TURNED_OFF = (
     "vLLM turns prefix caching off for this model on this machine, so kvmarket must not reuse its "
     "KV cache either; start it without kvmarket"
+)
+STATES_IN_BLOCKS = (
+    "with prefix caching vLLM keeps this model's recurrent state at the ends of blocks, where "
+    "kvmarket was not tried; start it with --no-enable-prefix-caching"
+)
+STATES_INEXACT = (
+    "this engine keeps a recurrent state that is late or randomly rounded (replayssm, recoverssm, "
+    "stochastic rounding), which kvmarket cannot reuse exactly; turn that off"
 )
 
 
@@ -37,9 +46,34 @@ def check_model(vllm_config: VllmConfig, *, caching_refused: bool) -> None:
         raise ConfigError(CONTEXT_PARALLEL)
     if transfer is not None and transfer.kv_role != "kv_both":
         raise ConfigError(f"{ONE_ROLE}, not {transfer.kv_role!r}")
-    if model.is_hybrid or model.is_attention_free or model.has_inner_state:
-        raise ConfigError(RECURRENT)
     if model.use_mla:
         raise ConfigError(LATENT)
-    if not cache.enable_prefix_caching and not caching_refused:
+    if has_states(vllm_config):
+        _check_states(vllm_config)
+    # vLLM calls its own caching of models without attention experimental, and leaves it off.
+    if not (cache.enable_prefix_caching or caching_refused or model.is_attention_free):
         raise ConfigError(CACHING_TURNED_OFF)
+
+
+def has_states(vllm_config: VllmConfig) -> bool:
+    """Whether the model has recurrent layers, of which vLLM keeps a state."""
+    model = vllm_config.model_config
+    return bool(model.is_hybrid or model.is_attention_free or model.has_inner_state)
+
+
+def check_groups(vllm_config: VllmConfig, groups: Sequence[CacheGroup]) -> None:
+    """Raise ConfigError where the namespace would not say that there are states, or the reverse."""
+    if any(group.kind is GroupKind.STATE for group in groups) != has_states(vllm_config):
+        raise ConfigError(
+            "vLLM's configuration and its KV cache disagree about whether this model has recurrent "
+            "layers; start it without kvmarket"
+        )
+
+
+def _check_states(vllm_config: VllmConfig) -> None:
+    cache = vllm_config.cache_config
+    if cache.enable_prefix_caching or cache.mamba_cache_mode != "none":
+        raise ConfigError(STATES_IN_BLOCKS)
+    rounds_randomly = vllm_config.mamba_config.enable_stochastic_rounding
+    if cache.use_replayssm or cache.use_kda_recoverssm or rounds_randomly:
+        raise ConfigError(STATES_INEXACT)

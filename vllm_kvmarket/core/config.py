@@ -24,6 +24,7 @@ _SECRET_OPTION = re.compile(r"(?i)secret|password|token$|_key(_base64)?$")
 
 HOME_VARIABLE = "KVMARKET_HOME"
 MIN_CHUNK_TOKENS, MAX_CHUNK_TOKENS = 16, 4096
+MOST_CHUNKS_BETWEEN_STATES = 1 << 16
 
 
 def default_home() -> str:
@@ -54,6 +55,14 @@ class MarketConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
             description="tokens of a chunk; a power of two, and a multiple of the block size",
         ),
     ] = 256
+    state_every_tokens: Annotated[
+        Annotated[int, msgspec.Meta(ge=MIN_CHUNK_TOKENS)] | None,
+        msgspec.Meta(
+            description="where in a document the state of a model with recurrent layers is stored: "
+            "after each so many tokens, a multiple of `chunk_tokens`, and at the end; "
+            "null: at the end only. Engines share documents where this is the same"
+        ),
+    ] = None
     tariff: Annotated[Tariff, msgspec.Meta(description="prices")] = Tariff()
     without_account: Annotated[
         Literal["recompute", "free"],
@@ -280,6 +289,13 @@ class MarketConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
     def __post_init__(self) -> None:
         if self.chunk_tokens & (self.chunk_tokens - 1):
             raise ConfigError(f"chunk_tokens: expected a power of two, not {self.chunk_tokens}")
+        between, rest = divmod(self.state_every_tokens or 0, self.chunk_tokens)
+        if rest or between >= MOST_CHUNKS_BETWEEN_STATES:
+            raise ConfigError(
+                f"state_every_tokens: expected a multiple of chunk_tokens, {self.chunk_tokens}, "
+                f"below {MOST_CHUNKS_BETWEEN_STATES * self.chunk_tokens}, not "
+                f"{self.state_every_tokens}"
+            )
         for network in self.trusted_proxies:
             try:
                 ipaddress.ip_network(network, strict=False)

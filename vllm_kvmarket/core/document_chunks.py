@@ -33,11 +33,7 @@ class DocumentChunks(msgspec.Struct, frozen=True):
         packed = pack_tokens(token_ids)
         width = chunk_tokens * TOKEN_BYTES
         tokens = tuple(packed[start : start + width] for start in range(0, len(packed), width))
-        keys = []
-        parent = ROOT
-        for chunk in tokens:
-            parent = model_identity.chunk_key(namespace, parent, chunk)
-            keys.append(parent)
+        keys = model_identity.keys_of(namespace, tokens)
         return cls(namespace, tuple(keys), tokens, len(token_ids))
 
     @property

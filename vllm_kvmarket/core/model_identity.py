@@ -29,6 +29,10 @@ CHUNK_TOKENS = 256
 KEY_BYTES = 32
 TOKEN_BYTES = 4
 ROOT = bytes(KEY_BYTES)
+# Behind it, the end of the namespace of a model with recurrent state says after how many chunks
+# there is one, 0 for documents' ends alone. The key of a chunk with a state ends with it and 0.
+_STATE_MARK = b"\0state"
+_MARK_BYTES = len(_STATE_MARK) + 2
 
 # BLAKE3's derive-key contexts: a digest of one kind can never pass for one of another.
 _CHUNK_CONTEXT = "kvmarket 2026-11 chunk key"
@@ -88,6 +92,32 @@ def chunk_key(namespace: bytes, parent: bytes, tokens: bytes) -> bytes:
     return blake3(encoded, derive_key_context=_CHUNK_CONTEXT).digest()
 
 
+def keeps_states(namespace: bytes) -> bool:
+    """Whether a namespace's model has recurrent layers, so that a reuse ends where a state is."""
+    return namespace[-_MARK_BYTES:-2] == _STATE_MARK
+
+
+def chunks_between_states(namespace: bytes) -> int:
+    """After how many chunks inside a document there is a state; 0 for none inside it."""
+    return int.from_bytes(namespace[-2:], "big") if keeps_states(namespace) else 0
+
+
+def has_state(key: bytes) -> bool:
+    """Whether a chunk of such a namespace has the recurrent state after its last token."""
+    return key.endswith(_STATE_MARK + b"\0\0")
+
+
+def marked(digest: bytes, chunks_between: int = 0) -> bytes:
+    """Mark a namespace, or a chunk's key, as one with recurrent state."""
+    return digest[:-_MARK_BYTES] + _STATE_MARK + chunks_between.to_bytes(2, "big")
+
+
+def is_key_of(key: bytes, namespace: bytes, parent: bytes, tokens: bytes) -> bool:
+    """Whether this is a key of the chunk, with a state or without."""
+    expected = chunk_key(namespace, parent, tokens)
+    return key == (marked(expected) if keeps_states(namespace) and has_state(key) else expected)
+
+
 def _length(part: bytes) -> bytes:
     return struct.pack("<Q", len(part))
 
@@ -95,16 +125,27 @@ def _length(part: bytes) -> bytes:
 def chunk_keys(
     namespace: bytes, token_ids: Sequence[int], chunk_tokens: int = CHUNK_TOKENS
 ) -> list[bytes]:
-    """Compute the keys of a token sequence's chunks, in order; the last chunk may be shorter.
+    """Compute the keys of a document's chunks, in order; the last chunk may be shorter.
 
-    Raises ValueError as `pack_tokens` does.
+    Where the model has recurrent layers, a document's last chunk has their state, and so has each
+    chunk with which `chunks_between_states` end. Such a chunk is another one than the same tokens
+    without a state. Raises ValueError as `pack_tokens` does.
     """
     packed = pack_tokens(token_ids)
     width = chunk_tokens * TOKEN_BYTES
+    return keys_of(namespace, [packed[at : at + width] for at in range(0, len(packed), width)])
+
+
+def keys_of(namespace: bytes, chunks: Sequence[bytes]) -> list[bytes]:
+    """Compute the keys of a document's chunks, as `chunk_keys`, from their packed tokens."""
     keys: list[bytes] = []
     parent = ROOT
-    for start in range(0, len(packed), width):
-        parent = chunk_key(namespace, parent, packed[start : start + width])
+    between = chunks_between_states(namespace)
+    last = len(chunks) if keeps_states(namespace) else 0
+    for count, tokens in enumerate(chunks, 1):
+        parent = chunk_key(namespace, parent, tokens)
+        if count == last or (between and count % between == 0):
+            parent = marked(parent)
         keys.append(parent)
     return keys
 
@@ -118,19 +159,23 @@ class NamespaceFacts(msgspec.Struct, frozen=True):
     """Everything that decides what KV bytes mean; equal facts, interchangeable KV.
 
     `weights` are what `weights_digest` returns, `settings` what `settings_digest`, `adapter` what
-    `adapter_digest`.
+    `adapter_digest`. `chunks_between_states`: None where the model has no recurrent layers.
     """
 
     weights: tuple[str, ...]
     settings: str
     adapter: str | None = None
+    chunks_between_states: int | None = None
 
 
 @functools.lru_cache(256)
 def namespace_digest(facts: NamespaceFacts) -> bytes:
-    """Digest these facts into their 32-byte namespace."""
-    encoded = json.dumps(msgspec.to_builtins(facts), sort_keys=True, separators=(",", ":"))
-    return blake3(encoded.encode(), derive_key_context=_NAMESPACE_CONTEXT).digest()
+    """Digest these facts into their 32-byte namespace, which shows whether there are states."""
+    plain = msgspec.to_builtins(facts)
+    between = plain.pop("chunks_between_states")
+    encoded = json.dumps(plain, sort_keys=True, separators=(",", ":"))
+    digest = blake3(encoded.encode(), derive_key_context=_NAMESPACE_CONTEXT).digest()
+    return digest if between is None else marked(digest, between)
 
 
 def settings_digest(settings: Mapping[str, Any]) -> str:

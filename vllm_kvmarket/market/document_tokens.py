@@ -81,7 +81,9 @@ def common_prefix(sequences: list[list[int]]) -> list[int]:
 def check_publishable(llm: Any, tokens: list[int]) -> None:
     """Raises NotPublishableError for a document that `llm` could not publish."""
     config = llm.llm_engine.vllm_config
-    block_tokens = config.cache_config.block_size
+    # A model without attention has one block, as long as its context.
+    no_attention = config.model_config.is_attention_free
+    block_tokens = 1 if no_attention else config.cache_config.block_size
     context = config.model_config.max_model_len
     if len(tokens) < block_tokens:
         raise NotPublishableError(

@@ -21,6 +21,7 @@ from vllm_kvmarket.core.errors import (
     PublishFailedError,
 )
 from vllm_kvmarket.core.listing_terms import ListingTerms
+from vllm_kvmarket.core.model_identity import keeps_states
 from vllm_kvmarket.market import document_tokens
 from vllm_kvmarket.market.publishers import ensure_account
 
@@ -169,7 +170,8 @@ def audit(
     count = len(listing.chunk_keys)
     chosen = sorted(random.Random(seed).sample(range(count), min(chunks, count)))  # noqa: S311  # which chunks is no secret
     tokens = market.catalogue.tokens_of(document_id)
-    tokens = tokens[: (chosen[-1] + 1) * market.config.chunk_tokens]
+    if not keeps_states(listing.namespace):  # else the last chunk is the document's
+        tokens = tokens[: (chosen[-1] + 1) * market.config.chunk_tokens]
     before = len(market.catalogue.audits_of(document_id))
     wish = {"document_id": document_id, "chunks": chosen}
     if reason := _operate(market, llm, tokens, audit=wish).get("declined"):

@@ -31,6 +31,7 @@ from vllm_kvmarket.core.errors import (
     NotFoundError,
     StoreFullError,
 )
+from vllm_kvmarket.core.model_identity import keeps_states
 from vllm_kvmarket.core.stored_share import StoredShare
 from vllm_kvmarket.ledger import Account, Ledger, Receipt, Transfer
 from vllm_kvmarket.market import engine_operations
@@ -246,6 +247,8 @@ class Market:
         Without it, only what the engine sells under the buyer's `budget` is priced. May wait for
         the database, as `match`.
         """
+        if most is not None and keeps_states(namespace):
+            token_ids = token_ids[:most]
         match = self.match(namespace, token_ids, named=named)
         if match is not None and not named:
             match = self.affordable_part(match, budget, most)

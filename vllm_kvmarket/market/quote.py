@@ -43,7 +43,7 @@ def sold_part(match: Match, tariff: Tariff, min_tokens: int) -> Match | None:
 
     A listing that is dearer than computing, or adds fewer than `min_tokens`, is not sold: what it
     owns goes with the next listing that reaches further, and the match ends with the last one that
-    is sold.
+    is sold, or where the model's state was stored before.
     """
     sold: list[Segment] = []
     covered = 0
@@ -52,11 +52,13 @@ def sold_part(match: Match, tariff: Tariff, min_tokens: int) -> Match | None:
         if segment.end - covered >= min_tokens and not terms.is_dearer_than_computing:
             sold.append(Segment(segment.listing, covered, segment.end))
             covered = segment.end
-    if not sold:
+    end = match.last_end(covered)
+    if not end:
         return None
-    if len(sold) == len(match.segments):
+    if end == covered and len(sold) == len(match.segments):
         return match
-    return msgspec.structs.replace(match.until(covered), segments=tuple(sold))
+    segments = (Segment(s.listing, s.start, min(s.end, end)) for s in sold if s.start < end)
+    return msgspec.structs.replace(match.until(end), segments=tuple(segments))
 
 
 class Budget(msgspec.Struct, frozen=True):
@@ -87,6 +89,7 @@ def affordable_part(
         if budget.max_price_nano is not None and charge > budget.max_price_nano:
             break
         end = segment.end
+    end = match.last_end(end)
     return match.until(end) if end else None
 
 

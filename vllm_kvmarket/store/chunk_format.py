@@ -4,8 +4,10 @@
     header (msgpack) | zeros to the next 4,096 | layer 0's pages | zeros to the next 4,096 | ...
 
 The payload begins with layer 0, and the file ends with the last layer's last byte. Encoded layers
-follow one another without padding. Every byte is covered: the header and what precedes it by the
-header's checksum, each layer by its own, padding by being zero, and the length by the header.
+follow one another without padding. Chunks of models with recurrent layers have version 2: such a
+layer is the state after the chunk's last token where the chunk's key is marked, else nothing. Every
+byte is covered: the header and what precedes it by the header's checksum, each layer by its own,
+padding by being zero, and the length by the header.
 """
 
 from __future__ import annotations
@@ -29,7 +31,7 @@ from vllm_kvmarket.core.errors import (
     LayoutMismatchError,
     StoreError,
 )
-from vllm_kvmarket.core.model_identity import KEY_BYTES, TOKEN_BYTES, chunk_key
+from vllm_kvmarket.core.model_identity import KEY_BYTES, TOKEN_BYTES, has_state, is_key_of
 from vllm_kvmarket.store import codec as codecs
 from vllm_kvmarket.store.codec import CODEC_RAW, CODECS, MAX_RATIO
 
@@ -39,7 +41,8 @@ Bytes = codecs.Bytes
 SUFFIX = ".kv"
 _NAME = re.compile(r"([0-9a-f]{64})(?:\.([0-9a-f]{16}))?(?:\.(\d+)of(\d+))?" + re.escape(SUFFIX))
 MAGIC = b"KVMCHUNK"
-FORMAT_VERSION = 1
+# Version 1 has no layers with a state. Who reads version 2 reads both.
+FORMAT_VERSION, STATE_VERSION = 1, 2
 ALIGNMENT = 4096
 MAX_BUFFERS = min(1024, os.sysconf("SC_IOV_MAX"))
 # Magic, version and header length stay where they are in every version of the format.
@@ -56,12 +59,17 @@ Positive = Annotated[int, msgspec.Meta(gt=0)]
 Digest = Annotated[bytes, msgspec.Meta(min_length=KEY_BYTES, max_length=KEY_BYTES)]
 
 
-class LayerLayout(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """One layer's pages: the shape of a block without its block dimension, and its bytes."""
+class LayerLayout(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
+    """One layer's pages: the shape of a block without its block dimension, and its bytes.
+
+    `state`: its only page is the layer's recurrent state after the chunk's last token, of these
+    parts, for example "mamba2:3x96=bfloat16,8x32x16=float32".
+    """
 
     name: str
     page_shape: tuple[int, ...]
     page_bytes: Positive
+    state: str = ""
 
 
 class ChunkLayout(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -80,6 +88,23 @@ class ChunkLayout(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     def page_count(self, token_count: int) -> int:
         """Count the pages that hold `token_count` tokens; the last may be partly filled."""
         return -(-token_count // self.block_tokens)
+
+    @property
+    def has_states(self) -> bool:
+        """Whether there are layers with a recurrent state."""
+        return any(layer.state for layer in self.layers)
+
+    def page_counts(self, token_count: int, with_state: bool) -> tuple[int, ...]:
+        """Count each layer's pages in a chunk of so many tokens, with its state or without."""
+        pages = self.page_count(token_count)
+        return tuple(int(with_state) if layer.state else pages for layer in self.layers)
+
+
+def state_parts(state: str) -> Iterator[tuple[tuple[int, ...], str]]:
+    """The shape and the dtype of each part of a layer's state, in the order of its bytes."""
+    for part in state.partition(":")[2].split(","):
+        shape, _, dtype = part.partition("=")
+        yield tuple(map(int, shape.split("x"))), dtype
 
 
 @lru_cache(maxsize=256)
@@ -108,14 +133,24 @@ class ChunkHeader(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     checksums: tuple[int, ...]
 
     @property
+    def has_state(self) -> bool:
+        """Whether the recurrent state after the last token is a part of it."""
+        return has_state(self.key)
+
+    @property
     def token_count(self) -> int:
         """Tokens in the chunk."""
         return len(self.tokens) // TOKEN_BYTES
 
     @property
     def page_count(self) -> int:
-        """Pages a layer."""
+        """Pages a layer that is no state."""
         return self.layout.page_count(self.token_count)
+
+    @property
+    def page_counts(self) -> tuple[int, ...]:
+        """Pages of each layer."""
+        return self.layout.page_counts(self.token_count, self.has_state)
 
 
 _encoder = msgspec.msgpack.Encoder()
@@ -179,22 +214,25 @@ class PreparedChunk:
 
 
 @lru_cache(maxsize=64)
-def arrange(layout: ChunkLayout, page_count: int) -> Arrangement:
+def arrange(layout: ChunkLayout, page_count: int, with_state: bool = False) -> Arrangement:
     """Where raw layers of so many pages lie; cached, because all chunks ask the same."""
-    return _place(raw_sizes(layout, page_count), ALIGNMENT)
+    return _place(raw_sizes(layout, page_count, with_state), ALIGNMENT)
 
 
 def arrangement(header: ChunkHeader) -> Arrangement:
     """Where the layers of a chunk lie, whatever its codec."""
     if header.codec == CODEC_RAW:
-        return arrange(header.layout, header.page_count)
+        return arrange(header.layout, header.page_count, header.has_state)
     return _place(header.layer_bytes, 1)
 
 
 @lru_cache(maxsize=64)
-def raw_sizes(layout: ChunkLayout, page_count: int) -> tuple[int, ...]:
+def raw_sizes(layout: ChunkLayout, page_count: int, with_state: bool = False) -> tuple[int, ...]:
     """Bytes of each layer's pages, as an engine has them."""
-    return tuple(page_count * layer.page_bytes for layer in layout.layers)
+    counts = layout.page_counts(page_count * layout.block_tokens, with_state)
+    return tuple(
+        count * layer.page_bytes for count, layer in zip(counts, layout.layers, strict=True)
+    )
 
 
 def _place(sizes: tuple[int, ...], alignment: int) -> Arrangement:
@@ -233,9 +271,10 @@ def prepare(
         raise ValueError(f"unknown codec {codec!r}; choose one of {', '.join(CODECS)}")
     if not tokens or len(tokens) % TOKEN_BYTES:
         raise ValueError(f"{len(tokens)} bytes are not one or more packed tokens")
-    if chunk_key(namespace, parent, tokens) != key:
+    if not is_key_of(key, namespace, parent, tokens):
         raise ValueError(f"{key.hex()} is not the key of these tokens")
-    place = arrange(layout, layout.page_count(len(tokens) // TOKEN_BYTES))
+    pages = layout.page_count(len(tokens) // TOKEN_BYTES)
+    place = arrange(layout, pages, has_state(key))
     sizes = tuple(sum(page.nbytes for page in layer) for layer in layers)
     dense = all(page.flags.c_contiguous for layer in layers for page in layer)
     if not sizes or sizes != place.sizes or not dense:
@@ -284,7 +323,8 @@ def _encode_layers(
 def encode(header: ChunkHeader) -> bytes:
     """Everything in front of the payload, its padding included."""
     encoded = _encoder.encode(header)
-    facts = _FACTS.pack(MAGIC, FORMAT_VERSION, len(encoded))
+    version = STATE_VERSION if header.layout.has_states else FORMAT_VERSION
+    facts = _FACTS.pack(MAGIC, version, len(encoded))
     front = facts + _CHECKSUM.pack(xxhash.xxh3_64_intdigest(facts + encoded)) + encoded
     return front.ljust(aligned(len(front)), b"\0")
 
@@ -327,10 +367,10 @@ def decode(front: bytes, name: str) -> ChunkHeader:
     encoded = front[PREFIX_BYTES : PREFIX_BYTES + length]
     if xxhash.xxh3_64_intdigest(front[: _FACTS.size] + encoded) != expected:
         raise damaged(name, "its header is not what was stored")
-    if version != FORMAT_VERSION:
+    if version not in {FORMAT_VERSION, STATE_VERSION}:
         raise LayoutMismatchError(
-            f"{name}: written in format {version}, this kvmarket reads {FORMAT_VERSION}; "
-            "publish the document again"
+            f"{name}: written in format {version}, this kvmarket reads {FORMAT_VERSION} and "
+            f"{STATE_VERSION}; publish the document again"
         )
     if front[PREFIX_BYTES + length :].strip(b"\0"):
         raise damaged(name, "the padding behind its header is not zero")
@@ -338,6 +378,8 @@ def decode(front: bytes, name: str) -> ChunkHeader:
         header = _decoder.decode(encoded)
     except msgspec.MsgspecError as error:
         raise damaged(name, f"unreadable header ({error})") from None
+    if header.layout.has_states != (version == STATE_VERSION):
+        raise damaged(name, "its format's version contradicts its header")
     _check_shape(header, name)
     return header
 
@@ -360,11 +402,11 @@ def _check_shape(header: ChunkHeader, name: str) -> None:
 
 
 def _sizes_are_possible(header: ChunkHeader) -> bool:
-    pages = raw_sizes(header.layout, header.page_count)
+    pages = raw_sizes(header.layout, header.page_count, header.has_state)
     if header.codec == CODEC_RAW:
         return header.layer_bytes == pages
     return len(header.layer_bytes) == len(pages) and all(
-        0 < stored <= raw <= stored * MAX_RATIO
+        stored == raw == 0 or 0 < stored <= raw <= stored * MAX_RATIO
         for stored, raw in zip(header.layer_bytes, pages, strict=True)
     )
 

@@ -37,7 +37,7 @@ from vllm_kvmarket.core.errors import (
     LayoutMismatchError,
     StoreError,
 )
-from vllm_kvmarket.core.model_identity import chunk_key
+from vllm_kvmarket.core.model_identity import is_key_of
 from vllm_kvmarket.store import chunk_format, codec
 from vllm_kvmarket.store.chunk_format import ChunkHeader, ChunkLayout, Share, layout_digest
 from vllm_kvmarket.store.codec import CODEC_RAW, Bytes
@@ -105,7 +105,8 @@ class StoredChunk:
         self._payload = payload
         self._unwanted = _NOTHING
         self._place = chunk_format.arrangement(header)
-        self._page_bytes = chunk_format.raw_sizes(header.layout, 1)
+        self._page_bytes = [layer.page_bytes for layer in header.layout.layers]
+        self._counts = header.page_counts
         self._is_raw = header.codec == CODEC_RAW
         self.header = header
         self.fingerprint = fingerprint
@@ -127,8 +128,9 @@ class StoredChunk:
 
         Raises ChunkDamagedError, StoreError.
         """
-        pages = aligned_empty(self.header.page_count * self._page_bytes[index])
-        self.copy_pages(index, 0, self.header.page_count, [pages])
+        pages = aligned_empty(self._counts[index] * self._page_bytes[index])
+        if self._counts[index]:
+            self.copy_pages(index, 0, self._counts[index], [pages])
         return pages
 
     def copy_pages(
@@ -177,10 +179,11 @@ class StoredChunk:
 
     def verify(self) -> None:
         """Check every byte of every layer. Raises ChunkDamagedError, StoreError."""
-        sizes = chunk_format.raw_sizes(self.header.layout, self.header.page_count)
+        sizes = [count * size for count, size in zip(self._counts, self._page_bytes, strict=True)]
         scratch = aligned_empty(max(sizes))
         for index, size in enumerate(sizes):
-            self.copy_pages(index, 0, self.header.page_count, [scratch[:size]])
+            if size:
+                self.copy_pages(index, 0, self._counts[index], [scratch[:size]])
 
     def _check_sizes(
         self,
@@ -189,10 +192,10 @@ class StoredChunk:
         last_page: int,
         destinations: Sequence[Sequence[Bytes]],
     ) -> None:
-        if not 0 <= first_page < last_page <= self.header.page_count:
-            raise ValueError(f"{self._name} has no pages {first_page} to {last_page}")
         pages = last_page - first_page
         for index, destination in enumerate(destinations, start):
+            if not 0 <= first_page < last_page <= self._counts[index]:
+                raise ValueError(f"{self._name} has no pages {first_page} to {last_page}")
             given = (
                 destination[0].nbytes
                 if len(destination) == 1
@@ -224,7 +227,7 @@ class StoredChunk:
         """Read and verify one layer and the padding behind it; only a part may be wanted."""
         page_bytes = self._page_bytes[index]
         size, gap = self._place.sizes[index], self._place.gaps[index]
-        before, after = first_page * page_bytes, (self.header.page_count - last_page) * page_bytes
+        before, after = first_page * page_bytes, (self._counts[index] - last_page) * page_bytes
         unwanted = self._unwanted_memory(before + after + gap)
         padding = unwanted[before + after :]
         layer = [unwanted[:before], *destination, unwanted[before : before + after]]
@@ -347,7 +350,7 @@ def _check_identity(
     layout: ChunkLayout | None,
     namespace: bytes | None,
 ) -> None:
-    if header.key != key or chunk_key(header.namespace, header.parent, header.tokens) != key:
+    if header.key != key or not is_key_of(key, header.namespace, header.parent, header.tokens):
         raise chunk_format.damaged(name, f"holds another chunk, {header.key.hex()}")
     if namespace is not None and header.namespace != namespace:
         raise chunk_format.damaged(name, "belongs to another namespace")

@@ -93,6 +93,8 @@ def why_not(source: ChunkLayout, target: ChunkLayout) -> str:
     """
     if source.dtype != target.dtype:
         return f"stored as {source.dtype}, this engine uses {target.dtype}"
+    if source.has_states or target.has_states:
+        return "it has recurrent states, which cannot be converted"
     for layout, whose in ((source, "it is stored in"), (target, "this engine uses")):
         if read_tag(layout.tag) is None:
             return f"the layout {whose}, {layout.tag}, is not one that kvmarket can convert"

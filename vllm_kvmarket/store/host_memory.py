@@ -14,7 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Self
 
-from vllm_kvmarket.store.chunk_format import Bytes, ChunkLayout
+from vllm_kvmarket.store.chunk_format import Bytes, ChunkLayout, raw_sizes
 from vllm_kvmarket.store.chunk_reader import aligned_empty
 
 # A chunk is hot when it is loaded again within so many other chunks.
@@ -24,12 +24,14 @@ REMEMBERED_KEYS = 4096
 PREFETCH_PROTECTED_S = 60.0
 
 
-def layers_of(buffer: Bytes, layout: ChunkLayout, page_count: int) -> list[Bytes]:
+def layers_of(
+    buffer: Bytes, layout: ChunkLayout, page_count: int, with_state: bool = False
+) -> list[Bytes]:
     """Cut a chunk's buffer into its layers: views, uint8 (page_count * page_bytes,) each."""
     layers = []
     start = 0
-    for layer in layout.layers:
-        stop = start + page_count * layer.page_bytes
+    for size in raw_sizes(layout, page_count, with_state):
+        stop = start + size
         layers.append(buffer[start:stop])
         start = stop
     return layers

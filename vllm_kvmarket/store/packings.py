@@ -172,7 +172,9 @@ def own_share(layout: ChunkLayout) -> Share:
     known = _own.get(id(layout))
     if known is not None and known[0] is layout:
         return known[1]
-    is_understood = all(shape_of(layout, layer) is not None for layer in layout.layers)
+    is_understood = not layout.has_states and all(
+        shape_of(layout, layer) is not None for layer in layout.layers
+    )
     form = "" if is_understood else layout_digest(layout)
     share = Share(layout.rank, layout.world_size, form)
     if len(_own) >= _MOST_OWN:

@@ -20,7 +20,9 @@ from tests.support.catalogue_documents import (
 from vllm_kvmarket.catalogue.integrity import tree_problems
 from vllm_kvmarket.catalogue.listing import Listing
 from vllm_kvmarket.catalogue.prefix_tree import PrefixTree, common_tokens
-from vllm_kvmarket.core.model_identity import ROOT, TOKEN_BYTES, chunk_keys, pack_tokens
+from vllm_kvmarket.core.document_chunks import DocumentChunks
+from vllm_kvmarket.core.listing_terms import ListingTerms
+from vllm_kvmarket.core.model_identity import ROOT, TOKEN_BYTES, chunk_keys, marked, pack_tokens
 
 CHUNK = 4
 
@@ -28,7 +30,8 @@ CHUNK = 4
 class Published:
     """A tree, and beside it the naive model: every document whole, in the order of listing."""
 
-    def __init__(self, chunk_tokens: int = CHUNK) -> None:
+    def __init__(self, chunk_tokens: int = CHUNK, namespace: bytes = NAMESPACE) -> None:
+        self.namespace = namespace
         self.tree = PrefixTree(chunk_tokens)
         self.documents: dict[tuple[int, ...], tuple[int, int]] = {}
         self.chunk_tokens = chunk_tokens
@@ -39,11 +42,12 @@ class Published:
         self.places += 1
         place = self.places if place is None else place
         length = len(document) if length is None else length
-        listing = listing_of(document, self.chunk_tokens)
+        chunks = DocumentChunks.of(self.namespace, document, self.chunk_tokens)
+        listing = Listing.of(chunks, ListingTerms(title="a document"))
         packed = pack_tokens(document[:length])
         width = self.chunk_tokens * TOKEN_BYTES
-        chunks = [packed[start : start + width] for start in range(0, len(packed), width)]
-        self.tree.put(listing, place, chunks)
+        parts = [packed[start : start + width] for start in range(0, len(packed), width)]
+        self.tree.put(listing, place, parts)
         self.documents[tuple(document)] = (place, length)
         return listing
 
@@ -297,3 +301,48 @@ def test_a_match_stays_fast_among_thousands_of_listings():
         times_s.append(time.perf_counter() - started)
         assert match.token_count == len(stem)
     assert statistics.median(times_s) < 0.02
+
+
+@given(
+    st.lists(
+        st.lists(st.integers(1, 2), min_size=1, max_size=11),
+        min_size=1,
+        max_size=8,
+        unique_by=tuple,
+    ),
+    st.lists(st.integers(1, 2), max_size=14),
+    st.integers(0, 2),
+    st.data(),
+)
+def test_where_the_model_keeps_a_state_a_match_ends_with_the_last_one(
+    documents, request, between, data
+):
+    """At a document's end, or inside it behind every so many chunks: the match has the chunks of
+    one that has the state. The end of a document that is damaged does not count.
+    """
+    namespace = marked(NAMESPACE, between)
+    published = Published(namespace=namespace)
+    whole: list[list[int]] = []
+    ends: set[tuple[int, ...]] = set()
+    for document in documents:
+        length = data.draw(st.sampled_from([len(document), max(1, len(document) // CHUNK * CHUNK)]))
+        published.put(document, length=length)
+        if length == len(document):
+            whole.append(document)
+        states = range(between * CHUNK, length + 1, between * CHUNK) if between else ()
+        ends.update({tuple(document[:end]) for end in states})
+    fitting = [d for d in (*map(tuple, whole), *ends) if tuple(request[: len(d)]) == d]
+    match = published.tree.match(namespace, request)
+    if not fitting:
+        assert match is None
+        return
+    state = max(fitting, key=len)
+    assert match is not None
+    assert match.token_count == len(state)
+    assert (match.whole is not None) == (list(state) in whole)
+    keys = DocumentChunks.of(namespace, state, CHUNK).keys
+    assert tuple(chunk.key for chunk in match.chunks) == keys
+    assert sum(chunk.matched for chunk in match.chunks) == len(state)
+    assert [segment.end for segment in match.segments][-1] == len(state)
+    covered = {(segment.start, segment.end) for segment in match.segments}
+    assert sorted(start for start, _ in covered) == [0, *sorted(end for _, end in covered)[:-1]]

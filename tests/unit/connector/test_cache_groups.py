@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
+from types import SimpleNamespace
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from vllm.v1.attention.backends.registry import MambaAttentionBackendEnum
 from vllm.v1.kv_cache_interface import (
     ChunkedLocalAttentionSpec,
     FullAttentionSpec,
@@ -19,11 +23,15 @@ from vllm.v1.kv_cache_interface import (
 
 from vllm_kvmarket import ConfigError
 from vllm_kvmarket.connector.cache_groups import CacheGroup, GroupKind, groups_of, is_plain
+from vllm_kvmarket.connector.messages import GroupPages
+from vllm_kvmarket.connector.supported_models import check_groups
 
 SHAPE = {"block_size": 16, "num_kv_heads": 2, "head_size": 32, "dtype": torch.float32}
 PAGE = 2 * 2 * 16 * 32 * 4
 FULL = FullAttentionSpec(**SHAPE)
 WINDOW = SlidingWindowSpec(**SHAPE, sliding_window=64)
+STATE = MambaSpec(400, shapes=((2, 3), (4,)), dtypes=(torch.bfloat16, torch.float32))
+MAMBA1 = MambaAttentionBackendEnum.MAMBA1
 LOCAL = ChunkedLocalAttentionSpec(**SHAPE, attention_chunk_size=128)
 
 
@@ -39,7 +47,9 @@ def cache_of(*specs):
         ([FullAttentionSpec(**SHAPE, non_causal=True)], "turns prefix caching off"),
         ([FULL, SlidingWindowSpec(**SHAPE, sliding_window=64, extra_retained_tokens=3)], "Sliding"),
         ([SinkFullAttentionSpec(**SHAPE, sink_len=4)], "SinkFullAttentionSpec"),
-        ([FULL, MambaSpec(16, shapes=((2, 3),), dtypes=(torch.float32,))], "recurrent state"),
+        ([FULL, dataclasses.replace(STATE, num_speculative_blocks=2)], "recurrent state"),
+        ([FULL, dataclasses.replace(STATE, mamba_cache_mode="align")], "recurrent state"),
+        ([FULL, dataclasses.replace(STATE, mamba_type=MAMBA1)], "MAMBA1"),
         ([FullAttentionSpec(**{**SHAPE, "block_size": 96})], "--block-size"),
         ([FullAttentionSpec(**{**SHAPE, "block_size": 32}), WINDOW], "blocks of different sizes"),
     ],
@@ -80,12 +90,13 @@ def test_windows_and_local_attention_are_groups_of_their_own():
     assert not is_plain(groups_of(cache_of(WINDOW), 256))
 
 
-@given(st.sampled_from([FULL, WINDOW, LOCAL]), st.integers(1, 900))
+@given(st.sampled_from([FULL, WINDOW, LOCAL, STATE]), st.integers(1, 900))
 def test_a_reuse_reads_exactly_the_blocks_that_vllm_keeps(spec, computed):
     """vLLM's own managers say how many tokens in front are read no more."""
     from vllm.v1.core.single_type_kv_cache_manager import (
         ChunkedLocalAttentionManager,
         FullAttentionManager,
+        MambaManager,
         SlidingWindowManager,
     )
 
@@ -93,6 +104,7 @@ def test_a_reuse_reads_exactly_the_blocks_that_vllm_keeps(spec, computed):
         FullAttentionSpec: FullAttentionManager,
         SlidingWindowSpec: SlidingWindowManager,
         ChunkedLocalAttentionSpec: ChunkedLocalAttentionManager,
+        MambaSpec: MambaManager,
     }
     manager = object.__new__(managers[type(spec)])
     for name in ("sliding_window", "extra_retained_tokens", "attention_chunk_size"):
@@ -108,3 +120,24 @@ def test_pages_are_counted_from_the_chunk_and_blocks_from_the_request():
     assert (pages.first_page, pages.last_page) == (2, 16)
     assert pages.block_ids == tuple(range(118, 132))
     assert group.pages(range(100, 200), 512, 512, 256).block_ids == ()
+
+
+def test_of_a_recurrent_state_the_block_of_the_last_token_is_read():
+    """Whatever its blocks' size, which no chunk need be a multiple of."""
+    (group,) = groups_of(cache_of(STATE), 256)
+    assert (group.kind, group.block_tokens) == (GroupKind.STATE, 400)
+    assert group.states == ("mamba2:2x3=bfloat16,4=float32",) * 2
+    assert group.pages([7, 8, 9], 800, 801, 768) == GroupPages(0, (9,))
+    assert group.pages([7, 8, 9], 799, 800, 768) == GroupPages(0, (8,))
+    assert group.pages([7, 8, 9], 800, 800, 768) == GroupPages()
+
+
+@pytest.mark.parametrize("spec", [FULL, STATE])
+def test_a_state_that_the_namespace_does_not_tell_of_is_refused(spec):
+    """And the reverse: where a match may end would be wrong."""
+    groups = groups_of(cache_of(spec), 256)
+    model = SimpleNamespace(is_hybrid=False, is_attention_free=False, has_inner_state=spec is STATE)
+    check_groups(SimpleNamespace(model_config=model), groups)
+    model.has_inner_state = not model.has_inner_state
+    with pytest.raises(ConfigError, match="recurrent layers"):
+        check_groups(SimpleNamespace(model_config=model), groups)

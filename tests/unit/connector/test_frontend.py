@@ -30,7 +30,9 @@ def over_http(tokenizer, monkeypatch, tmp_path):
     """The API server's view of an engine, without an engine."""
     monkeypatch.setattr(frontend, "base_facts", lambda *_: None)
     monkeypatch.setattr(frontend, "namespace_digest", lambda _: bytes(32))
-    model = SimpleNamespace(max_model_len=2048, get_vocab_size=lambda: 49_152)
+    model = SimpleNamespace(
+        max_model_len=2048, get_vocab_size=lambda: 49_152, is_attention_free=False
+    )
     config = SimpleNamespace(model_config=model, cache_config=SimpleNamespace(block_size=16))
     client = SimpleNamespace(vllm_config=config, get_tokenizer=lambda: tokenizer)
     return frontend.Frontend(client, SimpleNamespace(), tmp_path)

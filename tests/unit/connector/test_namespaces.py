@@ -30,7 +30,13 @@ def namespaces(model, tmp_path, monkeypatch):
 
     def namespaces(**adapters):
         config = SimpleNamespace(
-            model_config=SimpleNamespace(model=str(model), revision=None),
+            model_config=SimpleNamespace(
+                model=str(model),
+                revision=None,
+                is_hybrid=False,
+                is_attention_free=False,
+                has_inner_state=False,
+            ),
             load_config=SimpleNamespace(load_format="auto", download_dir=None),
             speculative_config=None,
             lora_config=LoRAConfig(**{"lora_dtype": "float16"} | adapters),

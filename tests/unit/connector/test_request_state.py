@@ -8,16 +8,17 @@ from types import SimpleNamespace
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from msgspec.structs import replace as structs_replace
 from vllm.v1.metrics.stats import PrefillStats
 
 from tests.support.paged import one_group
 from vllm_kvmarket.catalogue import Listing, Match, MatchedChunk, Segment
-from vllm_kvmarket.connector.cache_groups import GroupKind
+from vllm_kvmarket.connector.cache_groups import CacheGroup, GroupKind
 from vllm_kvmarket.connector.messages import LoadReport
 from vllm_kvmarket.connector.purchases import client_request_id, ledger_key, purchase_group
 from vllm_kvmarket.connector.request_state import EngineFacts, Reuse
 from vllm_kvmarket.core.listing_terms import ListingTerms
-from vllm_kvmarket.core.model_identity import ROOT, chunk_keys, pack_tokens
+from vllm_kvmarket.core.model_identity import ROOT, chunk_keys, marked, pack_tokens
 
 CHUNK, BLOCK = 64, 16
 NAMESPACE = b"n" * 32
@@ -183,6 +184,71 @@ def test_a_whole_load_is_counted_from_store_and_paged_cache():
     usage = usage_of(state, 3)
     assert (usage.reused, usage.loaded, usage.from_paged_cache, usage.failed) == (100, 68, 32, 0)
     assert usage.computed == 300
+
+
+def stateful(count, prompt, *, with_states=()):
+    """A request that may reuse `count` tokens where the model keeps a state, also behind these
+    chunks.
+    """
+    match = matching(count)
+    (segment,) = match.segments
+    listing = replace(segment.listing, namespace=marked(NAMESPACE))
+    segments = (structs_replace(segment, listing=listing),)
+    chunks = tuple(
+        structs_replace(chunk, key=marked(chunk.key)) if index in with_states else chunk
+        for index, chunk in enumerate(match.chunks)
+    )
+    return Reuse(request_of(prompt), structs_replace(match, segments=segments, chunks=chunks))
+
+
+@pytest.mark.parametrize(("prompt", "external"), [(251, 250), (400, 250), (250, 0), (120, 0)])
+def test_where_the_model_keeps_a_state_all_of_a_match_is_loaded_or_nothing(prompt, external):
+    """There is no state to go on from before its end."""
+    state = stateful(250, prompt)
+    assert external_tokens(state, 0, prompt - 1) == external
+    state.exclude({KEYS[2]}, CHUNK)
+    assert external_tokens(state, 0, prompt - 1) == 0
+
+
+def test_of_a_hybrid_all_pages_and_one_state_are_loaded():
+    """The state in front of the first token that is computed, once."""
+    state = stateful(250, 400, with_states=(0, 2))
+    admit(state, 0)
+    groups = (FACTS.groups[0], CacheGroup(GroupKind.STATE, 4096, ("state",), 1))
+    plan = state.load_plan([BLOCK_IDS, [7]], replace(FACTS, groups=groups))
+    attention, states = zip(*(chunk.groups for chunk in plan.chunks), strict=True)
+    assert [len(pages.block_ids) for pages in attention] == [4, 4, 4, 4]
+    assert [pages.block_ids for pages in states] == [(), (), (), (7,)]
+
+
+def test_states_inside_a_document_are_ends_of_a_match_too():
+    """The last one before what cannot be had, whatever that is."""
+    state = stateful(250, 250, with_states=(0, 2))
+    assert external_tokens(state, 0, 249) == 192
+    assert [state.match.last_end(end) for end in (63, 64, 191, 192, 249, 250, 300)] == [
+        0, 64, 64, 192, 192, 250, 250,
+    ]  # fmt: skip
+    state.exclude({KEYS[1]}, CHUNK)
+    assert external_tokens(state, 0, 249) == 64
+    facts = EngineFacts("e", (CacheGroup(GroupKind.STATE, 4096, ("layer",), 1),), CHUNK, 1)
+    state = stateful(250, 400, with_states=(0, 2))
+    admit(state, 0)
+    state.load_ended(LoadReport(failures={KEYS[3]: "gone"}), facts)
+    assert external_tokens(state, 0, 399) == 192
+    assert state.allocated(192)
+    state.load_ended(LoadReport(), facts)
+    assert (state.usage().reused, state.usage().failed) == (192, 58)
+
+
+def test_where_the_model_keeps_a_state_a_load_that_fails_is_not_tried_for_a_part():
+    """And nothing of it is charged."""
+    facts = EngineFacts("e", (CacheGroup(GroupKind.STATE, 4096, ("layer",), 1),), CHUNK, 1)
+    state = stateful(250, 400)
+    admit(state, 0)
+    state.load_ended(LoadReport(failures={KEYS[3]: "gone"}), facts)
+    assert external_tokens(state, 0, 399) == 0
+    assert not state.allocated(0)
+    assert (state.usage().reused, state.usage().failed) == (0, 250)
 
 
 FAILURES = [

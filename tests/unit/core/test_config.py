@@ -51,6 +51,15 @@ WRONG = [
     ({"chunk_tokens": 8192}, "chunk_tokens: expected integer <= 4096, not 8192"),
     ({"chunk_tokens": "256"}, 'chunk_tokens: expected integer, not "256"'),
     (
+        {"state_every_tokens": 300},
+        "state_every_tokens: expected a multiple of chunk_tokens, 256, below 16777216, not 300",
+    ),
+    (
+        {"state_every_tokens": 2**24},
+        "state_every_tokens: expected a multiple of chunk_tokens, 256, below 16777216, not "
+        "16777216",
+    ),
+    (
         {"without_account": "sell"},
         'without_account: expected "recompute" or "free", not "sell"',
     ),

@@ -18,6 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vllm_kvmarket.core import model_identity
+from vllm_kvmarket.core.document_chunks import DocumentChunks
 from vllm_kvmarket.core.errors import ConfigError
 from vllm_kvmarket.core.model_identity import (
     ROOT,
@@ -26,7 +27,12 @@ from vllm_kvmarket.core.model_identity import (
     canonical_model_config,
     chunk_key,
     chunk_keys,
+    chunks_between_states,
     document_id,
+    has_state,
+    is_key_of,
+    keeps_states,
+    marked,
     namespace_digest,
     pack_tokens,
     unpack_tokens,
@@ -107,6 +113,43 @@ def test_keys_and_ids_are_the_golden_ones():
     assert [key.hex() for key in keys] == GOLDEN["keys"]
     assert document_id(keys[-1]) == GOLDEN["document"]
     assert namespace_digest(FACTS).hex() == GOLDEN["namespace"]
+
+
+def test_where_a_model_keeps_a_state_a_documents_last_chunk_is_another_one():
+    """Namespace and key show it, and each key belongs to one kind of chunk only."""
+    stateful = namespace_digest(msgspec.structs.replace(FACTS, chunks_between_states=0))
+    assert stateful.hex() == GOLDEN["namespace"][:48] + b"\0state\0\0".hex()
+    assert (keeps_states(stateful), keeps_states(NAMESPACE)) == (True, False)
+    short, long = (DocumentChunks.of(stateful, range(count), 256) for count in (512, 513))
+    marks = [[has_state(key) for key in document.keys] for document in (short, long)]
+    assert marks == [[False, True], [False, False, True]]
+    assert short.keys[0] == long.keys[0]
+    assert short.keys[1][:24] == long.keys[1][:24]
+    assert list(long.keys) == chunk_keys(stateful, range(513))
+    for document in (short, long):
+        for key, parent, tokens in zip(
+            document.keys, document.parents, document.tokens, strict=True
+        ):
+            assert is_key_of(key, stateful, parent, tokens)
+            assert not is_key_of(key, NAMESPACE, parent, tokens)
+    plain = chunk_key(NAMESPACE, ROOT, short.tokens[0])
+    assert is_key_of(plain, NAMESPACE, ROOT, short.tokens[0])
+    assert not is_key_of(marked(plain), NAMESPACE, ROOT, short.tokens[0])
+
+
+def test_states_inside_a_document_are_behind_chunks_that_its_namespace_tells():
+    """So documents that begin alike share these chunks too, whichever of them ends there."""
+    facts = msgspec.structs.replace(FACTS, chunks_between_states=2)
+    stateful = namespace_digest(facts)
+    assert (keeps_states(stateful), chunks_between_states(stateful)) == (True, 2)
+    assert chunks_between_states(NAMESPACE) == 0
+    short, long = (DocumentChunks.of(stateful, range(count), 16) for count in (64, 83))
+    marks = [[has_state(key) for key in document.keys] for document in (short, long)]
+    assert marks == [[False, True, False, True], [False, True, False, True, False, True]]
+    assert short.keys == long.keys[:4]
+    assert list(long.keys) == chunk_keys(stateful, range(83), 16)
+    for key, parent, tokens in zip(long.keys, long.parents, long.tokens, strict=True):
+        assert is_key_of(key, stateful, parent, tokens)
 
 
 def test_a_key_is_blake3_over_length_and_content_of_each_part():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 
 import pytest
@@ -9,9 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.support.catalogue_documents import NAMESPACE, changed, listing_of, publish, tokens
-from vllm_kvmarket.catalogue import Match, Segment
+from vllm_kvmarket.catalogue import Listing, Match, MatchedChunk, Segment
 from vllm_kvmarket.catalogue.prefix_tree import PrefixTree
-from vllm_kvmarket.core.model_identity import TOKEN_BYTES, pack_tokens
+from vllm_kvmarket.core.document_chunks import DocumentChunks
+from vllm_kvmarket.core.listing_terms import ListingTerms
+from vllm_kvmarket.core.model_identity import TOKEN_BYTES, marked, pack_tokens
 from vllm_kvmarket.core.pricing import Tariff
 from vllm_kvmarket.ledger import PROVIDER
 from vllm_kvmarket.ledger.statements import statement
@@ -31,6 +34,42 @@ DOCUMENT = st.builds(
 )
 BUDGET = st.builds(Budget, st.sampled_from(PRICES), st.none() | st.integers(0, 300))
 OFFER = st.tuples(DOCUMENT, st.sampled_from("abc"), st.sampled_from(PRICES))
+
+
+@pytest.mark.parametrize(("between", "sold"), [(0, None), (1, 4)])
+def test_where_the_model_keeps_a_state_a_part_of_a_match_is_sold_to_the_last_one(between, sold):
+    """Nobody could go on behind another place."""
+    document = DocumentChunks.of(marked(NAMESPACE, between), range(9), CHUNK)
+    chunks = tuple(
+        MatchedChunk(key, parent, tokens, count := len(tokens) // TOKEN_BYTES, count)
+        for key, parent, tokens in zip(
+            document.keys, document.parents, document.tokens, strict=True
+        )
+    )
+    offered = [
+        dataclasses.replace(
+            Listing.of(document, ListingTerms(cache_read_nano_per_mtok=price)), document_id=name
+        )
+        for name, price in (("cheap", 0), ("dear", 21 * INPUT))
+    ]
+    segments = (Segment(offered[0], 0, 6), Segment(offered[1], 6, 9))
+    match = Match(segments, 9, chunks)
+    for part in (
+        sold_part(match, TARIFF, MIN_TOKENS),
+        affordable_part(match, TARIFF, Budget(INPUT)),
+    ):
+        assert (part and part.token_count) == sold
+        assert (part and quote_of(part, TARIFF).tokens) == sold
+    plain = Match(
+        tuple(
+            Segment(dataclasses.replace(each.listing, namespace=NAMESPACE), each.start, each.end)
+            for each in segments
+        ),
+        9,
+        (),
+    )
+    assert sold_part(plain, TARIFF, MIN_TOKENS).token_count == 6
+    assert affordable_part(plain, TARIFF, Budget(INPUT)).token_count == 6
 
 
 class Shop:

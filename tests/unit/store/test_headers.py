@@ -169,15 +169,34 @@ def test_an_unknown_codec_is_a_mismatch(store: DiskStore) -> None:
 
 def test_a_later_format_is_a_mismatch(store: DiskStore, monkeypatch: pytest.MonkeyPatch) -> None:
     """An intact chunk of a later format is no damage, though a flipped version byte is."""
-    monkeypatch.setattr(chunk_format, "FORMAT_VERSION", 2)
+    monkeypatch.setattr(chunk_format, "FORMAT_VERSION", 3)
     chunk, path = stored(store)
     monkeypatch.undo()
-    with pytest.raises(LayoutMismatchError, match="format 2, this kvmarket reads 1"):
+    with pytest.raises(LayoutMismatchError, match="format 3, this kvmarket reads 1 and 2"):
         chunk.load(store)
     content = bytearray(path.read_bytes())
     content[8] = 1
     path.write_bytes(content)
     with pytest.raises(ChunkDamagedError):
+        chunk.load(store)
+
+
+def test_a_plain_chunk_is_written_as_it_always_was(store: DiskStore) -> None:
+    """In format 1, without the fields that came later: older kvmarkets read it."""
+    _, path = stored(store)
+    content = path.read_bytes()
+    assert content[8] == 1
+    assert b"state" not in content[:4096]
+
+
+def test_a_version_that_contradicts_the_layers_is_damage(
+    store: DiskStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A plain chunk is never read as one with states, nor the other way."""
+    monkeypatch.setattr(chunk_format, "FORMAT_VERSION", 2)
+    chunk, _ = stored(store)
+    monkeypatch.undo()
+    with pytest.raises(ChunkDamagedError, match="contradicts its header"):
         chunk.load(store)
 
 

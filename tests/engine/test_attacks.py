@@ -520,36 +520,6 @@ def bodies_that_stop_the_event_loop(on: Attacked) -> None:
     waits(on, send)
 
 
-@attack("a buyer", "others wait at most 50 ms longer")
-def bodies_that_are_answered(on: Attacked) -> None:
-    _, key = on.buyer()
-    user = {"role": "user", "content": "x"}
-    short = {"model": MODEL, "max_tokens": 2}
-    asked = [
-        ("/v1/completions", {"prompt": words(8100, 1000), "prompt_logprobs": 1}),
-        ("/v1/completions", {"prompt": words(8101, 900), "echo": True, "logprobs": 1}),
-        ("/v1/completions", {"prompt": "x", "logprobs": 9, "max_tokens": 200, "ignore_eos": True}),
-        ("/v1/completions", {"prompt": "x", "logprobs": 9, "n": 100, "stream": True}),
-        ("/v1/completions", {"prompt": words(8102, 700), "echo": True, "n": 128}),
-        ("/v1/completions", {"prompt": [words(8103 + each, 20) for each in range(128)]}),
-        (
-            "/v1/completions",
-            {"prompt": "x", "n": 20, "stop": [f"no {each}" for each in range(500)]},
-        ),
-        ("/v1/chat/completions", {"messages": [user] * 400}),
-        ("/v1/chat/completions", {"messages": [user], "n": 128, "max_tokens": 8}),
-        ("/v1/responses", {"input": [user] * 300, "max_output_tokens": 16}),
-        ("/tokenize", {"prompt": "a " * 100_000}),
-    ]
-
-    def send() -> None:
-        for path, body in asked:
-            content = json.dumps({**short, **body}).encode()
-            assert sent(on.server, path, content, key) == 200, (path, list(body))
-
-    waits(on, send)
-
-
 @attack("anybody", "429 before long; after the wait that it names, a good key works again")
 def a_flood_of_wrong_keys(on: Attacked) -> None:
     _, key = on.buyer()

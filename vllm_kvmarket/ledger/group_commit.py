@@ -146,7 +146,11 @@ class Writer:
             self.on_commit(time.perf_counter() - started_s)
         self._kept, away = [], False
         for batch, answer in zip(group, answers, strict=True):
-            if isinstance(answer, LedgerUnavailableError) and self._patient(batch):
+            if type(answer) is list and batch not in self._in_outbox:
+                # As _answer does; spelled out, since this is nearly every batch.
+                if self._waiting.pop(batch, None) is not None:
+                    batch.future.set_result(answer)
+            elif isinstance(answer, LedgerUnavailableError) and self._patient(batch):
                 self._kept.append(batch)
                 away = away or not isinstance(answer, RowsHeldError)
             else:

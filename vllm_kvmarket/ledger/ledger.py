@@ -53,6 +53,13 @@ KEY_LIFE_S = 24 * 3600.0
 MOST_USES_OF_A_KEY = 4  # the answer, and three retries
 
 
+class _Answer(Future[list[Result]]):
+    """A batch in the queue will be written: it cannot be cancelled."""
+
+    def cancel(self) -> bool:
+        return False
+
+
 class Ledger:
     """One process's access to the ledger; thread-safe. Several processes may share the database.
 
@@ -152,9 +159,7 @@ class Ledger:
         and another process of the home books it when this one dies. A batch that no database could
         store raises LedgerError at once, and has no effect.
         """
-        future: Future[list[Result]] = Future()
-        # A batch in the queue will be written: a running future cannot be cancelled.
-        future.set_running_or_notify_cancel()
+        future = _Answer()
         batch_operations, undo = tuple(operations), False
         first = batch_operations[0] if len(batch_operations) == 1 else None
         if type(first) is Operation and first.kind == "pending":

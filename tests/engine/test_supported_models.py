@@ -81,15 +81,14 @@ def test_without_kvmarket_they_are_none_of_our_business(refused_model):
         ("mamba2", None, ""),
         ("mamba2", False, ""),
         ("mamba2", True, "--no-enable-prefix-caching"),
-        ("granite4", None, "attention beside"),
-        ("granite4", False, "attention beside"),
-        ("falcon-h1", False, "attention beside"),
+        ("granite4", None, "--no-enable-prefix-caching"),
+        ("granite4", False, ""),
     ],
 )
 def test_models_with_recurrent_state_are_taken_where_they_were_tried(
     family, caching, complaint, smollm, tmp_path
 ):
-    """Without prefix caching, with which vLLM keeps the state elsewhere, and without attention."""
+    """Without prefix caching, with which vLLM keeps the state elsewhere."""
     model = make_tiny_model(1, smollm, tmp_path / "tiny", family)
     with Market.open(tmp_path / "home") as market:
         arguments = EngineArgs(

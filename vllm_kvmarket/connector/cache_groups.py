@@ -32,7 +32,7 @@ LATENT = (
     "kvmarket"
 )
 # Recurrent layers whose reuse was compared with full prefill, by vLLM's names.
-STATES = frozenset({"MAMBA2", "SHORT_CONV", "GDN_ATTN"})
+STATES = frozenset({"MAMBA2"})
 UNTRIED_STATE = "kvmarket was not tried with this model's recurrent state"
 AWAY = "start it without kvmarket"
 NOT_CAUSAL = (

@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from vllm.v1.attention.backends.registry import MambaAttentionBackendEnum
+from vllm.v1.attention.backends.registry import MambaAttentionBackendEnum as StateTypes
 from vllm.v1.kv_cache_interface import (
     ChunkedLocalAttentionSpec,
     FullAttentionSpec,
@@ -31,7 +31,6 @@ PAGE = 2 * 2 * 16 * 32 * 4
 FULL = FullAttentionSpec(**SHAPE)
 WINDOW = SlidingWindowSpec(**SHAPE, sliding_window=64)
 STATE = MambaSpec(400, shapes=((2, 3), (4,)), dtypes=(torch.bfloat16, torch.float32))
-MAMBA1 = MambaAttentionBackendEnum.MAMBA1
 LOCAL = ChunkedLocalAttentionSpec(**SHAPE, attention_chunk_size=128)
 
 
@@ -49,7 +48,9 @@ def cache_of(*specs):
         ([SinkFullAttentionSpec(**SHAPE, sink_len=4)], "SinkFullAttentionSpec"),
         ([FULL, dataclasses.replace(STATE, num_speculative_blocks=2)], "recurrent state"),
         ([FULL, dataclasses.replace(STATE, mamba_cache_mode="align")], "recurrent state"),
-        ([FULL, dataclasses.replace(STATE, mamba_type=MAMBA1)], "MAMBA1"),
+        ([FULL, dataclasses.replace(STATE, mamba_type=StateTypes.MAMBA1)], "MAMBA1"),
+        ([FULL, dataclasses.replace(STATE, mamba_type=StateTypes.GDN_ATTN)], "GDN_ATTN"),
+        ([FULL, dataclasses.replace(STATE, mamba_type=StateTypes.SHORT_CONV)], "SHORT_CONV"),
         ([FullAttentionSpec(**{**SHAPE, "block_size": 96})], "--block-size"),
         ([FullAttentionSpec(**{**SHAPE, "block_size": 32}), WINDOW], "blocks of different sizes"),
     ],
@@ -120,6 +121,15 @@ def test_pages_are_counted_from_the_chunk_and_blocks_from_the_request():
     assert (pages.first_page, pages.last_page) == (2, 16)
     assert pages.block_ids == tuple(range(118, 132))
     assert group.pages(range(100, 200), 512, 512, 256).block_ids == ()
+
+
+def test_a_hybrids_blocks_are_as_long_as_its_state_and_the_refusal_says_what_to_set():
+    """VLLM does not make them shorter: the chunks of the market must be longer."""
+    long = FullAttentionSpec(**{**SHAPE, "block_size": 1152})
+    with pytest.raises(ConfigError, match="--block-size 2048, on a market with chunk_tokens 2048"):
+        groups_of(cache_of(long, STATE), 256)
+    blocks = FullAttentionSpec(**{**SHAPE, "block_size": 2048})
+    assert [group.block_tokens for group in groups_of(cache_of(blocks, STATE), 2048)] == [2048, 400]
 
 
 def test_of_a_recurrent_state_the_block_of_the_last_token_is_read():

@@ -35,7 +35,8 @@ MODELS = TOKENIZER.parent
 class Family:
     """What is measured: `tiny` is a family of make_tiny_model, `real` a folder of .cache/models.
 
-    `engine` are further arguments of vllm.LLM.
+    `engine` are further arguments of vllm.LLM, `begins` is what its tokenizer puts in front of a
+    text.
     """
 
     name: str
@@ -44,6 +45,7 @@ class Family:
     real: str = ""
     dtype: str = "float32"
     adapter: bool = False
+    begins: str = ""
     engine: dict[str, Any] = field(default_factory=dict)
 
     def make(self, out: Path) -> Path:
@@ -62,6 +64,10 @@ WITHOUT_CACHING: dict[str, Any] = {"enable_prefix_caching": False}
 FP8_KV: dict[str, Any] = {"kv_cache_dtype": "fp8"}
 LORA: dict[str, Any] = {"enable_lora": True}
 TEXT: dict[str, Any] = {"language_model_only": True}
+TWO_RANKS: dict[str, Any] = {
+    "tensor_parallel_size": 2,
+    "distributed_executor_backend": "mp",
+}
 
 FAMILIES = (
     Family("smollm2", "Llama", real="SmolLM2-135M-Instruct"),
@@ -71,6 +77,7 @@ FAMILIES = (
     Family("qwen3-fp16", "Qwen3", "qwen3", dtype="float16"),
     Family("qwen3-fp8-kv", "Qwen3, KV in fp8", "qwen3", dtype="bfloat16", engine=FP8_KV),
     Family("qwen3-lora", "Qwen3 with a LoRA adapter", "qwen3", adapter=True, engine=LORA),
+    Family("qwen3-tp2", "Qwen3, two ranks", "qwen3", engine=TWO_RANKS),
     Family("gpt2", "GPT-2 (absolute positions)", "gpt2"),
     Family("qwen3-moe", "Qwen3 MoE", "qwen3-moe"),
     Family("phi3-longrope", "Phi-3 with LongRoPE", "phi3-longrope"),
@@ -80,7 +87,7 @@ FAMILIES = (
     Family("mistral", "Mistral v0.1", "mistral"),
     Family("mistral-bf16", "Mistral v0.1", "mistral", dtype="bfloat16"),
     Family("mistral-fp16", "Mistral v0.1", "mistral", dtype="float16"),
-    Family("gemma3-270m", "Gemma 3", real="gemma-3-270m"),
+    Family("gemma3-270m", "Gemma 3", real="gemma-3-270m", begins="<bos>"),
     Family("gemma3", "Gemma 3", "gemma3"),
     Family("gemma3-bf16", "Gemma 3", "gemma3", dtype="bfloat16"),
     Family("gemma3-fp8-kv", "Gemma 3, KV in fp8", "gemma3", dtype="bfloat16", engine=FP8_KV),
@@ -189,7 +196,11 @@ class Step:
         """Each document, and its prompts: the document and a question."""
         tokenizer = llm.get_tokenizer()
         questions = texts.questions(tokenizer)
-        documents = [list(each.tokens) for each in texts.documents(tokenizer, 13, self.lengths)]
+        head = tokenizer.encode(self.family.begins, add_special_tokens=False)
+        documents = [
+            [*head, *each.tokens][: len(each.tokens)]
+            for each in texts.documents(tokenizer, 13, self.lengths)
+        ]
         return [(tokens, [tokens + question for question in questions]) for tokens in documents]
 
     def publish(self) -> Published:
@@ -197,7 +208,7 @@ class Step:
         self.market.create_account(BUYER)
         self.market.deposit(BUYER, 10**15, "deposit")
         with self.engine() as llm:
-            found = Published(groups(llm))
+            found = Published([])
             caching = llm.llm_engine.vllm_config.cache_config.enable_prefix_caching
             for document, prompts in self.prompts(llm):
                 for prompt in prompts:
@@ -208,6 +219,8 @@ class Step:
                 listing = self.market.publish(llm, token_ids=document, title="document")
                 found.document_tokens.append(len(document))
                 found.stored_bytes += listing.stored_bytes
+            # Last: for all that kvmarket knows, what a worker is asked may change its weights.
+            found.groups = groups(llm)
         return found
 
     def reuse(self) -> Reused:
@@ -277,7 +290,7 @@ class Step:
 
 def groups(llm: Any) -> list[str]:
     """The engine's KV cache groups in words."""
-    (told,) = llm.collective_rpc(worker_groups)
+    told, *_ = llm.collective_rpc(worker_groups)
     return list(told)
 
 

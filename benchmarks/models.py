@@ -1,11 +1,12 @@
 """Every family of models: the same tokens in a new process, or a refusal that says why.
 
-    python -m benchmarks.models [--only NAME,...] [--quick]
+    python -m benchmarks.models [--only NAME,...] [--quick] [--resume]
 
 For each family of benchmarks/model_family.py one process answers three questions about each of
 twenty documents, by full prefill and by vLLM's own prefix-cache hit, and publishes the documents; a
 new process answers from the store. Writes docs/results/models.json, family by family, and
-docs/MODELS.md. Exit code 1 when a token was wrong, or a family that vLLM runs failed unexplained.
+docs/MODELS.md. With --resume, families that were measured in full are left as they are. Exit code
+1 when a token was wrong, or a family that vLLM runs failed unexplained.
 """
 
 from __future__ import annotations
@@ -26,12 +27,13 @@ from typing import Any
 import msgspec
 
 from benchmarks.machine import describe_machine
-from benchmarks.model_family import FAMILIES, MODELS, Family, Published, Reused, run
+from benchmarks.model_family import FAMILIES, LENGTHS, MODELS, QUICK, Family, Published, Reused, run
 from benchmarks.paper_sections.traces import Trace, compare, is_explained
 from tests.support.forked import ForkedContext, forks
 from tools import results_models
 
 Row = dict[str, Any]
+DOCUMENTS = sum(map(len, LENGTHS.values()))
 
 
 def compared(published: Published, reused: Reused) -> Row:
@@ -112,12 +114,19 @@ def measure(family: Family, folder: Path, quick: bool) -> Row:
         return row | {"groups": result("plain", Published).groups}
     row = {"outcome": "not run", "reason": reason(log)[1], "groups": []}
     if not (log := run_step("specifications", family, folder, quick)):
+        row["reason"] += "; its specifications are taken"
         return row | {"groups": result("specifications", Published).groups}
     if groups := re.findall(r"GROUPS (.+)", log):
         outcome, why = reason(log)
         row["reason"] += f"; its specifications are {outcome}: {why}"
         row["groups"] = ast.literal_eval(groups[-1])
     return row
+
+
+def _results() -> dict[str, Any]:
+    """What is written so far."""
+    path = results_models.RESULTS
+    return dict(json.loads(path.read_text())) if path.exists() else {"rows": {}}
 
 
 def main() -> int:
@@ -127,29 +136,33 @@ def main() -> int:
     )
     parser.add_argument("--only", default="", help="names, with commas; all families if left out")
     parser.add_argument("--quick", action="store_true", help="four documents instead of twenty")
+    parser.add_argument("--resume", action="store_true", help="leave out what is there in full")
     parser.add_argument("--keep", type=Path, help="keep files and logs in this folder")
     args = parser.parse_args()
     families = {each.name: each for each in FAMILIES}
     chosen = [families[name] for name in args.only.split(",") if name] or list(FAMILIES)
     bad = 0
     for family in chosen:
+        known = _results()["rows"].get(family.name, {})
+        if args.resume and known.get("documents") == DOCUMENTS:
+            continue
         if family.real and not (MODELS / family.real).exists():
             print(f"{family.name}: {MODELS / family.real} is not there, left out")
             continue
         with tempfile.TemporaryDirectory(prefix="kvmarket-models-") as folder:
             row = measure(family, (args.keep or Path(folder)) / family.name, args.quick)
         row["title"], row["dtype"] = family.title, family.dtype
+        row["documents"] = sum(map(len, (QUICK if args.quick else LENGTHS).values()))
         row["weights"] = family.real or "random"
         row["engine"] = family.engine
         print(f"{family.name}: {json.dumps(row)}", flush=True)
         bad += row["outcome"] == "failed" or row.get("wrong", 0) > 0
-        path = results_models.RESULTS
-        found = json.loads(path.read_text()) if path.exists() else {"rows": {}}
+        found = _results()
         found["machine"] = describe_machine()
         found["versions"] = {name: metadata.version(name) for name in ("vllm", "torch")}
         rows = found["rows"] | {family.name: row}
         found["rows"] = {name: rows[name] for name in families if name in rows}
-        path.write_text(json.dumps(found, indent=1) + "\n")
+        results_models.RESULTS.write_text(json.dumps(found, indent=1) + "\n")
         results_models.PAGE.write_text(results_models.page())
     return min(bad, 1)
 

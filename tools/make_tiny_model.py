@@ -24,6 +24,10 @@ _DELTA_NET = {
     "num_key_value_heads": 4, "head_dim": 128, "num_hidden_layers": 4, "linear_num_value_heads": 4,
     "linear_num_key_heads": 2, "linear_key_head_dim": 128, "linear_value_head_dim": 128,
 }  # fmt: skip
+# The CPU's kernel knows only the sizes of DeepSeek's own models.
+_LATENT = {
+    "kv_lora_rank": 512, "qk_nope_head_dim": 32, "qk_rope_head_dim": 64, "v_head_dim": 32,
+}  # fmt: skip
 _LONG_ROPE = {"rope_type": "longrope", "short_factor": [1.0] * 16, "long_factor": [4.0] * 16}
 
 # Each family: its configuration's class in transformers, and what is not the class's default.
@@ -61,9 +65,8 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "deepseek-v2": (
         "DeepseekV2Config",
         {"hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 4,
-         "num_key_value_heads": 4, "num_hidden_layers": 3, "q_lora_rank": None, "kv_lora_rank": 32,
-         "qk_nope_head_dim": 32, "qk_rope_head_dim": 32, "v_head_dim": 32, "n_routed_experts": 4,
-         "num_experts_per_tok": 2, "first_k_dense_replace": 3},
+         "num_key_value_heads": 4, "num_hidden_layers": 3, "q_lora_rank": None, **_LATENT,
+         "n_routed_experts": 4, "num_experts_per_tok": 2, "first_k_dense_replace": 3},
     ),
     "mamba2": (
         "Mamba2Config",
@@ -109,8 +112,8 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "deepseek-v32": (
         "DeepseekV32Config",
         {"hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 4,
-         "num_key_value_heads": 4, "num_hidden_layers": 3, "q_lora_rank": 32, "kv_lora_rank": 32,
-         "qk_nope_head_dim": 32, "qk_rope_head_dim": 32, "v_head_dim": 32, "n_routed_experts": 8,
+         "num_key_value_heads": 4, "num_hidden_layers": 3, "q_lora_rank": 32, **_LATENT,
+         "n_routed_experts": 8,
          "num_experts_per_tok": 2, "first_k_dense_replace": 3, "moe_intermediate_size": 64,
          "index_topk": 256, "index_head_dim": 128, "index_n_heads": 2},
     ),

@@ -65,6 +65,7 @@ def trace(llm: Any, tokens: Sequence[int], params: dict[str, Any] | None = None)
     sampling = llm.get_default_sampling_params()
     sampling.temperature, sampling.logprobs, sampling.extra_args = 0.0, TOP, params
     sampling.max_tokens = sampling.min_tokens = NEW_TOKENS
+    sampling.detokenize = False  # which takes longer than a tiny model's step
     engine = llm.llm_engine
     engine.add_request(f"trace-{next(_ids)}", {"prompt_token_ids": list(tokens)}, sampling)
     outputs: list[Any] = []

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import json
 
+import httpx
 import pytest
 
 from tests.support.broken_loads import WRONG_PAGES
 from tests.support.engines import NANO, SMALL, running, words
 from tests.support.forked import VERDICTS
+from tests.support.serving import MODEL, serving
 from tools.make_tiny_model import make_tiny_model
 from vllm_kvmarket import Market, NotPublishableError
+from vllm_kvmarket.catalogue import Listing
 from vllm_kvmarket.cli import main
+from vllm_kvmarket.core.document_chunks import DocumentChunks
+from vllm_kvmarket.core.listing_terms import ListingTerms
 from vllm_kvmarket.core.verdicts import VERDICTS_FOLDER, verdicts
 from vllm_kvmarket.market.timed_requests import ask, empty_prefix_cache
 
@@ -89,6 +94,32 @@ def test_an_engine_whose_loads_are_wrong_sells_nothing_and_says_so(tiny, own_mar
     with running(tiny(1), market, **SMALL) as llm:
         market.publish(llm, token_ids=DOCUMENT)
         assert buy(llm, market).market["reused_tokens"] == len(DOCUMENT)
+
+
+def test_a_server_whose_engine_reuses_nothing_promises_nothing(tiny, tmp_path):
+    """Neither a quote nor the gate, although the document is on offer."""
+    config = {"self_test": "always", "refresh_interval_s": 0.1, "anonymous": "allow"}
+    wrong = ("--worker-extension-cls", WRONG_PAGES)
+    with serving(tiny(1), tmp_path / "home", *wrong, config=config) as server:
+        key = server.key("alice")
+        namespace = bytes.fromhex(httpx.get(f"{server.base}/v1/kvmarket").json()["namespace"])
+        document = DocumentChunks.of(namespace, DOCUMENT)
+        listing = Listing.of(document, ListingTerms(title="d"))
+        server.market.begin_listing(listing, document).result()
+        server.market.commit_listing(listing.document_id, 1000, document.keys).result()
+        server.market.catalogue.refresh()
+        assert server.market.quote(namespace, DOCUMENT).tokens == len(DOCUMENT)
+        prompt = DOCUMENT + QUESTION
+        for wish in ({"document": listing.document_id}, {"token_ids": prompt}):
+            quote = server.post("/v1/kvmarket/quotes", wish, key).json()
+            assert (quote["matched_tokens"], quote["charge_nano"]) == (0, 0)
+            assert "self-test" in quote["declined"]
+        body = {"model": MODEL, "prompt": prompt, "max_tokens": 1}
+        wish = {"kvmarket": {"reuse": "require"}}
+        refused = server.post("/v1/completions", body | wish, key)
+        assert (refused.status_code, refused.json()["error"]["code"]) == (404, "no_match")
+        assert server.complete(prompt, key)["usage"]["completion_tokens"]
+        assert server.spent("alice") == 0
 
 
 @pytest.mark.parametrize("family", ["mistral", "gemma3"])

@@ -35,6 +35,7 @@ class WordEngine:
         self.vocabulary_tokens = 1 << 31
         self.namespace = hashlib.sha256(b"words").digest()
         self.declines = ""
+        self.is_exact = True
         self.dies = False
         self.wishes = []
         self._market = Market.open(home)
@@ -49,6 +50,9 @@ class WordEngine:
             text or "".join(f"<{each['role']}> {each['content']}" for each in messages)
         ).split()
         return [int.from_bytes(hashlib.sha256(word.encode()).digest()[:4]) >> 1 for word in words]
+
+    async def reuses(self):
+        return self.is_exact
 
     async def operate(self, tokens, wish):
         self.wishes.append(wish)

@@ -55,7 +55,12 @@ def make_app(market, keys, tokenizer=None):
     app.add_api_route("/v9/dream", answer, methods=["POST"])
     renderer = SimpleNamespace(get_tokenizer=lambda: tokenizer)
     app.state.online_renderer = SimpleNamespace(renderer=renderer)
-    frontend = SimpleNamespace(namespace=NAMESPACE, context_tokens=4096)
+    frontend = SimpleNamespace(namespace=NAMESPACE, context_tokens=4096, is_exact=True)
+
+    async def reuses():
+        return frontend.is_exact
+
+    frontend.reuses = reuses
     app.state.kvmarket_service = Service(market=market, keys=keys, info={}, frontend=frontend)
     app.add_middleware(Gate)
     return app

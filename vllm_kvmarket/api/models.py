@@ -263,7 +263,8 @@ class Quote(BaseModel):
     """What a prompt would cost, of the tokens that go in.
 
     `with_reuse_nano` = `charge_nano` for the matched tokens + the input price of the others. No
-    reservation: prices hold until they are changed. `affordable` is null without a key.
+    reservation: prices hold until they are changed. `affordable` is null without a key. `declined`
+    says why nothing would be reused now, whatever matches; null otherwise.
     """
 
     object: Literal["kvmarket.quote"] = "kvmarket.quote"
@@ -279,6 +280,7 @@ class Quote(BaseModel):
     without_reuse_nano: int
     saving_nano: int
     affordable: bool | None
+    declined: str | None = None
 
 
 class NewAccount(Body):

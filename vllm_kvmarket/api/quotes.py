@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 
 from fastapi import APIRouter
 from fastapi.concurrency import run_in_threadpool
@@ -24,6 +25,10 @@ from vllm_kvmarket.market.quote import NO_LIMIT, Budget
 
 # Strangers see matches in steps of so many tokens: token by token they could guess a text.
 STRANGERS_STEP = 64
+NO_REUSE = (
+    "this server's engine reuses nothing now: its self-test has not passed, or its weights have "
+    "changed"
+)
 
 router = APIRouter(prefix="/quotes", tags=["kvmarket quotes"], route_class=MarketRoute)
 
@@ -37,15 +42,16 @@ async def quote(wish: QuoteWish, service: ServiceOf, caller: CallerOf) -> Quote:
     than the caller's key may buy from is priced. Without a key, matches are multiples of 64 tokens.
     """
     caller.need_reader()
-    if wish.document is not None:
-        return await run_in_threadpool(_of_document, service.market, wish.document, caller)
     frontend = service.frontend
+    # A server without an engine sells for others.
+    stopped = frontend.namespace if frontend and not await frontend.reuses() else None
+    price = partial(_quote, service.market, caller=caller, stopped=stopped)
+    if wish.document is not None:
+        return await run_in_threadpool(_of_document, service.market, wish.document, price)
     if frontend is None:
         raise ApiError(503, "no_engine", "this server has no engine; ask for a document")
     tokens = await _tokens_of(service, frontend, wish)
-    return await run_in_threadpool(
-        _quote, service.market, frontend.namespace, tokens, len(tokens) - 1, caller
-    )
+    return await run_in_threadpool(price, frontend.namespace, tokens, len(tokens) - 1)
 
 
 async def _tokens_of(service: Service, frontend: Frontend, wish: QuoteWish) -> list[int]:
@@ -63,12 +69,12 @@ async def _tokens_of(service: Service, frontend: Frontend, wish: QuoteWish) -> l
     return tokens
 
 
-def _of_document(market: Market, document_id: str, caller: Caller) -> Quote:
+def _of_document(market: Market, document_id: str, price: Callable[..., Quote]) -> Quote:
     listing = find(market, document_id)
     if listing is None or not is_on_offer(listing):
         raise not_found(f"there is no document {document_id} on offer")
     tokens = market.catalogue.tokens_of(document_id)
-    return _quote(market, listing.namespace, tokens, len(tokens), caller, named=True)
+    return price(listing.namespace, tokens, len(tokens), named=True)
 
 
 def _quote(
@@ -76,16 +82,22 @@ def _quote(
     namespace: bytes,
     tokens: list[int],
     most: int,
-    caller: Caller,
     *,
+    caller: Caller,
+    stopped: bytes | None,
     named: bool = False,
 ) -> Quote:
-    """At most `most` tokens can be reused: of a whole prompt, the last is always computed."""
+    """At most `most` tokens can be reused: of a whole prompt, the last is always computed.
+
+    Of a namespace that is `stopped`, nothing can.
+    """
     # A document that was shown as live a moment ago is quoted, too.
     with contextlib.suppress(CatalogueError):
         market.catalogue.refresh()
     budget = Budget(caller.limits.max_cache_read_nano_per_mtok)
-    priced = market.quote(namespace, tokens, most=most, named=named, budget=budget)
+    priced = market.quote_match(None)
+    if namespace != stopped:
+        priced = market.quote(namespace, tokens, most=most, named=named, budget=budget)
     if caller.is_anonymous and not named:
         shown = priced.tokens // STRANGERS_STEP * STRANGERS_STEP
         priced = market.quote_match(priced.match if shown else None, shown)
@@ -118,6 +130,7 @@ def _quote(
         without_reuse_nano=without,
         saving_nano=without - with_reuse,
         affordable=_is_affordable(market, caller, priced, budget),
+        declined=NO_REUSE if namespace == stopped else None,
     )
 
 
@@ -166,18 +179,21 @@ async def offer_of(
     Returns the charge of each prompt too. Without a document, only what the engine would buy is
     quoted; but where it would buy nothing, all that is on offer below the price cap.
     """
-    return await asyncio.to_thread(_offer, service, prompts, account, document_tokens, budget)
+    assert service.frontend is not None
+    namespace = service.frontend.namespace if await service.frontend.reuses() else None
+    quote = partial(_offer, service.market, prompts, account, document_tokens, budget)
+    return await asyncio.to_thread(quote, namespace=namespace)
 
 
 def _offer(
-    service: Service,
+    market: Market,
     prompts: Sequence[Sequence[int]],
     account: str,
     document_tokens: int | None,
     budget: Budget,
+    *,
+    namespace: bytes | None,
 ) -> tuple[Offer, list[int]]:
-    assert service.frontend is not None
-    market, namespace = service.market, service.frontend.namespace
     capped = Budget(budget.max_cache_read_nano_per_mtok)
     quotes = []
     for tokens in prompts:
@@ -185,9 +201,10 @@ def _offer(
         bought = tokens if document_tokens is None else tokens[:document_tokens]
         most = min(len(bought), len(tokens) - 1)
         named = document_tokens is not None
-        quotes.append(
-            (market.quote(namespace, bought, most=most, named=named, budget=capped), most)
-        )
+        priced = market.quote_match(None)
+        if namespace is not None:
+            priced = market.quote(namespace, bought, most=most, named=named, budget=capped)
+        quotes.append((priced, most))
     found = [each for each, _ in quotes]
     if document_tokens is None and budget.max_price_nano is not None:
         bought_parts = _within(market, quotes, budget.max_price_nano)

@@ -62,6 +62,9 @@ class Frontend(Protocol):
     def prompt(self, text: str | None, messages: Messages | None) -> list[int]:
         """The tokens of a completion's prompt, or of a chat."""
 
+    async def reuses(self) -> bool:
+        """Whether the engine reuses now what is published for `namespace`."""
+
     async def operate(self, tokens: Sequence[int], wish: dict[str, Any]) -> dict[str, Any]:
         """Run a prompt with a wish of the operator; what the connector answers."""
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import copy
+import time
 import uuid
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,12 +15,17 @@ from vllm.sampling_params import RequestOutputKind
 
 from vllm_kvmarket.connector.namespaces import base_facts
 from vllm_kvmarket.connector.request_params import FIELD
+from vllm_kvmarket.connector.weight_changes import NAMESPACE
 from vllm_kvmarket.core.errors import NotPublishableError, PublishFailedError
 from vllm_kvmarket.core.model_identity import namespace_digest
 from vllm_kvmarket.market import document_tokens
 
 # Behind every buyer's request, where vLLM was started with --scheduling-policy priority.
 PRIORITY = 1 << 20
+# So long holds what the engines said of their namespace.
+KNOWN_S = 2.0
+# So long a quote waits for engines that may be testing themselves.
+PATIENCE_S = 0.5
 
 
 class Frontend:
@@ -36,6 +43,9 @@ class Frontend:
         self.block_tokens = 1 if no_attention else int(config.cache_config.block_size or 1)
         self.vocabulary_tokens = int(config.model_config.get_vocab_size())
         self.namespace = namespace_digest(base_facts(config, home))
+        self._reuses = False
+        self._asking: asyncio.Task[None] | None = None
+        self._ask_again_at_s = 0.0
         # vLLM uses its own at the same time.
         self._tokenizer = _Tokenizer(
             copy.deepcopy(engine_client.get_tokenizer()),
@@ -64,6 +74,27 @@ class Frontend:
             if messages is None:
                 return list(self._tokenizer(text or "")["input_ids"])
             return self._tokenizer.chat(messages)
+
+    async def reuses(self) -> bool:
+        """Whether all engines reuse now what is published for `namespace`, as of a moment ago.
+
+        Not before their self-test has passed, nor while nobody knows which weights they have.
+        """
+        if self._asking is None and time.monotonic() >= self._ask_again_at_s:
+            self._asking = asyncio.create_task(self._ask())
+        if self._asking is not None and not self._reuses:
+            await asyncio.wait([self._asking], timeout=PATIENCE_S)
+        return self._reuses
+
+    async def _ask(self) -> None:
+        try:
+            found = await self._engine.engine_core.call_utility_all_async(NAMESPACE)
+            self._reuses = {self.namespace.hex()} == set(found)
+        except Exception:  # noqa: BLE001  # an engine that has died says so elsewhere
+            self._reuses = False
+        finally:
+            self._ask_again_at_s = time.monotonic() + KNOWN_S
+            self._asking = None
 
     async def operate(self, tokens: Sequence[int], params: dict[str, Any]) -> dict[str, Any]:
         """Run an operator's request for one token; returns the scheduler half's answer.

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
     from vllm_kvmarket.connector.scheduler import SchedulerHalf
 
+# What API servers call of an engine core.
+NAMESPACE = "kvmarket_namespace"
 _INSTALLED = "_kvmarket_weight_changes"
 # Calls of vLLM's workers that change neither weights nor adapters.
 HARMLESS = frozenset(
@@ -90,7 +92,15 @@ def install() -> None:
 
     EngineCore.collective_rpc, EngineCore.sleep = call_and_tell, sleep_and_tell
     EngineCore.add_lora, EngineCore.remove_lora = add_and_tell, remove_and_tell
+    setattr(EngineCore, NAMESPACE, _namespace)
     setattr(EngineCore, _INSTALLED, True)
+
+
+def _namespace(self: EngineCore) -> str | None:
+    """The namespace whose KV this engine reuses now, in hexadecimal; None: it reuses nothing."""
+    half = half_of(self)
+    found = half.namespaces.of(None) if half is not None else None
+    return found.hex() if found is not None else None
 
 
 def half_of(core: EngineCore) -> SchedulerHalf | None:

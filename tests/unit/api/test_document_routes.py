@@ -274,6 +274,30 @@ def test_a_price_can_be_changed_and_returned_to_the_tariff(server):
     assert dear.status_code == 400
 
 
+def test_nothing_is_promised_of_an_engine_that_reuses_nothing(server):
+    """Its self-test has failed, or runs still. Documents for other models are sold elsewhere."""
+    name = publish(server, text=text_of(300))["id"]
+    frontend = server.service.frontend
+    frontend.is_exact = False
+
+    def quote(**wish):
+        return server.client.post("/v1/kvmarket/quotes", json=wish).json()
+
+    for wish in ({"document": name}, {"prompt": text_of(300) + " and more"}):
+        reply = quote(**wish)
+        assert (reply["matched_tokens"], reply["charge_nano"], reply["lines"]) == (0, 0, [])
+        assert "self-test" in reply["declined"]
+    namespace, frontend.namespace = frontend.namespace, b"other"
+    try:
+        assert (quote(document=name)["matched_tokens"], quote(document=name)["declined"]) == (
+            300,
+            None,
+        )
+    finally:
+        frontend.namespace, frontend.is_exact = namespace, True
+    assert quote(document=name)["matched_tokens"] == 300
+
+
 def test_an_expired_document_is_on_no_list_and_quoted_no_more(server):
     """From the moment its time is over, whatever the database says yet."""
     name = publish(server, text=text_of(300), ttl_s=0.3)["id"]
@@ -311,6 +335,7 @@ def test_a_quote_says_what_reuse_saves_to_the_nano_unit(server):
     assert reply["affordable"] is True
     assert quote(prompt=text_of(300))["matched_tokens"] == 299
     assert quote(document=name)["matched_tokens"] == 300
+    assert quote(document=name)["declined"] is None
     other = quote(prompt=text_of(300, "other"))
     assert (other["matched_tokens"], other["document"], other["saving_nano"]) == (0, None, 0)
     server.market.ledger.transact()

@@ -78,6 +78,15 @@ def test_nothing_is_promised_of_an_adapter(app, client, alice, market, wish):  #
     assert got["kv_transfer_params"]["kvmarket"]["max_price_nano"] == 1
 
 
+def test_nothing_is_promised_of_an_engine_that_reuses_nothing(app, client, alice, market):  # noqa: F811
+    """Its self-test has not passed: who requires reuse is told at once, nobody else is refused."""
+    store_and_list(market, tokens(300))
+    app.state.kvmarket_service.frontend.is_exact = False
+    reply = ask(client, alice, "m", reuse="require")
+    assert (reply.status_code, reply.json()["error"]["code"]) == (404, "no_match")
+    reached(ask(client, alice, "m", max_price_nano=1))
+
+
 def test_what_is_beyond_memory_is_quoted_too(client, alice, market):  # noqa: F811
     """Not on the event loop: that would wait for the database."""
     name = store_and_list(market, tokens(300)).document_id

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -11,6 +12,7 @@ pytest.importorskip("vllm")
 transformers = pytest.importorskip("transformers")
 
 from vllm_kvmarket.connector import frontend  # noqa: E402
+from vllm_kvmarket.connector.weight_changes import NAMESPACE  # noqa: E402
 from vllm_kvmarket.core.errors import NotPublishableError  # noqa: E402
 from vllm_kvmarket.market import document_tokens  # noqa: E402
 
@@ -36,6 +38,64 @@ def over_http(tokenizer, monkeypatch, tmp_path):
     config = SimpleNamespace(model_config=model, cache_config=SimpleNamespace(block_size=16))
     client = SimpleNamespace(vllm_config=config, get_tokenizer=lambda: tokenizer)
     return frontend.Frontend(client, SimpleNamespace(), tmp_path)
+
+
+class Engines:
+    """What several engine cores say of their namespace, each time that they are asked."""
+
+    def __init__(self, *answers):
+        self.answers = list(answers)
+
+    async def call_utility_all_async(self, method):
+        assert method == NAMESPACE
+        answer = self.answers.pop(0)
+        if isinstance(answer, float):
+            await asyncio.sleep(answer)
+            answer = self.answers.pop(0)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+
+MINE = bytes(32).hex()
+
+
+@pytest.mark.parametrize(
+    ("answer", "reuses"),
+    [
+        ([MINE], True),
+        ([MINE, MINE], True),
+        ([MINE, None], False),
+        ([None], False),
+        # Other weights were loaded, and their files were digested.
+        (["11" * 32], False),
+        (RuntimeError("the engine has died"), False),
+    ],
+)
+def test_reuse_is_promised_only_where_every_engine_has_said_so(over_http, answer, reuses):
+    """Each engine tests itself."""
+    over_http._engine.engine_core = Engines(answer)
+    assert asyncio.run(over_http.reuses()) is reuses
+
+
+def test_engines_are_asked_again_beside_quotes(over_http, monkeypatch):
+    """A quote waits only while nothing good is known, and not for long."""
+    monkeypatch.setattr(frontend, "PATIENCE_S", 0.02)
+    monkeypatch.setattr(frontend, "KNOWN_S", 0.0)
+
+    async def ask():
+        engines = over_http._engine.engine_core = Engines(0.2, [MINE], 0.2, [None], [None])
+        assert not await over_http.reuses()  # the self-test is running
+        assert engines.answers == [[MINE], 0.2, [None], [None]]
+        await over_http._asking
+        assert await over_http.reuses()  # as of a moment ago
+        await asyncio.sleep(0)
+        assert engines.answers == [[None], [None]]
+        assert await over_http.reuses()
+        await over_http._asking
+        assert not await over_http.reuses()
+
+    asyncio.run(ask())
 
 
 @pytest.mark.parametrize("text", TEXTS)

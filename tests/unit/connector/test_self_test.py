@@ -76,16 +76,16 @@ FAR = answer({1: -0.2, 2: -0.3}, {3: -0.5})
 
 def engine_of(whole=FULL, own=FULL, part=FULL, reused=100):
     """What it answers when it reuses the whole, and with vLLM's own cache."""
-    answers = {"full": [FULL, FULL, own, FULL], "half": [FULL], "stored": [FULL]}
+    answers = {"full": [FULL, own, FULL], "half": [FULL], "stored": [FULL]}
     answers |= {"whole": [whole, FULL], "part": [part, FULL]}
     return Engine(answers, reused)
 
 
 def test_an_engine_that_reuses_exactly_is_asked_for_no_more():
-    """Two full prefills, what is stored, and two reuses."""
+    """A full prefill, of which the document is stored, two reuses, and vLLM's own."""
     tested = engine_of()
     assert tested._run() == ""
-    assert tested.asked == ["full", "full", "whole", "half", "part"]
+    assert tested.asked == ["full", "whole", "full", "part"]
 
 
 @pytest.mark.parametrize(

@@ -124,8 +124,9 @@ def audit(
 
 def _add_receipts(storage: Storage, books: Audit, until_s: float) -> None:
     """Read receipts up to a time, or to the last."""
-    while page := storage.receipts_after(books.state.last_receipt, PAGE):
-        books.add_receipts(page)
+    while True:
+        page = storage.receipts_after(books.state.last_receipt, PAGE)
+        books.add_receipts(page)  # also none: those that were early may have their transfers now
         if len(page) < PAGE or page[-1].receipt.created_at_s > until_s:
             return
 

@@ -245,3 +245,13 @@ def test_checks_in_any_steps_lead_to_the_same(tmp_path):
         assert whole == ([], step)
         assert (step.receipts, step.size) == (len(sold), len(market.ledger.transfers()))
         assert set(step.holds) == {"y"}
+
+
+def test_receipts_that_are_read_before_their_transfers_count_once(ledger, monkeypatch):
+    """Pages of both end at different sales."""
+    for number in range(7):
+        sale(ledger, f"s{number}")
+    whole = ledger.audit()
+    monkeypatch.setattr("vllm_kvmarket.ledger.integrity.PAGE", 8)
+    assert ledger.audit() == whole
+    assert (whole[0], whole[1].receipts, whole[1].early) == ([], 7, [])

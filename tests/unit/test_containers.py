@@ -135,6 +135,7 @@ def test_the_configurations_are_valid_and_name_services(services):
         assert mounts(services[name])[place] == f"./deploy/{file}.toml"
 
 
+@pytest.mark.slow  # it asks the vLLM that is installed
 def test_the_commands_have_the_options_that_they_are_given(services):
     """kvmarket's by its own parser, vLLM's by what its parser is made from."""
     words = words_of(services["tables"])

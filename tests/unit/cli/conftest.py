@@ -53,8 +53,8 @@ class FakeEngine:
 
     def __init__(self, market):
         self.market = market
-        sizes = SimpleNamespace(block_size=16), SimpleNamespace(max_model_len=2000)
-        facts = SimpleNamespace(cache_config=sizes[0], model_config=sizes[1])
+        model = SimpleNamespace(max_model_len=2000, is_attention_free=False)
+        facts = SimpleNamespace(cache_config=SimpleNamespace(block_size=16), model_config=model)
         self.llm_engine = SimpleNamespace(vllm_config=facts)
 
     def get_tokenizer(self):

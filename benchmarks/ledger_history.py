@@ -30,7 +30,7 @@ import msgspec
 from benchmarks.ledger import percentiles, postgres_places
 from benchmarks.machine import describe_machine
 from vllm_kvmarket.ledger import Ledger, Operation, Receipt, Transfer, statements
-from vllm_kvmarket.ledger.integrity import Audited, Balances
+from vllm_kvmarket.ledger.integrity import Balances, CheckedBooks
 from vllm_kvmarket.ledger.model import digest_of, encode_receipt
 from vllm_kvmarket.proofs.leaves import indexes_of
 
@@ -250,7 +250,7 @@ def measure_statements(ledger: Ledger, sales: int, seed: int = 1) -> dict[str, A
 def measure_checks(ledger: Ledger, sales: int, *, whole: bool) -> dict[str, Any]:
     """Seconds for the books of the last day, and for all of them."""
     before = max(0, sales - DAY_S)
-    start = Audited(
+    start = CheckedBooks(
         size=BUYERS + 3 * before,
         receipts=before,
         last_receipt=before,
@@ -259,7 +259,7 @@ def measure_checks(ledger: Ledger, sales: int, *, whole: bool) -> dict[str, Any]
     found = {"day_transfers": 3 * (sales - before)}
     for name, begin in (("day_s", start), *([("whole_s", None)] if whole else [])):
         started = time.perf_counter()
-        problems, end = ledger.audit(begin)
+        problems, end = ledger.check_behind(begin)
         found[name] = round(time.perf_counter() - started, 1)
         assert problems == [], problems[:5]
         assert (end.size, end.receipts) == (BUYERS + 3 * sales, sales)

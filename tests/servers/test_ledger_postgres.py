@@ -143,7 +143,7 @@ def test_a_leaf_of_a_writer_who_was_slow_comes_last(ledger, place):
 
 def test_a_check_goes_on_over_what_was_booked_late(ledger, place):
     """A receipt that had its number early and was committed late is found with its charge."""
-    _, audited = ledger.audit()
+    _, checked = ledger.check_behind()
     late = msgspec.structs.replace(receipt("kvr_late", 5, "t1"), created_at_s=1.0)
     row = {key: getattr(late, key) for key in ("id", "request_id", "account", "document_id")}
     row |= {"charge_nano": 5, "body": encode_receipt(late).decode()}
@@ -157,24 +157,24 @@ def test_a_check_goes_on_over_what_was_booked_late(ledger, place):
                 post(id=f"p{number}", pending_id=f"h{number}", amount_nano=5),
             ]
             ledger.submit(sold, receipt=receipt(f"kvr_{number}", 5, f"p{number}")).result()
-            problems, audited = ledger.audit(audited)
+            problems, checked = ledger.check_behind(checked)
             assert problems == []
         slow.commit()
-    problems, audited = ledger.audit(audited)
-    assert (problems, audited.receipts, audited.size) == ([], 4, 8)
-    assert ledger.audit() == ([], audited)
+    problems, checked = ledger.check_behind(checked)
+    assert (problems, checked.receipts, checked.size) == ([], 4, 8)
+    assert ledger.check_behind() == ([], checked)
 
 
 def test_a_check_counts_what_has_no_number_yet(ledger, place):
     """It is in the balances, which are compared with all transfers of one moment."""
-    _, audited = ledger.audit()
+    _, checked = ledger.check_behind()
     with psycopg.connect(place) as slow:
         slow.execute("SELECT kvmarket.book(%s)", (booking(1),))
         ledger.submit([hold("h", 1)]).result()
         slow.commit()
-    rest = ledger._storage.everything(audited.size, audited.last_receipt)
+    rest = ledger._storage.everything(checked.size, checked.last_receipt)
     assert [each.id for each in rest.transfers] == ["t1", "h"]
-    assert ledger.audit(audited)[0] == []
+    assert ledger.check_behind(checked)[0] == []
 
 
 def test_credits_wait_for_nobody(ledger, place):

@@ -1,7 +1,7 @@
 """Proof that balances and holds follow from the transfers, and that receipts agree with them.
 
-The books are read in the order of effect, a page at a time. What they lead to is an `Audited`: who
-keeps one can go on from there later, and reads new bookings only.
+The books are read in the order of effect, a page at a time. What they lead to are `CheckedBooks`:
+who keeps them can go on from there later, and reads new bookings only.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class Hold(msgspec.Struct, array_like=True):
     due_at_s: float
 
 
-class Audited(msgspec.Struct):
+class CheckedBooks(msgspec.Struct):
     """What the first `size` transfers and `receipts` receipts lead to.
 
     `last_receipt` is the sequence number of the last receipt that was read. `unpaired` are charges
@@ -92,18 +92,18 @@ def is_beyond_funds(transfer: Transfer) -> bool:
     return transfer.kind == "late" or (transfer.kind == "plain" and transfer.code == OWED)
 
 
-def audit(
+def check_behind(
     storage: Storage,
-    start: Audited | None = None,
+    start: CheckedBooks | None = None,
     on_page: Callable[[Sequence[Transfer]], object] | None = None,
-) -> tuple[list[str], Audited]:
+) -> tuple[list[str], CheckedBooks]:
     """Check the books behind `start`, by default all; return the problems, and how far it got.
 
     `on_page` is called with each page of the transfers up to there, in the order of the log. Safe
     while others book: what they add meanwhile is checked too, but not counted. With problems, the
-    audited part is worth nothing. Raises LedgerError.
+    checked part is worth nothing. Raises LedgerError.
     """
-    books = Audit(start)
+    books = BooksCheck(start)
     last = False
     while not last:
         page = storage.transfers_after(books.state.size, PAGE)
@@ -115,14 +115,14 @@ def audit(
     look_up = _StoredBookings(storage)
     books.pair_the_rest(look_up)
     # The books go on while this looks at them: their state is compared as of one moment.
-    audited = msgspec.json.decode(msgspec.json.encode(books.state), type=Audited)
-    rest = storage.everything(audited.size, audited.last_receipt)
+    checked = msgspec.json.decode(msgspec.json.encode(books.state), type=CheckedBooks)
+    rest = storage.everything(checked.size, checked.last_receipt)
     books.add_transfers(rest.transfers)
     books.add_receipts(rest.receipts)
-    return books.problems(rest.accounts, rest.dues, look_up), audited
+    return books.problems(rest.accounts, rest.dues, look_up), checked
 
 
-def _add_receipts(storage: Storage, books: Audit, until_s: float) -> None:
+def _add_receipts(storage: Storage, books: BooksCheck, until_s: float) -> None:
     """Read receipts up to a time, or to the last."""
     while True:
         page = storage.receipts_after(books.state.last_receipt, PAGE)
@@ -133,7 +133,7 @@ def _add_receipts(storage: Storage, books: Audit, until_s: float) -> None:
 
 def problems(books: Everything) -> list[str]:
     """Check books that are in memory; return every difference, in words."""
-    whole = Audit()
+    whole = BooksCheck()
     whole.add_transfers(books.transfers)
     whole.add_receipts(books.receipts)
     return whole.problems(books.accounts, books.dues, _GivenBookings(books))
@@ -168,11 +168,11 @@ class _GivenBookings:
         return [each for each in self._receipts if transfer.id in each.transfer_ids]
 
 
-class Audit:
+class BooksCheck:
     """Recomputes the books from bookings in the order of effect; `state` grows with them."""
 
-    def __init__(self, start: Audited | None = None) -> None:
-        self.state = Audited() if start is None else start
+    def __init__(self, start: CheckedBooks | None = None) -> None:
+        self.state = CheckedBooks() if start is None else start
         self._found: list[str] = []
         # The first transfer between each two accounts: their kinds are compared once.
         self._pairs: dict[tuple[str, str], str] = {}

@@ -22,7 +22,7 @@ from vllm_kvmarket.core.errors import (
 )
 from vllm_kvmarket.ledger import integrity
 from vllm_kvmarket.ledger.group_commit import Writer
-from vllm_kvmarket.ledger.integrity import Audited
+from vllm_kvmarket.ledger.integrity import CheckedBooks
 from vllm_kvmarket.ledger.model import (
     ACCOUNT_ID,
     CURRENCY,
@@ -482,15 +482,15 @@ class Ledger:
         """Every problem of the books, in words; none when debits equal credits, every balance and
         hold follows from the transfers, and receipts, charges and royalties agree.
         """
-        return self.audit()[0]
+        return self.check_behind()[0]
 
-    def audit(
+    def check_behind(
         self,
-        start: Audited | None = None,
+        start: CheckedBooks | None = None,
         on_page: Callable[[Sequence[Transfer]], object] | None = None,
-    ) -> tuple[list[str], Audited]:
-        """Check the books behind `start`; see integrity.audit."""
-        return integrity.audit(self._reader(), start, on_page)
+    ) -> tuple[list[str], CheckedBooks]:
+        """Check the books behind `start`; see integrity.check_behind."""
+        return integrity.check_behind(self._reader(), start, on_page)
 
     def _reader(self) -> Storage:
         if foreign := self._foreign():

@@ -11,7 +11,7 @@ import msgspec
 
 from vllm_kvmarket.core.durable_files import locked, write_durably
 from vllm_kvmarket.core.errors import ProofError
-from vllm_kvmarket.ledger.integrity import Audited
+from vllm_kvmarket.ledger.integrity import CheckedBooks
 from vllm_kvmarket.proofs import merkle
 from vllm_kvmarket.proofs.log import TransparencyLog
 from vllm_kvmarket.proofs.notes import decode_base64, encode_base64
@@ -22,10 +22,10 @@ _SIGNED = b"kvmarket-checked/1\n"
 
 
 class CheckRecord(msgspec.Struct, frozen=True):
-    """The first `audited.size` transfers were good; their root in base64."""
+    """The first `checked.size` transfers were good; their root in base64."""
 
     root: str = encode_base64(merkle.EMPTY_ROOT)
-    audited: Audited = msgspec.field(default_factory=Audited)
+    checked: CheckedBooks = msgspec.field(default_factory=CheckedBooks)
 
 
 def write(log: TransparencyLog, record: CheckRecord) -> None:
@@ -59,9 +59,9 @@ def read(log: TransparencyLog) -> CheckRecord | None:
         return None
     record = msgspec.json.decode(body, type=CheckRecord)
     log.update()
-    if encode_base64(log.frontier(record.audited.size).root()) != record.root:
+    if encode_base64(log.frontier(record.checked.size).root()) != record.root:
         raise ProofError(
-            f"the first {record.audited.size} transfers are not those that were checked before"
+            f"the first {record.checked.size} transfers are not those that were checked before"
         )
     return record
 

@@ -104,18 +104,18 @@ def _check(
     on_progress: Progress | None,
 ) -> tuple[LedgerCheck, CheckRecord]:
     """Check what is behind a record; the report, and the record of what is checked now."""
-    checkpoints, problems = _checkpoints(log, start.audited.size, given)
+    checkpoints, problems = _checkpoints(log, start.checked.size, given)
     # Brought up to date first: then the file has no less than what was signed.
     try:
         kept = log.update()
-        tree = log.frontier(start.audited.size)
+        tree = log.frontier(start.checked.size)
     except ProofError as error:
         problems.append(f"log: {error}")
         kept, tree, start = 0, merkle.Frontier(), CheckRecord()
     since = tree.size
     with _open(log.folder / HASHES_FILE) as stored:
         hashing = _Hashing(tree, {each.size for each in checkpoints}, stored, kept, on_progress)
-        found, audited = log.ledger.audit(start.audited, hashing.add)
+        found, checked = log.ledger.check_behind(start.checked, hashing.add)
     problems = [f"ledger: {problem}" for problem in found] + problems
     for checkpoint in checkpoints:
         problems += _wrong_root(log, checkpoint, hashing, since)
@@ -129,14 +129,14 @@ def _check(
         since=since,
         accounts=len(log.ledger.accounts()),
         transfers=tree.size,
-        receipts=audited.receipts,
+        receipts=checked.receipts,
         root=encode_base64(tree.root()),
         checkpoints=len(checkpoints),
         debits_nano={currency: debits for currency, (debits, _) in totals.items()},
         credits_nano={currency: credits for currency, (_, credits) in totals.items()},
         rebuilt=not hashing.same,
     )
-    return report, CheckRecord(report.root, audited)
+    return report, CheckRecord(report.root, checked)
 
 
 def _checkpoints(

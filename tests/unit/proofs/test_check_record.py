@@ -9,7 +9,7 @@ from tests.support.ledger_books import funded_ledger, hold, receipt
 from tests.support.proof_market import open_shop, sell
 from vllm_kvmarket.auth.signing_keys import SigningKeys
 from vllm_kvmarket.ledger import GRACE_S, Ledger, expire, plain, post, renew, void
-from vllm_kvmarket.ledger.integrity import Audited
+from vllm_kvmarket.ledger.integrity import CheckedBooks
 from vllm_kvmarket.proofs import TransparencyLog, check_ledger, check_new
 from vllm_kvmarket.proofs.notes import encode_base64, sign_checkpoint
 
@@ -65,12 +65,12 @@ def test_a_check_goes_on_where_the_last_one_ended(ledger, tmp_path, monkeypatch)
     kept = TransparencyLog(ledger, tmp_path).checkpoint()
     sale(ledger, "c")
     read = []
-    real = Ledger.audit
+    real = Ledger.check_behind
 
-    def audit(self, start, on_page):
+    def check_behind(self, start, on_page):
         return real(self, start, lambda page: read.extend(page) or on_page(page))
 
-    monkeypatch.setattr(Ledger, "audit", audit)
+    monkeypatch.setattr(Ledger, "check_behind", check_behind)
     second = check_new(ledger, tmp_path)
     assert [each.id for each in read] == ["b", "b:post", "b:pay", "c", "c:post", "c:pay"]
     whole = check_ledger(ledger, tmp_path)
@@ -234,14 +234,14 @@ def test_checks_in_any_steps_lead_to_the_same(tmp_path):
     with open_shop(tmp_path) as market:
         sold = [sell(market, f"p{number}") for number in range(3)]
         market.ledger.submit([hold("x", 5), hold("y", 5)], linked=False).result()
-        step = Audited()
+        step = CheckedBooks()
         for _ in range(2):
-            problems, step = market.ledger.audit(step)
+            problems, step = market.ledger.check_behind(step)
             assert problems == []
         market.ledger.submit([void(id="v", pending_id="x")]).result()
-        problems, step = market.ledger.audit(step)
+        problems, step = market.ledger.check_behind(step)
         assert problems == []
-        whole = market.ledger.audit()
+        whole = market.ledger.check_behind()
         assert whole == ([], step)
         assert (step.receipts, step.size) == (len(sold), len(market.ledger.transfers()))
         assert set(step.holds) == {"y"}
@@ -251,7 +251,7 @@ def test_receipts_that_are_read_before_their_transfers_count_once(ledger, monkey
     """Pages of both end at different sales."""
     for number in range(7):
         sale(ledger, f"s{number}")
-    whole = ledger.audit()
+    whole = ledger.check_behind()
     monkeypatch.setattr("vllm_kvmarket.ledger.integrity.PAGE", 8)
-    assert ledger.audit() == whole
+    assert ledger.check_behind() == whole
     assert (whole[0], whole[1].receipts, whole[1].early) == ([], 7, [])

@@ -133,11 +133,11 @@ def reuse(llm: Any, market: Market, cut: int, question: int, rest_s: float = 0.0
     return ask(llm, prompt, market.params("alice"), rest_s=rest_s)
 
 
-def assert_same(family: Family, answer: Answer, full: Answer) -> None:
+def assert_same(family: Family, answer: Answer, full: Answer, tolerance: float = 0.0) -> None:
     """The same tokens with the same log-probabilities, bit for bit unless the family cannot."""
     assert answer.token_ids == full.token_ids
-    if family.tolerance:
-        assert answer.logprobs == pytest.approx(full.logprobs, abs=family.tolerance)
+    if tolerance := max(tolerance, family.tolerance):
+        assert answer.logprobs == pytest.approx(full.logprobs, abs=tolerance)
     else:
         assert answer.logprobs == full.logprobs
 
@@ -179,7 +179,9 @@ def test_where_two_documents_begin_alike_each_prompt_reuses_what_it_can(
         assert market.quote(listing.namespace, prompt, most=most).tokens == reused
         answer = reuse(llm, market, cut, question)
         assert answer.market["reused_tokens"] == reused
-        assert_same(family, answer, expected[cut, question])
+        # A step of one token adds up in another order, with vLLM's kernel for decoding.
+        tolerance = 1e-4 if reused == most else 0.0
+        assert_same(family, answer, expected[cut, question], tolerance)
         assert market.receipt(answer.market["receipt_id"]).charge_nano == reused * 500
     finally:
         assert market.catalogue.evict(beginning.document_id, "a test")

@@ -281,14 +281,13 @@ class SchedulerHalf:
         document = DocumentChunks.of(namespace, tokens, catalogue.chunk_tokens) if tokens else None
         # The last chunk of a document with a state is no part of a longer one.
         found = catalogue.match(namespace, tokens) if keeps_states(namespace) else match
-        if (
-            document is None
-            or document.document_id != params.document
-            or found is None
-            or found.token_count < document.token_count
-        ):
-            message = f"the prompt does not begin with document {params.document} as it is on offer"
+        if document is None or document.document_id != params.document:
+            message = f"the prompt does not begin with document {params.document}"
             return Declined(message, "other_tokens", params.must_reserve), match
+        if found is None or found.token_count < document.token_count:
+            # Damaged or withdrawn since the client was answered a price.
+            message = f"document {params.document} is not on offer whole now"
+            return Declined(message, "not_on_offer", params.must_reserve), match
         cut = found.until(document.token_count)
         return params, msgspec.structs.replace(cut, whole=listing) if listing else cut
 

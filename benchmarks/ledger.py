@@ -78,13 +78,21 @@ def settlement(
         code="royalty",
         user_data="kvd_0123456789abcdef",
     )
-    receipt = Receipt(
+    receipt = receipt_of(key, buyer, "publisher", "kvd_0123456789abcdef", time.time())
+    return [moved, royalty], receipt
+
+
+def receipt_of(
+    key: str, buyer: str, publisher: str, document_id: str, created_at_s: float
+) -> Receipt:
+    """The receipt of one sale, whose transfers are named by its key."""
+    return Receipt(
         id=f"kvr_{key}",
         request_id=key,
         account=buyer,
-        document_id="kvd_0123456789abcdef",
+        document_id=document_id,
         title="A document",
-        publisher="publisher",
+        publisher=publisher,
         tokens_matched=4096,
         tokens_reused=4096,
         tokens_loaded=4096,
@@ -99,12 +107,11 @@ def settlement(
         royalty_nano=1000,
         recompute_nano=20_000,
         reservation_id=f"{key}:reserve",
-        transfer_ids=(moved.id, royalty.id),
-        created_at_s=time.time(),
+        transfer_ids=(f"{key}:settle", f"{key}:royalty"),
+        created_at_s=created_at_s,
         model="model",
         namespace="00" * 32,
     )
-    return [moved, royalty], receipt
 
 
 class Load:

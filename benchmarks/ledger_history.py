@@ -27,7 +27,7 @@ from typing import Any
 import apsw
 import msgspec
 
-from benchmarks.ledger import percentiles, postgres_places
+from benchmarks.ledger import percentiles, postgres_places, receipt_of
 from benchmarks.machine import describe_machine
 from vllm_kvmarket.ledger import Ledger, Operation, Receipt, Transfer, statements
 from vllm_kvmarket.ledger.integrity import Balances, CheckedBooks
@@ -58,32 +58,7 @@ def sale(number: int) -> Sale:
     at_s, key = START_S + number + 0.25, f"sale:{number:09}"
     buyer, publisher = f"buyer{number % BUYERS:04}", f"publisher{number % PUBLISHERS:03}"
     document = f"kvd_{number % DOCUMENTS:016x}"
-    receipt = Receipt(
-        id=f"kvr_{key}",
-        request_id=key,
-        account=buyer,
-        document_id=document,
-        title="A document",
-        publisher=publisher,
-        tokens_matched=4096,
-        tokens_reused=4096,
-        tokens_loaded=4096,
-        tokens_from_paged_cache=0,
-        tokens_failed=0,
-        tokens_computed=32,
-        tokens_output=64,
-        input_nano_per_mtok=5_000_000,
-        cache_read_nano_per_mtok=500_000,
-        royalty_ppm=500_000,
-        charge_nano=CHARGE_NANO,
-        royalty_nano=ROYALTY_NANO,
-        recompute_nano=20_000,
-        reservation_id=f"{key}:reserve",
-        transfer_ids=(f"{key}:settle", f"{key}:royalty"),
-        created_at_s=at_s,
-        model="model",
-        namespace="00" * 32,
-    )
+    receipt = receipt_of(key, buyer, publisher, document, at_s)
     held = Operation(
         "pending", f"{key}:reserve", buyer, "provider", 3_000, "", 900, "reuse", document
     )

@@ -97,7 +97,7 @@ def test_a_repair_on_one_machine_reaches_the_disks_of_others(homes):
 
 
 def test_any_machine_deletes_what_none_needs(homes):
-    """Also what another machine has stored; what is needed stays, whoever needs it."""
+    """Also what another machine has stored; what is needed stays, no matter who needs it."""
     first, second = homes
     kept, gone = store(first, 1), store(first, 2)
     begun = second.catalogue.begin(gone, DocumentChunks.of(NAMESPACE, tokens(LENGTH, 2)))

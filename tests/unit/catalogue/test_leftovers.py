@@ -146,7 +146,7 @@ def test_who_deletes_after_a_process_that_died_is_waited_for(catalogue, path, mo
 
 
 def test_a_deletion_that_was_interrupted_is_continued(catalogue, path):
-    """By whoever deletes next: the marks say which chunks may be gone already."""
+    """By the next process that deletes: the marks say which chunks may be gone already."""
     process = start_process(DIE_WHILE_DELETING, path)
     assert heard(process) == "deleting"
     tell(process)

@@ -105,15 +105,10 @@ def serving(
     model: Path, home: Path, *arguments: str, config: dict[str, Any] | None = None
 ) -> Iterator[Server]:
     """A server on the market at `home`; gone, process and all, afterwards."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     settings = {"home": str(home), **(config or {})}
     log = home.parent / f"serve-{port}.log"
-    command = [str(VLLM), "serve", str(model), "--kv-connector", "kvmarket"]
-    command += ["--kvmarket-config", json.dumps(settings), "--served-model-name", MODEL]
-    command += ["--host", "127.0.0.1", "--port", str(port), "--dtype", "float32"]
-    command += ["--max-model-len", "4096", "--enforce-eager", *arguments]
+    command = serve_command(model, settings, port, *arguments)
     process = start(command, log)
     base = f"http://127.0.0.1:{port}"
     try:
@@ -125,6 +120,22 @@ def serving(
     finally:
         process.terminate()
         process.wait(timeout=60)
+
+
+def free_port() -> int:
+    """A port of the loopback interface that nobody uses just now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def serve_command(model: Path, settings: dict[str, Any], port: int, *arguments: str) -> list[str]:
+    """The command line of a server with a market of these settings."""
+    command = [str(VLLM), "serve", str(model), "--kv-connector", "kvmarket"]
+    command += ["--kvmarket-config", json.dumps(settings), "--served-model-name", MODEL]
+    command += ["--host", "127.0.0.1", "--port", str(port), "--dtype", "float32"]
+    return [*command, "--max-model-len", "4096", "--enforce-eager", *arguments]
 
 
 def start(command: list[str], log: Path) -> ServerProcess:

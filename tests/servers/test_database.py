@@ -22,6 +22,7 @@ from vllm_kvmarket.auth.admin_log import AdminLog
 from vllm_kvmarket.auth.api_keys import Keys, KeysUnavailableError
 from vllm_kvmarket.auth.sealed_secret import KEY_VARIABLE
 from vllm_kvmarket.cli import main
+from vllm_kvmarket.core.database import Room, open_database
 from vllm_kvmarket.core.errors import BundleError, KVMarketError, ProofError, UnavailableError
 from vllm_kvmarket.ledger import pending, post
 from vllm_kvmarket.market.garbage_collection import purge, release_leftovers
@@ -94,6 +95,24 @@ def test_nobody_is_let_in_while_the_keys_cannot_be_read(own_server):
     principal = keys.check(secret)
     assert principal is not None and principal.account == "alice"
     keys.close()
+
+
+@pytest.mark.parametrize("way", ["reading", "snapshot", "transaction"])
+def test_a_connection_that_broke_is_opened_again(place, way):
+    """Before the first statement: an idle client learns of a server's restart only then."""
+    room = Room("numbers", ["CREATE TABLE number (n INTEGER);"], KeysUnavailableError)
+    database = open_database(place, room)
+    statement = "SELECT ? WHERE 'a' LIKE '%a'"
+    for number in range(3):
+        with getattr(database, way)() as db:
+            for n in (number, number + 1):
+                assert db.execute(statement, (n,)).fetchall() == [(n,)]
+        with psycopg.connect(place) as other:
+            other.execute(
+                "SELECT pg_terminate_backend(pid) FROM pg_stat_activity "
+                "WHERE datname = current_database() AND pid <> pg_backend_pid()"
+            )
+    database.close()
 
 
 def test_a_session_of_one_home_holds_on_another(config, tmp_path, monkeypatch):

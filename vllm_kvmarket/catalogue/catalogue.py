@@ -144,7 +144,9 @@ class Catalogue:
 
     def check_integrity(self) -> list[str]:
         """Compare listings, chunks and tree; returns what is wrong, nothing when all is well."""
-        return self.index.check_integrity()
+        uncounted = self.shares.uncounted_bytes()
+        problems = [f"{uncounted} bytes of chunks are not counted"] if uncounted else []
+        return self.index.check_integrity() + problems
 
     # Keeping up with the clock and with other processes
 

@@ -5,13 +5,16 @@ So an old copy of a chunk can be told from the new one, and what is deleted is k
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 
 from vllm_kvmarket.catalogue import queries
 from vllm_kvmarket.catalogue.connections import Connections
 from vllm_kvmarket.catalogue.listing import ON_OFFER
 from vllm_kvmarket.core.database import Connection, Value
 from vllm_kvmarket.core.stored_share import StoredShare
+
+_SUM = "SELECT coalesce(sum(bytes), 0) FROM chunk_share"
 
 
 class ChunkShares:
@@ -28,7 +31,7 @@ class ChunkShares:
         """
         if not shares:
             return
-        with self._db.transaction() as db:
+        with self._db.transaction() as db, _counted(db, [share.key for share in shares]):
             for key in dict.fromkeys(share.key for share in shares if _write(db, share)):
                 for name in queries.holders(db, key, ON_OFFER):
                     queries.touch(db, name)
@@ -49,16 +52,17 @@ class ChunkShares:
 
         Each share counts until it is deleted, once, however many documents hold its chunk. What is
         on its way counts with what it has asked for, except where it is `asking` now. If `fixed`,
-        only chunks of documents that are pinned, on their way or asking; this reads a row for each.
+        only chunks of documents that are pinned, on their way or asking; only this reads a row for
+        each share.
         """
         asking = list(asking) or [""]
         marks = ", ".join("?" * len(asking))
-        shares = "SELECT coalesce(sum(bytes), 0) FROM chunk_share"
+        shares = "SELECT taken_bytes FROM catalogue"
         values: Sequence[Value] = ()
         if fixed:
-            shares += (
-                " WHERE key IN (SELECT key FROM listing JOIN listing_chunk USING (document_id) "  # noqa: S608  # only question marks are put in
-                "WHERE state = 'publishing' OR state IN ('live', 'damaged') "
+            shares = (
+                f"{_SUM} WHERE key IN (SELECT key FROM listing JOIN listing_chunk "
+                "USING (document_id) WHERE state = 'publishing' OR state IN ('live', 'damaged') "
                 f"AND (pinned OR document_id IN ({marks})))"
             )
             values = asking
@@ -70,10 +74,40 @@ class ChunkShares:
             counted = queries.rows(db, shares, values) + queries.rows(db, coming, asking)
         return sum(int(count) for (count,) in counted)
 
+    def uncounted_bytes(self) -> int:
+        """Return what is taken beyond what is counted, 0 when all is well; reads all shares."""
+        with self._db.snapshot() as db:
+            ((found,),) = queries.rows(db, f"SELECT ({_SUM}) - taken_bytes FROM catalogue")
+        return int(found)
 
-def forget(db: Connection, keys: Iterable[bytes]) -> None:
+    def recount(self) -> None:
+        """Count all shares anew; mutates the database. Others may write meanwhile."""
+        if uncounted := self.uncounted_bytes():
+            with self._db.transaction() as db:
+                _count(db, uncounted)
+
+
+def forget(db: Connection, keys: Sequence[bytes]) -> None:
     """Forget all shares of chunks whose files are gone; mutates the database."""
-    db.executemany("DELETE FROM chunk_share WHERE key = ?", [(key,) for key in keys])
+    with _counted(db, keys):
+        db.executemany("DELETE FROM chunk_share WHERE key = ?", [(key,) for key in keys])
+
+
+@contextmanager
+def _counted(db: Connection, keys: Sequence[bytes]) -> Iterator[None]:
+    """Count what changes inside of the shares of these chunks; mutates the database."""
+    before = _bytes_of(db, keys)
+    yield
+    _count(db, _bytes_of(db, keys) - before)
+
+
+def _count(db: Connection, more_bytes: int) -> None:
+    db.execute("UPDATE catalogue SET taken_bytes = taken_bytes + ?", (more_bytes,))
+
+
+def _bytes_of(db: Connection, keys: Sequence[bytes]) -> int:
+    statement = f"{_SUM} WHERE key IN ({{}})"
+    return sum(int(count) for (count,) in queries.rows_of_keys(db, statement, keys))
 
 
 def _write(db: Connection, share: StoredShare) -> bool:

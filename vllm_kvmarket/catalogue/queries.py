@@ -399,16 +399,22 @@ def needed(db: Connection, keys: Sequence[bytes]) -> set[bytes]:
     """Return those of some chunks that must be kept: for a document that is on its way, or for one
     on offer unless they are refuted.
     """
-    found: set[bytes] = set()
-    for start in range(0, len(keys), _ASKED_AT_ONCE):
-        asked = keys[start : start + _ASKED_AT_ONCE]
-        statement = (
-            "SELECT key FROM listing_chunk JOIN listing USING (document_id) JOIN chunk USING (key) "  # noqa: S608  # only question marks are put in
-            f"WHERE key IN ({', '.join('?' * len(asked))}) AND (state = 'publishing' "
-            "OR state IN ('live', 'damaged') AND NOT refuted)"
-        )
-        found.update(key for (key,) in db.execute(statement, asked))
-    return found
+    statement = (
+        "SELECT key FROM listing_chunk JOIN listing USING (document_id) JOIN chunk USING (key) "
+        "WHERE key IN ({}) AND (state = 'publishing' "
+        "OR state IN ('live', 'damaged') AND NOT refuted)"
+    )
+    return {key for (key,) in rows_of_keys(db, statement, keys)}
+
+
+def rows_of_keys(
+    db: Connection, statement: str, keys: Sequence[bytes]
+) -> Iterator[tuple[Any, ...]]:
+    """Yield the rows of a statement about some keys, each once; their marks are put into it."""
+    asked = list(dict.fromkeys(keys))
+    for start in range(0, len(asked), _ASKED_AT_ONCE):
+        some = asked[start : start + _ASKED_AT_ONCE]
+        yield from db.execute(statement.format(", ".join("?" * len(some))), some)
 
 
 def refute(db: Connection, key: bytes) -> None:

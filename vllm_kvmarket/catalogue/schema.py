@@ -155,6 +155,11 @@ DROP TABLE old_share;
 REFUTED_SCHEMA = """
 ALTER TABLE chunk ADD COLUMN refuted INTEGER NOT NULL DEFAULT 0 CHECK (refuted IN (0, 1));
 """
+# The bytes of all shares, which are too many to be added up at each publication.
+TAKEN_SCHEMA = """
+ALTER TABLE catalogue ADD COLUMN taken_bytes INTEGER NOT NULL DEFAULT 0;
+UPDATE catalogue SET taken_bytes = (SELECT coalesce(sum(bytes), 0) FROM chunk_share);
+"""
 
 # Only on PostgreSQL: every change is announced when it is committed, and who is publishing or
 # deleting has a lease, by the server's clock.
@@ -181,6 +186,7 @@ CATALOGUE = Room(
         ADOPTED_SCHEMA,
         LAYOUTS_SCHEMA,
         REFUTED_SCHEMA,
+        TAKEN_SCHEMA,
     ),
     CatalogueUnavailableError,
     postgres_only=POSTGRES_ONLY,

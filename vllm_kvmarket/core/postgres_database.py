@@ -195,7 +195,10 @@ def allow(url: str, role: str) -> None:
 
 
 class _Slot:
-    """One connection, opened when it is needed and again after it broke; the lock guards it."""
+    """One connection, opened when it is needed and again after it broke; the lock guards it.
+
+    It is a database.Connection outside transactions: each statement is of its own.
+    """
 
     def __init__(self, url: str) -> None:
         self._url = url
@@ -208,19 +211,26 @@ class _Slot:
             self._raw = connect(self._url)
         return self._raw
 
-    def begin(self, statement: str) -> psycopg.Connection[Any]:
-        """Run what begins a transaction, on a new connection if the old one has broken."""
-        text = statement.encode()
-        raw = self.get()
+    def execute(self, statement: str, bindings: Bindings = (), /) -> psycopg.Cursor[Any]:
+        """Run what reads or begins a transaction, on a new connection if the old one has broken."""
+        raw, text = self.get(), translated(statement)
         try:
-            raw.execute(text)
+            return raw.execute(text, bindings)
         except psycopg.OperationalError:
             if not raw.closed:
                 raise
-            # Nothing was done yet: the server may have been restarted since the last time.
-            raw = self.get()
-            raw.execute(text)
-        return raw
+            # Nothing was changed yet: the server may have been restarted since the last time.
+            return self.get().execute(text, bindings)
+
+    def executemany(self, statement: str, bindings: Iterable[Bindings], /) -> None:
+        """Read once for each of many bindings."""
+        for each in bindings:
+            self.execute(statement, each)
+
+    def begin(self, statement: str) -> psycopg.Connection[Any]:
+        """Run what begins a transaction; its connection."""
+        self.execute(statement)
+        return self.get()
 
     @contextmanager
     def rolled_back(self) -> Iterator[None]:
@@ -245,8 +255,9 @@ class _Slot:
 class PostgresDatabase:
     """See database.Database. Writers of a room take turns by an advisory lock.
 
-    A connection that broke is opened again for the next transaction, so that a server that comes
-    back is used at once. When it breaks at a transaction's end, that may have been committed.
+    A connection that broke is opened again for the next transaction and for whatever is read, so
+    that a server that comes back is used at once. When it breaks at a transaction's end, that may
+    have been committed.
     """
 
     def __init__(self, url: str, room: Room) -> None:
@@ -293,7 +304,7 @@ class PostgresDatabase:
     def reading(self) -> Iterator[Connection]:
         """See Database."""
         with self._reader.lock, self._reported():
-            yield PostgresConnection(self._reader.get())
+            yield self._reader
 
     @contextmanager
     def snapshot(self) -> Iterator[Connection]:

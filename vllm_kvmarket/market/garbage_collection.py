@@ -68,6 +68,7 @@ def collect_garbage(market: Market, *, dry_run: bool = False) -> GcReport:
     remover.release(market.store.disk.keys())
     swept = market.store.disk.sweep_temporary(0)
     market.store.disk.recount()
+    market.catalogue.shares.recount()
     return GcReport(
         dry_run=False,
         expired=expired,

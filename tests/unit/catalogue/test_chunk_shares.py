@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import msgspec
 import pytest
 
 from tests.support.catalogue_documents import NAMESPACE, publish, tokens
@@ -55,6 +56,29 @@ def test_what_was_deleted_is_not_known(catalogue):
     catalogue.leftovers.release([first], lambda _: None)
     publish(catalogue, DOCUMENT)
     assert known(catalogue) == [b"", b"", b""]
+
+
+def test_what_is_taken_is_counted_and_not_added_up(catalogue, place):
+    """A share that replaces another counts once, and what is deleted, by whomever, no more."""
+    listing = publish(catalogue, DOCUMENT)
+    first, second, _ = listing.chunk_keys
+    shares = [share(first, b"a" * 8), share(second, b"b" * 8, 0, 2), share(second, b"c" * 8, 1, 2)]
+    catalogue.shares.note(shares)
+    larger = msgspec.structs.replace(shares[0], size_bytes=1500, fingerprint=b"d" * 8)
+    catalogue.shares.note([larger, shares[1]])
+    with Catalogue.open(place) as other:
+        assert other.shares.taken_bytes() == 3500
+        other.delist(listing.document_id)
+        other.leftovers.release([first], lambda _: None)
+        assert other.check_integrity() == []
+    assert catalogue.shares.taken_bytes() == 2000
+    with catalogue._db.transaction() as db:
+        # As an older version does, which does not count, while the fleet is updated.
+        db.execute("DELETE FROM chunk_share WHERE key = ? AND rank = 0", (second,))
+    assert catalogue.shares.taken_bytes() == 2000, "no row is read for it"
+    assert catalogue.check_integrity() == ["-1000 bytes of chunks are not counted"]
+    catalogue.shares.recount()
+    assert catalogue.shares.taken_bytes() == 1000
 
 
 def test_fingerprints_are_compared_whole():

@@ -144,6 +144,16 @@ def without_password(url: str) -> str:
     return f"{facts.get('dbname', '')} at {facts.get('host', 'the local socket')}"
 
 
+def unusable(place: str, error: psycopg.Error) -> str:
+    """What a room tells of PostgreSQL's error."""
+    reason = " ".join(str(error).split())
+    if isinstance(error, psycopg.errors.InsufficientPrivilege):
+        hint = "run `kvmarket database init` as the database's owner"
+    else:
+        hint = "see whether PostgreSQL runs there and lets this user in"
+    return f"the market's database {place} cannot be used ({reason}); {hint}"
+
+
 def migrate(raw: psycopg.Connection[Any], room: Room) -> None:
     """Bring one room's tables to the newest version, in one transaction; see sqlite.migrate.
 
@@ -320,11 +330,4 @@ class PostgresDatabase:
         try:
             yield
         except psycopg.Error as error:
-            reason = " ".join(str(error).split())
-            if isinstance(error, psycopg.errors.InsufficientPrivilege):
-                hint = "run `kvmarket database init` as the database's owner"
-            else:
-                hint = "see whether PostgreSQL runs there and lets this user in"
-            raise self._room.unavailable(
-                f"the market's database {self.place} cannot be used ({reason}); {hint}"
-            ) from error
+            raise self._room.unavailable(unusable(self.place, error)) from error

@@ -34,13 +34,14 @@ from vllm_kvmarket.ledger.model import (
     Transfer,
 )
 from vllm_kvmarket.ledger.storage import (
+    RECEIPT_COLUMNS,
     Batch,
     Everything,
     KeyedRequest,
-    NewReceipt,
     NumberedReceipt,
     RowsHeldError,
     apply_group,
+    receipt_row,
     storable,
     wanted,
 )
@@ -201,7 +202,7 @@ class PostgresStorage:
             changes = Changes(
                 books.new_transfers,
                 books.changed_dues,
-                [_receipt_row(each) for each in receipts],
+                [dict(zip(RECEIPT_COLUMNS, receipt_row(each), strict=True)) for each in receipts],
                 [
                     {"document_id": line.document_id, "receipt_id": each.receipt.id}
                     for each in receipts
@@ -382,12 +383,8 @@ class PostgresStorage:
         """Turn the database's errors into ours."""
         try:
             yield
-        except (psycopg.Error, psycopg_pool.PoolTimeout) as error:
-            reason = " ".join(str(error).split())
-            raise LedgerUnavailableError(
-                f"the ledger's database {self._place} cannot be used ({reason}); see whether "
-                "PostgreSQL runs there and lets this user in"
-            ) from error
+        except psycopg.Error as error:
+            raise LedgerUnavailableError(database.unusable(self._place, error)) from error
 
 
 def _configure(db: psycopg.Connection[Any]) -> None:
@@ -451,14 +448,3 @@ def _is_away(error: Exception) -> bool:
     # What is no error of the database comes from the rules, with what a caller built by hand.
     return isinstance(error, psycopg.Error) and not isinstance(error, refused)
 
-
-def _receipt_row(new: NewReceipt) -> dict[str, Any]:
-    receipt = new.receipt
-    return {
-        "id": receipt.id,
-        "request_id": receipt.request_id,
-        "account": receipt.account,
-        "document_id": receipt.document_id,
-        "charge_nano": receipt.charge_nano,
-        "body": new.body.decode(),
-    }

@@ -11,7 +11,12 @@ import msgspec
 from vllm_kvmarket.ledger.clock import Mark
 from vllm_kvmarket.ledger.model import MOVES, Account, Receipt, Transfer
 from vllm_kvmarket.ledger.periods import sequences
-from vllm_kvmarket.ledger.storage import NewReceipt, NumberedReceipt
+from vllm_kvmarket.ledger.storage import (
+    RECEIPT_COLUMNS,
+    NewReceipt,
+    NumberedReceipt,
+    receipt_row,
+)
 from vllm_kvmarket.ledger.working_set import Found, GroupBooks, Wanted
 
 SUM_PERIODS = f"""
@@ -56,7 +61,7 @@ INSERT_RECEIPT_LINE = (
     " ON CONFLICT DO NOTHING",
 )
 INSERT_RECEIPT = (
-    "INSERT INTO receipt (id, request_id, account, document_id, charge_nano, body) VALUES ",
+    f"INSERT INTO receipt ({', '.join(RECEIPT_COLUMNS)}) VALUES ",  # noqa: S608  # names are ours
     "(?, ?, ?, ?, ?, ?)",
     "",
 )
@@ -190,7 +195,7 @@ def write(db: apsw.Connection, books: GroupBooks, receipts: Sequence[NewReceipt]
 
 
 def _write_receipts(db: apsw.Connection, receipts: Sequence[NewReceipt]) -> None:
-    _insert(db, INSERT_RECEIPT, map(_receipt_row, receipts))
+    _insert(db, INSERT_RECEIPT, map(receipt_row, receipts))
     _insert(
         db,
         INSERT_RECEIPT_LINE,
@@ -207,18 +212,6 @@ def _new(db: apsw.Connection, receipts: Sequence[NewReceipt]) -> list[NewReceipt
     for (id,) in known:
         del by_id[id]
     return list(reversed(by_id.values()))
-
-
-def _receipt_row(new: NewReceipt) -> Row:
-    receipt = new.receipt
-    return (
-        receipt.id,
-        receipt.request_id,
-        receipt.account,
-        receipt.document_id,
-        receipt.charge_nano,
-        new.body.decode(),
-    )
 
 
 def _insert(db: apsw.Connection, statement: tuple[str, str, str], rows: Iterable[Row]) -> None:

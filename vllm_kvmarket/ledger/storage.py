@@ -75,6 +75,22 @@ class NewReceipt(msgspec.Struct, frozen=True, gc=False):
     body: bytes
 
 
+RECEIPT_COLUMNS = ("id", "request_id", "account", "document_id", "charge_nano", "body")
+
+
+def receipt_row(new: NewReceipt) -> tuple[str, str, str, str, int, str]:
+    """A receipt as a table has it, by RECEIPT_COLUMNS."""
+    receipt = new.receipt
+    return (
+        receipt.id,
+        receipt.request_id,
+        receipt.account,
+        receipt.document_id,
+        receipt.charge_nano,
+        new.body.decode(),
+    )
+
+
 class NumberedReceipt(msgspec.Struct, frozen=True):
     """A stored receipt, and its sequence number, which has gaps."""
 

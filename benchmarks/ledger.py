@@ -389,8 +389,10 @@ def measure_fsync(folder: Path, seconds: float = 1.0) -> float:
 
 
 @contextmanager
-def postgres_places(url: str | None) -> Iterator[Any]:
-    """A maker of new databases on a given server, else on one of our own; None without any."""
+def postgres_places(url: str | None, *settings: str) -> Iterator[Any]:
+    """A maker of new databases on a given server, else on one of our own with these settings; None
+    without any.
+    """
     try:
         import psycopg
 
@@ -417,7 +419,7 @@ def postgres_places(url: str | None) -> Iterator[Any]:
         return
     server = PostgreSQL(programs)
     try:
-        server.start()
+        server.start(*(word for setting in settings for word in ("-c", setting)))
         yield lambda: server.create_database(f"benchmark-{next(numbers)}")
     finally:
         server.close()

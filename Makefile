@@ -77,8 +77,10 @@ bench-peers: $(READY) $(MODEL_READY) ## beside other systems, which it installs 
 
 # As many documents as a third of the free memory holds. The simulated market takes each part's
 # capacity from the results of the other benchmarks.
-bench-market: $(READY) ## the catalogue at a million documents, and a simulated market
+bench-market: $(READY) $(MODEL_READY) ## a million documents, a long past, two machines, and a simulated market
 	$(BIN)/python -m benchmarks.catalogue
+	$(BIN)/python -m benchmarks.ledger_history
+	$(BIN)/python -m benchmarks.fleet --model $(MODEL)
 	$(BIN)/python -m benchmarks.cdn_simulation
 
 MINUTES ?= 30

@@ -331,6 +331,30 @@ What breaks first as engines are added (prefix-aware routing), by the capacities
 """
 
 
+def fleet(found: Result) -> str:
+    """Two machines of one market."""
+    sale, notify = found["rows"]["sale"], found["rows"]["notify"]
+    rows = [
+        (f"{name}, {unit}", f"{part[key + '_p50'] * scale:.3g}", f"{part[key + '_p99'] * scale:.3g}")
+        for name, part, key, unit, scale in (
+            ("a request on the other machine that reuses all of it", sale, "to_ask_s", "s", 1),
+            ("the end of its answer", sale, "to_answer_s", "s", 1),
+            ("(an answer that computes it takes)", sale, "computed_s", "s", 1),
+            ("a price that was changed holds elsewhere, from the call", notify, "from_call_s", "ms", 1e3),
+            ("the same, from its return", notify, "from_return_s", "ms", 1e3),
+        )
+    ]
+    measured = found["measured"]
+    return f"""## Two machines of one market
+
+`{found["command"]}`: two servers with homes of their own on one PostgreSQL and one SeaweedFS, all on this machine.
+{len(measured["sale"])} documents of {found["tokens"]:,} tokens are published on one and asked for on the other at once, in
+turn; {len(measured["notify"])} prices are changed. Counted from when the first machine says that the document is live.
+
+{table(("until", "p50", "p99"), rows)}
+"""
+
+
 def soak(found: Result) -> str:
     """Everything at once."""
     seen, money = found["evidence"], found["money"]
@@ -368,6 +392,7 @@ FILES: dict[str, Callable[[Result], str]] = {
     "ledger_history": ledger_history,
     "catalogue": catalogue,
     "cdn_simulation": simulation,
+    "fleet": fleet,
     "soak": soak,
 }
 

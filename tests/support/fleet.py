@@ -216,7 +216,9 @@ def _pieces(lines: Iterator[str]) -> Iterator[str]:
     for line in lines:
         data = line.removeprefix("data: ")
         if data not in (line, "[DONE]"):
-            yield from (choice["text"] for choice in json.loads(data).get("choices", ()))
+            event = json.loads(data)
+            assert "error" not in event, event
+            yield from (choice["text"] for choice in event.get("choices", ()))
 
 
 @contextmanager

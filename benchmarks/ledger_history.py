@@ -150,10 +150,30 @@ class Template:
         reuse = ("reuse", document)
         return [
             (held, "pending", buyer, "provider", 3_000, None, 900, *reuse, "", at_s - 0.2),
-            (f"{key}:settle", "post", buyer, "provider", CHARGE_NANO, held, 0, *reuse, digest, at_s),
             (
-                f"{key}:royalty", "plain", "provider", publisher, ROYALTY_NANO, None, 0,
-                "royalty", document, "", at_s,
+                f"{key}:settle",
+                "post",
+                buyer,
+                "provider",
+                CHARGE_NANO,
+                held,
+                0,
+                *reuse,
+                digest,
+                at_s,
+            ),
+            (
+                f"{key}:royalty",
+                "plain",
+                "provider",
+                publisher,
+                ROYALTY_NANO,
+                None,
+                0,
+                "royalty",
+                document,
+                "",
+                at_s,
             ),
         ], (f"kvr_{key}", key, buyer, document, CHARGE_NANO, body)
 

@@ -447,4 +447,3 @@ def _is_away(error: Exception) -> bool:
     )
     # What is no error of the database comes from the rules, with what a caller built by hand.
     return isinstance(error, psycopg.Error) and not isinstance(error, refused)
-

@@ -335,23 +335,18 @@ def fleet(found: Result) -> str:
     """Two machines of one market."""
     sale, notify = found["rows"]["sale"], found["rows"]["notify"]
     rows = [
-        (
-            f"{name}, {unit}",
-            f"{part[key + '_p50'] * scale:.3g}",
-            f"{part[key + '_p99'] * scale:.3g}",
-        )
-        for name, part, key, unit, scale in (
-            ("a request on the other machine that reuses all of it", sale, "to_ask_s", "s", 1),
-            ("the end of its answer", sale, "to_answer_s", "s", 1),
-            ("(an answer that computes it takes)", sale, "computed_s", "s", 1),
+        (name, f"{part[key + '_p50'] * scale:.3g}", f"{part[key + '_p99'] * scale:.3g}")
+        for name, part, key, scale in (
+            ("a request on the other machine that reuses all of it, s", sale, "to_ask_s", 1),
+            ("the end of its answer, s", sale, "to_answer_s", 1),
+            ("(an answer that computes it takes), s", sale, "computed_s", 1),
             (
-                "a price that was changed holds elsewhere, from the call",
+                "a price that was changed holds elsewhere, from the call, ms",
                 notify,
                 "from_call_s",
-                "ms",
                 1e3,
             ),
-            ("the same, from its return", notify, "from_return_s", "ms", 1e3),
+            ("the same, from its return, ms", notify, "from_return_s", 1e3),
         )
     ]
     measured = found["measured"]

@@ -320,7 +320,7 @@ def test_without_its_database_a_catalogue_matches_what_it_knows(own_server, capl
     place = own_server.create_database("market")
     with Catalogue.open(place) as catalogue, Catalogue.open(place) as other:
         publish(catalogue, DOCUMENT)
-        other.watch(interval_s=0.05)
+        other.watch(interval_s=60)
         wait_until(lambda: matched(other, DOCUMENT) == 700)
         own_server.stop(signal.SIGQUIT)
         wait_until(lambda: other.last_error is not None)

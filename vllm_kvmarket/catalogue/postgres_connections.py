@@ -19,6 +19,8 @@ from vllm_kvmarket.core.postgres_database import PostgresDatabase, connect
 
 # How soon a process that waits for changes notices that it is to end.
 _CLOSING_SEEN_S = 0.2
+# How soon a server that was away is asked again to announce changes, however seldom one looks.
+_LISTENS_AGAIN_S = 1.0
 
 
 class PostgresConnections(PostgresDatabase):
@@ -44,7 +46,7 @@ class PostgresConnections(PostgresDatabase):
             yield None if revision == seen else (revision, db)
 
     def wait_for_change(self, timeout_s: float, closing: threading.Event) -> bool:
-        """See Connections. While the server is away it is a pause."""
+        """See Connections. While the server is away it is a short pause."""
         until_s = time.monotonic() + timeout_s
         try:
             if self._listening is None:
@@ -61,5 +63,5 @@ class PostgresConnections(PostgresDatabase):
             if self._listening is not None:
                 self._listening.close()
                 self._listening = None
-            closing.wait(max(0.0, until_s - time.monotonic()))
+            closing.wait(max(0.0, min(until_s - time.monotonic(), _LISTENS_AGAIN_S)))
         return not closing.is_set()

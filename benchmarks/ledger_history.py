@@ -148,10 +148,10 @@ class Template:
         digest = hashlib.sha256(body.encode()).hexdigest()
         held = f"{key}:reserve"
         reuse = ("reuse", document)
-        settled = (f"{key}:settle", "post", buyer, "provider", CHARGE_NANO, held, 0)
-        royalty = (f"{key}:royalty", "plain", "provider", publisher, ROYALTY_NANO, None, 0)
+        settled = ("post", f"{key}:settle", buyer, "provider", CHARGE_NANO, held, 0)
+        royalty = ("plain", f"{key}:royalty", "provider", publisher, ROYALTY_NANO, None, 0)
         return [
-            (held, "pending", buyer, "provider", 3_000, None, 900, *reuse, "", at_s - 0.2),
+            ("pending", held, buyer, "provider", 3_000, None, 900, *reuse, "", at_s - 0.2),
             (*settled, *reuse, digest, at_s),
             (*royalty, "royalty", document, "", at_s),
         ], (f"kvr_{key}", key, buyer, document, CHARGE_NANO, body)

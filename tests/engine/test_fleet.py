@@ -26,7 +26,7 @@ pytestmark = pytest.mark.long  # minutes, and two engines at once
 KVMARKET = ROOT / ".venv" / "bin" / "kvmarket"
 LENGTH = 700  # two whole chunks and a short one
 FIRST, SECOND, ABANDONED, LAST = (words(9100 + number, LENGTH) for number in range(4))
-LONG = 400  # tokens of an answer during which something is killed
+LONG = 250  # tokens of an answer during which something is killed
 # Machines look for changes so seldom that what they know in time was announced to them;
 # benchmarks/fleet.py measures how soon.
 LOOKED_EVERY_S, PATIENCE_S = 60, 45
@@ -245,7 +245,7 @@ def test_every_answer_was_exact_and_every_account_equals_its_receipts(fleet, fir
         receipts |= {each.id: each for each in own}
         assert paid == sum(each.charge_nano for each in own)
         assert ledger.account(account).balance_nano == FUNDS_NANO - paid
-    assert len(fleet.receipts) > 20
+    assert len(fleet.receipts) >= 20
     assert (
         fleet.receipts.items() <= {key: each.charge_nano for key, each in receipts.items()}.items()
     )

@@ -115,6 +115,44 @@ for each request.
 """
 
 
+def under_load(found: Result) -> str:
+    """A reuse while others decode, beside a hit."""
+    rows = [
+        (
+            f"{row['tokens']:,}",
+            *(f"{seconds:.3f}" for seconds in row["seconds"].values()),
+            f"{row['same_process_over_hit']:.2f}",
+            f"{row['new_process_over_hit']:.2f}",
+        )
+        for row in found["rows"]
+    ]
+    head = (
+        *("tokens", "hit s", "reuse s", "hit, new process s", "reuse, new process s"),
+        *("reuse / hit", "in a new process"),
+    )
+    return f"""## While others decode
+
+`{found["command"]}`: seconds to the first token while {found["others"]} requests decode, of a reuse and of a hit in vLLM's own prefix
+cache, in turn. Measured on {found["machine"]["cores"]} cores of an {found["machine"]["cpu"]}. A new process loads the document from the page
+cache. Its first purchase waits for the reservation, since the engine does not know the account's balance yet; that
+takes one step of the others, and falls on the shortest document, which is asked first.
+
+{table(head, rows)}
+"""
+
+
+def miss_cost(found: Result) -> str:
+    """What the plugin costs those who buy nothing."""
+    low, high = found["interval_95"]
+    return f"""## A request that matches nothing
+
+`{found["command"]}`: prompts of {found["tokens"]} tokens to a plain server and to one on a market, in turn,
+{len(found["rounds"])} rounds. The market's time to the first token is **{found["ratio"]:.2f}** of plain vLLM's (95 %: {low:.2f} to {high:.2f}),
+on {found["machine"]["cores"]} cores of an {found["machine"]["cpu"]}. Below 1, probably because kvmarket has Python
+switch threads more often while vLLM's processes spin.
+"""
+
+
 def store(found: Result) -> str:
     """Loading and saving."""
     parts = ("host", "disk", "cold", "save", "objects", "save, objects")
@@ -391,6 +429,8 @@ PAPER: dict[str, Callable[[Result], str]] = {
 }
 FILES: dict[str, Callable[[Result], str]] = {
     "crowd": crowd,
+    "under_load": under_load,
+    "miss_cost": miss_cost,
     "peers": peers,
     "store": store,
     "ledger": ledger,

@@ -17,12 +17,11 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 )
 from vllm.v1.metrics.cache_hit_source import CacheHitSource
 
-from vllm_kvmarket.connector import refusals, step_loads
+from vllm_kvmarket.connector import step_ends
 from vllm_kvmarket.connector.cache_groups import groups_of
 from vllm_kvmarket.connector.flags import check_prepared
 from vllm_kvmarket.connector.messages import Instructions
 from vllm_kvmarket.connector.metrics import MarketPromMetrics, MarketStats
-from vllm_kvmarket.connector.request_params import Refusal
 from vllm_kvmarket.connector.request_state import EngineFacts
 from vllm_kvmarket.connector.scheduler import SchedulerHalf
 from vllm_kvmarket.connector.supported_models import check_groups
@@ -74,8 +73,7 @@ class KVMarketConnector(KVConnectorBase_V1, SupportsHMA):
             # Only this process has vLLM's engine core.
             from vllm_kvmarket.connector import self_test, weight_changes
 
-            refusals.install()
-            step_loads.install()
+            step_ends.install()
             weight_changes.install()
             self_test.install()
             # Request ids repeat from one run of an offline engine to the next; ledger ids must not.
@@ -94,7 +92,7 @@ class KVMarketConnector(KVConnectorBase_V1, SupportsHMA):
 
     @property
     def scheduler_half(self) -> SchedulerHalf | None:
-        """The same, or None; see weight_changes.py."""
+        """The same, or None; for the calls that vLLM has not: step_ends.py, weight_changes.py."""
         return self._scheduler
 
     @property
@@ -138,10 +136,6 @@ class KVMarketConnector(KVConnectorBase_V1, SupportsHMA):
         self.scheduler.copy_pages(scheduler_output)
         return self.scheduler.take_instructions(scheduler_output.num_scheduled_tokens)
 
-    def step_loads_ended(self, connector_output: KVConnectorOutput) -> None:
-        """Take in the loads that a step waited for; not vLLM's: see step_loads.py."""
-        self.scheduler.step_loads_ended(connector_output)
-
     def update_connector_output(self, connector_output: KVConnectorOutput) -> None:
         """Take in what the workers have done."""
         self.scheduler.worker_reported(connector_output)
@@ -157,10 +151,6 @@ class KVMarketConnector(KVConnectorBase_V1, SupportsHMA):
     ) -> tuple[bool, dict[str, Any] | None]:
         """End a request; returns whether its blocks are still needed, and its answer's object."""
         return self.scheduler.finished(request, block_ids)
-
-    def take_refusals(self) -> dict[str, Refusal]:
-        """The requests that the market ends now, by their ids; not vLLM's: see refusals.py."""
-        return self.scheduler.take_refusals()
 
     def has_pending_push_work(self) -> bool:
         """Whether an idle engine should make a step: it delivers the scheduler half's metrics."""

@@ -3,19 +3,14 @@
 Where other requests run, an asynchronous load costs its request one of their steps. A small load
 from memory is quicker than that: the step waits for it before its forward pass. vLLM then takes
 the blocks for loaded at once, so that other requests of the same step may find them in its cache.
-If the load fails, the forward pass has computed with what was not there. vLLM computes these tokens
-again, but leaves the blocks in its cache meanwhile, and ends requests before it asks a connector
-how its loads went. `install` changes both, once a process.
+If the load fails, the forward pass has computed with what was not there: see step_ends.py.
 """
 
 from __future__ import annotations
 
-import functools
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-from vllm.v1.core.sched.scheduler import Scheduler
+from typing import TYPE_CHECKING
 
 from vllm_kvmarket.connector.idle_time import IdleTime
 from vllm_kvmarket.connector.messages import LoadReport, WorkerReport
@@ -27,39 +22,6 @@ if TYPE_CHECKING:
 
 # A hundredth of a second at the speed of memory: less than a step of most models.
 MOST_BYTES = 64 << 20
-_INSTALLED = "_kvmarket_step_loads"
-
-
-def install() -> None:
-    """Have vLLM's schedulers ask their connector how a step's loads went before all else."""
-    if getattr(Scheduler, _INSTALLED, False):
-        return
-    update_from_output = Scheduler.update_from_output
-
-    @functools.wraps(update_from_output)
-    def note_and_update(
-        self: Scheduler, scheduler_output: Any, model_runner_output: Any
-    ) -> dict[int, Any]:
-        ended = getattr(self.connector, "step_loads_ended", None)
-        output = model_runner_output.kv_connector_output
-        if ended is not None and output is not None:
-            ended(output)
-            if output.invalid_block_ids:
-                forget_blocks(self, output.invalid_block_ids)
-        return update_from_output(self, scheduler_output, model_runner_output)
-
-    Scheduler.update_from_output = note_and_update
-    setattr(Scheduler, _INSTALLED, True)
-
-
-def forget_blocks(scheduler: Scheduler, bad: set[int]) -> None:
-    """Let nobody find what running requests have in these blocks, nor what they computed behind
-    them; mutates the prefix cache of a model with one group.
-    """
-    for request in scheduler.running:
-        (blocks,) = scheduler.kv_cache_manager.get_block_ids(request.request_id)
-        first = next((index for index, block in enumerate(blocks) if block in bad), len(blocks))
-        scheduler.kv_cache_manager.evict_blocks(set(blocks[first:]))
 
 
 class StepLoads:

@@ -19,7 +19,7 @@ from tests.support.scheduler_half import (
     local_tokens,
     request_of,
 )
-from vllm_kvmarket.connector import refusals
+from vllm_kvmarket.connector import step_ends
 from vllm_kvmarket.core.errors import CatalogueError, LedgerUnavailableError
 
 PROMPT = [*DOCUMENT, 7, 8]
@@ -267,7 +267,7 @@ def test_vllms_scheduler_ends_them_and_answers(half):
 
     scheduler = SimpleNamespace(finish_requests=finish_requests, log_stats=True)
     outputs: dict = {}
-    refusals.end_refused(scheduler, half.take_refusals(), outputs)
+    step_ends.end_refused(scheduler, half.take_refusals(), outputs)
     (answer,) = outputs[3].outputs
     assert ended == [(request.request_id, RequestStatus.FINISHED_ABORTED)]
     assert (answer.new_token_ids, answer.finish_reason) == ([], FinishReason.ABORT)
@@ -276,7 +276,7 @@ def test_vllms_scheduler_ends_them_and_answers(half):
 
 def test_vllms_scheduler_is_changed_once():
     """However many connectors are made in a process."""
-    refusals.install()
+    step_ends.install()
     changed = Scheduler.update_from_output
-    refusals.install()
+    step_ends.install()
     assert Scheduler.update_from_output is changed

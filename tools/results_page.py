@@ -134,8 +134,8 @@ def under_load(found: Result) -> str:
 
 `{found["command"]}`: seconds to the first token while {found["others"]} requests decode, of a reuse and of a hit in vLLM's own prefix
 cache, in turn. Measured on {found["machine"]["cores"]} cores of an {found["machine"]["cpu"]}. A new process loads the document from the page
-cache. Its first purchase waits for the reservation, since the engine does not know the account's balance yet; that
-takes one step of the others, and falls on the shortest document, which is asked first.
+cache; it is asked about the shortest document first, where its first purchase costs 0.08 s more than a hit (why was not
+found).
 
 {table(head, rows)}
 """

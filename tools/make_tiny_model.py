@@ -24,9 +24,11 @@ _DELTA_NET = {
     "num_key_value_heads": 4, "head_dim": 128, "num_hidden_layers": 4, "linear_num_value_heads": 4,
     "linear_num_key_heads": 2, "linear_key_head_dim": 128, "linear_value_head_dim": 128,
 }  # fmt: skip
-# The CPU's kernel knows only the sizes of DeepSeek's own models.
+# The CPU's kernel knows only the sizes of DeepSeek's own models. Wider weights make attention so
+# sharp that bfloat16's rounding decides the answers: two prefills of vLLM then give different ones.
 _LATENT = {
     "kv_lora_rank": 512, "qk_nope_head_dim": 32, "qk_rope_head_dim": 64, "v_head_dim": 32,
+    "initializer_range": 0.06,
 }  # fmt: skip
 _LONG_ROPE = {"rope_type": "longrope", "short_factor": [1.0] * 16, "long_factor": [4.0] * 16}
 
@@ -153,7 +155,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
          "num_key_value_heads": 4, "num_hidden_layers": 4, "kv_lora_rank": 32,
          "qk_nope_head_dim": 32, "qk_rope_head_dim": 32, "v_head_dim": 32, "num_local_experts": 4,
          "num_experts_per_tok": 2, "moe_intermediate_size": 64, "linear_head_dim": 128,
-         "linear_num_heads": 2},
+         "linear_num_heads": 2, "pad_token_id": 0},
     ),
     "glm4-moe": (
         "Glm4MoeConfig",

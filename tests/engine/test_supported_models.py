@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pytest
-from transformers import AutoTokenizer, DeepseekV2Config, DeepseekV2ForCausalLM
 from vllm.config import KVTransferConfig
 from vllm.engine.arg_utils import AsyncEngineArgs, EngineArgs
 
@@ -11,68 +10,26 @@ from tools.make_tiny_model import make_tiny_model
 from vllm_kvmarket import ConfigError, Market
 from vllm_kvmarket.connector.offline_engine import open_llm
 
-SMALL = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "dtype": "float32"}
-HEADS = {"num_attention_heads": 2, "num_key_value_heads": 2}
-
-MODELS = {
-    "MLA": (
-        DeepseekV2ForCausalLM,
-        DeepseekV2Config(
-            **SMALL,
-            **HEADS,
-            q_lora_rank=None,
-            kv_lora_rank=32,
-            qk_nope_head_dim=32,
-            qk_rope_head_dim=32,
-            v_head_dim=32,
-            n_routed_experts=4,
-            num_experts_per_tok=2,
-            first_k_dense_replace=2,
-        ),
-        "multi-head latent attention",
-    ),
-}
+# Of a model with recurrent state.
+REFUSED = {"max_model_len": 1024, "enable_prefix_caching": True}
 
 
-@pytest.fixture(scope="module", params=MODELS)
-def refused_model(request, smollm, tmp_path_factory):
-    """A model's folder, tiny and random, and the words that it is refused with."""
-    model_class, config, complaint = MODELS[request.param]
-    folder = tmp_path_factory.mktemp("refused")
-    tokenizer = AutoTokenizer.from_pretrained(smollm)
-    config.vocab_size = len(tokenizer)
-    model_class(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder, complaint
+@pytest.fixture(scope="module")
+def mamba2(smollm, tmp_path_factory):
+    return make_tiny_model(1, smollm, tmp_path_factory.mktemp("refused") / "tiny", "mamba2")
 
 
-def test_a_model_with_wrong_tokens_is_refused_before_an_engine_starts(refused_model, tmp_path):
+def test_a_model_with_wrong_tokens_is_refused_before_an_engine_starts(mamba2, tmp_path):
     """The offline API ends with our own message, of one line."""
-    folder, complaint = refused_model
+    complaint = "--no-enable-prefix-caching"
     with Market.open(tmp_path) as market, pytest.raises(ConfigError, match=complaint) as refusal:
-        open_llm(str(folder), market, max_model_len=1024)
+        open_llm(str(mamba2), market, **REFUSED)
     assert "\n" not in str(refusal.value)
 
 
-@pytest.mark.parametrize("caching", [None, True, False])
-def test_a_server_refuses_it_too(refused_model, tmp_path, caching):
-    """No flag for prefix caching makes the tokens right."""
-    folder, complaint = refused_model
-    with Market.open(tmp_path) as market:
-        arguments = AsyncEngineArgs(
-            model=str(folder),
-            max_model_len=1024,
-            enable_prefix_caching=caching,
-            kv_transfer_config=KVTransferConfig(**market.transfer_config()),
-        )
-        with pytest.raises(ConfigError, match=complaint):
-            arguments.create_engine_config()
-
-
-def test_without_kvmarket_they_are_none_of_our_business(refused_model):
+def test_without_kvmarket_they_are_none_of_our_business(mamba2):
     """Plain vLLM takes them as before."""
-    folder, _ = refused_model
-    EngineArgs(model=str(folder), max_model_len=1024).create_engine_config()
+    EngineArgs(model=str(mamba2), **REFUSED).create_engine_config()
 
 
 @pytest.mark.parametrize(
@@ -91,7 +48,7 @@ def test_models_with_recurrent_state_are_taken_where_they_were_tried(
     """Without prefix caching, with which vLLM keeps the state elsewhere."""
     model = make_tiny_model(1, smollm, tmp_path / "tiny", family)
     with Market.open(tmp_path / "home") as market:
-        arguments = EngineArgs(
+        arguments = AsyncEngineArgs(
             model=str(model),
             max_model_len=1024,
             enable_prefix_caching=caching,
@@ -101,6 +58,34 @@ def test_models_with_recurrent_state_are_taken_where_they_were_tried(
             arguments.create_engine_config()
             return
         with pytest.raises(ConfigError, match=complaint) as refusal:
+            arguments.create_engine_config()
+    assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    ("options", "refused"),
+    [
+        ({}, None),
+        ({"enable_prefix_caching": True}, None),
+        ({"enable_prefix_caching": False}, True),
+        # Which cannot go on from a cached prefix.
+        ({"attention_backend": "CPU_MLA"}, True),
+        ({"attention_backend": "CPU_MLA", "enable_prefix_caching": True}, True),
+    ],
+)
+def test_latent_attention_is_taken_where_vllm_caches_prefixes(options, refused, smollm, tmp_path):
+    """None: as this machine's vLLM decides, by whether the CPU has AMX."""
+    model = make_tiny_model(1, smollm, tmp_path / "tiny", "deepseek-v2", "bfloat16")
+    options = {"model": str(model), "max_model_len": 1024, **options}
+    caches = EngineArgs(**options).create_engine_config().cache_config.enable_prefix_caching
+    assert refused in {None, not caches}
+    with Market.open(tmp_path / "home") as market:
+        transfer = KVTransferConfig(**market.transfer_config())
+        arguments = EngineArgs(**options, kv_transfer_config=transfer)
+        if caches:
+            arguments.create_engine_config()
+            return
+        with pytest.raises(ConfigError, match="multi-head latent attention") as refusal:
             arguments.create_engine_config()
     assert "\n" not in str(refusal.value)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -54,14 +55,39 @@ def paged_cache(
     block_tokens: int = 16, blocks: int = 64, layers: int = 3, dtype: torch.dtype = torch.float32
 ) -> PagedCache:
     """A CPU's paged cache of small layers, every block of it zeros."""
-    config: Any = SimpleNamespace(
-        model_config=SimpleNamespace(dtype=dtype, get_head_size=lambda: HEAD_DIM),
-        cache_config=SimpleNamespace(cache_dtype="auto"),
-        parallel_config=SimpleNamespace(rank=0, world_size=1),
-    )
     shape = (blocks, HEADS, block_tokens, 2 * HEAD_DIM)
     tensors = {f"layer.{n}": torch.zeros(shape, dtype=dtype) for n in range(layers)}
-    return PagedCache(config, tensors, [one_group(list(tensors), block_tokens)], blocks)
+    group = one_group(list(tensors), block_tokens)
+    return PagedCache(config_of(dtype), tensors, [group], blocks)
+
+
+def latent_cache(rank: int = 0, ranks: int = 1, block_tokens: int = 16) -> PagedCache:
+    """Of a model with latent attention, which each rank has whole."""
+    shape, dtype = (64, block_tokens, 2 * HEAD_DIM), torch.bfloat16
+    tensors = {f"layer.{n}": torch.zeros(shape, dtype=dtype) for n in range(3)}
+    group = replace(one_group(list(tensors), block_tokens), is_replicated=True)
+    config = config_of(dtype, rank, ranks)
+    layers = config.compilation_config.static_forward_context
+    layers.update({name: SimpleNamespace(attn_backend=_LatentBackend) for name in tensors})
+    return PagedCache(config, tensors, [group], 64)
+
+
+class _LatentBackend:
+    @staticmethod
+    def get_name() -> str:
+        return "AMX_MLA"
+
+
+def config_of(dtype: torch.dtype = torch.float32, rank: int = 0, ranks: int = 1) -> Any:
+    """What PagedCache reads of vLLM's configuration."""
+    return SimpleNamespace(
+        model_config=SimpleNamespace(dtype=dtype, get_head_size=lambda: HEAD_DIM),
+        cache_config=SimpleNamespace(cache_dtype="auto"),
+        parallel_config=SimpleNamespace(
+            rank=rank, world_size=ranks, tensor_parallel_size=ranks, pipeline_parallel_size=1
+        ),
+        compilation_config=SimpleNamespace(static_forward_context={}),
+    )
 
 
 def fill(cache: PagedCache, blocks: Sequence[int], seed: int) -> None:

@@ -27,9 +27,8 @@ if TYPE_CHECKING:
     from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheSpec
 
 LATENT = (
-    "this model keeps a compressed KV cache (multi-head latent attention, as DeepSeek does), with "
-    "which kvmarket gave wrong tokens on a CPU and was not tried elsewhere; start it without "
-    "kvmarket"
+    "this model keeps a compressed KV cache (multi-head latent attention, as DeepSeek does), which "
+    "is reused only where vLLM's own prefix caching is on; start it without kvmarket"
 )
 # Recurrent layers whose reuse was compared with full prefill, by vLLM's names.
 STATES = frozenset({"MAMBA2"})
@@ -63,6 +62,8 @@ class CacheGroup:
     page_bytes: int
     reach: int = 0
     states: tuple[str, ...] = ()
+    # Whether each tensor-parallel rank has the same pages.
+    is_replicated: bool = False
 
     def first_token(self, computed: int) -> int:
         """The first token that is still read when so many tokens have been computed.
@@ -93,6 +94,11 @@ def is_plain(groups: Sequence[CacheGroup]) -> bool:
     return len(groups) == 1 and groups[0].kind is GroupKind.FULL
 
 
+def replicas(groups: Sequence[CacheGroup], tensor_parallel_size: int) -> int:
+    """How many neighbouring ranks have the same pages, of which one is stored for all of them."""
+    return tensor_parallel_size if all(group.is_replicated for group in groups) else 1
+
+
 def groups_of(kv_cache_config: KVCacheConfig, chunk_tokens: int) -> tuple[CacheGroup, ...]:
     """The engine's groups. Raises ConfigError for one that kvmarket cannot reuse exactly."""
     groups = []
@@ -120,7 +126,8 @@ def groups_of(kv_cache_config: KVCacheConfig, chunk_tokens: int) -> tuple[CacheG
         states = tuple(_state_of(spec) for spec in specs if isinstance(spec, MambaSpec))
         if len(states) == 1:
             states *= len(names)
-        groups.append(CacheGroup(kind, block_tokens, names, page_bytes, reach, states))
+        is_latent = all(isinstance(spec, MLAAttentionSpec) for spec in specs)
+        groups.append(CacheGroup(kind, block_tokens, names, page_bytes, reach, states, is_latent))
     if len({group.block_tokens for group in groups if group.kind is not GroupKind.STATE}) > 1:
         raise ConfigError(
             "this model's attention layers have blocks of different sizes, which kvmarket does not "
@@ -169,12 +176,12 @@ def _kind_of(spec: KVCacheSpec) -> tuple[GroupKind, int]:
         if spec.non_causal:
             raise ConfigError(NOT_CAUSAL)
         return GroupKind.FULL, 0
+    if type(spec) is MLAAttentionSpec and spec.tokens_per_state == 1 and not spec.model_version:
+        return GroupKind.FULL, 0
     if type(spec) is SlidingWindowSpec and not spec.extra_retained_tokens:
         return GroupKind.WINDOW, spec.sliding_window
     if type(spec) is ChunkedLocalAttentionSpec:
         return GroupKind.LOCAL, spec.attention_chunk_size
-    if isinstance(spec, MLAAttentionSpec):
-        raise ConfigError(LATENT)
     if isinstance(spec, MambaSpec):
         if type(spec) is not MambaSpec or spec.mamba_type.name not in STATES:
             raise ConfigError(f"{UNTRIED_STATE} ({spec.mamba_type.name}), {AWAY}")

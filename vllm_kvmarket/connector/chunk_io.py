@@ -385,6 +385,8 @@ class Chunks:
         `layers` are its pages, where they lie in the paged cache no more. Slots behind its last
         token are stored as zeros, whatever they hold. Raises StoreErrors.
         """
+        if not self._cache.is_stored_here:
+            return 0
         if not chunk.is_new and self._is_stored_otherwise(namespace, chunk.key):
             return 0
         pages = self.computed(chunk) if layers is None else layers
@@ -399,7 +401,7 @@ class Chunks:
 
     def keep_stored(self, namespace: bytes, key: bytes) -> None:
         """Make sure that a chunk which was loaded is in the store for good. Raises StoreErrors."""
-        if not (
+        if self._cache.is_stored_here and not (
             self._is_stored_otherwise(namespace, key)
             or self._store.make_durable(key, *own_share(self._cache.layout))
         ):
@@ -407,6 +409,8 @@ class Chunks:
 
     def described(self, key: bytes) -> list[StoredShare]:
         """What the catalogue records of this rank's share of a chunk that was just saved."""
+        if not self._cache.is_stored_here:
+            return []
         share = self._store.describe(key, *own_share(self._cache.layout))
         return [share] if share is not None else []
 

@@ -18,7 +18,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 from vllm.v1.metrics.cache_hit_source import CacheHitSource
 
 from vllm_kvmarket.connector import step_ends
-from vllm_kvmarket.connector.cache_groups import groups_of
+from vllm_kvmarket.connector.cache_groups import groups_of, replicas
 from vllm_kvmarket.connector.flags import check_prepared
 from vllm_kvmarket.connector.messages import Instructions
 from vllm_kvmarket.connector.metrics import MarketPromMetrics, MarketStats
@@ -78,7 +78,8 @@ class KVMarketConnector(KVConnectorBase_V1, SupportsHMA):
             self_test.install()
             # Request ids repeat from one run of an offline engine to the next; ledger ids must not.
             name = uuid.uuid4().hex[:12]
-            ranks = vllm_config.parallel_config.world_size
+            parallel = vllm_config.parallel_config
+            ranks = parallel.world_size // replicas(groups, parallel.tensor_parallel_size)
             facts = EngineFacts(name, groups, config.chunk_tokens, ranks)
             self._scheduler = SchedulerHalf(vllm_config, config, facts)
         else:

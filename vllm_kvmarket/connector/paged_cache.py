@@ -18,7 +18,7 @@ import torch
 from vllm.logger import init_logger
 from vllm.v1.kv_cache_interface import group_kernel_blocks
 
-from vllm_kvmarket.connector.cache_groups import CacheGroup, GroupKind, is_plain
+from vllm_kvmarket.connector.cache_groups import CacheGroup, GroupKind, is_plain, replicas
 from vllm_kvmarket.core.errors import LayoutMismatchError
 from vllm_kvmarket.store import ChunkLayout, LayerLayout
 from vllm_kvmarket.store.packings import CPU_PACKINGS, TOKENS, canonical
@@ -29,10 +29,12 @@ if TYPE_CHECKING:
 Bytes = npt.NDArray[np.uint8]
 logger = init_logger("vllm.kvmarket.layouts")
 
-# GPU backends that keep each token's K and V side by side: they take K and V apart by
+# The CPU's backend for latent attention sees its cache as one row a token.
+_LATENT_BACKEND = "AMX_MLA"
+# Backends that keep all of a token side by side. GPU backends take K and V apart by
 # `kv_cache.split(head_size, dim=-1)`, in any order of heads and tokens.
 _TOKEN_BACKENDS = {
-    "FLASH_ATTN", "FLASHINFER", "FLEX_ATTENTION", "HPC_ATTN", "TRITON_ATTN",
+    _LATENT_BACKEND, "FLASH_ATTN", "FLASHINFER", "FLEX_ATTENTION", "HPC_ATTN", "TRITON_ATTN",
 }  # fmt: skip
 # Other KV dtypes have scales, or several groups of heads, in the same page.
 _PLAIN_DTYPES = {"auto", "float16", "bfloat16", "float32", "fp8", "fp8_e4m3", "fp8_e5m2"}
@@ -71,22 +73,29 @@ def page_order(tensor: torch.Tensor) -> str:
 
 
 def layout_tag(
-    vllm_config: VllmConfig, kv_caches: dict[str, torch.Tensor], block_tokens: int
+    vllm_config: VllmConfig,
+    kv_caches: dict[str, torch.Tensor],
+    block_tokens: int,
+    copies: int = 1,
 ) -> str:
     """All that decides the meaning of these layers' pages beside shape and dtype.
+
+    `copies`: how many neighbouring ranks have the same pages, and share one file.
 
     Only a tag whose packing is known there can be converted; every other can still be copied into
     the same layout.
     """
     tensors = list(kv_caches.values())
     device = tensors[0].device.type
-    if device == "cpu":
+    backends = _backends(vllm_config, kv_caches)
+    if device == "cpu" and _LATENT_BACKEND not in backends:
         packing = _cpu_packing(vllm_config, kv_caches, block_tokens)
     else:
-        packing = _device_packing(vllm_config, kv_caches)
+        plain = vllm_config.cache_config.cache_dtype in _PLAIN_DTYPES
+        packing = TOKENS if plain and backends <= _TOKEN_BACKENDS else "+".join(sorted(backends))
     tag = f"{'+'.join(sorted({page_order(tensor) for tensor in tensors}))}/{device}-{packing}"
     parallel = vllm_config.parallel_config
-    if parallel.world_size == 1:
+    if parallel.world_size == copies:
         return tag
     if parallel.pipeline_parallel_size > 1:
         # A rank of as many has other layers elsewhere.
@@ -113,12 +122,11 @@ def _cpu_packing(
     return found.pop() if len(found) == 1 else f"{isa}-unproven"
 
 
-def _device_packing(vllm_config: VllmConfig, kv_caches: dict[str, torch.Tensor]) -> str:
+def _backends(vllm_config: VllmConfig, kv_caches: dict[str, torch.Tensor]) -> set[str]:
+    """The names of the layers' attention backends."""
     layers = vllm_config.compilation_config.static_forward_context
     chosen = {getattr(layers.get(name), "attn_backend", None) for name in kv_caches}
-    backends = {backend.get_name() if backend is not None else "unknown" for backend in chosen}
-    plain = vllm_config.cache_config.cache_dtype in _PLAIN_DTYPES
-    return TOKENS if plain and backends <= _TOKEN_BACKENDS else "+".join(sorted(backends))
+    return {backend.get_name() if backend is not None else "unknown" for backend in chosen}
 
 
 def proven_packing(isa: str, page_shape: tuple[int, ...], dtype: torch.dtype) -> str:
@@ -178,7 +186,7 @@ class PagedCache:
         # Layers of one group at one address share their KV and are one entry. Layers of different
         # groups lie at one address too, and are different.
         unique = {
-            (number[name], tensor.data_ptr()): (name, group_kernel_blocks(tensor, num_blocks))
+            (number[name], tensor.data_ptr()): (name, _blocks(tensor, num_blocks))
             for name, tensor in kv_caches.items()
             if name in number
         }
@@ -195,9 +203,13 @@ class PagedCache:
         block_tokens = next(
             (group.block_tokens for group in groups if group.kind is not GroupKind.STATE), 1
         )
+        parallel = vllm_config.parallel_config
+        copies = replicas(groups, parallel.tensor_parallel_size)
+        # Of ranks that have the same pages, the first one stores them.
+        self.is_stored_here = parallel.rank % copies == 0
         tag, dtype = f"none/{self.device.type}", "uint8"
         if attention:
-            tag = layout_tag(vllm_config, attention, block_tokens)
+            tag = layout_tag(vllm_config, attention, block_tokens, copies)
             dtype = str(next(iter(attention.values())).dtype).removeprefix("torch.")
         self.layout = ChunkLayout(
             tag=tag,
@@ -212,8 +224,8 @@ class PagedCache:
                 )
                 for name, tensor in unique.values()
             ),
-            rank=vllm_config.parallel_config.rank,
-            world_size=vllm_config.parallel_config.world_size,
+            rank=parallel.rank // copies,
+            world_size=parallel.world_size // copies,
         )
         self._host: list[Bytes] | None = None
         if self.device.type == "cpu":
@@ -239,6 +251,15 @@ class PagedCache:
         if rows.strides[0] != rows.shape[1]:
             return [rows[block] for block in block_ids]
         return [rows[start:end].reshape(-1) for start, end in runs(block_ids)]
+
+
+def _blocks(tensor: torch.Tensor, num_blocks: int) -> torch.Tensor:
+    """A layer's cache as (blocks, heads, tokens, content), by vLLM's blocks of its manager.
+
+    A latent has no heads, and counts as one.
+    """
+    blocks = group_kernel_blocks(tensor, num_blocks)
+    return blocks.unsqueeze(1) if blocks.dim() == 3 else blocks
 
 
 def runs(block_ids: Sequence[int]) -> list[tuple[int, int]]:

@@ -50,6 +50,7 @@ class EngineFacts:
     id: str
     groups: tuple[CacheGroup, ...]
     chunk_tokens: int
+    # Ranks that have pages of their own.
     world_size: int
 
     @property

@@ -46,7 +46,7 @@ def check_model(vllm_config: VllmConfig, *, caching_refused: bool) -> None:
         raise ConfigError(CONTEXT_PARALLEL)
     if transfer is not None and transfer.kv_role != "kv_both":
         raise ConfigError(f"{ONE_ROLE}, not {transfer.kv_role!r}")
-    if model.use_mla:
+    if model.use_mla and not cache.enable_prefix_caching:
         raise ConfigError(LATENT)
     if has_states(vllm_config):
         _check_states(vllm_config)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from benchmarks.model_family import FAMILIES, Published, Reused
-from benchmarks.models import compared, reason
+from benchmarks.model_family import FAMILIES, SHORT, Published, Reused
+from benchmarks.models import DOCUMENTS, compared, reason
 from benchmarks.paper_sections.traces import Trace
 from tools.make_tiny_model import FAMILIES as TINY
 
@@ -82,3 +82,9 @@ def test_every_family_can_be_made():
     """By its own name, and once."""
     assert [each.name for each in FAMILIES if not each.real and each.tiny not in TINY] == []
     assert len({each.name for each in FAMILIES}) == len(FAMILIES)
+
+
+def test_the_short_run_asks_a_thousand_questions():
+    """Three about each document."""
+    assert set(SHORT) <= {each.name for each in FAMILIES}
+    assert 3 * DOCUMENTS * len(SHORT) >= 1000

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from vllm.v1.attention.backends.registry import MambaAttentionBackendEnum as StateTypes
 from vllm.v1.kv_cache_interface import (
@@ -19,14 +19,22 @@ from vllm.v1.kv_cache_interface import (
     MLAAttentionSpec,
     SinkFullAttentionSpec,
     SlidingWindowSpec,
+    UniformTypeKVCacheSpecs,
 )
 
 from vllm_kvmarket import ConfigError
-from vllm_kvmarket.connector.cache_groups import CacheGroup, GroupKind, groups_of, is_plain
+from vllm_kvmarket.connector.cache_groups import (
+    CacheGroup,
+    GroupKind,
+    groups_of,
+    is_plain,
+    replicas,
+)
 from vllm_kvmarket.connector.messages import GroupPages
 from vllm_kvmarket.connector.supported_models import check_groups
 
 SHAPE = {"block_size": 16, "num_kv_heads": 2, "head_size": 32, "dtype": torch.float32}
+LATENT = {**SHAPE, "num_kv_heads": 1}
 PAGE = 2 * 2 * 16 * 32 * 4
 FULL = FullAttentionSpec(**SHAPE)
 WINDOW = SlidingWindowSpec(**SHAPE, sliding_window=64)
@@ -42,7 +50,8 @@ def cache_of(*specs):
 @pytest.mark.parametrize(
     ("specs", "complaint"),
     [
-        ([MLAAttentionSpec(**{**SHAPE, "num_kv_heads": 1})], "multi-head latent attention"),
+        ([MLAAttentionSpec(**LATENT, tokens_per_state=4)], "MLAAttentionSpec"),
+        ([MLAAttentionSpec(**LATENT, model_version="deepseek_v4")], "MLAAttentionSpec"),
         ([FullAttentionSpec(**SHAPE, non_causal=True)], "turns prefix caching off"),
         ([FULL, SlidingWindowSpec(**SHAPE, sliding_window=64, extra_retained_tokens=3)], "Sliding"),
         ([SinkFullAttentionSpec(**SHAPE, sink_len=4)], "SinkFullAttentionSpec"),
@@ -79,6 +88,18 @@ def test_full_attention_is_plain(spec):
     assert is_plain(groups)
 
 
+def test_latent_attention_is_plain_and_each_rank_has_all_of_it():
+    """Of DeepSeek-V2 and V3, and with an indexer's layers beside, of V3.2."""
+    latent = MLAAttentionSpec(**LATENT)
+    indexer = MLAAttentionSpec(**{**LATENT, "head_size": 132, "dtype": torch.uint8})
+    both = UniformTypeKVCacheSpecs(16, {"a0": latent, "b0": indexer})
+    for spec, page in ((latent, 2 * 16 * 32 * 4), (both, 16 * 32 * 4 + 16 * 132)):
+        groups = groups_of(cache_of(spec), 256)
+        assert groups == (CacheGroup(GroupKind.FULL, 16, ("a0", "b0"), page, is_replicated=True),)
+        assert (is_plain(groups), replicas(groups, 8)) == (True, 8)
+    assert replicas(groups_of(cache_of(FULL, latent), 256), 8) == 1
+
+
 def test_windows_and_local_attention_are_groups_of_their_own():
     """With how far a token looks back."""
     groups = groups_of(cache_of(FULL, WINDOW, LOCAL), 256)
@@ -91,6 +112,7 @@ def test_windows_and_local_attention_are_groups_of_their_own():
     assert not is_plain(groups_of(cache_of(WINDOW), 256))
 
 
+@settings(deadline=None)  # the first example imports
 @given(st.sampled_from([FULL, WINDOW, LOCAL, STATE]), st.integers(1, 900))
 def test_a_reuse_reads_exactly_the_blocks_that_vllm_keeps(spec, computed):
     """vLLM's own managers say how many tokens in front are read no more."""

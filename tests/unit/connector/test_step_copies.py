@@ -11,7 +11,7 @@ import pytest
 import torch
 from msgspec.structs import replace as structs_replace
 
-from tests.support.paged import HEAD_DIM, HEADS, NAMESPACE, PLENTY, Bench
+from tests.support.paged import HEAD_DIM, HEADS, NAMESPACE, PLENTY, Bench, config_of
 from vllm_kvmarket.connector import step_copies
 from vllm_kvmarket.connector.cache_groups import CacheGroup, GroupKind
 from vllm_kvmarket.connector.messages import ChunkLoad, SavePlan
@@ -36,13 +36,8 @@ BLOCKS = (tuple(range(1, 11)), tuple(range(11, 21)))
 
 @pytest.fixture
 def bench(tmp_path):
-    config = SimpleNamespace(
-        model_config=SimpleNamespace(dtype=torch.float32, get_head_size=lambda: HEAD_DIM),
-        cache_config=SimpleNamespace(cache_dtype="auto"),
-        parallel_config=SimpleNamespace(rank=0, world_size=1),
-    )
     memory = torch.zeros((48, HEADS, BLOCK, 2 * HEAD_DIM))
-    cache = PagedCache(config, {"full": memory, "window": memory[:]}, GROUPS, 48)
+    cache = PagedCache(config_of(), {"full": memory, "window": memory[:]}, GROUPS, 48)
     with Bench(tmp_path, cache) as opened:
         yield opened
 
@@ -166,14 +161,9 @@ SHORT = DocumentChunks.of(STATEFUL, range(1000, 1000 + 2 * CHUNK), CHUNK)
 
 @pytest.fixture(params=["raw", "zstd-exponent"])
 def recurrent(tmp_path, request):
-    config = SimpleNamespace(
-        model_config=SimpleNamespace(dtype=torch.float32, get_head_size=lambda: HEAD_DIM),
-        cache_config=SimpleNamespace(cache_dtype="auto"),
-        parallel_config=SimpleNamespace(rank=0, world_size=1),
-    )
     pages = torch.zeros((48, HEADS, BLOCK, 2 * HEAD_DIM))
     states = torch.zeros((48, 1, 1, 12), dtype=torch.int8)
-    cache = PagedCache(config, {"full": pages, "state": states}, STATES, 48)
+    cache = PagedCache(config_of(), {"full": pages, "state": states}, STATES, 48)
     with Bench(tmp_path, cache, namespace=STATEFUL, codec=request.param) as opened:
         yield opened
 

@@ -1,7 +1,7 @@
 """A ledger with a long past: what a statement of one second costs there, and a check of one day.
 
     python -m benchmarks.ledger_history [--transfers 10000000] [--whole]
-    python -m benchmarks.ledger_history --only sqlite  # and then --only postgres, into the same file
+    python -m benchmarks.ledger_history --only sqlite  # then --only postgres, into the same file
 
 One sale a second is written past the rules, with its hold, charge, royalty, receipt and balances as
 the rules would have left them: 10,000,000 transfers are 38 days. Then statements of random seconds

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
 import sys
 import tempfile
@@ -113,6 +114,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=1408)
     parser.add_argument("--output", type=Path, default=RESULTS)
     args = parser.parse_args()
+    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
     with tempfile.TemporaryDirectory(prefix="kvmarket-bench-") as folder:
         running = running_fleet(Path(folder).resolve(), args.model)
         with running as (fleet, postgres, _):

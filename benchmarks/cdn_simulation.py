@@ -2,7 +2,7 @@
 
     python -m benchmarks.cdn_simulation [--trace FILE ...] [--reads 30000]
 
-Discrete events, seeded. Matching (PrefixTree), eviction, tariff and economics are the market's own
+Discrete events, seeded. Eviction, tariff and economics are the market's own
 code. Workloads are populations of agents made from the seed, and traces of Mooncake's format
 (timestamp, hash_ids) where --trace names some. The eviction's constants were chosen on other seeds
 and on the traces' first halves (tune_eviction.py), so that a trace counts from its second half on,

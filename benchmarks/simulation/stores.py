@@ -1,4 +1,4 @@
-"""Stores with a budget of chunks: our own eviction and prefix tree, and what they are held against.
+"""Stores with a budget of chunks: our own eviction, and what it is held against.
 
 Every store answers a read with the number of leading chunks that it had, and keeps the whole path
 afterwards if it can.
@@ -14,15 +14,10 @@ from typing import Protocol
 
 from benchmarks.simulation.reads import Read, Workload
 from vllm_kvmarket.catalogue import eviction_policy
-from vllm_kvmarket.catalogue.listing import Listing
-from vllm_kvmarket.catalogue.prefix_tree import PrefixTree
 from vllm_kvmarket.core.listing_terms import ListingTerms
-from vllm_kvmarket.core.model_identity import pack_tokens
 from vllm_kvmarket.core.pricing import Tariff
 
-NAMESPACE = bytes(32)
 NEVER = 2**62
-SHIFT = 2**31  # chunks are numbered from below 0 on, tokens are not
 # An order serves until so much of the budget has gone by it; making one for each victim would take
 # the simulation hours. What was used meanwhile is passed over.
 ORDER_SERVES = 0.05
@@ -50,9 +45,10 @@ class Held:
 
 
 class DocumentStore:
-    """The market's: whole documents, matched by its prefix tree, evicted by its own order.
+    """The market's: whole documents, evicted by its own order.
 
-    A chunk is a token of the tree, which makes a read's chunks what it matches.
+    A chunk's number says what lies before it, so a read matches its leading chunks that are there;
+    the first document that had the last of them is used.
     """
 
     def __init__(
@@ -62,11 +58,12 @@ class DocumentStore:
         self._budget = budget
         self._chunk_tokens = chunk_tokens
         self._tariff = tariff
-        self._tree = PrefixTree(1)
         self._held: dict[str, Held] = {}
         # The catalogue keeps the listings of documents that went, and what it knows of their use.
         self._gone: dict[tuple[int, ...], Held] = {}
         self._holders: Counter[int] = Counter()
+        # Each chunk's documents, the first on top; some may have gone.
+        self._line_up: dict[int, list[int]] = defaultdict(list)
         self._line: Iterator[eviction_policy.Candidate] = iter(())
         self._ordered_at_s = 0.0
         self._by_this_order = 0
@@ -78,15 +75,20 @@ class DocumentStore:
 
     def read(self, number: int, read: Read) -> int:
         """See Store."""
-        found = self._tree.match(NAMESPACE, [chunk + SHIFT for chunk in read.path])
-        matched, payee = 0, None
-        if found is not None:
-            matched, payee = found.token_count, found.listing.document_id
+        matched, payee = _leading(read.path, self._holders), None
+        if matched:
+            payee = self._first_with(read.path[matched - 1])
             self._note_use(self._held[payee], matched, read)
         missing = len(read.path) - matched
         if missing and self._make_room(missing, payee, read.at_s):
             self._publish(f"{number}", read)
         return matched
+
+    def _first_with(self, chunk: int) -> str:
+        line = self._line_up[chunk]
+        while f"{line[0]}" not in self._held:
+            heapq.heappop(line)
+        return f"{line[0]}"
 
     def _note_use(self, held: Held, matched: int, read: Read) -> None:
         tokens, whole = matched * self._chunk_tokens, len(held.path) * self._chunk_tokens
@@ -102,15 +104,8 @@ class DocumentStore:
         held.earned_nano += charge - terms.royalty_nano(charge)
 
     def _publish(self, name: str, read: Read) -> None:
-        listing = Listing(
-            document_id=name,
-            namespace=NAMESPACE,
-            terms=ListingTerms(publisher=""),
-            token_count=len(read.path),
-            state="live",
-            chunk_keys=(b"",) * len(read.path),
-        )
-        self._tree.put(listing, int(name), [pack_tokens([chunk + SHIFT]) for chunk in read.path])
+        for chunk in read.path:
+            heapq.heappush(self._line_up[chunk], int(name))
         held = self._gone.pop(read.path, None)
         if held is None:
             held = Held(name, read.path, 1.0, read.at_s, read.at_s)
@@ -144,12 +139,11 @@ class DocumentStore:
     def _remove(self, held: Held) -> int:
         """Let a document go; returns how many chunks that freed."""
         self._gone[held.path] = self._held.pop(held.name)
-        self._tree.remove(held.name)
         freed = 0
         for chunk in held.path:
             self._holders[chunk] -= 1
             if not self._holders[chunk]:
-                del self._holders[chunk]
+                del self._holders[chunk], self._line_up[chunk]
                 freed += 1
         return freed
 

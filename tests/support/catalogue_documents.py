@@ -97,7 +97,7 @@ def file_bytes(market: Market, keys: Sequence[bytes]) -> int:
 
 def matched(catalogue: Catalogue, token_ids: Sequence[int]) -> int:
     """Count the tokens of a request that a catalogue matches."""
-    match = catalogue.match(NAMESPACE, token_ids)
+    match = catalogue.match_anywhere(NAMESPACE, token_ids)
     return match.token_count if match else 0
 
 

@@ -377,7 +377,7 @@ class CatalogueMachine(RuleBasedStateMachine):
         for catalogue in (each for storage in self.storages for each in storage):
             catalogue.refresh()
             for request in requests:
-                match = catalogue.match(NAMESPACE, request)
+                match = catalogue.match_anywhere(NAMESPACE, request)
                 segments = match.segments if match else ()
                 answer = [(each.end, each.listing.document_id) for each in segments]
                 assert answer == self.model.match(request)

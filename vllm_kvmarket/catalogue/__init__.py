@@ -1,6 +1,6 @@
-"""Listings, and the prefix tree that finds the longest published prefix of a request."""
+"""Listings, and the index that finds the longest published prefix of a request."""
 
-from vllm_kvmarket.catalogue.catalogue import Catalogue
+from vllm_kvmarket.catalogue.catalogue import INDEX_FOLDER, Catalogue
 from vllm_kvmarket.catalogue.listing import (
     Audit,
     Listing,
@@ -15,6 +15,7 @@ from vllm_kvmarket.catalogue.listing import (
 )
 
 __all__ = [
+    "INDEX_FOLDER",
     "Audit",
     "Catalogue",
     "Listing",

@@ -1,4 +1,4 @@
-"""All listings of a market: the facade over their tables and what of them is in memory."""
+"""All listings of a market: the facade over their tables and the index that matches them."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal, Self
@@ -16,7 +15,7 @@ from vllm_kvmarket.catalogue import queries, use_queries
 from vllm_kvmarket.catalogue.chunk_shares import ChunkShares
 from vllm_kvmarket.catalogue.connections import open_connections
 from vllm_kvmarket.catalogue.eviction_policy import Candidate
-from vllm_kvmarket.catalogue.index import Index, Sellable
+from vllm_kvmarket.catalogue.index import Index
 from vllm_kvmarket.catalogue.leftovers import Leftovers
 from vllm_kvmarket.catalogue.listing import (
     NEEDED,
@@ -39,8 +38,12 @@ from vllm_kvmarket.core.errors import (
     NotFoundError,
 )
 from vllm_kvmarket.core.model_identity import CHUNK_TOKENS, unpack_tokens
+from vllm_kvmarket.core.pricing import Tariff
 
+INDEX_FOLDER = "index"
 EXPIRED_REASON = "its time to live is over"
+# Computing has no price that a listing could exceed.
+_ANY_PRICE = Tariff(input_nano_per_mtok=2**63 - 1)
 
 logger = logging.getLogger(__name__)
 
@@ -48,13 +51,13 @@ logger = logging.getLogger(__name__)
 class Catalogue:
     """One process's view of the catalogue; thread-safe.
 
-    `match` reads memory only. Everything else goes to the database and raises CatalogueError when
-    that cannot be used. `last_error` is why the last refresh failed, None when it did not; what was
-    taken over before goes on matching until its time to live is over.
+    Matching reads the machine's index. Everything else goes to the database and raises
+    CatalogueError when that cannot be used. `last_error` is why the last refresh failed, None when
+    it did not; what was taken over before goes on matching until its time to live is over.
     """
 
     def __init__(
-        self, place: Path | str, chunk_tokens: int, memory: int | None, sellable: Sellable
+        self, place: Path | str, chunk_tokens: int, index_folder: Path | None, tariff: Tariff
     ) -> None:
         self.last_error: Exception | None = None
         self.chunk_tokens = chunk_tokens
@@ -66,33 +69,39 @@ class Catalogue:
         self.leftovers = Leftovers(self._db)
         self.shares = ChunkShares(self._db, lambda: self._attempt(self.refresh))
         with self._db.transaction() as db:
-            chosen = queries.fix_chunk_tokens(db, chunk_tokens)
+            chosen, identity = queries.fix_identity(db, chunk_tokens)
         if chosen != chunk_tokens:
             self._db.close()
             raise ConfigError(
                 f"chunk_tokens is {chunk_tokens}, but the market in {self._db.place} was made "
                 f"with {chosen}: set it to {chosen}, or use another home or database"
             )
-        self.index = Index(self._db, chunk_tokens, memory, sellable)
-        self.refresh()
+        if index_folder is None and isinstance(place, Path):
+            index_folder = place.parent / INDEX_FOLDER
+        try:
+            self.index = Index(self._db, index_folder, identity, chunk_tokens, tariff)
+        except BaseException:
+            self._db.close()
+            raise
+        self.match_later, self.match_anywhere = self.index.match_later, self.index.match_anywhere
 
     @classmethod
     def open(
         cls,
         place: Path | str,
         chunk_tokens: int = CHUNK_TOKENS,
-        chunks_in_memory: int | None = None,
-        is_sellable: Sellable = lambda _terms: True,
+        index_folder: Path | None = None,
+        tariff: Tariff = _ANY_PRICE,
     ) -> Self:
         """Open the catalogue in the market's database, making its tables where there are none.
 
-        `place` is the path of a SQLite file or a `postgresql://` URL.
-        At most `chunks_in_memory` chunks go into the prefix tree, None for all; the others are
-        matched in tables made for it. A listing that is not `is_sellable` owns only what no other
-        listing contains. Raises ConfigError when it was made with another chunk size,
-        CatalogueError when the database cannot be used.
+        `place` is the path of a SQLite file or a `postgresql://` URL. The index is in
+        `index_folder`, on a local disk: beside a SQLite file without it, and beside PostgreSQL in a
+        folder that is removed when the catalogue is closed. A listing that `tariff` makes dearer
+        than computing owns only what no other listing contains. Raises ConfigError when it was made
+        with another chunk size, CatalogueError when the database cannot be used.
         """
-        return cls(place, chunk_tokens, chunks_in_memory, is_sellable)
+        return cls(place, chunk_tokens, index_folder, tariff)
 
     def close(self) -> None:
         """Stop watching and release the database; what this process was publishing is given up."""
@@ -108,42 +117,26 @@ class Catalogue:
     def __exit__(self, *error: object) -> None:
         self.close()
 
-    # What is in memory
+    # Matching
 
     def match(self, namespace: bytes, token_ids: Sequence[int]) -> Match | None:
         """Find the longest published prefix of `token_ids`, token by token, down to inside a chunk.
 
-        Each token belongs to the listing that was the first to offer the prefix up to it. Memory
-        only, and as fresh as the last refresh.
+        Each token belongs to the listing that was the first to offer the prefix up to it. As fresh
+        as the last refresh. Where the database is on another machine, a match that ends inside a
+        chunk may end before it: see `match_later`.
         """
-        return self.index.tree.match(namespace, token_ids)
-
-    def match_later(self, namespace: bytes, token_ids: Sequence[int]) -> Future[Match | None]:
-        """Start to match in the tree and in the database; never waits.
-
-        The future gives the longer of the two matches, and raises CatalogueError when the database
-        cannot be used. Where no document is beyond memory it is done already.
-        """
-        return self.index.match_later(namespace, token_ids)
-
-    def match_anywhere(self, namespace: bytes, token_ids: Sequence[int]) -> Match | None:
-        """Find what `match_later` does; waits for the database when it must.
-
-        Without the database it is what `match` says.
-        """
-        return self.index.match_anywhere(namespace, token_ids)
+        return self.index.match(namespace, token_ids)
 
     def refresh(self) -> bool:
-        """Take over what was committed since, by this process or another, and drop what has ended;
-        whether anything was.
-
-        Mutates the tree. Raises CatalogueError when the database cannot be read; what has ended is
-        dropped even then.
+        """Take over what was committed since, by whoever, and drop what has ended; whether anything
+        was. A large index is made in several steps, and matches nothing before the last. Raises
+        CatalogueError when the database cannot be read; what has ended goes even then.
         """
         return self.index.refresh()
 
     def check_integrity(self) -> list[str]:
-        """Compare listings, chunks and tree; returns what is wrong, nothing when all is well."""
+        """Compare listings, chunks and index; returns what is wrong, nothing when all is well."""
         uncounted = self.shares.uncounted_bytes()
         problems = [f"{uncounted} bytes of chunks are not counted"] if uncounted else []
         return self.index.check_integrity() + problems
@@ -170,7 +163,7 @@ class Catalogue:
     def _write_ended(self) -> None:
         """Tell the database what has ended, or leave it for later; never waits for other writers.
 
-        The tree knows already, and must be kept up to date meanwhile.
+        The index knows already, and must be kept up to date meanwhile.
         """
         try:
             self.index.overdue = False
@@ -211,7 +204,7 @@ class Catalogue:
 
     @contextmanager
     def _changing(self, *, wait: bool = True) -> Iterator[Connection]:
-        """Change the database, all or nothing, and then the tree."""
+        """Change the database, all or nothing, and then the index."""
         with self._db.transaction(wait=wait) as db:
             yield db
         # The change is durable: that it could not be read back yet must not look like its failure.

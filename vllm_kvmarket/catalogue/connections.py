@@ -39,6 +39,13 @@ class Connections(Database, Protocol):
     def owner(self) -> Owner:
         """This process as others see it."""
 
+    @property
+    def is_near(self) -> bool:
+        """Whether it is on this machine, so that a read of one row takes microseconds."""
+
+    def tokens_of(self, key: bytes) -> bytes | None:
+        """Return a chunk's packed tokens, if they are stored; waits for no other reading."""
+
     def news(self, seen: int | None) -> AbstractContextManager[tuple[int, Connection] | None]:
         """Read the database as of one moment, with a number for what it has now.
 

@@ -1,198 +1,319 @@
-"""What is on offer, in this process's memory: kept in step with the database and the clock."""
+"""What is on offer, for all of a machine's processes: kept in step with database and clock."""
 
 from __future__ import annotations
 
-import heapq
+import hashlib
+import logging
+import struct
+import tempfile
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future
+from pathlib import Path
+
+import msgspec
 
 from vllm_kvmarket.catalogue import integrity, queries
+from vllm_kvmarket.catalogue.chunk_tokens import ChunkTokens
 from vllm_kvmarket.catalogue.connections import Connections
-from vllm_kvmarket.catalogue.database_match import DatabaseMatches
-from vllm_kvmarket.catalogue.listing import ON_OFFER, Match
-from vllm_kvmarket.catalogue.prefix_tree import PrefixTree
-from vllm_kvmarket.catalogue.sqlite_connections import SqliteConnections
+from vllm_kvmarket.catalogue.first_offers import (
+    CHUNKS,
+    DOCUMENTS,
+    REVISION,
+    Asked,
+    FirstOffers,
+    Owned,
+    Record,
+    TokensOf,
+    ended_by,
+    fact,
+    find,
+    last_state,
+    set_fact,
+    walk,
+    whole_document,
+)
+from vllm_kvmarket.catalogue.index_file import DamagedError, IndexFile, IndexUnavailableError
+from vllm_kvmarket.catalogue.listing import ON_OFFER, Listing, Match, MatchedChunk, Segment
 from vllm_kvmarket.core.database import Connection
-from vllm_kvmarket.core.errors import CatalogueError, ConfigError
-from vllm_kvmarket.core.listing_terms import ListingTerms
-from vllm_kvmarket.core.model_identity import keeps_states
+from vllm_kvmarket.core.errors import CatalogueError
+from vllm_kvmarket.core.model_identity import ROOT, keeps_states
+from vllm_kvmarket.core.pricing import Tariff
 
+# A file of another format has another name.
+_FORMAT = 1
 # Larger than every place in the order of first offers.
 _BEHIND_ALL = 2**48
+# Listings that are taken over in one step.
+_AT_ONCE = 200
+# How long one refresh may take, which others wait for; whoever watches does the rest.
+_AT_MOST_S = 0.5
+_SAID_EVERY_S = 10.0
 
-Sellable = Callable[[ListingTerms], bool]
+# What is said of a file whose rows are not what was written.
+UNREADABLE = (DamagedError, msgspec.DecodeError, struct.error, AssertionError)
 
-
-class Expiries:
-    """The ends of listings that can be matched. Not synchronised."""
-
-    def __init__(self) -> None:
-        self._ends: dict[str, float] = {}
-        # Has ends that do not hold any more, too; `_ends` decides.
-        self._line: list[tuple[float, str]] = []
-
-    def note(self, document_id: str, expires_at_s: float | None) -> None:
-        """Note when a listing ends, None for never; mutates."""
-        if expires_at_s is None:
-            self._ends.pop(document_id, None)
-        elif self._ends.get(document_id) != expires_at_s:
-            self._ends[document_id] = expires_at_s
-            heapq.heappush(self._line, (expires_at_s, document_id))
-
-    def take_due(self, now_s: float) -> list[str]:
-        """Return the listings that have ended by now, each once; mutates."""
-        due = []
-        while self._line and self._line[0][0] <= now_s:
-            end, document_id = heapq.heappop(self._line)
-            if self._ends.get(document_id) == end:
-                del self._ends[document_id]
-                due.append(document_id)
-        return due
+logger = logging.getLogger(__name__)
 
 
 class Index:
-    """The prefix tree over what is on offer, as of the last refresh; thread-safe.
+    """The index over what is on offer, as of the last refresh; thread-safe.
 
-    At most `chunks_in_memory` chunks go into the tree, None for all. `overdue` means that a listing
-    has ended and the database may not know yet. A listing whose terms are not `is_sellable` comes
-    last in the order of first offers: it must not stand before one that can be sold.
+    Every process writes it, one at a time: what another has taken over is there already. Until it
+    is as new as the database was when this process opened it, nothing matches. `overdue` means that
+    a listing has ended and the database may not know yet. A listing that `tariff` makes dearer than
+    computing comes last in the order of first offers: it must not stand before one that can be
+    sold. So each tariff has its own index.
     """
 
     def __init__(
-        self,
-        db: Connections,
-        chunk_tokens: int,
-        chunks_in_memory: int | None,
-        is_sellable: Sellable,
+        self, db: Connections, folder: Path | None, identity: str, chunk_tokens: int, tariff: Tariff
     ) -> None:
-        self.tree = PrefixTree(chunk_tokens)
-        self._is_sellable = is_sellable
-        self.overdue = False
+        self.overdue = True
         self._db = db
-        # Held while the tree is changed: by what was committed, or by the clock. Taken after the
-        # reading connection's lock, which also guards the two numbers.
-        self._tree_lock = threading.RLock()
-        self._expiries = Expiries()
-        self._revision = 0
+        self._chunk_tokens = chunk_tokens
+        self._tariff = tariff
+        self._own_folder = tempfile.TemporaryDirectory() if folder is None else None
+        parent = Path(self._own_folder.name) if self._own_folder else folder
+        assert parent is not None
+        prices = (tariff.input_nano_per_mtok, tariff.cache_read_nano_per_mtok)
+        told = repr((_FORMAT, identity, chunk_tokens, prices)).encode()
+        self._folder = parent / hashlib.sha256(told).hexdigest()[:32]
+        self._file = IndexFile(self._folder)
+        self._tokens = ChunkTokens(db)
+        self._refreshing = threading.Lock()
         self._seen: int | None = None
-        self._chunks_in_memory = chunks_in_memory
-        self._pinned_beyond: frozenset[str] = frozenset()
-        # Whether a document on offer did not fit; stays true until the catalogue is opened again.
-        self.is_beyond_memory = False
-        self._beyond: DatabaseMatches | None = None
-        if chunks_in_memory is not None:
-            if not isinstance(db, SqliteConnections):
-                raise ConfigError("catalogue_chunks_in_memory: all are in memory with PostgreSQL")
-            self._beyond = DatabaseMatches(db, chunk_tokens)
+        self._change_number = self._file.change_number
+        self._is_current = False
+        self._is_damaged = False
+        self._said_at_s = time.monotonic()
+        self.refresh()
 
     def close(self) -> None:
-        """End the threads that match in the database."""
-        if self._beyond is not None:
-            self._beyond.close()
+        """End the threads that read tokens, and let go of the file."""
+        self._tokens.close()
+        with self._refreshing:
+            self._file.close()
+        if self._own_folder is not None:
+            self._own_folder.cleanup()
+
+    # Matching
+
+    def match(self, namespace: bytes, token_ids: Sequence[int]) -> Match | None:
+        """Find the longest prefix on offer, without waiting for a database on another machine."""
+        return self._match(namespace, token_ids, self._tokens.at_hand)[0]
 
     def match_later(self, namespace: bytes, token_ids: Sequence[int]) -> Future[Match | None]:
-        """Start to match in the tree and in the database; never waits.
-
-        Where the model keeps a state, in the tree only.
+        """Find the longest prefix on offer; the future is done unless a chunk's tokens are read on
+        another machine, and raises CatalogueError when they cannot be.
         """
-        if self._beyond is None or not self.is_beyond_memory or keeps_states(namespace):
-            done: Future[Match | None] = Future()
-            done.set_result(self.tree.match(namespace, token_ids))
-            return done
-        return self._beyond.match_later(namespace, token_ids, self.tree.match)
+        found, is_certain = self._match(namespace, token_ids, self._tokens.at_hand)
+        if not is_certain:
+            return self._tokens.later(
+                lambda: self._match(namespace, token_ids, self._tokens.read)[0]
+            )
+        done: Future[Match | None] = Future()
+        done.set_result(found)
+        return done
 
     def match_anywhere(self, namespace: bytes, token_ids: Sequence[int]) -> Match | None:
-        """Find what `match_later` does, or what memory has when the database cannot be used."""
-        found = self.tree.match(namespace, token_ids)
-        if not self.is_beyond_memory:
-            return found
+        """Find what `match_later` does, and wait for it; `match` while the database is away."""
         try:
             return self.match_later(namespace, token_ids).result()
         except CatalogueError:
-            return found
+            return self.match(namespace, token_ids)
+
+    def _match(
+        self, namespace: bytes, token_ids: Sequence[int], tokens_of: TokensOf
+    ) -> tuple[Match | None, bool]:
+        """The match, and whether it is certain that there is no longer one."""
+        if not self._is_current:
+            return None, True
+        asked = Asked(namespace, self._chunk_tokens, token_ids)
+        try:
+            with self._file.reading() as rows:
+                owned = walk(rows, asked, tokens_of)
+                end, last = (owned[-1].end, owned[-1].record) if owned else (0, None)
+                if keeps_states(namespace):
+                    end, last = last_state(rows, asked, owned)
+                    owned = [
+                        one._replace(end=min(one.end, end)) for one in owned if one.start < end
+                    ]
+                whole = whole_document(rows, asked.digest(end), end) if end else None
+        except UNREADABLE as error:
+            self._note_damage(error)
+            return None, True
+        except IndexUnavailableError:
+            return None, True
+        if last is None:
+            return None, asked.unread is None
+        return self._match_of(owned, last, whole, time.time()), asked.unread is None
+
+    def _match_of(
+        self, owned: list[Owned], having: Record, whole: Record | None, now_s: float
+    ) -> Match | None:
+        segments: list[Segment] = []
+        for each in owned:
+            listing, _ = each.record.decode()
+            if listing.is_over(now_s):
+                # It is taken out within a moment, and what it owned goes to others.
+                whole, having = None, owned[len(segments) - 1].record
+                break
+            segments.append(Segment(listing, each.start, each.end))
+        if not segments or (len(segments) < len(owned) and keeps_states(listing.namespace)):
+            return None
+        last = segments[-1]
+        width = self._chunk_tokens
+        listing, known = having.decode()
+        keys, count = listing.chunk_keys, listing.token_count
+        chunks = tuple(
+            MatchedChunk(
+                key=keys[start // width],
+                parent=keys[start // width - 1] if start else ROOT,
+                token_count=min(width, count - start),
+                matched=min(width, last.end - start),
+                known=known[start // width] if known else b"",
+            )
+            for start in range(0, last.end, width)
+        )
+        document = whole.decode()[0] if whole is not None else None
+        if document is not None and document.is_over(now_s):
+            document = None
+        return Match(tuple(segments), last.end, chunks, document)
+
+    def listing(self, document_id: str) -> Listing | None:
+        """Return a document's listing, None when it cannot be matched."""
+        if not self._is_current:
+            return None
+        try:
+            with self._file.reading() as rows:
+                record = find(rows, document_id)
+                return record.decode()[0] if record is not None else None
+        except UNREADABLE as error:
+            self._note_damage(error)
+        except IndexUnavailableError:
+            pass
+        return None
 
     def is_pinned(self, document_id: str) -> bool:
-        """Say whether a document can be matched and is pinned; memory only."""
-        listing = self.tree.listing(document_id)
-        if listing is None:
-            return document_id in self._pinned_beyond
-        return listing.pinned
+        """Say whether a document can be matched and is pinned."""
+        listing = self.listing(document_id)
+        return listing is not None and listing.pinned
+
+    @property
+    def documents(self) -> int:
+        """How many documents can be matched."""
+        with self._file.reading() as rows:
+            return fact(rows, DOCUMENTS)
+
+    @property
+    def chunks(self) -> int:
+        """How many different chunks can be matched."""
+        with self._file.reading() as rows:
+            return fact(rows, CHUNKS)
+
+    def _note_damage(self, error: Exception) -> None:
+        if not self._is_damaged:
+            logger.warning("kvmarket: the index cannot be read and is made again: %r", error)
+        self._is_damaged = True
+
+    # Keeping up
 
     def refresh(self) -> bool:
-        """Bring the tree up to date; whether anything has changed. See Catalogue.refresh."""
-        dropped = self._drop_ended(time.time())
+        """Bring the index up to date; whether anything has changed. See Catalogue.refresh."""
+        with self._refreshing:
+            try:
+                self._take_over_changes()
+            except UNREADABLE as error:
+                self._note_damage(error)
+                self._take_over_changes()
+            before, self._change_number = self._change_number, self._file.change_number
+            return before != self._change_number
+
+    def _take_over_changes(self) -> None:
+        if self._is_damaged:
+            self._file.discard()
+        self._reopen_if_lost()
+        now_s = time.time()
+        self._drop_ended(now_s)
+        with self._file.reading() as rows:
+            known = fact(rows, REVISION)
         with self._db.news(self._seen) as news:
             if news is None:
-                return dropped
+                return
             seen, db = news
-            changed = self._take_over(db, time.time())
-            self._seen = seen
-            return changed or dropped
+            if known > queries.revision(db):
+                logger.warning("kvmarket: the index is newer than the database; it is made again")
+                self._file.discard()
+                self._reopen_if_lost()
+            if self._take_over(db, now_s):
+                self._seen, self._is_current = seen, True
+
+    def _reopen_if_lost(self) -> None:
+        if self._file.is_lost:
+            old, self._file = self._file, IndexFile(self._folder)
+            self._seen, self._is_current, self._is_damaged = None, False, False
+            old.close()
 
     def _take_over(self, db: Connection, now_s: float) -> bool:
-        newest = queries.revision(db)
-        if newest == self._revision:
-            return False
-        if self._chunks_in_memory is None:
-            changes = queries.read_changes(db, self._revision, now_s)
-            # In the order of their tokens, thousands of new chunks go to the end of their lists.
-            changes.sort(key=lambda change: (change.listing.namespace, change.chunks))
-            with self._tree_lock:
-                for change in changes:
-                    self._apply(change, now_s)
-        else:
-            with self._tree_lock:
-                self._take_over_what_fits(db, now_s, self._chunks_in_memory)
-        self._revision = newest
-        return True
+        """Take over the database's changes, some at a time and not for long; whether all are."""
+        newest, until_s = queries.revision(db), time.monotonic() + _AT_MOST_S
+        while True:
+            with self._file.reading() as rows:
+                since = fact(rows, REVISION)
+            if since >= newest:
+                return True
+            if time.monotonic() > until_s:
+                return False
+            changes = queries.read_changes(db, since, now_s, _AT_ONCE)
+            reached = changes[-1].revision if len(changes) == _AT_ONCE else newest
+            with self._file.writing() as rows:
+                # Another process may have been quicker.
+                if fact(rows, REVISION) == since:
+                    offers = FirstOffers(rows, self._chunk_tokens, self._tokens.reader(db))
+                    for change in changes:
+                        self._apply(offers, change, now_s)
+                    set_fact(rows, REVISION, reached)
+            self._say(reached, newest)
 
-    def _apply(self, change: queries.Change, now_s: float) -> None:
+    def _say(self, reached: int, newest: int) -> None:
+        if reached == newest:
+            self._said_at_s = time.monotonic()
+        elif time.monotonic() > self._said_at_s + _SAID_EVERY_S:
+            self._said_at_s = time.monotonic()
+            logger.info("kvmarket: index at change %d of %d", reached, newest)
+
+    def _apply(self, offers: FirstOffers, change: queries.Change, now_s: float) -> None:
         listing = change.listing
         if change.chunks and change.place is not None:
-            last = 0 if self._is_sellable(listing.terms) else _BEHIND_ALL
-            self.tree.put(listing, last + change.place, change.chunks, change.known)
-            self._expiries.note(listing.document_id, listing.terms.expires_at_s)
+            is_dear = self._tariff.terms(listing.terms).is_dearer_than_computing
+            place = change.place + (_BEHIND_ALL if is_dear else 0)
+            offers.put(listing, place, change.chunks, change.known)
         else:
-            self.tree.remove(listing.document_id)
-            self._expiries.note(listing.document_id, None)
+            offers.remove(listing.document_id)
             self.overdue |= listing.state in ON_OFFER and listing.is_over(now_s)
 
-    def _take_over_what_fits(self, db: Connection, now_s: float, most: int) -> None:
-        """Put the most used documents into the tree; the tokens of the others are not read."""
-        pinned = set(self._pinned_beyond)
-        for name, token_count, offered, is_pinned, expires_at_s in queries.changed(
-            db, self._revision, now_s
-        ):
-            entry = self.tree.entries.get(name)
-            kept = self.tree.chunk_count - (len(entry.path) - 1 if entry else 0)
-            fits = kept - (-token_count // self.tree.chunk_tokens) <= most
-            pinned.discard(name)
-            if fits or not offered:
-                self._apply(queries.read_change(db, name, now_s), now_s)
-                continue
-            self.is_beyond_memory = True
-            self.tree.remove(name)
-            self._expiries.note(name, expires_at_s)
-            if is_pinned:
-                pinned.add(name)
-        self._pinned_beyond = frozenset(pinned)
-
-    def _drop_ended(self, now_s: float) -> bool:
-        """Stop matching what has ended by now, whatever the database says; mutates the tree."""
-        with self._tree_lock:
-            ended = self._expiries.take_due(now_s)
-            for document_id in ended:
-                self.tree.remove(document_id)
-            self._pinned_beyond = self._pinned_beyond.difference(ended)
-        self.overdue |= bool(ended)
-        return bool(ended)
+    def _drop_ended(self, now_s: float) -> None:
+        """Stop matching what has ended by now, whatever the database says."""
+        with self._file.reading() as rows:
+            if not ended_by(rows, now_s):
+                return
+        with self._file.writing() as rows:
+            FirstOffers(rows, self._chunk_tokens, lambda _: None).remove_ended(now_s)
+        self.overdue = True
 
     def check_integrity(self) -> list[str]:
-        """Compare listings, chunks and tree; returns what is wrong, nothing when all is well."""
-        with self._db.snapshot() as db, self._tree_lock:
+        """Compare listings, chunks and index; returns what is wrong, nothing when all is well."""
+        with self._refreshing, self._db.snapshot() as db:
             now_s = time.time()
-            self._drop_ended(now_s)
-            self._take_over(db, now_s)
-            return integrity.problems(db, self.tree, now_s, whole=self._chunks_in_memory is None)
+            try:
+                self._drop_ended(now_s)
+                while not self._take_over(db, now_s):
+                    pass
+                with self._file.reading() as rows:
+                    tokens_of = self._tokens.reader(db)
+                    return integrity.problems(db, rows, self._chunk_tokens, now_s, tokens_of)
+            except UNREADABLE as error:
+                self._note_damage(error)
+                return [f"the index cannot be read and is made again: {error!r}"]

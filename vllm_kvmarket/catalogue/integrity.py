@@ -1,49 +1,59 @@
-"""The catalogue's invariants as code: between listings, chunks and tree."""
+"""The catalogue's invariants as code: between listings, chunks and index."""
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
-from itertools import pairwise
-from math import inf
 
 from vllm_kvmarket.catalogue import queries
+from vllm_kvmarket.catalogue.first_offers import (
+    BEGINS,
+    CHUNKS,
+    LISTINGS,
+    NAMES,
+    OWNERS,
+    POINTS,
+    STARTS,
+    WAITING,
+    Asked,
+    Record,
+    TokensOf,
+    beginning_of,
+    fact,
+    walk,
+)
+from vllm_kvmarket.catalogue.index_file import IndexRows
 from vllm_kvmarket.catalogue.listing import NEEDED, Listing
-from vllm_kvmarket.catalogue.prefix_tree import Node, PrefixTree
 from vllm_kvmarket.core.database import Connection
 from vllm_kvmarket.core.document_chunks import DocumentChunks
-from vllm_kvmarket.core.model_identity import TOKEN_BYTES, keeps_states, unpack_tokens
+from vllm_kvmarket.core.model_identity import KEY_BYTES, TOKEN_BYTES, unpack_tokens
 
 
-def problems(db: Connection, tree: PrefixTree, now_s: float, *, whole: bool = True) -> list[str]:
-    """Return what is wrong, a line each; the tree must be as new as the database, and as of now.
-
-    Unless it is to be `whole`, the database itself must have what documents may be missing in it.
-    """
+def problems(
+    db: Connection, rows: IndexRows, chunk_tokens: int, now_s: float, tokens_of: TokensOf
+) -> list[str]:
+    """Return what is wrong, a line each; the index must be as new as `db`, and as of now."""
     found: list[str] = []
-    on_offer: set[str] = set()
+    there = {name.decode(): place for name, place in rows.scan(NAMES, b"")}
     for listing in queries.read_listings(db):
-        chunks = queries.chunks_of(db, listing.document_id)
-        found += [
-            f"{listing.document_id}: {problem}"
-            for problem in _listing_problems(listing, chunks, tree, now_s, whole=whole)
-        ]
-        if not whole:
-            found += _offer_problems(db, listing, chunks)
-        if queries.matchable(listing, chunks, now_s):
-            on_offer.add(listing.document_id)
-    found += [
-        f"{name}: can be matched, but is not on offer" for name in tree.entries.keys() - on_offer
-    ]
-    return found + list(tree_problems(tree))
+        name = listing.document_id
+        chunks = queries.chunks_of(db, name)
+        lines = [*_listing_problems(listing, chunks, chunk_tokens)]
+        offered = b"".join(queries.matchable(listing, chunks, now_s))
+        place = there.pop(name, None)
+        matched = Record(rows.get(LISTINGS, place) or b"").matched if place is not None else 0
+        if matched != len(offered) // TOKEN_BYTES:
+            lines.append(f"{listing.state}, but what can be matched of it is something else")
+        elif place is not None:
+            asked = Asked(listing.namespace, chunk_tokens, unpack_tokens(offered))
+            lines += _place_problems(rows, place, matched, asked, tokens_of)
+        found += [f"{name}: {line}" for line in lines]
+    found += [f"{name}: can be matched, but is not on offer" for name in there]
+    return found + list(index_problems(rows))
 
 
 def _listing_problems(
-    listing: Listing,
-    chunks: list[queries.StoredChunk],
-    tree: PrefixTree,
-    now_s: float,
-    *,
-    whole: bool,
+    listing: Listing, chunks: list[queries.StoredChunk], chunk_tokens: int
 ) -> Iterator[str]:
     if not chunks and listing.state not in NEEDED:
         # Its tokens were removed.
@@ -51,7 +61,7 @@ def _listing_problems(
     tokens = unpack_tokens(b"".join(chunk.tokens for chunk in chunks))
     if len(tokens) != listing.token_count:
         yield f"{len(tokens)} tokens stored, {listing.token_count} listed"
-    document = DocumentChunks.of(listing.namespace, tokens, tree.chunk_tokens)
+    document = DocumentChunks.of(listing.namespace, tokens, chunk_tokens)
     if document.keys != listing.chunk_keys:
         yield "its chunk keys do not follow from its tokens"
     elif not document.keys or document.document_id != listing.document_id:
@@ -61,64 +71,41 @@ def _listing_problems(
         yield "live, with a damaged chunk"
     if listing.state == "damaged" and not damaged:
         yield "damaged, with every chunk whole"
-    entry = tree.entries.get(listing.document_id)
-    in_tree = tuple(node.tokens for node in entry.path[1:]) if entry else ()
-    if (whole or entry) and in_tree != queries.matchable(listing, chunks, now_s):
-        yield f"{listing.state}, but what can be matched of it is something else"
 
 
-def _offer_problems(
-    db: Connection, listing: Listing, chunks: list[queries.StoredChunk]
+def _place_problems(
+    rows: IndexRows, place: bytes, matched: int, asked: Asked, tokens_of: TokensOf
 ) -> Iterator[str]:
-    """Compare what is matched in the database with what should be; time to live does not matter."""
-    if keeps_states(listing.namespace):  # matched in memory only
+    """Match a listing with itself: it must be there to its end, and own what is behind others."""
+    owned = walk(rows, asked, tokens_of)
+    if not owned or owned[-1].end != matched:
+        yield "it is not found to its end"
         return
-    held = queries.rows(
-        db,
-        "SELECT followed.key FROM followed JOIN listing USING (document_id) "
-        "JOIN offered ON offered.key = followed.key AND offered.place = listing.offered_seq "
-        "JOIN continuation USING (parent, tokens) "
-        "WHERE document_id = ? AND continuation.key = followed.key ORDER BY position",
-        (listing.document_id,),
-    )
-    count = len(queries.matchable(listing, chunks, -inf))
-    if [key for (key,) in held] != list(listing.chunk_keys[:count]):
-        yield f"{listing.document_id}: what the database matches of it is something else"
+    if any(one.place >= other.place for one, other in itertools.pairwise(owned)):
+        yield "its tokens belong to others out of line"
+    in_front = [each.end for each in owned if each.place < place]
+    begins = beginning_of(rows.get(BEGINS, place) or bytes(8))
+    depth = in_front[-1] if in_front else 0
+    if (begins.depth, begins.digest) != (depth, asked.digest(depth)):
+        yield "it does not begin where others in front of it end"
 
 
-def tree_problems(tree: PrefixTree) -> Iterator[str]:
-    """Yield what is wrong within the tree, a line each; nothing may change it meanwhile."""
-    count = 0
-    stack = list(tree.roots.values())
-    while stack:
-        node = stack.pop()
-        yield from _node_problems(node, tree.chunk_tokens)
-        if node.children is not None:
-            stack += node.children.nodes
-            count += len(node.children.nodes)
-    if count != tree.chunk_count:
-        yield f"the tree has {count} chunks and counts {tree.chunk_count}"
-    for name, entry in tree.entries.items():
-        steps = pairwise(entry.path)
-        if entry.place not in entry.path[-1].ended or any(
-            parent.child(node.tokens) is not node for parent, node in steps
-        ):
-            yield f"{name}: its way through the tree is broken"
-
-
-def _node_problems(node: Node, chunk_tokens: int) -> Iterator[str]:
-    name = f"a chunk of {len(node.tokens) // TOKEN_BYTES} tokens in the tree"
-    if node.children is None:
-        if not node.ended:
-            yield f"{name} belongs to no listing"
-            return
-    else:
-        tokens = [child.tokens for child in node.children.nodes]
-        if any(a >= b for a, b in pairwise(tokens)):
-            yield f"{name} has children out of order"
-        if list(node.children.firsts) != [child.first for child in node.children.nodes]:
-            yield f"{name} does not know which of its children was offered first"
-        if len(node.tokens) not in (0, chunk_tokens * TOKEN_BYTES):
-            yield f"{name} is short, but others follow it"
-    if node.first != node.earliest():
-        yield f"{name} does not know its first listing"
+def index_problems(rows: IndexRows) -> Iterator[str]:
+    """Yield what is wrong between the index's rows, a line each."""
+    begins = {place: beginning_of(value) for place, value in rows.scan(BEGINS, b"")}
+    if begins.keys() != {place for _, place in rows.scan(NAMES, b"")}:
+        yield "the index has listings that begin nowhere, or are not there"
+        return
+    waiting = {each.digest + place for place, each in begins.items()}
+    if waiting != {key for key, _ in rows.scan(WAITING, b"")}:
+        yield "the index does not know who begins where"
+    starts = {each.digest + each.token: at for at, each in begins.items() if each.token}
+    if starts != dict(rows.scan(STARTS, b"")):
+        yield "the index finds others than those who begin there"
+    if sum(each.chunks for each in begins.values()) != fact(rows, CHUNKS):
+        yield "the index counts its chunks wrongly"
+    points = {value[:KEY_BYTES]: key for key, value in rows.scan(POINTS, b"")}
+    if points != dict(rows.scan(OWNERS, b"")):
+        yield "the index does not know whose tokens others begin on"
+    if points.keys() != {each.digest for each in begins.values() if each.depth}:
+        yield "the index has places where nobody begins"

@@ -140,13 +140,12 @@ class ListingFilter:
 class MatchedChunk(msgspec.Struct, frozen=True, gc=False):
     """A chunk that a match reaches into: the first `matched` of its `token_count` tokens.
 
-    `tokens` are all of the chunk's, packed as little-endian uint32; `parent` is ROOT for a first
-    chunk. Only a match's last chunk may have `matched` < `token_count`.
+    `parent` is ROOT for a first chunk. Only a match's last chunk may have `matched` <
+    `token_count`.
     """
 
     key: bytes
     parent: bytes
-    tokens: bytes
     token_count: int
     matched: int
     # Fingerprints of its stored shares, one after another; empty when none is known.

@@ -12,6 +12,7 @@ from typing import Any
 
 import psycopg
 
+from vllm_kvmarket.catalogue import queries
 from vllm_kvmarket.catalogue.publisher_lease import PublisherLease
 from vllm_kvmarket.catalogue.schema import CATALOGUE
 from vllm_kvmarket.core.database import Connection
@@ -26,6 +27,8 @@ _LISTENS_AGAIN_S = 1.0
 class PostgresConnections(PostgresDatabase):
     """See connections.Connections. Changes are announced by NOTIFY."""
 
+    is_near = False
+
     def __init__(self, url: str) -> None:
         super().__init__(url, CATALOGUE)
         self._listening: psycopg.Connection[Any] | None = None
@@ -37,6 +40,11 @@ class PostgresConnections(PostgresDatabase):
         if self._listening is not None:
             self._listening.close()
         super().close()
+
+    def tokens_of(self, key: bytes) -> bytes | None:
+        """See Connections."""
+        with self.reading() as db:
+            return queries.tokens_of(db, key)
 
     @contextmanager
     def news(self, seen: int | None) -> Iterator[tuple[int, Connection] | None]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields
@@ -64,6 +65,7 @@ class Change:
     matched, if any, the tokens and the known fingerprints.
     """
 
+    revision: int
     listing: Listing
     place: int | None
     chunks: tuple[bytes, ...]
@@ -80,11 +82,17 @@ def revision(db: Connection) -> int:
     return int(rows(db, "SELECT revision FROM catalogue")[0][0])
 
 
-def fix_chunk_tokens(db: Connection, chunk_tokens: int) -> int:
-    """Return the chunk size of this catalogue, `chunk_tokens` if none was chosen; mutates then."""
-    statement = "UPDATE catalogue SET chunk_tokens = ? WHERE chunk_tokens IS NULL"
-    db.execute(statement, (chunk_tokens,))
-    return int(rows(db, "SELECT chunk_tokens FROM catalogue")[0][0])
+def fix_identity(db: Connection, chunk_tokens: int) -> tuple[int, str]:
+    """Return this catalogue's chunk size, `chunk_tokens` if none was chosen, and its market's id;
+    mutates the first time.
+    """
+    db.execute(
+        "UPDATE catalogue SET chunk_tokens = coalesce(chunk_tokens, ?), "
+        "store_id = coalesce(store_id, ?) WHERE chunk_tokens IS NULL OR store_id IS NULL",
+        (chunk_tokens, secrets.token_hex(16)),
+    )
+    chosen, market_id = rows(db, "SELECT chunk_tokens, store_id FROM catalogue")[0]
+    return int(chosen), str(market_id)
 
 
 def check_limits(
@@ -176,35 +184,15 @@ def _bindings(wanted: ListingFilter, now_s: float) -> dict[str, Value]:
     return values | {"search": wanted.search.casefold(), "now_s": now_s}
 
 
-def read_changes(db: Connection, since: int, now_s: float) -> list[Change]:
-    """Return what became, until now, of every listing that changed after that revision."""
-    statement = f"SELECT {_COLUMNS}, offered_seq FROM listing WHERE revision > ?"  # noqa: S608  # column names are ours
-    return [_change(db, row, now_s) for row in rows(db, statement, (since,))]
-
-
-def read_change(db: Connection, document_id: str, now_s: float) -> Change:
-    """Return what became, until now, of one listing."""
-    statement = f"SELECT {_COLUMNS}, offered_seq FROM listing WHERE document_id = ?"  # noqa: S608  # column names are ours
-    return _change(db, rows(db, statement, (document_id,))[0], now_s)
-
-
-def changed(
-    db: Connection, since: int, now_s: float
-) -> Iterator[tuple[str, int, bool, bool, float | None]]:
-    """Yield what changed after that revision: id, tokens, whether it is on offer, whether pinned,
-    and its end.
-
-    What is not on offer comes first, then those with the highest use score, then in the
-    order of first offers. Nothing
-    that grows with a document is read.
+def read_changes(db: Connection, since: int, now_s: float, most: int) -> list[Change]:
+    """Return what became, until now, of (the first `most`) listings that changed after a revision,
+    in the order of their changes.
     """
-    yield from db.execute(
-        "SELECT document_id, token_count, state IN ('live', 'damaged') "
-        "AND (expires_at_s IS NULL OR expires_at_s > ?2) AS offered, pinned, expires_at_s "
-        "FROM listing LEFT JOIN listing_use USING (document_id) WHERE revision > ?1 "
-        "ORDER BY offered, coalesce(score, 0) DESC, offered_seq",
-        (since, now_s),
+    statement = (
+        f"SELECT {_COLUMNS}, offered_seq, revision FROM listing WHERE revision > ? "  # noqa: S608  # column names are ours
+        "ORDER BY revision LIMIT ?"
     )
+    return [_change(db, row, now_s) for row in rows(db, statement, (since, most))]
 
 
 def _fields(row: Sequence[Any]) -> dict[str, Any]:
@@ -219,12 +207,12 @@ def _chunk_keys(db: Connection, document_id: str) -> tuple[bytes, ...]:
 
 
 def _change(db: Connection, row: Sequence[Any], now_s: float) -> Change:
-    *columns, place = row
+    *columns, place, number = row
     chunks = chunks_of(db, row[0])
     listing = Listing(**_fields(columns), chunk_keys=tuple(chunk.key for chunk in chunks))
     found = matchable(listing, chunks, now_s)
     known = tuple(chunk.known for chunk in chunks[: len(found)])
-    return Change(listing, place, found, known)
+    return Change(number, listing, place, found, known)
 
 
 def matchable(listing: Listing, chunks: Iterable[StoredChunk], now_s: float) -> tuple[bytes, ...]:
@@ -250,6 +238,12 @@ def chunks_of(db: Connection, document_id: str) -> list[StoredChunk]:
         StoredChunk(key, tokens, bool(damaged), bytes.fromhex(known or ""))
         for key, tokens, damaged, known in rows(db, statement, (document_id,))
     ]
+
+
+def tokens_of(db: Connection, key: bytes) -> bytes | None:
+    """Return a chunk's packed tokens, if they are stored."""
+    found = rows(db, "SELECT tokens FROM chunk WHERE key = ?", (key,))
+    return found[0][0] if found else None
 
 
 def write_listing(db: Connection, listing: Listing) -> None:

@@ -93,8 +93,8 @@ CREATE TABLE audit (
 CREATE INDEX audit_document ON audit (document_id);
 """
 
-# Where the chunks are: the object store's URL, NULL for the disk alone; and the id that this market
-# writes into its object store, NULL before it has one.
+# Where the chunks are: the object store's URL, NULL for the disk alone; and this market's id, which
+# its object store and each machine's index are marked with.
 STORE_SCHEMA = """
 ALTER TABLE catalogue ADD COLUMN store_url TEXT;
 ALTER TABLE catalogue ADD COLUMN store_id TEXT;
@@ -191,69 +191,3 @@ CATALOGUE = Room(
     CatalogueUnavailableError,
     postgres_only=POSTGRES_ONLY,
 )
-
-# Made only where documents may not fit into memory: a chunk takes about five kilobytes here.
-BEYOND_ROOM = "catalogue_beyond"
-
-# `offered` has a chunk once for each listing on offer that it can be matched for, under that one's
-# `offered_seq`, and the namespace as the chunk that all of its listings begin with. `continuation`
-# has what can be matched behind a chunk, in the order of the packed tokens.
-# Triggers keep both in step, whichever process writes.
-BEYOND_SCHEMA = """
-CREATE TABLE offered (
-    key BLOB NOT NULL,
-    place INTEGER NOT NULL,
-    PRIMARY KEY (key, place)
-) STRICT, WITHOUT ROWID;
-CREATE TABLE continuation (
-    parent BLOB NOT NULL,
-    tokens BLOB NOT NULL,
-    key BLOB NOT NULL,
-    PRIMARY KEY (parent, tokens)
-) STRICT, WITHOUT ROWID;
-CREATE VIEW followed AS
-    SELECT own.document_id, own.position, own.key, tokens,
-        coalesce(before.key, listing.namespace) AS parent
-    FROM listing_chunk AS own JOIN listing USING (document_id)
-    JOIN chunk ON chunk.key = own.key LEFT JOIN listing_chunk AS before
-        ON before.document_id = own.document_id AND before.position = own.position - 1;
-CREATE TRIGGER listing_offered
-AFTER UPDATE OF state, offered_seq ON listing
-WHEN OLD.offered_seq IS NOT NEW.offered_seq OR OLD.state <> NEW.state OR NEW.state = 'damaged'
-BEGIN
-    DELETE FROM offered WHERE place = OLD.offered_seq AND key IN (
-        SELECT key FROM listing_chunk WHERE document_id = NEW.document_id
-        UNION ALL SELECT NEW.namespace
-    );
-    INSERT INTO offered SELECT NEW.namespace, NEW.offered_seq
-    WHERE NEW.state IN ('live', 'damaged');
-    INSERT INTO offered SELECT key, NEW.offered_seq FROM listing_chunk
-    WHERE document_id = NEW.document_id AND NEW.state IN ('live', 'damaged')
-    AND position < coalesce(
-        (SELECT min(position) FROM listing_chunk JOIN chunk USING (key)
-         WHERE document_id = NEW.document_id AND damaged),
-        position + 1
-    );
-    DELETE FROM continuation WHERE (parent, tokens) IN (
-        SELECT parent, tokens FROM followed WHERE document_id = NEW.document_id
-        AND NOT EXISTS (SELECT 1 FROM offered WHERE offered.key = followed.key)
-    );
-    INSERT INTO continuation SELECT parent, tokens, key FROM followed
-    WHERE document_id = NEW.document_id
-    AND EXISTS (SELECT 1 FROM offered WHERE offered.key = followed.key)
-    ON CONFLICT DO NOTHING;
-END;
-INSERT INTO offered
-    SELECT namespace, offered_seq FROM listing WHERE state IN ('live', 'damaged');
-INSERT INTO offered
-    SELECT key, offered_seq FROM listing AS held JOIN listing_chunk USING (document_id)
-    WHERE state IN ('live', 'damaged') AND position < coalesce(
-        (SELECT min(position) FROM listing_chunk JOIN chunk USING (key)
-         WHERE document_id = held.document_id AND damaged),
-        position + 1
-    );
-INSERT INTO continuation
-    SELECT parent, tokens, key FROM followed
-    WHERE EXISTS (SELECT 1 FROM offered WHERE offered.key = followed.key)
-    ON CONFLICT DO NOTHING;
-"""

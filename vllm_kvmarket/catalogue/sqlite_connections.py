@@ -7,50 +7,51 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import apsw
-
+from vllm_kvmarket.catalogue import queries
 from vllm_kvmarket.catalogue.publisher_locks import LockedFile
-from vllm_kvmarket.catalogue.schema import BEYOND_ROOM, BEYOND_SCHEMA, CATALOGUE
+from vllm_kvmarket.catalogue.schema import CATALOGUE
 from vllm_kvmarket.core import sqlite
 from vllm_kvmarket.core.database import Connection
 
 OWNERS_FOLDER = "publishing"
-# A request waits for what such a connection reads.
-READER_TIMEOUT_MS = 1_000
+# A request waits for what the connection for tokens reads.
+READER_TIMEOUT_MS = 100
+# Tables that an earlier version kept for matches in the database.
+_FORMER_ROOM = "catalogue_beyond"
+_DROP_FORMER = """
+DROP TRIGGER IF EXISTS listing_offered;
+DROP VIEW IF EXISTS followed;
+DROP TABLE IF EXISTS offered;
+DROP TABLE IF EXISTS continuation;
+"""
 
 
 class SqliteConnections(sqlite.SqliteDatabase):
     """See connections.Connections."""
 
+    is_near = True
+
     def __init__(self, path: Path) -> None:
         super().__init__(path, CATALOGUE)
         self.owner = LockedFile(path.parent / OWNERS_FOLDER)
+        with self._reported():
+            sqlite.migrate(self._writer, _FORMER_ROOM, ("", _DROP_FORMER))
+            self._tokens_reader = sqlite.connect(path)
+            self._tokens_reader.set_busy_timeout(READER_TIMEOUT_MS)
+        self._tokens_lock = threading.Lock()
 
     def close(self) -> None:
         """See Connections."""
+        with self._tokens_lock:
+            self._tokens_reader.close()
         super().close()
         self.owner.close()
 
-    def add_match_tables(self) -> None:
-        """Make the tables for matches in the database; mutates the database."""
-        with self._write_lock, self._reported():
-            sqlite.migrate(self._writer, BEYOND_ROOM, (BEYOND_SCHEMA,))
-
-    def open_reader(self) -> apsw.Connection:
-        """Open one more connection, which cannot write; the caller closes it."""
-        with self._reported():
+    def tokens_of(self, key: bytes) -> bytes | None:
+        """See Connections."""
+        with self._tokens_lock, self._reported():
             self._check_file()
-            opened = apsw.Connection(str(self._path), flags=apsw.SQLITE_OPEN_READONLY)
-            opened.set_busy_timeout(READER_TIMEOUT_MS)
-            return opened
-
-    @contextmanager
-    def snapshot_of(self, reader: apsw.Connection) -> Iterator[apsw.Connection]:
-        """Read through a connection of `open_reader` as of one moment, without waiting."""
-        with self._reported():
-            self._check_file()
-            with reader:
-                yield reader
+            return queries.tokens_of(self._tokens_reader, key)
 
     @contextmanager
     def news(self, seen: int | None) -> Iterator[tuple[int, Connection] | None]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import uuid
 from collections.abc import Set
 from typing import Literal
 
@@ -28,14 +27,9 @@ class StoreRecord:
             return _column(db, "store_url")
 
     def market_id(self) -> str:
-        """Return what this market writes into its object store; makes it the first time."""
+        """Return what this market writes into its object store."""
         with self._db.snapshot() as db:
-            found = _column(db, "store_id")
-        if found is not None:
-            return found
-        with self._db.transaction() as db:
-            statement = "UPDATE catalogue SET store_id = coalesce(store_id, ?) RETURNING store_id"
-            return str(queries.rows(db, statement, (uuid.uuid4().hex,))[0][0])
+            return str(_column(db, "store_id"))
 
     def is_current(self) -> bool:
         """Say whether this process knows where the chunks are: in an object store, or not."""

@@ -22,6 +22,7 @@ DECLINED = (
     "invalid_token",
     "malformed",
     "other_tokens",
+    "not_on_offer",
     "weights_changed",
     "ledger_busy",
     "ledger_unavailable",
@@ -106,10 +107,9 @@ METRICS: dict[str, Metric] = {
         buckets=COMMIT_BUCKETS,
     ),
     # What is on offer, and what it takes
-    "documents": _gauge("documents", "Documents that can be matched in memory, at least in part."),
+    "documents": _gauge("documents", "Documents that can be matched, at least in part."),
     "chunks": _gauge(
-        "chunks",
-        "Chunks that can be matched in memory; one that several documents share counts once.",
+        "chunks", "Chunks that can be matched; one that several documents share counts once."
     ),
     "stored_bytes": _gauge(
         "bytes",

@@ -67,7 +67,7 @@ def match_of(document: DocumentChunks) -> Match:
     """A document's match with itself, as the catalogue would find it."""
     listing = Listing.of(document, ListingTerms(title="self-test"))
     chunks = tuple(
-        MatchedChunk(key, parent, tokens, count := len(tokens) // TOKEN_BYTES, count)
+        MatchedChunk(key, parent, count := len(tokens) // TOKEN_BYTES, count)
         for key, parent, tokens in zip(
             document.keys, document.parents, document.tokens, strict=True
         )

@@ -54,8 +54,6 @@ class RequestParams(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     account: AccountId | None = None
     # The document that is bought, to its end and nothing behind it; None: the longest match.
     document: str | None = None
-    # Its length, which is known to the gate; the engine may not have it in memory.
-    document_tokens: Annotated[int, msgspec.Meta(ge=1)] | None = None
     # Whether the request ends with a Refusal, uncomputed, when its reuse cannot be reserved.
     must_reserve: bool = False
     # Requests with one key are one purchase, on every engine: a client's retries.

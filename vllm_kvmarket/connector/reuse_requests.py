@@ -218,9 +218,6 @@ def pin(
     listing = reuse.match.whole if reuse.match else None
     if listing is None or not listing.pinned:
         return
-    # A match in the database may know of the pin before memory does, which would end it at once.
-    if not engine.market.catalogue.index.is_pinned(listing.document_id):
-        return
     # The last token of a prompt is computed, also of one that is just the document.
     if reuse.reused >= listing.token_count - 1:
         if len(block_ids) == 1:

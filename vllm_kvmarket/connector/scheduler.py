@@ -1,7 +1,7 @@
 """The scheduler half: one object for each request that concerns the market, and its steps.
 
-It lives in vLLM's engine core and never waits: the catalogue's match is in memory; what asks the
-ledger or the database is a future that it looks at.
+It lives in vLLM's engine core and never waits: a match is read from the machine's index; what asks
+the ledger, or a database on another machine, is a future that it looks at.
 """
 
 from __future__ import annotations
@@ -65,16 +65,14 @@ if TYPE_CHECKING:
 logger = init_logger("vllm.kvmarket.scheduler")
 
 _LOST = (Outcome.EXPIRED, Outcome.ALREADY_VOIDED, Outcome.PENDING_NOT_FOUND)
-# How soon the metrics show that vLLM's cache was emptied.
-PINS_INTERVAL_S = 1.0
+# How soon it is seen that a document is pinned no more, or that vLLM's cache was emptied.
+PINS_INTERVAL_S = 0.25
 NOT_LOOKED_UP = "the documents on offer could not be looked up"
 
 
 @dataclass(frozen=True, slots=True)
 class DatabaseLookup:
-    """A request whose match is being looked up in the database, because memory does not hold all
-    documents.
-    """
+    """A request whose match ends inside a chunk whose tokens are read from another machine."""
 
     params: RequestParams | Declined
     namespace: bytes
@@ -213,24 +211,15 @@ class SchedulerHalf:
             if keeps_states(namespace):
                 # The last one is computed, and there is no state before a document's last token.
                 tokens = tokens[:-1]
-            match = self._market.catalogue.match(namespace, tokens)
-            if self._asks_database(request, params, match):
+            if not _may_wait(request, params):
+                match = self._market.catalogue.match(namespace, tokens)
+            else:
                 found = self._market.catalogue.match_later(namespace, tokens)
-                lookup = DatabaseLookup(params, namespace, found)
-                self._requests[request.request_id] = lookup
-                return
+                if not found.done() or found.exception() is not None:
+                    self._requests[request.request_id] = DatabaseLookup(params, namespace, found)
+                    return
+                match = found.result()
         self._admit(request, params, namespace, match)
-
-    def _asks_database(
-        self, request: Request, params: RequestParams | Declined, match: Match | None
-    ) -> bool:
-        """Whether the database may know a longer match than memory."""
-        return (
-            self._market.catalogue.index.is_beyond_memory
-            # These reuse nothing, and vLLM does not let them wait either.
-            and not request.skip_reading_prefix_cache
-            and not (isinstance(params, RequestParams) and params.audit is not None)
-        )
 
     def _admit(
         self,
@@ -272,24 +261,22 @@ class SchedulerHalf:
 
         Declines a prompt that does not begin with exactly the document's tokens.
         """
-        assert params.document is not None
-        catalogue = self._market.catalogue
-        listing = catalogue.index.tree.listing(params.document)
-        count = params.document_tokens or (listing.token_count if listing else 0)
-        tokens = request.prompt_token_ids[:count]
-        namespace = match.listing.namespace
-        document = DocumentChunks.of(namespace, tokens, catalogue.chunk_tokens) if tokens else None
-        # The last chunk of a document with a state is no part of a longer one.
-        found = catalogue.match(namespace, tokens) if keeps_states(namespace) else match
-        if document is None or document.document_id != params.document:
-            message = f"the prompt does not begin with document {params.document}"
-            return Declined(message, "other_tokens", params.must_reserve), match
-        if found is None or found.token_count < document.token_count:
-            # Damaged or withdrawn since the client was answered a price.
-            message = f"document {params.document} is not on offer whole now"
-            return Declined(message, "not_on_offer", params.must_reserve), match
-        cut = found.until(document.token_count)
-        return params, msgspec.structs.replace(cut, whole=listing) if listing else cut
+        name, catalogue = params.document, self._market.catalogue
+        if name is not None and (listing := catalogue.index.listing(name)) is not None:
+            tokens = request.prompt_token_ids[: listing.token_count]
+            namespace = match.listing.namespace
+            document = DocumentChunks.of(namespace, tokens, catalogue.chunk_tokens)
+            if document.document_id != name:
+                message = f"the prompt does not begin with document {name}"
+                return Declined(message, "other_tokens", params.must_reserve), match
+            # The last chunk of a document with a state is no part of a longer one.
+            found = catalogue.match(namespace, tokens) if keeps_states(namespace) else match
+            if found is not None and found.token_count >= listing.token_count:
+                cut = found.until(listing.token_count)
+                return params, msgspec.structs.replace(cut, whole=listing)
+        # Damaged or withdrawn since the client was answered a price, or never there.
+        message = f"document {name} is not on offer whole now"
+        return Declined(message, "not_on_offer", params.must_reserve), match
 
     def _looked_up(self, request: Request, lookup: DatabaseLookup) -> None:
         """Go on with a request now that the database has answered."""
@@ -368,9 +355,9 @@ class SchedulerHalf:
         """Let documents go that are pinned no more, or have lost blocks; mutates."""
         if not self.pins.block_count:
             return
-        self.pins.unpin_unless(self._market.catalogue.index.is_pinned)
         if time.monotonic() >= self._look_at_pins_s:
             self._look_at_pins_s = time.monotonic() + PINS_INTERVAL_S
+            self.pins.unpin_unless(self._market.catalogue.index.is_pinned)
             self.pins.forget_lost()
         self.metrics.pinned(self.pins.block_count)
 
@@ -509,6 +496,12 @@ class SchedulerHalf:
         made = self._requests.get(request_id)
         if made is not None and not isinstance(made, DatabaseLookup):
             made.reuse.load_ended(load, self._engine.facts)
+
+
+def _may_wait(request: Request, params: RequestParams | Declined) -> bool:
+    """Whether vLLM lets a request wait for its match; those that reuse nothing it does not."""
+    is_audit = isinstance(params, RequestParams) and params.audit is not None
+    return not request.skip_reading_prefix_cache and not is_audit
 
 
 def _log_lost_holds(renewed: Future[list[Result]]) -> None:

@@ -72,8 +72,8 @@ class SchedulerMetrics:
         catalogue, ledger = self._market.catalogue, self._market.ledger
         self._tally.stand_at(
             {
-                "documents": len(catalogue.index.tree.entries),
-                "chunks": catalogue.index.tree.chunk_count,
+                "documents": catalogue.index.documents,
+                "chunks": catalogue.index.chunks,
                 _QUEUE: ledger.queue_depth,
             }
         )

@@ -278,11 +278,11 @@ class MarketConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
             gt=0, le=60, description="how often an engine looks for other processes' listings"
         ),
     ] = 0.25
-    catalogue_chunks_in_memory: Annotated[
-        Annotated[int, msgspec.Meta(ge=0)] | None,
+    index_folder: Annotated[
+        str | None,
         msgspec.Meta(
-            description="most chunks (1.5 KB each) that a process keeps in memory to match "
-            "requests; documents beyond are matched in the database; null: all"
+            description="where this machine keeps its index of what is on offer, which is made "
+            "again when it is lost; on a local disk; null: in the home"
         ),
     ] = None
 
@@ -323,11 +323,6 @@ class MarketConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
             raise ConfigError(
                 "database_url: machines that share listings must share their chunks; set "
                 "object_store_url too, or give ledger_url alone"
-            )
-        if self.catalogue_chunks_in_memory is not None:
-            raise ConfigError(
-                "catalogue_chunks_in_memory: with database_url all documents are in memory; leave "
-                "it out"
             )
 
 

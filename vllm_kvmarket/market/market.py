@@ -20,7 +20,7 @@ from vllm_kvmarket.auth.operator_tokens import Credentials
 from vllm_kvmarket.auth.sealed_secret import SealedSecret, secrets_key
 from vllm_kvmarket.auth.shared_keys import SharedKeys
 from vllm_kvmarket.auth.signing_keys import SigningKeys, TrustedKeys
-from vllm_kvmarket.catalogue import Audit, Catalogue, Listing, Match, Use
+from vllm_kvmarket.catalogue import INDEX_FOLDER, Audit, Catalogue, Listing, Match, Use
 from vllm_kvmarket.core.config import MarketConfig, load, to_mapping
 from vllm_kvmarket.core.document_chunks import DocumentChunks
 from vllm_kvmarket.core.errors import (
@@ -93,8 +93,8 @@ class Market:
             self.catalogue = Catalogue.open(
                 self.database,
                 chunk_tokens=config.chunk_tokens,
-                chunks_in_memory=config.catalogue_chunks_in_memory,
-                is_sellable=lambda terms: not config.tariff.terms(terms).is_dearer_than_computing,
+                index_folder=Path(config.index_folder or self.home / INDEX_FOLDER).expanduser(),
+                tariff=config.tariff,
             )
             opened.callback(self.catalogue.close)
             self.store = store_of(msgspec.structs.replace(config, home=str(self.home)))
@@ -227,7 +227,7 @@ class Market:
     ) -> Match | None:
         """The longest published prefix that is sold; see sold_part.
 
-        Memory only, unless documents are beyond it: then it may wait for the database.
+        It may wait for a database on another machine.
         """
         found = self.catalogue.match_anywhere(namespace, token_ids)
         return self.sold_part(found, named=named) if found is not None else None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import msgspec
-import pytest
 
 from tests.support.catalogue_documents import NAMESPACE, publish, tokens
 from vllm_kvmarket.catalogue import Catalogue
@@ -14,14 +13,6 @@ DOCUMENT = tokens(600)
 
 def share(key: bytes, fingerprint: bytes, rank: int = 0, world_size: int = 1) -> StoredShare:
     return StoredShare(key, rank, world_size, "layout", 1000, fingerprint)
-
-
-@pytest.fixture(params=[None, 0], ids=["memory", "database"])
-def catalogue(request, path):
-    """A catalogue that matches in memory, and one that matches in its database."""
-    with Catalogue.open(path, chunks_in_memory=request.param) as catalogue:
-        yield catalogue
-        assert catalogue.check_integrity() == []
 
 
 def known(catalogue: Catalogue) -> list[bytes]:

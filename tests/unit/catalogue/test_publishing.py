@@ -42,7 +42,7 @@ def test_a_document_is_matched_from_its_commit_on(catalogue):
     assert [chunk.key for chunk in match.chunks] == list(listing.chunk_keys)
     assert catalogue.get(listing.document_id) == live
     assert catalogue.tokens_of(listing.document_id) == DOCUMENT
-    assert catalogue.index.tree.chunk_count == 3
+    assert (catalogue.index.documents, catalogue.index.chunks) == (1, 3)
 
 
 def test_a_live_document_is_not_published_again(catalogue):

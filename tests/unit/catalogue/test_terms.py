@@ -7,8 +7,6 @@ import time
 
 import apsw
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from tests.support.catalogue_documents import (
     NAMESPACE,
@@ -24,7 +22,6 @@ from tests.support.catalogue_documents import (
     tokens,
 )
 from vllm_kvmarket.catalogue import Catalogue
-from vllm_kvmarket.catalogue.index import Expiries
 from vllm_kvmarket.core.errors import CatalogueError, NotFoundError
 
 DOCUMENT = tokens(700)
@@ -162,21 +159,6 @@ def test_a_repair_keeps_the_end_and_the_pin(catalogue):
     catalogue.begin(listing_of(DOCUMENT), chunks_of(DOCUMENT))
     catalogue.heal_all(listing.chunk_keys)
     assert catalogue.commit(listing.document_id, 1) == pinned
-
-
-@given(st.lists(st.tuples(st.sampled_from("abc"), st.none() | st.integers(0, 9)), max_size=20))
-def test_ends_are_told_once_and_in_order(notes):
-    """As of any moment, those noted last that lie behind it."""
-    expiries, expected = Expiries(), {}
-    for name, end in notes:
-        expiries.note(name, end)
-        expected[name] = end
-    ended_names = []
-    for now in range(10):
-        due = expiries.take_due(now)
-        assert {expected[name] for name in due} <= {now}
-        ended_names += due
-    assert sorted(ended_names) == sorted(name for name, end in expected.items() if end is not None)
 
 
 # Pins

@@ -1,4 +1,6 @@
-"""Requests whose documents are beyond memory, called as vLLM's scheduler calls the half."""
+"""Requests whose match ends inside a chunk that is read from another machine, called as vLLM's
+scheduler calls the half.
+"""
 
 from __future__ import annotations
 
@@ -18,19 +20,22 @@ from tests.support.scheduler_half import (
     local_tokens,
     request_of,
 )
-from vllm_kvmarket.connector.scheduler import NOT_LOOKED_UP, DatabaseLookup
+from vllm_kvmarket.catalogue.sqlite_connections import SqliteConnections
+from vllm_kvmarket.connector.scheduler import NOT_LOOKED_UP
 from vllm_kvmarket.core.errors import CatalogueError
 
-PROMPT = [*DOCUMENT, 7, 8]
+MATCHED = 598
+PROMPT = [*DOCUMENT[:MATCHED], 7, 8]
 
 
 @pytest.fixture
 def new_half(market, monkeypatch):
-    """Make a scheduler half with so many chunks in memory."""
+    """Make a scheduler half whose database is read as if it were on another machine, or is not."""
     made = []
 
-    def new(chunks: int | None, **settings):
-        made.append(half_of(market, monkeypatch, catalogue_chunks_in_memory=chunks, **settings))
+    def new(*, near: bool = False):
+        monkeypatch.setattr(SqliteConnections, "is_near", near)
+        made.append(half_of(market, monkeypatch))
         return made[-1]
 
     yield new
@@ -65,20 +70,19 @@ def end(half, request, external=0):
     return loads, (half.finished(request, [[1, 2, 3, 4, 5]])[1] or {}).get("kvmarket", {})
 
 
-@pytest.mark.parametrize("chunks", [0, 3])
-def test_a_document_beyond_memory_is_sold_as_any_other(new_half, market, chunks):
-    """To the token, charged once; also where another one fills the memory."""
+def test_what_is_looked_up_is_sold_as_any_other(new_half, market):
+    """To the token, charged once."""
     store_and_list(market, tokens(600, 1), publisher="pat")
-    half = new_half(chunks)
+    half = new_half()
     cache_document(half, tokens(600, 1))
-    for number, prompt in enumerate((PROMPT, [*tokens(600, 1), 7, 8])):
+    for number, prompt in enumerate((PROMPT, [*tokens(600, 1)[:MATCHED], 7, 8])):
         request = request_of(prompt, market.params("alice"), f"r-{number}")
         half.arrived(request)
-        assert admitted(half, request) == (CACHED, 600 - CACHED)
+        assert admitted(half, request) == (CACHED, MATCHED - CACHED)
         # Here vLLM has no room to load, and goes on with what it has cached.
         _, answer = end(half, request)
         assert answer["document_id"] == market.match(NAMESPACE, prompt).listing.document_id
-        assert (answer["matched_tokens"], answer["charge_nano"]) == (600, CACHED * 500)
+        assert (answer["matched_tokens"], answer["charge_nano"]) == (MATCHED, CACHED * 500)
         assert market.receipt(answer["receipt_id"]).charge_nano == CACHED * 500
     assert market.ledger.account("alice").debits_posted == 2 * CACHED * 500
     assert half._requests == {}
@@ -86,7 +90,7 @@ def test_a_document_beyond_memory_is_sold_as_any_other(new_half, market, chunks)
 
 def test_what_is_loaded_are_the_documents_own_chunks(new_half, market):
     """From the first token that vLLM has not cached."""
-    half = new_half(0)
+    half = new_half()
     request = request_of(PROMPT, market.params("alice"))
     half.arrived(request)
     local, external = admitted(half, request)
@@ -97,7 +101,7 @@ def test_what_is_loaded_are_the_documents_own_chunks(new_half, market):
 
 def test_what_nobody_published_goes_on_with_vllms_own_cache(new_half, market):
     """And leaves nothing behind."""
-    half = new_half(0)
+    half = new_half()
     for number, params in enumerate(({}, market.params("alice"))):
         request = request_of(tokens(600, 5), params, f"r-{number}")
         half.arrived(request)
@@ -118,7 +122,7 @@ def test_what_nobody_published_goes_on_with_vllms_own_cache(new_half, market):
 )
 def test_who_may_not_reuse_it_has_it_from_no_cache(new_half, market, params, reason):
     """Blocks that vLLM found before the database answered are not taken either."""
-    half = new_half(0)
+    half = new_half()
     request = request_of(PROMPT, params(market))
     half.arrived(request)
     assert admitted(half, request) == (0, 0)
@@ -134,7 +138,7 @@ def wish(**fields):
 
 def test_nothing_is_decided_while_the_lookup_is_under_way(new_half, market, monkeypatch):
     """vLLM's cached blocks do not matter: it asks again until the database has answered."""
-    half = new_half(0)
+    half = new_half()
     catalogue = half._market.catalogue
     found: Future = Future()
     monkeypatch.setattr(catalogue, "match_later", lambda *_: found)
@@ -145,13 +149,13 @@ def test_nothing_is_decided_while_the_lookup_is_under_way(new_half, market, monk
         half.take_instructions()
     assert half._engine.purchases.held() == []
     found.set_result(market.match(NAMESPACE, PROMPT))
-    assert admitted(half, request) == (CACHED, 600 - CACHED)
+    assert admitted(half, request) == (CACHED, MATCHED - CACHED)
 
 
 @pytest.mark.parametrize("error", [CatalogueError("locked"), ValueError("a bug")])
 def test_a_lookup_that_fails_is_a_request_that_is_computed(new_half, market, monkeypatch, error):
     """In full: what could not be looked up may have been published."""
-    half = new_half(0)
+    half = new_half()
     failed: Future = Future()
     failed.set_exception(error)
     monkeypatch.setattr(half._market.catalogue, "match_later", lambda *_: failed)
@@ -167,7 +171,7 @@ def test_a_lookup_that_fails_is_a_request_that_is_computed(new_half, market, mon
 
 def test_an_aborted_request_leaves_nothing(new_half, market, monkeypatch):
     """Neither a lookup nor a reservation, and the future need not be worked on any more."""
-    half = new_half(0)
+    half = new_half()
     waiting: Future = Future()
     monkeypatch.setattr(half._market.catalogue, "match_later", lambda *_: waiting)
     request = request_of(PROMPT, market.params("alice"))
@@ -180,58 +184,53 @@ def test_an_aborted_request_leaves_nothing(new_half, market, monkeypatch):
     assert half._engine.purchases.held() == []
 
 
-def test_publishing_finds_what_is_published_beyond_memory(new_half, market):
+def test_publishing_finds_what_is_published(new_half, market):
     """The part that is there is loaded, and the document is begun once the database has said so."""
-    half = new_half(0)
-    longer = [*DOCUMENT[:512], *tokens(200, 3)]
+    half = new_half()
+    longer = [*DOCUMENT[:520], *tokens(200, 3)]
     request = request_of(longer, wish(publish={"terms": {"title": "longer"}}))
     half.arrived(request)
-    assert isinstance(half._requests[request.request_id], DatabaseLookup)
-    assert admitted(half, request) == (CACHED, 0)
-    assert half._requests[request.request_id].reuse.limit == 512
+    assert admitted(half, request) == (CACHED, 520 - CACHED)
+    assert half._requests[request.request_id].reuse.limit == 520
     assert market.catalogue.listings("publishing")[0].terms.title == "longer"
 
 
-@pytest.mark.parametrize("chunks", [None, 100])
-def test_without_documents_beyond_memory_nothing_is_looked_up(
-    new_half, market, monkeypatch, chunks
-):
-    """Not one extra step."""
-    half = new_half(chunks)
-    monkeypatch.setattr(half._market.catalogue, "match_later", None)
-    request = request_of(PROMPT, market.params("alice"))
+@pytest.mark.parametrize(("near", "prompt"), [(True, PROMPT), (False, [*DOCUMENT, 7, 8])])
+def test_what_the_machine_knows_is_not_looked_up(new_half, market, near, prompt):
+    """Not one extra step: a database at hand, or a prompt with the whole document."""
+    half = new_half(near=near)
+    request = request_of(prompt, market.params("alice"))
     half.arrived(request)
     assert half._requests[request.request_id].purchase is not None
-    assert admitted(half, request) == (CACHED, 600 - CACHED)
+    matched = 600 if prompt[:600] == DOCUMENT else MATCHED
+    assert admitted(half, request) == (CACHED, matched - CACHED)
 
 
 def test_the_samples_of_one_request_share_one_charge(new_half, market):
     """Each is looked up, and joins the purchase of the first."""
-    half = new_half(0)
+    half = new_half()
     samples = [request_of(PROMPT, market.params("alice")) for _ in range(3)]
     for number, request in enumerate(samples):
         request.request_id = f"{number}_cmpl"
         request.arrival_time = samples[0].arrival_time
         half.arrived(request)
     for request in samples:
-        assert admitted(half, request) == (CACHED, 600 - CACHED)
+        assert admitted(half, request) == (CACHED, MATCHED - CACHED)
     assert len(half._engine.purchases.held()) == 1
 
 
-def test_a_pinned_document_is_held_once_memory_knows_that_it_is_pinned(
-    new_half, market, monkeypatch
-):
-    """Or the next step would let go of what the database was the first to say."""
-    half = new_half(0, refresh_interval_s=60)
+def test_a_document_that_another_process_pins_is_held(new_half, market, monkeypatch):
+    """The next step asks whether it still is, and must not let go of it."""
+    half = new_half()
+    prompt = [*DOCUMENT, 7, 8]
     held = []
     monkeypatch.setattr(half.pins, "pin", lambda name, *_: held.append(name) or "")
-    name = market.match(NAMESPACE, PROMPT).listing.document_id
+    name = market.match(NAMESPACE, prompt).listing.document_id
     market.catalogue.set_pinned(name, pinned=True)
-    for number, expected in enumerate(([], [name])):
-        request = request_of(PROMPT, market.params("alice"), f"r-{number}")
-        half.arrived(request)
-        admitted(half, request)
-        half._requests[request.request_id].reuse.reused = 600
-        end(half, request)
-        assert held == expected
-        half._market.catalogue.refresh()
+    request = request_of(prompt, market.params("alice"))
+    half.arrived(request)
+    admitted(half, request)
+    half._requests[request.request_id].reuse.reused = 600
+    end(half, request)
+    assert held == [name]
+    assert half._market.catalogue.index.is_pinned(name)

@@ -57,7 +57,7 @@ REFUSED = [
     ({"account": "alice"}, tokens(600, 9), "document_not_on_offer", 404),
     ({"account": "alice", "document": "DOCUMENT"}, PROMPT[1:], "document_not_on_offer", 404),
     ({"account": "alice", "document": "DOCUMENT"}, PROMPT[:599], "document_mismatch", 409),
-    ({"account": "alice", "document": "kvd_other"}, PROMPT, "document_mismatch", 409),
+    ({"account": "alice", "document": "kvd_other"}, PROMPT, "document_not_on_offer", 404),
     ({"account": "alice", "declined": "never"}, PROMPT, "request_refused", 409),
     ({"account": "alice", "nonsense": 1}, PROMPT, "request_refused", 409),
 ]
@@ -84,13 +84,30 @@ def test_what_cannot_be_reserved_is_ended_with_a_reason(
         assert found.debits_posted == found.debits_pending == 0
 
 
-@pytest.mark.parametrize("named", [True, False])
-def test_what_can_be_reserved_is_sold(market, half, named):
-    """To the document's end, whether the gate says how long it is or memory knows."""
+def test_what_can_be_reserved_is_sold(market, half):
+    """To the document's end."""
     fields = {"account": "alice", "document": name_of(market), "max_price_nano": 600 * 500}
-    if named:
-        fields["document_tokens"] = 600
     request = request_of(PROMPT, params(**fields))
+    half.arrived(request)
+    assert decided(half, request) == (600 - CACHED, None)
+
+
+@pytest.mark.parametrize("lost", [0, 1, 2])
+def test_a_named_document_that_lost_a_chunk_since_its_quote_is_not_on_offer(market, half, lost):
+    """The client was told a price; what is left is not sold as the document. Healed, it is."""
+    listing = market.match(NAMESPACE, PROMPT).listing
+    key = listing.chunk_keys[lost]
+    assert market.quote(NAMESPACE, PROMPT, named=True).tokens == 600
+    market.catalogue.report_damage(key)
+    fields = {"account": "alice", "document": listing.document_id}
+    request = request_of(PROMPT, params(**fields))
+    half.arrived(request)
+    external, refusal = decided(half, request)
+    assert (external, refusal.code, refusal.status) == (None, "document_not_on_offer", 404)
+    assert listing.document_id in refusal.message
+    half.finished(request, [[]])
+    market.catalogue.heal(key)
+    request = request_of(PROMPT, params(**fields), "r-2")
     half.arrived(request)
     assert decided(half, request) == (600 - CACHED, None)
 
@@ -147,7 +164,6 @@ def test_a_named_document_is_bought_at_its_terms_and_nothing_behind_it(market, h
     name = market.match(NAMESPACE, DOCUMENT).whole.document_id
     assert buy(half, longer) == (800, [("pat", 600), ("sam", 800)])
     assert buy(half, longer, document=name) == (600, [("pat", 600)])
-    assert buy(half, longer, document=name, document_tokens=600) == (600, [("pat", 600)])
 
 
 def test_a_dear_continuation_keeps_nobody_from_buying_the_document(market, half, longer):
@@ -208,8 +224,8 @@ def test_a_ledger_that_is_away_refuses_for_now(half, monkeypatch):
 
 
 def test_a_document_that_cannot_be_looked_up_is_not_computed(market, monkeypatch):
-    """Where not all documents are in memory, and the database is away."""
-    half = half_of(market, monkeypatch, catalogue_chunks_in_memory=0)
+    """Its last chunk's tokens are on another machine, which is away."""
+    half = half_of(market, monkeypatch)
     failed: Future = Future()
     failed.set_exception(CatalogueError("locked"))
     monkeypatch.setattr(half._market.catalogue, "match_later", lambda *_: failed)

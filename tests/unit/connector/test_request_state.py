@@ -18,7 +18,7 @@ from vllm_kvmarket.connector.messages import LoadReport
 from vllm_kvmarket.connector.purchases import client_request_id, ledger_key, purchase_group
 from vllm_kvmarket.connector.request_state import EngineFacts, Reuse
 from vllm_kvmarket.core.listing_terms import ListingTerms
-from vllm_kvmarket.core.model_identity import ROOT, chunk_keys, marked, pack_tokens
+from vllm_kvmarket.core.model_identity import ROOT, chunk_keys, marked
 
 CHUNK, BLOCK = 64, 16
 NAMESPACE = b"n" * 32
@@ -45,7 +45,6 @@ def matching(count):
         MatchedChunk(
             key=KEYS[index],
             parent=KEYS[index - 1] if index else ROOT,
-            tokens=pack_tokens(DOCUMENT[start : start + CHUNK]),
             token_count=len(DOCUMENT[start : start + CHUNK]),
             matched=min(CHUNK, count - start),
             known=bytes([index]) * 8,

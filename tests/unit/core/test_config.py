@@ -158,7 +158,7 @@ configs = st.builds(
     without_account=st.sampled_from(["recompute", "free"]),
     trust_requests=st.none() | st.booleans(),
     refresh_interval_s=st.floats(0.01, 60),
-    catalogue_chunks_in_memory=st.none() | st.integers(0),
+    index_folder=st.none() | st.text(),
 )
 
 

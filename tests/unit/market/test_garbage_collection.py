@@ -316,14 +316,10 @@ def test_a_bucket_that_markets_shared_before_is_left_alone(bucket):
 # What is purged
 
 
-@pytest.mark.parametrize("beyond", [None, 1], ids=["in memory", "beyond memory"])
-def test_nothing_of_a_purged_document_is_in_home_or_bucket(tmp_path, beyond):
-    """Not in the database and its log, in files, in quarantine, or in objects, known or not."""
+def test_nothing_of_a_purged_document_is_in_home_or_bucket(tmp_path):
+    """Not in database, log, index, files or quarantine, nor in objects, known or not."""
     (tmp_path / "bucket").mkdir()
-    config = {
-        "object_store_url": (tmp_path / "bucket").as_uri(),
-        "catalogue_chunks_in_memory": beyond,
-    }
+    config = {"object_store_url": (tmp_path / "bucket").as_uri()}
     document, other_end = tokens(LENGTH, 1), [*tokens(LENGTH, 1)[:256], *tokens(300, 2)]
     with Market.open(tmp_path / "home", config) as market:
         gone, kept = store_and_list(market, document), store_and_list(market, other_end)

@@ -100,7 +100,7 @@ class Documents:
                 self._tokens[document_id] = tokens
                 while len(self._tokens) > REMEMBERED:
                     self._tokens.popitem(last=False)
-        # It may have been withdrawn meanwhile. This reads memory, mostly.
+        # It may have been withdrawn meanwhile.
         match = self._market.catalogue.match_anywhere(self._namespace, tokens)
         whole = None if match is None else match.whole
         if whole is None or whole.document_id != document_id:

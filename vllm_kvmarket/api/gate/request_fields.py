@@ -270,7 +270,6 @@ def engine_params(
     params = {
         "account": caller.account,
         "document": field.document,
-        "document_tokens": request.document_tokens,
         "must_reserve": field.is_binding or None,
         "purchase_key": request.purchase_key,
         "max_price_nano": limits[0] if limits and len(limits) == 1 else limits,

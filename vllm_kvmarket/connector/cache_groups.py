@@ -27,8 +27,9 @@ if TYPE_CHECKING:
     from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheSpec
 
 LATENT = (
-    "this model keeps a compressed KV cache (multi-head latent attention, as DeepSeek does), which "
-    "is reused only where vLLM's own prefix caching is on; start it without kvmarket"
+    "this model keeps a compressed KV cache (multi-head latent attention, as DeepSeek does), with "
+    "which a reuse gave other tokens on a CPU; elsewhere it needs vLLM's own prefix caching; start "
+    "it without kvmarket"
 )
 # Recurrent layers whose reuse was compared with full prefill, by vLLM's names.
 STATES = frozenset({"MAMBA2"})

@@ -61,9 +61,10 @@ longest shorter document on offer, or a multiple of `state_every_tokens`. Prompt
 another order of sums than full prefill has, so log-probabilities are close and not equal to the bit. vLLM's prefix
 caching must be off (`--no-enable-prefix-caching`): it keeps states in another place, which was not tried.
 Of recurrent layers only Mamba2's are taken. A tiny random LFM2 (short convolutions) ran, and its reuse gave the same
-tokens with log-probabilities up to 0.03 from full prefill's in float32, so that the self-test failed. The model's
-layers saw the state that had been stored, to the bit, and float32 itself is exact to 0.00001 there: where the answers
-go apart was not found, so short convolutions stay refused.
+tokens with log-probabilities up to 0.03 from full prefill's in float32, so that the self-test failed. The state is
+not the cause: the convolutions gave the same numbers behind it, to the bit, and full prefill in two pieces, cut where
+the document ends, gave the reuse's answers. vLLM's attention of this model gives others in two pieces than in one (by
+0.03 in log-probabilities, where float32 itself is exact to 0.00001), so short convolutions stay refused.
 
 Latent attention is refused on a CPU. Of a tiny random DeepSeek-V2 in bfloat16, the only dtype of vLLM's kernel (AMX),
 vLLM's own hit was 0.8 to 1.2 from full prefill, and both were 10 from float32: its weights were so wide that rounding

@@ -188,7 +188,19 @@ class Fleet:
         headers["authorization"] = f"Bearer {self.secrets[account]}"
         with httpx.stream("POST", url, json=body, headers=headers, timeout=120) as answer:
             assert answer.status_code == 200, answer.read()
-            yield _pieces(answer.iter_lines())
+            yield self._pieces(answer.iter_lines())
+
+    def _pieces(self, lines: Iterator[str]) -> Iterator[str]:
+        """The text of each event; the market's own has receipts instead."""
+        for line in lines:
+            data = line.removeprefix("data: ")
+            if data not in (line, "[DONE]"):
+                event = json.loads(data)
+                assert "error" not in event, event
+                yield from (choice["text"] for choice in event.get("choices", ()))
+                self.receipts |= {
+                    each["id"]: each["charge_nano"] for each in event.get("receipts", ())
+                }
 
     def forget(self, document_id: str) -> None:
         """Remove a document's chunks from every machine's disk."""
@@ -209,16 +221,6 @@ def request_body(prompt: Sequence[int], max_tokens: int) -> dict[str, Any]:
     """A completion of exactly that length."""
     body = {"model": MODEL, "prompt": list(prompt), "temperature": 0, "ignore_eos": True}
     return body | {"max_tokens": max_tokens}
-
-
-def _pieces(lines: Iterator[str]) -> Iterator[str]:
-    """The text of each event; the market's own has none."""
-    for line in lines:
-        data = line.removeprefix("data: ")
-        if data not in (line, "[DONE]"):
-            event = json.loads(data)
-            assert "error" not in event, event
-            yield from (choice["text"] for choice in event.get("choices", ()))
 
 
 @contextmanager

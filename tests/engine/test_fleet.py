@@ -190,12 +190,12 @@ def test_a_machine_that_dies_in_mid_answer_costs_its_buyer_one_price(fleet, firs
     with fleet.streaming(0, prompt, "bob", LONG, **key) as pieces:
         next(pieces)
         fleet.machines[0].kill()
-    known = len(fleet.receipts)
+    known = len(fleet.streamed)
     with fleet.streaming(1, prompt, "bob", LONG, **key) as pieces:
         fleet.remember(prompt, LONG, "".join(pieces))
     # Not before: a start takes all cores, and who cannot reserve within a second computes.
     fleet.machines[0].start()
-    assert len(fleet.receipts) == known + 1, fleet.machines[1].log.read_text()[-3000:]
+    assert len(fleet.streamed) == known + 1, fleet.machines[1].log.read_text()[-3000:]
     fleet.machines[0].wait()
     assert fleet.settled("bob") == before + LENGTH * PRICE_NANO
     sells(fleet, 0, FIRST + question(6))
@@ -249,6 +249,7 @@ def test_every_answer_was_exact_and_every_account_equals_its_receipts(fleet, fir
         assert paid == sum(each.charge_nano for each in own)
         assert ledger.account(account).balance_nano == FUNDS_NANO - paid
     assert len(fleet.receipts) >= 20
+    assert fleet.streamed <= receipts.keys()
     assert (
         fleet.receipts.items() <= {key: each.charge_nano for key, each in receipts.items()}.items()
     )

@@ -108,6 +108,7 @@ class Fleet:
         # Each prompt with its answer's length, and every answer that anyone got to it.
         self.answers: dict[tuple[tuple[int, ...], int], set[str]] = {}
         self.receipts: dict[str, int] = {}
+        self.streamed: set[str] = set()  # receipts' ids, which a stream ends with
 
     def close(self) -> None:
         """End the machines, then the operator's view."""
@@ -191,16 +192,14 @@ class Fleet:
             yield self._pieces(answer.iter_lines())
 
     def _pieces(self, lines: Iterator[str]) -> Iterator[str]:
-        """The text of each event; the market's own has receipts instead."""
+        """The text of each event; the market's own has ids of receipts instead."""
         for line in lines:
             data = line.removeprefix("data: ")
             if data not in (line, "[DONE]"):
                 event = json.loads(data)
                 assert "error" not in event, event
                 yield from (choice["text"] for choice in event.get("choices", ()))
-                self.receipts |= {
-                    each["id"]: each["charge_nano"] for each in event.get("receipts", ())
-                }
+                self.streamed.update(event.get("receipt_ids", ()))
 
     def forget(self, document_id: str) -> None:
         """Remove a document's chunks from every machine's disk."""

@@ -160,13 +160,14 @@ def test_without_the_bucket_answers_are_computed_and_nobody_pays(servers, fleet,
 def test_without_the_database_answers_go_on_and_what_was_sold_is_booked(servers, fleet, first):
     """PostgreSQL crashes during a sale: the answer is complete, and paid once when it is back."""
     _, postgres, _ = servers
-    before = fleet.settled("bob")
+    before, known = fleet.settled("bob"), len(fleet.streamed)
     prompt = FIRST + question(5)
     with fleet.streaming(1, prompt, "bob", LONG) as pieces:
         text = next(pieces)
         postgres.stop(signal.SIGQUIT)
         text += "".join(pieces)
     fleet.remember(prompt, LONG, text)
+    assert len(fleet.streamed) == known + 1, "it was sold"
     computed = fleet.ask(0, prompt, is_emptied=False)
     assert cached(computed) == 0
     # Nobody is let in whose key cannot be checked.
@@ -174,6 +175,8 @@ def test_without_the_database_answers_go_on_and_what_was_sold_is_booked(servers,
     assert refused.status_code == 503, refused.text
     postgres.start()
     until(lambda: fleet.send(1, "GET", "/v1/kvmarket/receipts", "bob").status_code == 200)
+    # A buyer with ample funds may be served before the reservation is durable: nothing is pending.
+    until(lambda: fleet.settled("bob") > before)
     assert fleet.settled("bob") == before + LENGTH * PRICE_NANO
     for machine in (0, 1):
         sells(fleet, machine, FIRST + question(5))

@@ -48,6 +48,8 @@ CASES = {
     "truth values": (COMPLETIONS, {"prompt": [True] * MANY}),
     "prompts": (COMPLETIONS, {"prompt": [[1] * 90] * 1000}),
     "samples": (COMPLETIONS, {"prompt": "x", "n": 16_384}),
+    "nearly long numbers": (COMPLETIONS, {"prompt": ("1" * 99 + "a") * (BODY // 100)}),
+    "many short prompts": (COMPLETIONS, {"prompt": [[1]] * (BODY // 5)}),
     "long numbers": (COMPLETIONS, {"prompt": "x", "allowed_token_ids": [10**4000] * 1000}),
     "wrong stops": (CHAT, {"messages": [USER], "stop_token_ids": ["x"] * MANY}),
     "some wrong stops": (CHAT, {"messages": [USER], "stop_token_ids": ["x"] * 900}),

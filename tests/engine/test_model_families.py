@@ -5,6 +5,7 @@ Plain vLLM on this CPU is the judge: what it computes in full is expected of eve
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -249,17 +250,23 @@ def test_a_publication_that_is_preempted_is_computed_again_and_exact(llm, market
     document, question = words(82, 1100), QUESTIONS[0]
     full = ask(llm, document + question, rest_s=0)
     preempted, step = metric(llm, "vllm:num_preemptions"), llm.llm_engine.step
-    empty_prefix_cache(llm)
-    left = iter(range(4))
+    left: list[float] = []
 
     def preempt_and_step() -> Any:
-        # Between two of these the engine computes a step.
-        for _ in left:
+        # Between two of these the engine computes a step, if they come neither too fast nor late.
+        while left:
             llm.reset_prefix_cache(reset_running_requests=True)
+            time.sleep(left.pop())
         return step()
 
     monkeypatch.setattr(llm.llm_engine, "step", preempt_and_step)
-    listing = market.publish(llm, token_ids=document, title="preempted")
+    for pause_s in (0.0, 0.01, 0.03, 0.1, 0.3):
+        empty_prefix_cache(llm)
+        left += [pause_s] * 4
+        listing = market.publish(llm, token_ids=document, title="preempted")
+        if metric(llm, "vllm:num_preemptions") > preempted:
+            break
+        assert market.catalogue.evict(listing.document_id, "it was not preempted")
     assert metric(llm, "vllm:num_preemptions") > preempted
     empty_prefix_cache(llm)
     answer = ask(llm, document + question, market.params("alice"), rest_s=0)

@@ -58,11 +58,16 @@ class Sale(msgspec.Struct, frozen=True, gc=False):
     receipt: Receipt
 
 
-def sale(number: int) -> Sale:
-    """The sale of this second: buyers, documents and their publishers by turns."""
-    at_s, key = START_S + number + 0.25, f"sale:{number:09}"
+def names_of(number: int) -> tuple[float, str, str, str, str]:
+    """When a sale is booked, its key, its buyer, publisher and document."""
     buyer, publisher = f"buyer{number % BUYERS:04}", f"publisher{number % PUBLISHERS:03}"
     document = f"kvd_{number % DOCUMENTS:016x}"
+    return START_S + number + 0.25, f"sale:{number:09}", buyer, publisher, document
+
+
+def sale(number: int) -> Sale:
+    """The sale of this second: buyers, documents and their publishers by turns."""
+    at_s, key, buyer, publisher, document = names_of(number)
     receipt = receipt_of(key, buyer, publisher, document, at_s)
     held = Operation(
         "pending", f"{key}:reserve", buyer, "provider", 3_000, "", 900, "reuse", document
@@ -141,9 +146,7 @@ class Template:
 
     def rows(self, number: int) -> tuple[list[Row], Row]:
         """The three transfers and the receipt of a sale."""
-        at_s, key = START_S + number + 0.25, f"sale:{number:09}"
-        buyer, publisher = f"buyer{number % BUYERS:04}", f"publisher{number % PUBLISHERS:03}"
-        document = f"kvd_{number % DOCUMENTS:016x}"
+        at_s, key, buyer, publisher, document = names_of(number)
         values = {"key": key, "buyer": buyer, "publisher": publisher, "document": document}
         body = self._body % (values | {"at_s": at_s})
         digest = hashlib.sha256(body.encode()).hexdigest()

@@ -129,9 +129,9 @@ class Catalogue:
         return self.index.match(namespace, token_ids)
 
     def refresh(self) -> bool:
-        """Take over what was committed since, by whoever, and drop what has ended; whether anything
-        was. A large index is made in several steps, and matches nothing before the last. Raises
-        CatalogueError when the database cannot be read; what has ended goes even then.
+        """Take over what any process committed since, and drop what has ended; whether there was
+        anything. A large index is made in several steps, and matches nothing before the last.
+        Raises CatalogueError when the database cannot be read; what has ended goes even then.
         """
         return self.index.refresh()
 

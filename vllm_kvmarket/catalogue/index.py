@@ -47,7 +47,7 @@ _FORMAT = 1
 _BEHIND_ALL = 2**48
 # Listings that are taken over in one step.
 _AT_ONCE = 200
-# How long one refresh may take, which others wait for; whoever watches does the rest.
+# How long one refresh may take, which others wait for; the thread that watches does the rest.
 _AT_MOST_S = 0.5
 _SAID_EVERY_S = 10.0
 

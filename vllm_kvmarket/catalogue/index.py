@@ -50,6 +50,8 @@ _AT_ONCE = 200
 # How long one refresh may take, which others wait for; the thread that watches does the rest.
 _AT_MOST_S = 0.5
 _SAID_EVERY_S = 10.0
+# Others may publish while the index is checked, and then it is checked again, so often.
+_MOST_CHECKS = 20
 
 # What is said of a file whose rows are not what was written.
 UNREADABLE = (DamagedError, msgspec.DecodeError, struct.error, AssertionError)
@@ -305,13 +307,23 @@ class Index:
 
     def check_integrity(self) -> list[str]:
         """Compare listings, chunks and index; returns what is wrong, nothing when all is well."""
-        with self._refreshing, self._db.snapshot() as db:
+        with self._refreshing:
+            for _ in range(_MOST_CHECKS):
+                if (found := self._problems()) is not None:
+                    return found
+            return ["the index is newer than the database"]
+
+    def _problems(self) -> list[str] | None:
+        """What is wrong; None when another process has taken over what came since."""
+        with self._db.snapshot() as db:
             now_s = time.time()
             try:
                 self._drop_ended(now_s)
                 while not self._take_over(db, now_s):
                     pass
                 with self._file.reading() as rows:
+                    if fact(rows, REVISION) > queries.revision(db):
+                        return None
                     tokens_of = self._tokens.reader(db)
                     return integrity.problems(db, rows, self._chunk_tokens, now_s, tokens_of)
             except UNREADABLE as error:

@@ -86,7 +86,8 @@ def compared(published: Published, reused: Reused) -> Row:
 
 def reason(log: str) -> tuple[str, str]:
     """Why a family did not run, from its process's output: "refused" by kvmarket, else "failed"."""
-    if refusals := re.findall(r"ConfigError: (.+)", log):
+    verdicts = re.findall(r"(THE SELF-TEST FAILED, .+)\. Test again", log)
+    if refusals := re.findall(r"ConfigError: (.+)", log) or verdicts:
         return "refused", refusals[-1]
     errors = re.findall(r"(?:^|\s)((?:\w+\.)*\w+(?:Error|Exception): .+)", log)
     telling = [each for each in errors if "initialization failed" not in each]

@@ -60,11 +60,12 @@ tokens 900. A prompt that leaves it half-way, or is just the document, reuses wh
 longest shorter document on offer, or a multiple of `state_every_tokens`. Prompts are computed behind a document in
 another order of sums than full prefill has, so log-probabilities are close and not equal to the bit. vLLM's prefix
 caching must be off (`--no-enable-prefix-caching`): it keeps states in another place, which was not tried.
-Of recurrent layers only Mamba2's are taken. A tiny random LFM2 (short convolutions) ran, and its reuse gave the same
-tokens with log-probabilities up to 0.03 from full prefill's in float32, so that the self-test failed. The state is
-not the cause: the convolutions gave the same numbers behind it, to the bit, and full prefill in two pieces, cut where
-the document ends, gave the reuse's answers. vLLM's attention of this model gives others in two pieces than in one (by
-0.03 in log-probabilities, where float32 itself is exact to 0.00001), so short convolutions stay refused.
+Of recurrent layers Mamba2's, gated delta nets and short convolutions are taken: of each vLLM keeps all of a request's
+state in one block, which is copied alike. Whether a model's reuse is exact with it, its self-test says. That of a tiny
+random LFM2 (short convolutions) fails here: a reuse gives the same tokens, with log-probabilities up to 0.03 from full
+prefill's in float32. The state is not the cause: the convolutions gave the same numbers behind it, to the bit, and full
+prefill in two pieces, cut where the document ends, gave the reuse's answers. vLLM's attention of this model gives
+others in two pieces than in one (float32 itself is exact to 0.00001), so nothing of it is reused on this machine.
 
 Latent attention is refused on a CPU. Of a tiny random DeepSeek-V2 in bfloat16, the only dtype of vLLM's kernel (AMX),
 vLLM's own hit was 0.8 to 1.2 from full prefill, and both were 10 from float32: its weights were so wide that rounding

@@ -134,6 +134,18 @@ def test_wrong_loads_are_seen_in_models_with_windows(family, smollm, own_market,
 
 
 @pytest.mark.long
+def test_a_model_that_answers_otherwise_in_two_pieces_is_not_reused(smollm, own_market, tmp_path):
+    """vLLM's attention of LFM2 does here, whose layers are all taken: the self-test's verdict."""
+    model = make_tiny_model(1, smollm, tmp_path / "tiny", "lfm2")
+    options = {"enable_prefix_caching": False, "max_num_batched_tokens": 512, "max_num_seqs": 4}
+    with running(model, own_market, **options, dtype="float32") as llm:
+        (verdict,) = verdicts(own_market.home)
+        assert "gives other answers" in verdict.reason
+        with pytest.raises(NotPublishableError, match="self-test failed"):
+            own_market.publish(llm, token_ids=DOCUMENT)
+
+
+@pytest.mark.long
 def test_all_ranks_must_agree(tiny, own_market):
     """Tensor parallel: each rank stores and loads its own share."""
     tensor = {"tensor_parallel_size": 2, "distributed_executor_backend": "mp"}

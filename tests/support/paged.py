@@ -61,21 +61,11 @@ def paged_cache(
     return PagedCache(config_of(dtype), tensors, [group], blocks)
 
 
-def latent_cache(rank: int = 0, ranks: int = 1, block_tokens: int = 16) -> PagedCache:
+def latent_cache(rank: int, ranks: int) -> PagedCache:
     """Of a model with latent attention, which each rank has whole."""
-    shape, dtype = (64, block_tokens, 2 * HEAD_DIM), torch.bfloat16
-    tensors = {f"layer.{n}": torch.zeros(shape, dtype=dtype) for n in range(3)}
-    group = replace(one_group(list(tensors), block_tokens), is_replicated=True)
-    config = config_of(dtype, rank, ranks)
-    layers = config.compilation_config.static_forward_context
-    layers.update({name: SimpleNamespace(attn_backend=_LatentBackend) for name in tensors})
-    return PagedCache(config, tensors, [group], 64)
-
-
-class _LatentBackend:
-    @staticmethod
-    def get_name() -> str:
-        return "AMX_MLA"
+    tensors = {f"layer.{n}": torch.zeros((64, 16, 2 * HEAD_DIM)) for n in range(3)}
+    group = replace(one_group(list(tensors)), is_replicated=True)
+    return PagedCache(config_of(rank=rank, ranks=ranks), tensors, [group], 64)
 
 
 def config_of(dtype: torch.dtype = torch.float32, rank: int = 0, ranks: int = 1) -> Any:

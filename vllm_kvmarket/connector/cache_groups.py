@@ -31,8 +31,9 @@ LATENT = (
     "which a reuse gave other tokens on a CPU; elsewhere it needs vLLM's own prefix caching; start "
     "it without kvmarket"
 )
-# Recurrent layers whose reuse was compared with full prefill, by vLLM's names.
-STATES = frozenset({"MAMBA2"})
+# Recurrent layers, by vLLM's names, of which all that a request goes on from lies in one block: its
+# first one. Whether a model's reuse is exact with it, the self-test says.
+STATES = frozenset({"MAMBA2", "GDN_ATTN", "SHORT_CONV"})
 UNTRIED_STATE = "kvmarket was not tried with this model's recurrent state"
 AWAY = "start it without kvmarket"
 NOT_CAUSAL = (

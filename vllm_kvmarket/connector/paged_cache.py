@@ -29,13 +29,9 @@ if TYPE_CHECKING:
 Bytes = npt.NDArray[np.uint8]
 logger = init_logger("vllm.kvmarket.layouts")
 
-# The CPU's backend for latent attention sees its cache as one row a token.
-_LATENT_BACKEND = "AMX_MLA"
 # Backends that keep all of a token side by side. GPU backends take K and V apart by
 # `kv_cache.split(head_size, dim=-1)`, in any order of heads and tokens.
-_TOKEN_BACKENDS = {
-    _LATENT_BACKEND, "FLASH_ATTN", "FLASHINFER", "FLEX_ATTENTION", "HPC_ATTN", "TRITON_ATTN",
-}  # fmt: skip
+_TOKEN_BACKENDS = {"FLASH_ATTN", "FLASHINFER", "FLEX_ATTENTION", "HPC_ATTN", "TRITON_ATTN"}
 # Other KV dtypes have scales, or several groups of heads, in the same page.
 _PLAIN_DTYPES = {"auto", "float16", "bfloat16", "float32", "fp8", "fp8_e4m3", "fp8_e5m2"}
 
@@ -87,10 +83,10 @@ def layout_tag(
     """
     tensors = list(kv_caches.values())
     device = tensors[0].device.type
-    backends = _backends(vllm_config, kv_caches)
-    if device == "cpu" and _LATENT_BACKEND not in backends:
+    if device == "cpu":
         packing = _cpu_packing(vllm_config, kv_caches, block_tokens)
     else:
+        backends = _backends(vllm_config, kv_caches)
         plain = vllm_config.cache_config.cache_dtype in _PLAIN_DTYPES
         packing = TOKENS if plain and backends <= _TOKEN_BACKENDS else "+".join(sorted(backends))
     tag = f"{'+'.join(sorted({page_order(tensor) for tensor in tensors}))}/{device}-{packing}"

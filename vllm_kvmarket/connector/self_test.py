@@ -18,6 +18,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from importlib import metadata
 from typing import TYPE_CHECKING, Any
@@ -35,7 +36,7 @@ from vllm.version import __version__ as vllm_version
 
 from vllm_kvmarket.connector.cache_groups import GroupKind
 from vllm_kvmarket.connector.probe_requests import ProbeRequest, match_of
-from vllm_kvmarket.connector.state_steps import end_steps_at_states
+from vllm_kvmarket.connector.state_steps import end_steps_at_states, steps_end_at
 from vllm_kvmarket.connector.weight_changes import half_of
 from vllm_kvmarket.core.document_chunks import DocumentChunks
 from vllm_kvmarket.core.verdicts import VERDICTS_FOLDER, Verdict, read_verdict, write_verdict
@@ -53,10 +54,11 @@ _INSTALLED = "_kvmarket_self_test"
 _TESTED = "_kvmarket_self_tested"
 # An answer's first token is computed with the end of its prompt, the second as all that follow.
 ANSWER_TOKENS, QUESTION_TOKENS, BEST = 2, 5, 5
-# How far two log-probabilities of one token may be apart where sums have another order. Where
-# vLLM's own prefix cache is farther from a full prefill, so may reuse be, within a limit.
+# How far two log-probabilities of one token may be apart where sums have another order. A reuse
+# that is farther from full prefill, or chooses another token, must be as near to vLLM's own prefill
+# in two pieces and choose its tokens, and may be so many times as far from full prefill.
 TOLERANCE = {"float32": 1e-3, "float16": 0.02, "bfloat16": 0.1}
-TIMES_VLLMS_OWN, TIMES_TOLERANCE = 4.0, 5.0
+TIMES_TOLERANCE = 5.0
 DEADLINE_S = 120.0
 # Of these a document can be reused to any of its tokens.
 _ENDS_ANYWHERE = (GroupKind.FULL, GroupKind.WINDOW, GroupKind.LOCAL)
@@ -261,44 +263,56 @@ class SelfTest:
             raise OSError(stored.request.failure)
         match = match_of(self._document)
         reused = self._ask(whole, "whole", match=match)
-        reason = self._compare(full, reused, "whole", lambda: self._ask(whole, salt="full"))
+        reason = self._compare(full, reused, whole, "whole")
         half = match.last_end(len(self._tokens) // 2)
-        if reason or half == 0:
+        if _any_rank(self._core, bool(reason)) or half == 0:
             return reason
         part = [*self._tokens[:half], *self._questions[1]]
         # Of a plain model vLLM's cache has whole blocks of it, from the full prefill.
         full = self._ask(part, "full" if is_plain else "half")
         reused = self._ask(part, "part", match=match.until(half))
-        return self._compare(full, reused, "to its middle", lambda: self._ask(part, "half"))
+        return self._compare(full, reused, part, "to its middle")
 
-    def _compare(
-        self, full: Answer, reused: Answer, what: str, ask_vllms: Callable[[], Answer]
-    ) -> str:
-        """Why these answers are not the same; "" when they are. `ask_vllms`: with its own cache."""
+    def _compare(self, full: Answer, reused: Answer, prompt: Sequence[int], what: str) -> str:
+        """Why these two answers to a prompt are not the same; "" when they are."""
         assert reused.request is not None
         reuse = reused.request.reuse
         assert reuse.match is not None
-        if reuse.reused < reuse.match.token_count:
-            return (
-                f"of a document of {reuse.match.token_count} tokens, reused {what}, only "
-                f"{reuse.reused} could be loaded"
-            )
+        wanted = reuse.match.token_count
         dtype = str(self._core.vllm_config.model_config.dtype).removeprefix("torch.")
         least = TOLERANCE.get(dtype, 0.1)
         apart = reused.distance(full)
-        if apart <= least:
+        is_same = apart <= least and reused.tokens == full.tokens and reuse.reused == wanted
+        # In data parallelism all ranks ask, or none does.
+        if not _any_rank(self._core, not is_same):
             return ""
-        if apart <= min(TIMES_VLLMS_OWN * ask_vllms().distance(full), TIMES_TOLERANCE * least):
+        own = self._ask(prompt, f"cut {what}", cut=wanted)
+        if reuse.reused < wanted:
+            return (
+                f"of a document of {wanted} tokens, reused {what}, only {reuse.reused} could be "
+                "loaded"
+            )
+        is_vllms = reused.distance(own) <= least and reused.tokens == own.tokens
+        if is_same or (is_vllms and apart <= TIMES_TOLERANCE * least):
             return ""
         return (
             f"a document reused {what} gives other answers than computed: tokens "
-            f"{reused.tokens} instead of {full.tokens}, log-probabilities up to {apart:.3g} apart"
+            f"{reused.tokens} instead of {full.tokens}, log-probabilities up to {apart:.3g} apart "
+            f"(vLLM's own prefill in two pieces: {own.tokens}, {own.distance(full):.3g})"
         )
 
     def _ask(
-        self, prompt: Sequence[int], salt: str, *, stores: bool = False, match: Match | None = None
+        self,
+        prompt: Sequence[int],
+        salt: str,
+        *,
+        stores: bool = False,
+        match: Match | None = None,
+        cut: int = 0,
     ) -> Answer:
-        """Run one greedy request to its end, and until it has stored what it stores."""
+        """Run one greedy request to its end, and until it has stored what it stores; if asked for,
+        with a step that ends after `cut` tokens.
+        """
         core, name = self._core, f"{self._name}-{len(self._names)}"
         self._names.append(name)
         answer = Answer()
@@ -327,12 +341,13 @@ class SelfTest:
             )
         )
         EngineCore.add_request(core, request)
-        while _any_rank(core, name in core.scheduler.requests or bool(core.batch_queue)):
-            for output in self._step():
-                if output.request_id == name:
-                    answer.add(output)
-            if time.monotonic() > self._deadline_s:
-                raise TimeoutError(f"it took longer than {DEADLINE_S:.0f} s")
+        with steps_end_at(core.scheduler, cut) if cut else nullcontext():
+            while _any_rank(core, name in core.scheduler.requests or bool(core.batch_queue)):
+                for output in self._step():
+                    if output.request_id == name:
+                        answer.add(output)
+                if time.monotonic() > self._deadline_s:
+                    raise TimeoutError(f"it took longer than {DEADLINE_S:.0f} s")
         if not len(answer.tokens) == len(answer.best) == tokens:
             raise RuntimeError("the engine gave no answer")
         return answer

@@ -7,6 +7,8 @@ kvmarket runs; that place is used for requests that are published or audited.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from vllm_kvmarket.core.model_identity import chunks_between_states
@@ -36,3 +38,20 @@ def end_steps_at_states(scheduler: Scheduler, half: SchedulerHalf) -> None:
 
     scheduler._mamba_block_aligned_split = shorten
     scheduler.need_mamba_block_aligned_split = True
+
+
+@contextmanager
+def steps_end_at(scheduler: Scheduler, token: int) -> Iterator[None]:
+    """For a while, have a prefill's step end before this token; mutates an engine's scheduler."""
+    before = scheduler.need_mamba_block_aligned_split, scheduler._mamba_block_aligned_split
+
+    def shorten(request: Request, count: int, local: int = 0, external: int = 0) -> int:
+        computed = request.num_computed_tokens + local + external
+        return min(count, token - computed) if computed < token else count
+
+    scheduler.need_mamba_block_aligned_split = True
+    scheduler._mamba_block_aligned_split = shorten
+    try:
+        yield
+    finally:
+        scheduler.need_mamba_block_aligned_split, scheduler._mamba_block_aligned_split = before

@@ -47,7 +47,8 @@ def check_model(vllm_config: VllmConfig, *, caching_refused: bool) -> None:
     if transfer is not None and transfer.kv_role != "kv_both":
         raise ConfigError(f"{ONE_ROLE}, not {transfer.kv_role!r}")
     on_cpu = vllm_config.device_config.device_type == "cpu"
-    if model.use_mla and (on_cpu or not cache.enable_prefix_caching):
+    # Beside recurrent layers (Kimi Linear) it is off because kvmarket asks for that.
+    if model.use_mla and (on_cpu or not (cache.enable_prefix_caching or has_states(vllm_config))):
         raise ConfigError(LATENT)
     if has_states(vllm_config):
         _check_states(vllm_config)

@@ -70,6 +70,11 @@ def test_a_near_tie_is_turned_over_by_vllms_own_noise():
             "RuntimeError: Engine core initialization failed. See above.",
             ("failed", "NotImplementedError: Sparse Attention is not supported"),
         ),
+        (
+            "ERROR kvmarket: THE SELF-TEST FAILED, so nothing is sold: other answers. Test again\n"
+            "NotPublishableError: d: nothing can be published now",
+            ("refused", "THE SELF-TEST FAILED, so nothing is sold: other answers"),
+        ),
         ("nothing", ("failed", "no message")),
     ],
 )

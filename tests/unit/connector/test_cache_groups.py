@@ -58,8 +58,7 @@ def cache_of(*specs):
         ([FULL, dataclasses.replace(STATE, num_speculative_blocks=2)], "recurrent state"),
         ([FULL, dataclasses.replace(STATE, mamba_cache_mode="align")], "recurrent state"),
         ([FULL, dataclasses.replace(STATE, mamba_type=StateTypes.MAMBA1)], "MAMBA1"),
-        ([FULL, dataclasses.replace(STATE, mamba_type=StateTypes.GDN_ATTN)], "GDN_ATTN"),
-        ([FULL, dataclasses.replace(STATE, mamba_type=StateTypes.SHORT_CONV)], "SHORT_CONV"),
+        ([FULL, dataclasses.replace(STATE, mamba_type=StateTypes.LINEAR)], "LINEAR"),
         ([FullAttentionSpec(**{**SHAPE, "block_size": 96})], "--block-size"),
         ([FullAttentionSpec(**{**SHAPE, "block_size": 32}), WINDOW], "blocks of different sizes"),
     ],
@@ -159,6 +158,11 @@ def test_of_a_recurrent_state_the_block_of_the_last_token_is_read():
     (group,) = groups_of(cache_of(STATE), 256)
     assert (group.kind, group.block_tokens) == (GroupKind.STATE, 400)
     assert group.states == ("mamba2:2x3=bfloat16,4=float32",) * 2
+    for kind in (StateTypes.GDN_ATTN, StateTypes.SHORT_CONV):
+        spec = dataclasses.replace(STATE, mamba_type=kind)
+        (other,) = groups_of(cache_of(spec), 256)
+        name = f"{kind.name.lower()}:2x3=bfloat16,4=float32"
+        assert other == dataclasses.replace(group, states=(name, name))
     assert group.pages([7, 8, 9], 800, 801, 768) == GroupPages(0, (9,))
     assert group.pages([7, 8, 9], 799, 800, 768) == GroupPages(0, (8,))
     assert group.pages([7, 8, 9], 800, 800, 768) == GroupPages()

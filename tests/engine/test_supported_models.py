@@ -82,6 +82,20 @@ def test_latent_attention_is_refused_on_a_cpu(caching, smollm, tmp_path):
         check_model(config, caching_refused=True)
 
 
+def test_latent_attention_beside_recurrent_layers_is_taken_without_prefix_caching(smollm, tmp_path):
+    """Of Kimi Linear kvmarket asks for that, so it does not refuse it for that; but on a CPU."""
+    model = make_tiny_model(1, smollm, tmp_path / "tiny", "kimi-linear", "bfloat16")
+    options = {"model": str(model), "max_model_len": 1024, "enable_prefix_caching": False}
+    config = EngineArgs(**options).create_engine_config()
+    with pytest.raises(ConfigError, match="multi-head latent attention"):
+        check_model(config, caching_refused=True)
+    config.device_config.device_type = "cuda"
+    check_model(config, caching_refused=True)
+    config.cache_config.enable_prefix_caching = True
+    with pytest.raises(ConfigError, match="--no-enable-prefix-caching"):
+        check_model(config, caching_refused=False)
+
+
 @pytest.mark.parametrize(
     ("transfer", "options", "complaint"),
     [

@@ -39,7 +39,7 @@ from vllm_kvmarket.proofs.leaves import indexes_of
 
 RESULTS = Path(__file__).parents[1] / "docs" / "results" / "ledger_history.json"
 BUYERS, PUBLISHERS, DOCUMENTS = 1000, 100, 1000
-START_S = 1_760_000_000.0
+START_S = 2_000_000_000.0  # behind the deposits, which are made now: books are in order of time
 DAY_S = 86_400
 FUNDS = 10**15
 CHARGE_NANO, ROYALTY_NANO = 2_000, 1_000

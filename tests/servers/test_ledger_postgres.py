@@ -177,6 +177,30 @@ def test_a_check_counts_what_has_no_number_yet(ledger, place):
     assert ledger.check_behind(checked)[0] == []
 
 
+def test_a_period_is_found_in_one_round_trip(ledger, by_hand, monkeypatch):
+    """Among many bookings whose times go back by half a minute, behind a deposit later than all."""
+    by_hand(
+        """SET session_replication_role = replica;
+        INSERT INTO transfer SELECT 3 * n, 't' || n, 'plain', 'alice', 'pat', 1, NULL, 0, 'x', '',
+            '', 1000000 + n - 30 * random() FROM generate_series(1000, 21000) AS n"""
+    )
+    booked = ledger.transfers("alice")[::-1]
+    asked, execute = [], psycopg.Cursor.execute
+
+    def count(self, query, *values, **options):
+        asked.append(query)
+        return execute(self, query, *values, **options)
+
+    monkeypatch.setattr(psycopg.Cursor, "execute", count)
+    for second in range(1_002_000, 1_021_000, 1900):
+        asked.clear()
+        expected = [each for each in booked if second <= each.created_at_s < second + 1]
+        assert ledger.moves("alice", second, second + 1) == expected
+        assert len(asked) <= 3, "the pool's check, where the period is, and what is there"
+        before = sum(each.created_at_s < second for each in booked)
+        assert ledger.moved_before("pat", second) == before
+
+
 def test_credits_wait_for_nobody(ledger, place):
     """Another writer has credited the same accounts, and has not committed."""
     ledger.submit([hold("h", 9)]).result()

@@ -6,15 +6,26 @@ a minute after its time was taken.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
 
 from vllm_kvmarket.ledger.model import Receipt, Transfer
 
 # Sums are kept of each account and hour, so that a balance brought forward adds up few rows.
 HOUR_S = 3600
 SLACK_S = 60.0  # more than what is added late
-# The first row at or behind a sequence number: its number and time; None behind the last.
-ReadRow = Callable[[int], tuple[int, float] | None]
+# For each end of a period, the last row before it, were rows in the order of time. A step goes on
+# to a place if the first row from there on is before the end; the next step is half as wide. The
+# first is half of all numbers that can be: no row is asked because it is the oldest or the newest.
+SEARCH = """
+WITH RECURSIVE search (at_s, place, step) AS (
+    SELECT CAST(:from_s AS double precision), CAST(0 AS bigint), 4611686018427387904
+    UNION ALL SELECT CAST(:to_s AS double precision), 0, 4611686018427387904
+    UNION ALL SELECT at_s, place + CASE WHEN (
+        SELECT {time_s} FROM {table} WHERE sequence >= place + step ORDER BY sequence LIMIT 1
+    ) < at_s THEN step ELSE 0 END, step / 2 FROM search WHERE step > 0
+)
+SELECT min(place), max(place) FROM search WHERE step = 0
+"""
 
 
 def signed(transfer: Transfer, account_id: str) -> int:
@@ -28,26 +39,16 @@ def is_in(booked: Transfer | Receipt, from_s: float | None, to_s: float | None) 
     return (from_s is None or at_s >= from_s) and (to_s is None or at_s < to_s)
 
 
-def sequences(read: ReadRow, from_s: float | None, to_s: float | None) -> tuple[int, int]:
-    """Between which sequence numbers, both included, all rows of a period are.
+def search(
+    table: str, time_s: str, from_s: float | None, to_s: float | None
+) -> tuple[str, dict[str, float]]:
+    """A statement in SQLite's words, and its values: between which sequence numbers, both included,
+    all rows of a period are.
 
-    Others may be there, too. Reads some dozens of rows.
+    Others may be there, too. Reads some dozens of rows, in the database: it may be on another
+    machine.
     """
-    last = 1
-    while read(last) is not None:
-        last *= 2
-    first = 0 if from_s is None else _behind(read, last, from_s - SLACK_S)
-    return first, last if to_s is None else _behind(read, last, to_s + SLACK_S)
-
-
-def _behind(read: ReadRow, last: int, at_s: float) -> int:
-    """The sequence number before which rows are earlier, and from which on they are later."""
-    low, high = 0, last
-    while low < high:
-        middle = (low + high) // 2
-        row = read(middle)
-        if row is None or row[1] >= at_s:
-            high = middle
-        else:
-            low = row[0] + 1
-    return low
+    return SEARCH.format(table=table, time_s=time_s), {
+        "from_s": -math.inf if from_s is None else from_s - SLACK_S,
+        "to_s": math.inf if to_s is None else to_s + SLACK_S,
+    }

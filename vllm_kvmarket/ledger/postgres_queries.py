@@ -10,8 +10,9 @@ import psycopg
 from psycopg import sql
 from psycopg.rows import class_row
 
+from vllm_kvmarket.core.postgres_database import translated
 from vllm_kvmarket.ledger.model import MOVES, Account, Receipt, Transfer
-from vllm_kvmarket.ledger.periods import HOUR_S, is_in, sequences
+from vllm_kvmarket.ledger.periods import HOUR_S, is_in, search
 from vllm_kvmarket.ledger.storage import NumberedReceipt
 
 NUMBERED = "JOIN kvmarket.log_leaf USING (sequence) WHERE number > %s ORDER BY number LIMIT %s"
@@ -35,11 +36,13 @@ HALF = sql.SQL(
 WITHIN = sql.SQL("sequence IN ({} UNION ALL {})").format(
     HALF.format(sql.Identifier("debit")), HALF.format(sql.Identifier("credit"))
 )
-OF_ACCOUNT_OR_DOCUMENTS = """AND sequence IN (
-    SELECT sequence FROM kvmarket.receipt WHERE account = %(account)s
-    UNION SELECT sequence FROM kvmarket.receipt WHERE document_id = ANY (%(documents)s)
+IN_PERIOD = "sequence BETWEEN %(first)s AND %(last)s"
+OF_ACCOUNT_OR_DOCUMENTS = f"""sequence IN (
+    SELECT sequence FROM kvmarket.receipt WHERE account = %(account)s AND {IN_PERIOD}
+    UNION SELECT sequence FROM kvmarket.receipt
+        WHERE document_id = ANY (%(documents)s) AND {IN_PERIOD}
     UNION SELECT sequence FROM kvmarket.receipt_line JOIN kvmarket.receipt ON id = receipt_id
-        WHERE receipt_line.document_id = ANY (%(documents)s))"""
+        WHERE receipt_line.document_id = ANY (%(documents)s) AND {IN_PERIOD})"""  # noqa: S608  # names are ours
 
 
 def number_leaves(db: psycopg.Connection[Any]) -> int:
@@ -56,14 +59,10 @@ def sequences_of(
     db: psycopg.Connection[Any], table: str, time_s: str, from_s: float | None, to_s: float | None
 ) -> tuple[int, int]:
     """Between which sequence numbers of a table the bookings of a period are."""
-    query = sql.SQL(
-        "SELECT sequence, {} FROM {} WHERE sequence >= %s ORDER BY sequence LIMIT 1"
-    ).format(sql.SQL(time_s), sql.Identifier("kvmarket", table))
-
-    def read(sequence: int) -> tuple[int, float] | None:
-        return db.execute(query, (sequence,)).fetchone()
-
-    return sequences(read, from_s, to_s)
+    statement, values = search(f"kvmarket.{table}", time_s, from_s, to_s)
+    row: tuple[int, int] | None = db.execute(translated(statement), values).fetchone()
+    assert row is not None
+    return row
 
 
 def accounts(
@@ -163,10 +162,9 @@ def receipts_booked(
 ) -> list[Receipt]:
     """See storage.Storage."""
     first, last = sequences_of(db, "receipt", RECEIPT_TIME, *period)
-    query = sql.SQL(
-        "SELECT body FROM kvmarket.receipt "
-        "WHERE sequence BETWEEN %(first)s AND %(last)s {} ORDER BY sequence"
-    ).format(sql.SQL("" if account is None else OF_ACCOUNT_OR_DOCUMENTS))
+    query = sql.SQL("SELECT body FROM kvmarket.receipt WHERE {} ORDER BY sequence").format(
+        sql.SQL(IN_PERIOD if account is None else OF_ACCOUNT_OR_DOCUMENTS)
+    )
     values = {"first": first, "last": last, "account": account, "documents": list(documents)}
     found = [decode(body) for (body,) in db.execute(query, values)]
     return [each for each in found if is_in(each, *period)]

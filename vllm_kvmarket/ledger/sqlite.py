@@ -270,19 +270,9 @@ class SqliteStorage:
     ) -> list[Receipt]:
         with self._reading() as db:
             first, last = queries.sequences_of(db, "receipt", from_s, to_s)
-            some = "TRUE"
-            if account is not None:
-                some = (
-                    "sequence IN (SELECT sequence FROM receipt WHERE account = :account "
-                    "UNION SELECT sequence FROM receipt WHERE document_id IN "
-                    "(SELECT value FROM json_each(:documents)) "
-                    "UNION SELECT sequence FROM receipt WHERE id IN (SELECT receipt_id "
-                    "FROM receipt_line WHERE document_id IN "
-                    "(SELECT value FROM json_each(:documents))))"
-                )
+            some = queries.IN_PERIOD if account is None else queries.OF_ACCOUNT_OR_DOCUMENTS
             rows = db.execute(
-                f"SELECT body FROM receipt WHERE sequence BETWEEN :first AND :last AND {some} "  # noqa: S608  # names are ours
-                "ORDER BY sequence",
+                f"SELECT body FROM receipt WHERE {some} ORDER BY sequence",  # noqa: S608  # names are ours
                 {
                     "first": first,
                     "last": last,

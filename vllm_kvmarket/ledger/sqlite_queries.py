@@ -10,7 +10,7 @@ import msgspec
 
 from vllm_kvmarket.ledger.clock import Mark
 from vllm_kvmarket.ledger.model import MOVES, Account, Receipt, Transfer
-from vllm_kvmarket.ledger.periods import sequences
+from vllm_kvmarket.ledger.periods import search
 from vllm_kvmarket.ledger.storage import (
     RECEIPT_COLUMNS,
     NewReceipt,
@@ -38,6 +38,14 @@ FROM transfer WHERE sequence IN (
     UNION ALL
     SELECT sequence FROM transfer WHERE credit = :account AND sequence BETWEEN :first AND :last
 ) AND kind IN {MOVES} AND created_at_s >= :from_s AND created_at_s < :to_s
+"""  # noqa: S608  # names are ours
+IN_PERIOD = "sequence BETWEEN :first AND :last"
+OF_ACCOUNT_OR_DOCUMENTS = f"""sequence IN (
+    SELECT sequence FROM receipt WHERE account = :account AND {IN_PERIOD}
+    UNION SELECT sequence FROM receipt
+        WHERE document_id IN (SELECT value FROM json_each(:documents)) AND {IN_PERIOD}
+    UNION SELECT sequence FROM receipt WHERE {IN_PERIOD} AND id IN (SELECT receipt_id
+        FROM receipt_line WHERE document_id IN (SELECT value FROM json_each(:documents))))
 """  # noqa: S608  # names are ours
 ACCOUNT_COLUMNS = ", ".join(Account.__struct_fields__)
 TRANSFER_COLUMNS = ", ".join(Transfer.__struct_fields__)
@@ -77,13 +85,8 @@ def sequences_of(
 ) -> tuple[int, int]:
     """Between which sequence numbers of a table the bookings of a period are."""
     time_s = {"transfer": "created_at_s", "receipt": "json_extract(body, '$.created_at_s')"}[table]
-    query = f"SELECT sequence, {time_s} FROM {table} WHERE sequence >= ? ORDER BY sequence LIMIT 1"  # noqa: S608  # names are ours
-
-    def read(sequence: int) -> tuple[int, float] | None:
-        row: tuple[int, float] | None = db.execute(query, (sequence,)).fetchone()
-        return row
-
-    return sequences(read, from_s, to_s)
+    row: tuple[int, int] = db.execute(*search(table, time_s, from_s, to_s)).get
+    return row
 
 
 def accounts(db: apsw.Connection, ids: Iterable[str] | None = None) -> list[Account]:

@@ -61,7 +61,10 @@ longest shorter document on offer, or a multiple of `state_every_tokens`. Prompt
 another order of sums than full prefill has, so log-probabilities are close and not equal to the bit. vLLM's prefix
 caching must be off (`--no-enable-prefix-caching`): it keeps states in another place, which was not tried.
 Of recurrent layers Mamba2's, gated delta nets and short convolutions are taken: of each vLLM keeps all of a request's
-state in one block, which is copied alike. Whether a model's reuse is exact with it, its self-test says. That of a tiny
+state in one block, which is copied alike. Whether a model's reuse is exact with it, its self-test says. A tiny random
+Qwen3-Next (`--only qwen3-next --quick`, bfloat16) passed it: of 12 answers in a new process 0 were wrong, 4,590 of 4,590
+tokens came from the store, and where a document ends with a piece of vLLM's kernel (64 tokens) all log-probabilities
+were full prefill's to the bit; elsewhere up to 0.06 away, with one fork between two equally likely tokens. That of a tiny
 random LFM2 (short convolutions) fails here: a reuse gives the same tokens, with log-probabilities up to 0.03 from full
 prefill's in float32. The state is not the cause: the convolutions gave the same numbers behind it, to the bit, and full
 prefill in two pieces, cut where the document ends, gave the reuse's answers. vLLM's attention of this model gives

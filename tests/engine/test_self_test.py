@@ -146,6 +146,22 @@ def test_a_model_that_answers_otherwise_in_two_pieces_is_not_reused(smollm, own_
 
 
 @pytest.mark.long
+def test_a_gated_delta_net_is_reused_to_its_last_token(smollm, own_market, tmp_path):
+    """Qwen3-Next, beside attention, in bfloat16: the only numbers that vLLM's kernel takes here."""
+    model = make_tiny_model(1, smollm, tmp_path / "tiny", "qwen3-next")
+    options = {"enable_prefix_caching": False, "max_num_batched_tokens": 512, "max_num_seqs": 4}
+    with running(model, own_market, **options, dtype="bfloat16") as llm:
+        (verdict,) = verdicts(own_market.home)
+        assert verdict.passed, verdict.reason
+        own_market.publish(llm, token_ids=DOCUMENT)
+        full = ask(llm, DOCUMENT + QUESTION, max_tokens=1, rest_s=0)
+        wish = own_market.params("alice")
+        answer = ask(llm, DOCUMENT + QUESTION, wish, max_tokens=1, rest_s=0)
+        assert answer.market["reused_tokens"] == len(DOCUMENT)
+        assert answer.logprobs == pytest.approx(full.logprobs, abs=0.1)
+
+
+@pytest.mark.long
 def test_all_ranks_must_agree(tiny, own_market):
     """Tensor parallel: each rank stores and loads its own share."""
     tensor = {"tensor_parallel_size": 2, "distributed_executor_backend": "mp"}

@@ -29,11 +29,11 @@ decode = msgspec.json.Decoder(Receipt).decode
 # A period: its beginning, and its end, which is no part of it; None is without that bound.
 Period = tuple[float | None, float | None]
 HALF = sql.SQL(
-    "(SELECT sequence FROM kvmarket.transfer WHERE {} = %(account)s "
+    "(SELECT * FROM kvmarket.transfer WHERE {} = %(account)s "
     "AND sequence BETWEEN %(first)s AND %(last)s)"
 )
-# Each half goes down its own index.
-WITHIN = sql.SQL("sequence IN ({} UNION ALL {})").format(
+# Each half goes down its own index; nothing is in both.
+WITHIN = sql.SQL("({} UNION ALL {}) AS booked").format(
     HALF.format(sql.Identifier("debit")), HALF.format(sql.Identifier("credit"))
 )
 IN_PERIOD = "sequence BETWEEN %(first)s AND %(last)s"
@@ -133,7 +133,7 @@ def moves(db: psycopg.Connection[Any], account: str, period: Period) -> list[Tra
     first, last = sequences_of(db, "transfer", "created_at_s", *period)
     found = transfers(
         db,
-        sql.SQL("WHERE {} ORDER BY sequence").format(WITHIN),
+        sql.SQL("WHERE sequence IN (SELECT sequence FROM {}) ORDER BY sequence").format(WITHIN),
         {"account": account, "first": first, "last": last},
     )
     return [each for each in found if each.kind in MOVES and is_in(each, *period)]
@@ -147,7 +147,7 @@ def moved_before(db: psycopg.Connection[Any], account: str, at_s: float) -> int:
         "SELECT (SELECT coalesce(sum(moved_nano), 0) FROM kvmarket.period_sum "
         "WHERE account = %(account)s AND hour < %(hour)s) + coalesce(sum("
         "CASE WHEN credit = %(account)s THEN amount_nano ELSE -amount_nano END), 0) "
-        "FROM kvmarket.transfer WHERE {} AND kind = ANY (%(moves)s) "
+        "FROM {} WHERE kind = ANY (%(moves)s) "
         "AND created_at_s >= %(from_s)s AND created_at_s < %(to_s)s"
     ).format(WITHIN)
     values = {"account": account, "hour": hour, "moves": list(MOVES), "first": first, "last": last}

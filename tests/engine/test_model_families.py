@@ -43,6 +43,8 @@ class Family:
     # Bytes of a token in all attention layers, and of the state in all recurrent ones.
     token_bytes: int = 0
     state_bytes: int = 0
+    # A package that vLLM's class of this model imports.
+    needs: str = ""
 
     @property
     def models(self) -> model_family.Family:
@@ -94,7 +96,7 @@ FAMILIES = [
             "full attention, experts": Family("qwen3-moe"),
             "absolute positions": Family("gpt2"),
             "long rope": Family("phi3-longrope"),
-            "text of a model that sees": Family("qwen-vl"),
+            "text of a model that sees": Family("qwen-vl", needs="torchvision"),
             "recurrent state and attention in one layer": Family(
                 "falcon-h1",
                 is_recurrent=True,
@@ -115,6 +117,8 @@ def family(request: pytest.FixtureRequest) -> Family:
 
 @pytest.fixture(scope="module")
 def model(family: Family, smollm: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    if family.needs:
+        pytest.importorskip(family.needs)
     found = family.models.make(tmp_path_factory.mktemp("family") / "tiny")
     if not found.exists():
         pytest.skip(f"python tools/convert_model.py {found} {found.name} makes this model")

@@ -180,6 +180,8 @@ def use_adapter(llm: Any, model: Path) -> None:
     llm.generate = partial(llm.generate, lora_request=adapter)
     engine = llm.llm_engine
     engine.add_request = partial(engine.add_request, lora_request=adapter)
+    # An engine reads an adapter's files, which name its KV, when the first request for it comes.
+    llm.generate({"prompt_token_ids": [1, 2, 3]}, use_tqdm=False)
 
 
 def worker_groups(worker: Any) -> list[str]:

@@ -97,7 +97,7 @@ class Service:
         self.reads = Limiter(READS, server_count=self._server_count)
         self.writes = Limiter(WRITES, server_count=self._server_count)
         self.key_checker = KeyChecker(self.keys, self._server_count)
-        self.sessions = Sessions(self.market.credentials, self.keys, self.market.home)
+        self.sessions = Sessions(self.market.credentials, self.keys)
 
     def _server_count(self) -> int:
         return self.servers.count if self.servers else 1

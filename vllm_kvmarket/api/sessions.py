@@ -1,19 +1,16 @@
 """Sessions of people who signed in on the pages: signed cookies, good in every server process.
 
 A cookie names an API key by its id and holds no secret of it. The key is looked at again for every
-page, so a revoked key ends its sessions. A session that was ended has a file in the market's home,
-where every process finds it.
+page, so a revoked key ends its sessions. That a session was ended is in the market's database, for
+the servers of all machines.
 """
 
 from __future__ import annotations
 
-import contextlib
-import os
 import secrets
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 import msgspec
 
@@ -25,7 +22,6 @@ LIFETIME_S = 8 * 3600.0
 IDLE_S = 3600.0
 # An older cookie is replaced by a new one, so that a session in use does not end by idleness.
 RENEW_S = 300.0
-ENDED_FOLDER = "ended-sessions"
 
 
 class Session(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
@@ -39,11 +35,10 @@ class Session(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_field
 
 @dataclass(frozen=True, slots=True)
 class Sessions:
-    """The sessions of one market; every process with the same home knows them. Thread-safe."""
+    """The sessions of one market; every process on its database knows them. Thread-safe."""
 
     credentials: Credentials
     keys: Keys
-    home: Path
     clock: Callable[[], float] = time.time
 
     def open(self, principal: Principal) -> str:
@@ -65,7 +60,7 @@ class Sessions:
             return None
         now_s = self.clock()
         ends_at_s = min(session.began_at_s + LIFETIME_S, session.seen_at_s + IDLE_S)
-        if now_s >= ends_at_s or (self._folder / session.id).exists():
+        if now_s >= ends_at_s or self.keys.has_ended(session.id):
             return None
         principal = self.keys.principal(session.key_id, address)
         return None if principal is None else (session, principal)
@@ -78,19 +73,9 @@ class Sessions:
         return self._cookie(msgspec.structs.replace(session, seen_at_s=now_s))
 
     def close(self, session: Session) -> None:
-        """End a session for every process; writes into the home, and removes old files there."""
-        self._folder.mkdir(mode=0o700, exist_ok=True)
-        ended = self._folder / session.id
-        ended.touch(mode=0o600)
-        os.utime(ended, (self.clock(), self.clock()))
-        for file in self._folder.iterdir():
-            with contextlib.suppress(FileNotFoundError):
-                if self.clock() - file.stat().st_mtime > LIFETIME_S:
-                    file.unlink()
-
-    @property
-    def _folder(self) -> Path:
-        return self.home / ENDED_FOLDER
+        """End a session for every process; mutates the database. Raises KeysUnavailableError."""
+        now_s = self.clock()
+        self.keys.end_session(session.id, now_s, now_s - LIFETIME_S)
 
     def _cookie(self, session: Session) -> str:
         payload = encode_base64url(msgspec.json.encode(session))

@@ -87,6 +87,13 @@ CREATE TABLE api_server (
     seen_at_s REAL NOT NULL
 ) STRICT, WITHOUT ROWID;
 """
+# Sessions of the pages that people have ended before they were over.
+_ENDED_SESSIONS = """
+CREATE TABLE ended_session (
+    id TEXT PRIMARY KEY,
+    ended_at_s REAL NOT NULL
+) STRICT, WITHOUT ROWID;
+"""
 _COLUMNS = (
     "api_key.key_id, account, scopes, label, limits, created_at_s, revoked_at_s, "
     "last_used_at_s, day, spent_of_day_nano, spent_nano"
@@ -100,7 +107,12 @@ class KeysUnavailableError(UnavailableError):
     """The table of keys cannot be read: nobody can be let in."""
 
 
-KEYS = Room("keys", (_SCHEMA, _SHARED), KeysUnavailableError, patience_ms=WRITE_PATIENCE_MS)
+KEYS = Room(
+    "keys",
+    (_SCHEMA, _SHARED, _ENDED_SESSIONS),
+    KeysUnavailableError,
+    patience_ms=WRITE_PATIENCE_MS,
+)
 
 
 class KeyLimits(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -289,6 +301,19 @@ class Keys:
         self._look_again(is_missing=key_id not in self._by_id)
         digest = self._by_id.get(key_id)
         return self._good(self._known.get(digest) if digest else None, address)
+
+    def end_session(self, session_id: str, at_s: float, forgotten_before_s: float) -> None:
+        """Note on every server that a session has ended, and forget old ones. Mutates."""
+        with self._db.transaction() as db:
+            db.execute("DELETE FROM ended_session WHERE ended_at_s < ?", (forgotten_before_s,))
+            db.execute(
+                "INSERT INTO ended_session VALUES (?, ?) ON CONFLICT DO NOTHING", (session_id, at_s)
+            )
+
+    def has_ended(self, session_id: str) -> bool:
+        """Whether a session was ended, on whichever server."""
+        with self._reading:
+            return bool(self._read("SELECT 1 FROM ended_session WHERE id = ?", (session_id,)))
 
     def spend(self, key_id: str, amount_nano: int, purchase: str | None = None) -> bool:
         """Count a purchase if the key's budgets have room for it; whether they do. Mutates.

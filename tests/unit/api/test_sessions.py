@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 
 import pytest
@@ -12,7 +13,7 @@ from vllm_kvmarket.api import sessions
 from vllm_kvmarket.api.auth import WRONG_KEYS, Limiter
 from vllm_kvmarket.api.sessions import Sessions
 from vllm_kvmarket.auth.api_keys import Keys, Principal
-from vllm_kvmarket.auth.operator_tokens import Credentials
+from vllm_kvmarket.auth.operator_tokens import SECRET_FILE, Credentials
 
 
 @pytest.fixture
@@ -242,7 +243,7 @@ def clock():
 
 @pytest.fixture
 def held(tmp_path, keys, clock):
-    return Sessions(Credentials.of_home(tmp_path), keys, tmp_path, clock)
+    return Sessions(Credentials.of_home(tmp_path), keys, clock)
 
 
 def a_key(keys, account="ann"):
@@ -271,32 +272,36 @@ def test_a_young_cookie_is_not_replaced(held, keys, clock):
     assert held.find(held.renewed(session))[0].id == session.id
 
 
-def test_every_process_of_a_home_knows_a_session(tmp_path, held, keys):
-    """Another API server takes the cookie, and knows when the session has ended."""
-    other = Sessions(Credentials.of_home(tmp_path), keys, tmp_path)
-    cookie = held.open(a_key(keys))
-    session, principal = other.find(cookie)
-    assert principal.account == "ann"
-    other.close(session)
-    assert held.find(cookie) is None and held.find(held.renewed(session) or cookie) is None
+def test_every_server_of_a_market_knows_a_session(tmp_path, held, keys):
+    """Also one with a home of its own takes the cookie, and knows when the session has ended."""
+    home = tmp_path / "other"
+    home.mkdir()
+    (home / SECRET_FILE).write_bytes((tmp_path / SECRET_FILE).read_bytes())
+    with contextlib.closing(Keys(tmp_path / "keys.sqlite")) as others_keys:
+        other = Sessions(Credentials.of_home(home), others_keys)
+        cookie = held.open(a_key(keys))
+        session, principal = other.find(cookie)
+        assert principal.account == "ann"
+        other.close(session)
+        assert held.find(cookie) is None and held.find(held.renewed(session) or cookie) is None
 
 
-def test_what_remembers_ended_sessions_is_bounded(tmp_path, held, keys, clock):
-    """A file goes when no cookie of its session can be good any more."""
+def test_what_remembers_ended_sessions_is_bounded(held, keys, clock):
+    """A row goes when no cookie of its session can be good any more."""
     session, _ = held.find(held.open(a_key(keys)))
     held.close(session)
+    assert keys.has_ended(session.id)
     clock.now_s += sessions.LIFETIME_S + 60
     later, _ = held.find(held.open(a_key(keys)))
     held.close(later)
-    kept = [file.name for file in (tmp_path / sessions.ENDED_FOLDER).iterdir()]
-    assert kept == [later.id]
+    assert keys.has_ended(later.id) and not keys.has_ended(session.id)
 
 
 def test_no_cookie_is_made_without_the_homes_secret(tmp_path, held, keys):
     """A changed one, one under another home's secret, and another kind of token open nothing."""
     cookie = held.open(a_key(keys))
     payload, _, signature = cookie.partition(".")
-    foreign = Sessions(Credentials.of_home(tmp_path / "other"), keys, tmp_path)
+    foreign = Sessions(Credentials.of_home(tmp_path / "other"), keys)
     wrong = [
         foreign.open(a_key(keys)),
         f"{payload}.{held.credentials.sign('form', payload)}",

@@ -287,6 +287,16 @@ def test_a_keys_limits_are_known_to_every_process(keys, place):
     other.close()
 
 
+def test_a_session_that_was_ended_has_ended_on_every_server(keys, place):
+    """Also where a machine has nothing but the database in common; old ones are forgotten."""
+    keys.end_session("a", 100.0, 0.0)
+    keys.end_session("a", 101.0, 0.0)
+    with contextlib.closing(Keys(place)) as others:
+        assert (others.has_ended("a"), others.has_ended("b")) == (True, False)
+        others.end_session("b", 200.0, 150.0)
+    assert (keys.has_ended("a"), keys.has_ended("b")) == (False, True)
+
+
 def test_a_budget_of_a_day_ends_with_the_day(dated, wall):
     """At midnight UTC there is a new one; the budget in all goes on."""
     limits = KeyLimits(day_budget_nano=10, total_budget_nano=15)

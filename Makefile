@@ -32,7 +32,7 @@ check: $(CHECK_READY) ## lint, types and quick unit tests, without vLLM and torc
 		"unit=$(CHECK)/python -m pytest -q -n auto -m 'not slow' tests/unit"
 
 # AFTER_CHECK=1, as in .ci/run: without the unit tests that `make check` has just run.
-test: $(READY) $(CONVERTED) test-machine ## all tests but the long ones, on real servers and engines (35 minutes on 2 cores)
+test: $(READY) $(CONVERTED) test-machine ## all tests but the long ones, on real servers and engines (20 minutes on 2 cores that do nothing else)
 	@$(BIN)/python -m tools.parts \
 		"unit=$(PYTEST) -q -n auto $(if $(AFTER_CHECK),--after-check) tests/unit" \
 		"+servers=$(PYTEST) -q tests/servers" \

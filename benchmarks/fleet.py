@@ -21,7 +21,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import statistics
 import sys
 import tempfile
 import time
@@ -29,6 +28,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from benchmarks.ledger import percentiles
 from benchmarks.machine import describe_machine
 from tests.support.catalogue_documents import NAMESPACE, publish, tokens
 from tests.support.engines import SMOLLM, words
@@ -93,14 +93,12 @@ def _seen_at(catalogue: Catalogue, token_ids: Sequence[int], price_nano: int) ->
         time.sleep(0.0005)
 
 
-def summary(rows: Sequence[dict[str, float]]) -> dict[str, float]:
-    """Medians and 99th percentiles."""
-    told: dict[str, float] = {}
-    for key in rows[0]:
-        ordered = sorted(row[key] for row in rows)
-        told[f"{key}_p50"] = statistics.median(ordered)
-        told[f"{key}_p99"] = ordered[min(int(0.99 * len(ordered)), len(ordered) - 1)]
-    return told
+def summary(rows: Sequence[dict[str, float]]) -> dict[str, dict[str, float]]:
+    """Percentiles of each time, in milliseconds."""
+    return {
+        f"{key.removesuffix('_s')}_ms": percentiles([row[key] for row in rows], 1e-3)
+        for key in rows[0]
+    }
 
 
 def main() -> None:
@@ -132,7 +130,7 @@ def main() -> None:
     }
     args.output.write_text(json.dumps(result, indent=1) + "\n")
     for name, each in rows.items():
-        print(name, len(each), " ".join(f"{key} {s:.3f}" for key, s in summary(each).items()))
+        print(name, len(each), " ".join(f"{key} {told}" for key, told in summary(each).items()))
     print(f"wrote {args.output}")
 
 

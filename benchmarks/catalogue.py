@@ -34,7 +34,13 @@ from vllm_kvmarket.catalogue.first_offers import (
 )
 from vllm_kvmarket.core.document_chunks import DocumentChunks
 from vllm_kvmarket.core.listing_terms import ListingTerms
-from vllm_kvmarket.core.model_identity import CHUNK_TOKENS, ROOT, TOKEN_BYTES, chunk_key
+from vllm_kvmarket.core.model_identity import (
+    CHUNK_TOKENS,
+    ROOT,
+    TOKEN_BYTES,
+    chunk_key,
+    unpack_tokens,
+)
 
 RESULTS = Path(__file__).parents[1] / "docs" / "results" / "catalogue.json"
 NAMESPACE = bytes(range(32))
@@ -221,7 +227,7 @@ def watch(path: Path, seed: int) -> list[float]:
     seen = []
     with Catalogue.open(path) as catalogue:
         for document in list(documents(PUBLISHED, seed))[1:]:
-            tokens = document.token_ids()
+            tokens = unpack_tokens(b"".join(document.tokens))
             while getattr(catalogue.match(NAMESPACE, tokens), "token_count", 0) < len(tokens):
                 time.sleep(0.001)
             seen.append(time.monotonic())

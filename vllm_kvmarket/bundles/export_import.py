@@ -238,7 +238,7 @@ def import_(
         try:
             _store_files(market, reader, files, stored, on_progress)
             _note_stored(market, files)
-            market.catalogue.heal_all(listing.chunk_keys)
+            market.catalogue.heal(*listing.chunk_keys)
             if not offered:
                 market.create_account(terms.publisher, "publisher")
                 made = dataclasses.replace(listing, stored_bytes=sum(stored.values()))
@@ -261,7 +261,7 @@ def _note_stored(market: Market, files: Sequence[File]) -> None:
 
 def _store_again(market: Market, reader: Reader, files: Sequence[File]) -> None:
     """Store what another process's gc took before the listing protected it."""
-    missing = [file for file in files if not market.store.is_kept(*file.place)]
+    missing = [file for file in files if not market.store.has(*file.place)]
     if not missing:
         return
     try:
@@ -270,7 +270,7 @@ def _store_again(market: Market, reader: Reader, files: Sequence[File]) -> None:
         for file in missing:
             market.catalogue.report_damage(file.key)
         raise
-    market.catalogue.heal_all([file.key for file in missing])
+    market.catalogue.heal(*(file.key for file in missing))
 
 
 def _store_files(

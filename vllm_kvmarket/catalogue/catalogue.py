@@ -68,17 +68,16 @@ class Catalogue:
         self.store_record = StoreRecord(self._db)
         self.leftovers = Leftovers(self._db)
         self.shares = ChunkShares(self._db, lambda: self._attempt(self.refresh))
-        with self._db.transaction() as db:
-            chosen, identity = queries.fix_identity(db, chunk_tokens)
-        if chosen != chunk_tokens:
-            self._db.close()
-            raise ConfigError(
-                f"chunk_tokens is {chunk_tokens}, but the market in {self._db.place} was made "
-                f"with {chosen}: set it to {chosen}, or use another home or database"
-            )
         if index_folder is None and isinstance(place, Path):
             index_folder = place.parent / INDEX_FOLDER
         try:
+            with self._db.transaction() as db:
+                chosen, identity = queries.fix_identity(db, chunk_tokens)
+            if chosen != chunk_tokens:
+                raise ConfigError(
+                    f"chunk_tokens is {chunk_tokens}, but the market in {self._db.place} was made "
+                    f"with {chosen}: set it to {chosen}, or use another home or database"
+                )
             self.index = Index(self._db, index_folder, identity, chunk_tokens, tariff)
         except BaseException:
             self._db.close()
@@ -128,12 +127,13 @@ class Catalogue:
         """
         return self.index.match(namespace, token_ids)
 
-    def refresh(self) -> bool:
-        """Take over what any process committed since, and drop what has ended; whether there was
-        anything. A large index is made in several steps, and matches nothing before the last.
-        Raises CatalogueError when the database cannot be read; what has ended goes even then.
+    def refresh(self) -> None:
+        """Take over what any process committed since, and drop what has ended.
+
+        A large index is made in several steps, and matches nothing before the last. Raises
+        CatalogueError when the database cannot be read; what has ended goes even then.
         """
-        return self.index.refresh()
+        self.index.refresh()
 
     def check_integrity(self) -> list[str]:
         """Compare listings, chunks and index; returns what is wrong, nothing when all is well."""
@@ -167,7 +167,7 @@ class Catalogue:
         """
         try:
             self.index.overdue = False
-            self._expire(time.time(), wait=False)
+            self.expire(wait=False)
         except BusyError:
             self.index.overdue = True
         except BaseException:
@@ -184,15 +184,13 @@ class Catalogue:
         else:
             self.last_error = None
 
-    def expire(self, now_s: float | None = None) -> list[str]:
+    def expire(self, now_s: float | None = None, *, wait: bool = True) -> list[str]:
         """Note that listings on offer whose time to live is over have expired; returns which.
 
         Mutates the database, and does not write to it when there are none. The watcher does this
-        unasked.
+        unasked. Raises BusyError where someone else is writing and `wait` is false.
         """
-        return self._expire(time.time() if now_s is None else now_s, wait=True)
-
-    def _expire(self, now_s: float, *, wait: bool) -> list[str]:
+        now_s = time.time() if now_s is None else now_s
         with self._db.snapshot() as db:
             if not queries.ended(db, now_s):
                 return []
@@ -367,7 +365,7 @@ class Catalogue:
             queries.set_state(db, document_id, "failed", reason)
         return True
 
-    def fail_abandoned(self, reason: str = "its publisher ended") -> list[str]:
+    def fail_abandoned(self) -> list[str]:
         """Fail what was being published by processes that have ended since; returns which.
 
         Mutates the database, and does not write to it when nothing is being published. A document
@@ -380,10 +378,10 @@ class Catalogue:
             return [
                 document_id
                 for document_id in queries.being_published(db)
-                if self._fail_unless_published(db, document_id, reason)
+                if self._fail_unless_published(db, document_id, "its publisher ended")
             ]
 
-    def delist(self, document_id: str, reason: str = "") -> None:
+    def delist(self, document_id: str) -> None:
         """Take a document off the market at once; mutates the database.
 
         Raises NotFoundError when it is not on it.
@@ -391,7 +389,7 @@ class Catalogue:
         with self._changing() as db:
             if self._read(db, document_id).state == "delisted":
                 raise NotFoundError(f"document {document_id} is delisted already")
-            queries.set_state(db, document_id, "delisted", reason)
+            queries.set_state(db, document_id, "delisted")
             queries.end_publishing(db, document_id)
 
     def evict(self, document_id: str, reason: str) -> bool:
@@ -452,32 +450,20 @@ class Catalogue:
         with self._db.snapshot() as db:
             return self._read(db, document_id)
 
-    def listings(self, state: str | None = None, search: str | None = None) -> list[Listing]:
-        """Return the listings in a state, newest first.
-
-        `search` keeps those whose title, publisher or id contains it, in upper or lower case.
-        """
+    def listings(self, state: str | None = None) -> list[Listing]:
+        """Return all listings, or those in a state, newest first."""
         with self._db.snapshot() as db:
-            found = queries.read_listings(db, "? IS NULL OR state = ?", (state, state))
-        wanted = (search or "").casefold()
-        return [
-            listing
-            for listing in found
-            if any(
-                wanted in field.casefold()
-                for field in (listing.terms.title, listing.terms.publisher, listing.document_id)
-            )
-        ]
+            return queries.read_listings(db, "? IS NULL OR state = ?", (state, state))
 
     def page(
         self,
         wanted: ListingFilter,
-        limit: int,
+        limit: int = -1,
         *,
         after: tuple[float, str] | None = None,
         offset: int = 0,
     ) -> list[tuple[Listing, float]]:
-        """Return some listings, each with the number that it is ordered by.
+        """Return (the first `limit`) listings, each with the number that it is ordered by.
 
         `after` is the number and the id of the last one before. Only these are read whole.
         """
@@ -485,6 +471,11 @@ class Catalogue:
         with self._db.snapshot() as db:
             page = queries.read_page(db, wanted, now_s, after=after, limit=limit, offset=offset)
             return [(self._read(db, name), number) for name, number in page]
+
+    def ids(self, wanted: ListingFilter) -> list[str]:
+        """Return the ids of all listings that a filter shows, in its order."""
+        with self._db.snapshot() as db:
+            return [name for name, _ in queries.read_page(db, wanted, time.time())]
 
     def count(self, wanted: ListingFilter) -> int:
         """Return how many listings a filter shows."""
@@ -540,15 +531,11 @@ class Catalogue:
         with self._db.snapshot() as db:
             return queries.refuted(db, keys)
 
-    def heal(self, key: bytes) -> None:
-        """Note that a chunk was stored again; mutates the database.
+    def heal(self, *keys: bytes) -> None:
+        """Note that chunks were stored again, all in one transaction; mutates the database.
 
-        It matches again, and listings whose chunks are all whole are live again.
+        They match again, and listings whose chunks are all whole are live again.
         """
-        self.heal_all([key])
-
-    def heal_all(self, keys: Iterable[bytes]) -> None:
-        """Note that chunks were stored again, all in one transaction; see `heal`."""
         with self._changing() as db:
             for key in keys:
                 if queries.set_damaged(db, key, damaged=False):

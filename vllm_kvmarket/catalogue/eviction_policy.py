@@ -155,16 +155,15 @@ def order(
     now_s: float,
     *,
     input_nano_per_mtok: int = Tariff().input_nano_per_mtok,
-    include_pinned: bool = False,
 ) -> list[Candidate]:
     """Put documents in the order in which they should go, victims first.
 
-    Documents that someone paid to have stored come after all others; pinned ones are left out, or
-    come last if they are included. Those whose going would free nothing come last among their
-    like. Each comes with the `bytes` that its going frees once those before it are gone. The same
-    candidates give the same order, however they are arranged.
+    Documents that someone paid to have stored come after all others; pinned ones are left out.
+    Those whose going would free nothing come last among their like. Each comes with the `bytes`
+    that its going frees once those before it are gone. The same candidates give the same order,
+    however they are arranged.
     """
-    return _Line(list(candidates), policy, now_s, input_nano_per_mtok).drain(include_pinned)
+    return _Line(list(candidates), policy, now_s, input_nano_per_mtok).drain()
 
 
 class _Line:
@@ -185,12 +184,12 @@ class _Line:
         for key in [key for key, holders in self._holders.items() if len(holders) == 1]:
             self._inherit(key)
 
-    def drain(self, include_pinned: bool) -> list[Candidate]:
+    def drain(self) -> list[Candidate]:
         """Take one after another; mutates."""
         heap = [
             (self._rank(number), number)
             for number, candidate in enumerate(self._candidates)
-            if include_pinned or not candidate.pinned
+            if not candidate.pinned
         ]
         heapq.heapify(heap)
         waiting = {number for _, number in heap}
@@ -218,9 +217,9 @@ class _Line:
         self._freed[heir] += dict(self._candidates[heir].shared)[key]
         return heir
 
-    def _rank(self, number: int) -> tuple[bool, bool, bool, float, float, str]:
+    def _rank(self, number: int) -> tuple[bool, bool, float, float, str]:
         candidate, freed = self._candidates[number], self._freed[number]
-        classes = (candidate.pinned, candidate.paid_for, freed == 0)
+        classes = (candidate.paid_for, freed == 0)
         if self._policy == "lru":
             return *classes, candidate.last_used_s, 0.0, candidate.document_id
         worth = self._values[number] * lost_share(candidate, freed) / max(1, freed)

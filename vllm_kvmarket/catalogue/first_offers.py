@@ -28,7 +28,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Callable, Sequence
-from itertools import takewhile
+from itertools import chain, takewhile
 from typing import Any, NamedTuple
 
 import msgspec
@@ -250,11 +250,14 @@ def last_state(rows: IndexRows, asked: Asked, owned: Sequence[Owned]) -> tuple[i
     step = chunks_between_states(asked.namespace) * asked.width
     for each in reversed(owned):
         inside = each.end // step * step if step else 0
-        ends = [(each.end, asked.digest(each.end))]
-        for key, value in rows.scan(POINTS, each.place):
-            ends.append((*_DEPTH.unpack_from(key, _PLACE.size), value[:KEY_BYTES]))
-        for end, digest in sorted(ends, reverse=True):
-            if inside < end <= each.end and (whole := whole_document(rows, digest, end)):
+        ends = [(each.end, asked.digest(each.end))] if inside < each.end else []
+        above, up_to = (each.place + _DEPTH.pack(depth) for depth in (inside, each.end))
+        points = (
+            (*_DEPTH.unpack_from(key, _PLACE.size), value[:KEY_BYTES])
+            for key, value in rows.backwards(POINTS, above, up_to)
+        )
+        for end, digest in chain(ends, points):
+            if whole := whole_document(rows, digest, end):
                 return end, whole
         if inside > each.start:
             return inside, each.record

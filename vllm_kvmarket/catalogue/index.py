@@ -86,11 +86,14 @@ class Index:
         self._tokens = ChunkTokens(db)
         self._refreshing = threading.Lock()
         self._seen: int | None = None
-        self._change_number = self._file.change_number
         self._is_current = False
         self._is_damaged = False
         self._said_at_s = time.monotonic()
-        self.refresh()
+        try:
+            self.refresh()
+        except BaseException:
+            self.close()
+            raise
 
     def close(self) -> None:
         """End the threads that read tokens, and let go of the file."""
@@ -222,16 +225,14 @@ class Index:
 
     # Keeping up
 
-    def refresh(self) -> bool:
-        """Bring the index up to date; whether anything has changed. See Catalogue.refresh."""
+    def refresh(self) -> None:
+        """Bring the index up to date. See Catalogue.refresh."""
         with self._refreshing:
             try:
                 self._take_over_changes()
             except UNREADABLE as error:
                 self._note_damage(error)
                 self._take_over_changes()
-            before, self._change_number = self._change_number, self._file.change_number
-            return before != self._change_number
 
     def _take_over_changes(self) -> None:
         if self._is_damaged:

@@ -10,7 +10,9 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
+import re
 import shutil
+import stat
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -28,6 +30,8 @@ TABLES = (
     "names", "listings", "begins", "starts", "waiting", "points", "owners", "ends", "facts",
 )  # fmt: skip
 _DATA, _IN_USE = "index.sqlite", "in-use"
+# An index's folder, and one that was lost while a process died.
+_FOLDER = re.compile(r"[0-9a-f]{32}(\.lost-\d+)?")
 _SCHEMA = "".join(
     f"CREATE TABLE IF NOT EXISTS {table} (key BLOB PRIMARY KEY, value BLOB NOT NULL) "
     "STRICT, WITHOUT ROWID;"
@@ -38,6 +42,10 @@ _PUT = {table: f"INSERT OR REPLACE INTO {table} VALUES (?, ?)" for table in TABL
 _DELETE = {table: f"DELETE FROM {table} WHERE key = ?" for table in TABLES}  # noqa: S608  # ours
 _SCAN = {
     table: f"SELECT key, value FROM {table} WHERE key BETWEEN ? AND ? ORDER BY key LIMIT ?"  # noqa: S608  # ours
+    for table in TABLES
+}
+_BACKWARDS = {
+    table: f"SELECT key, value FROM {table} WHERE key > ? AND key <= ? ORDER BY key DESC"  # noqa: S608  # ours
     for table in TABLES
 }
 # Longer than every key.
@@ -84,6 +92,12 @@ class IndexRows:
         bounds = prefix, prefix.ljust(_BEHIND, b"\xff"), -1 if most is None else most
         return cast("list[tuple[bytes, bytes]]", self._db.execute(_SCAN[table], bounds).fetchall())
 
+    def backwards(self, table: str, above: bytes, up_to: bytes) -> Iterator[tuple[bytes, bytes]]:
+        """Yield the rows with keys above one and up to another, the last one first."""
+        return cast(
+            "Iterator[tuple[bytes, bytes]]", self._db.execute(_BACKWARDS[table], (above, up_to))
+        )
+
 
 @contextmanager
 def _reported(folder: Path) -> Iterator[None]:
@@ -111,12 +125,24 @@ def _check_is_local(folder: Path) -> None:
             )
 
 
+def _check_is_ours(folder: Path) -> None:
+    """Raise ConfigError where somebody else may have put an index with prices of their own."""
+    status = folder.lstat()
+    is_ours = status.st_uid == os.geteuid() and stat.S_ISDIR(status.st_mode)
+    if folder.parent.stat().st_mode & 0o022 and not is_ours:
+        raise ConfigError(
+            f"the index cannot be in {folder}, which another user has made; set index_folder to a "
+            "folder that nobody else can write to"
+        )
+
+
 def _use(folder: Path) -> int:
     """Make a folder if needed; nobody removes it as long as the returned descriptor is open."""
     while True:
-        for each in (folder.parent, folder):
-            each.mkdir(mode=0o700, parents=True, exist_ok=True)
-            make_private(each)
+        folder.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        folder.mkdir(mode=0o700, exist_ok=True)
+        _check_is_ours(folder)
+        make_private(folder)
         descriptor = os.open(folder / _IN_USE, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
         fcntl.flock(descriptor, fcntl.LOCK_SH)
         with contextlib.suppress(OSError):
@@ -140,8 +166,8 @@ class IndexFile:
     when it cannot be read.
 
     It goes on with what it opened, also when that `is_lost`. Raises ConfigError for a folder on a
-    network disk; DamagedError for a file that must be discarded, and IndexUnavailableError for one
-    that cannot be used now.
+    network disk or of another user; DamagedError for a file that must be discarded, and
+    IndexUnavailableError for one that cannot be used now.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -162,7 +188,6 @@ class IndexFile:
             self._in_use = _use(self._folder)
             try:
                 self._writer = self._connect()
-                self._watcher = self._connect()
                 if not self._writer.execute("SELECT 1 FROM sqlite_schema").fetchall():
                     self._writer.execute(f"BEGIN IMMEDIATE; {_SCHEMA} COMMIT")
                 self._identity = _identity_of(self._folder)
@@ -188,7 +213,7 @@ class IndexFile:
             return
         self._is_closed = True
         with self._write_lock:
-            for db in (self._writer, self._watcher, *self._idle):
+            for db in (self._writer, *self._idle):
                 db.close()
             self._idle.clear()
         os.close(self._in_use)
@@ -234,17 +259,11 @@ class IndexFile:
                 if self._writer.in_transaction:
                     self._writer.execute("ROLLBACK")
 
-    @property
-    def change_number(self) -> object:
-        """Another one after every change, by whichever process, and for every file."""
-        with _reported(self._folder):
-            return self._identity, self._watcher.pragma("data_version")
-
 
 def _remove_unused(folder: Path) -> None:
-    """Remove other indexes beside this one that no process has open."""
+    """Remove other indexes beside this one that no process has open, and nothing else."""
     for other in folder.parent.glob("*") if folder.parent.is_dir() else ():
-        if other.name == folder.name:
+        if other.name == folder.name or not _FOLDER.fullmatch(other.name):
             continue
         with contextlib.suppress(OSError):
             descriptor = os.open(other / _IN_USE, os.O_RDWR | os.O_CLOEXEC)

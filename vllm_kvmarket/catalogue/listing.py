@@ -116,8 +116,6 @@ class Audit:
     detail: str = ""
 
 
-# A match is made for every request, of hundreds of chunks: these are msgspec's, which take a tenth
-# of a dataclass's time to make, and garbage collection need not look into the chunks.
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ListingFilter:
     """The listings that a list shows: by default those on offer now, the newest first.
@@ -137,6 +135,8 @@ class ListingFilter:
     default_price: int = 0
 
 
+# A match is made for every request, of hundreds of chunks: these are msgspec's, which take a tenth
+# of a dataclass's time to make, and garbage collection need not look into the chunks.
 class MatchedChunk(msgspec.Struct, frozen=True, gc=False):
     """A chunk that a match reaches into: the first `matched` of its `token_count` tokens.
 

@@ -9,13 +9,27 @@ from vllm_kvmarket.core.errors import CatalogueUnavailableError
 # `offered_seq` is the revision at which its publisher first put a listing on offer: earlier ones
 # are paid for what later ones repeat. `first_offer` keeps it for each publisher, also when the
 # listing leaves the market and someone else lists the document again. `listed` is 1 while a listing
-# is on the market, also while a damaged one is published again.
+# is on the market, also while a damaged one is published again. A listing is `stored` until what
+# only it needs may be deleted, and `purged` when its tokens are gone; `ended_at_s` is when it left.
+#
+# `store_url` is the object store that the chunks are in, NULL for the disk alone; `store_id` is
+# this market's id, which its object store and each machine's index are marked with. `taken_bytes`
+# are the bytes of all shares, which are too many to be added up at each publication.
+#
+# A chunk is `refuted` when an audit has found other pages than its engine computes, whatever its
+# checksums say: it stays damaged until what is stored has been deleted and is stored anew. Its
+# shares may be in several layouts that nobody converts; their digests are in their files' names,
+# and others have none. `releasing` has the chunks whose files are being deleted, and by which
+# process.
 SCHEMA = """
 CREATE TABLE catalogue (
     revision INTEGER NOT NULL,
-    chunk_tokens INTEGER
+    chunk_tokens INTEGER,
+    store_url TEXT,
+    store_id TEXT,
+    taken_bytes INTEGER NOT NULL DEFAULT 0
 ) STRICT;
-INSERT INTO catalogue VALUES (0, NULL);
+INSERT INTO catalogue (revision) VALUES (0);
 CREATE TABLE listing (
     document_id TEXT PRIMARY KEY,
     namespace BLOB NOT NULL CHECK (length(namespace) = 32),
@@ -37,6 +51,9 @@ CREATE TABLE listing (
     offered_seq INTEGER UNIQUE,
     revision INTEGER NOT NULL,
     search_text TEXT NOT NULL DEFAULT '',  -- title, publisher and id without upper case
+    stored INTEGER NOT NULL DEFAULT 1 CHECK (stored IN (0, 1)),
+    purged INTEGER NOT NULL DEFAULT 0 CHECK (purged IN (0, 1)),
+    ended_at_s REAL,
     CHECK (listed OR state NOT IN ('live', 'damaged')),
     CHECK (offered_seq IS NOT NULL OR NOT listed),
     CHECK (NOT pinned OR state IN ('live', 'damaged', 'publishing'))
@@ -47,6 +64,9 @@ CREATE INDEX listing_age ON listing ((-created_at_s), document_id);
 CREATE INDEX listing_publisher ON listing (publisher);
 CREATE INDEX listing_expiry ON listing (expires_at_s)
     WHERE expires_at_s IS NOT NULL AND state IN ('live', 'damaged');
+CREATE INDEX listing_left ON listing (state)
+    WHERE stored AND state NOT IN ('live', 'damaged', 'publishing');
+CREATE INDEX listing_end ON listing (ended_at_s) WHERE ended_at_s IS NOT NULL AND NOT purged;
 CREATE TABLE first_offer (
     document_id TEXT NOT NULL REFERENCES listing (document_id),
     publisher TEXT NOT NULL,
@@ -56,8 +76,22 @@ CREATE TABLE first_offer (
 CREATE TABLE chunk (
     key BLOB PRIMARY KEY CHECK (length(key) = 32),
     tokens BLOB NOT NULL CHECK (length(tokens) > 0 AND length(tokens) % 4 = 0),
-    damaged INTEGER NOT NULL DEFAULT 0 CHECK (damaged IN (0, 1))
+    damaged INTEGER NOT NULL DEFAULT 0 CHECK (damaged IN (0, 1)),
+    refuted INTEGER NOT NULL DEFAULT 0 CHECK (refuted IN (0, 1))
 ) STRICT;
+CREATE TABLE chunk_share (
+    key BLOB NOT NULL CHECK (length(key) = 32),
+    layout TEXT NOT NULL,
+    rank INTEGER NOT NULL CHECK (rank >= 0),
+    world_size INTEGER NOT NULL CHECK (world_size > rank),
+    bytes INTEGER NOT NULL CHECK (bytes >= 0),
+    fingerprint BLOB NOT NULL CHECK (length(fingerprint) = 8),
+    PRIMARY KEY (key, layout, rank, world_size)
+) STRICT, WITHOUT ROWID;
+CREATE TABLE releasing (
+    key BLOB PRIMARY KEY CHECK (length(key) = 32),
+    owner TEXT NOT NULL
+) STRICT, WITHOUT ROWID;
 CREATE TABLE listing_chunk (
     document_id TEXT NOT NULL REFERENCES listing (document_id),
     position INTEGER NOT NULL,
@@ -93,74 +127,6 @@ CREATE TABLE audit (
 CREATE INDEX audit_document ON audit (document_id);
 """
 
-# Where the chunks are: the object store's URL, NULL for the disk alone; and this market's id, which
-# its object store and each machine's index are marked with.
-STORE_SCHEMA = """
-ALTER TABLE catalogue ADD COLUMN store_url TEXT;
-ALTER TABLE catalogue ADD COLUMN store_id TEXT;
-"""
-# Chunks whose files are being deleted, and by which process. A listing is `stored` until what only
-# it needs may be deleted, and `purged` when its tokens are gone; `ended_at_s` is when it left.
-LEFTOVERS_SCHEMA = """
-CREATE TABLE releasing (
-    key BLOB PRIMARY KEY CHECK (length(key) = 32),
-    owner TEXT NOT NULL
-) STRICT, WITHOUT ROWID;
-ALTER TABLE listing ADD COLUMN stored INTEGER NOT NULL DEFAULT 1 CHECK (stored IN (0, 1));
-ALTER TABLE listing ADD COLUMN purged INTEGER NOT NULL DEFAULT 0 CHECK (purged IN (0, 1));
-ALTER TABLE listing ADD COLUMN ended_at_s REAL;
-UPDATE listing SET ended_at_s = created_at_s
-WHERE state NOT IN ('live', 'damaged', 'publishing');
-CREATE INDEX listing_left ON listing (state)
-    WHERE stored AND state NOT IN ('live', 'damaged', 'publishing');
-CREATE INDEX listing_end ON listing (ended_at_s) WHERE ended_at_s IS NOT NULL AND NOT purged;
-"""
-# The shares of a chunk that are stored; a new one replaces the old.
-SHARES_SCHEMA = """
-CREATE TABLE chunk_share (
-    key BLOB NOT NULL CHECK (length(key) = 32),
-    rank INTEGER NOT NULL CHECK (rank >= 0),
-    world_size INTEGER NOT NULL CHECK (world_size > rank),
-    layout TEXT NOT NULL,
-    bytes INTEGER NOT NULL CHECK (bytes >= 0),
-    fingerprint BLOB NOT NULL CHECK (length(fingerprint) = 8),
-    PRIMARY KEY (key, rank, world_size)
-) STRICT, WITHOUT ROWID;
-"""
-# `adopted` was for documents of other markets in the same bucket. And listings that had left before
-# LEFTOVERS_SCHEMA are kept from now on, not from their publication on.
-ADOPTED_SCHEMA = """
-ALTER TABLE listing ADD COLUMN adopted INTEGER NOT NULL DEFAULT 0 CHECK (adopted IN (0, 1));
-UPDATE listing SET ended_at_s = unixepoch() WHERE ended_at_s = created_at_s;
-"""
-# A bucket is one market's. And a chunk may be stored in several layouts that nobody converts; their
-# digests are in their files' names. Others have none, as all had before.
-LAYOUTS_SCHEMA = """
-ALTER TABLE listing DROP COLUMN adopted;
-ALTER TABLE chunk_share RENAME TO old_share;
-CREATE TABLE chunk_share (
-    key BLOB NOT NULL CHECK (length(key) = 32),
-    layout TEXT NOT NULL,
-    rank INTEGER NOT NULL CHECK (rank >= 0),
-    world_size INTEGER NOT NULL CHECK (world_size > rank),
-    bytes INTEGER NOT NULL CHECK (bytes >= 0),
-    fingerprint BLOB NOT NULL CHECK (length(fingerprint) = 8),
-    PRIMARY KEY (key, layout, rank, world_size)
-) STRICT, WITHOUT ROWID;
-INSERT INTO chunk_share SELECT key, '', rank, world_size, bytes, fingerprint FROM old_share;
-DROP TABLE old_share;
-"""
-# A chunk is `refuted` when an audit has found other pages than its engine computes, whatever its
-# checksums say: it stays damaged until what is stored has been deleted and is stored anew.
-REFUTED_SCHEMA = """
-ALTER TABLE chunk ADD COLUMN refuted INTEGER NOT NULL DEFAULT 0 CHECK (refuted IN (0, 1));
-"""
-# The bytes of all shares, which are too many to be added up at each publication.
-TAKEN_SCHEMA = """
-ALTER TABLE catalogue ADD COLUMN taken_bytes INTEGER NOT NULL DEFAULT 0;
-UPDATE catalogue SET taken_bytes = (SELECT coalesce(sum(bytes), 0) FROM chunk_share);
-"""
-
 # Only on PostgreSQL: every change is announced when it is committed, and who is publishing or
 # deleting has a lease, by the server's clock.
 POSTGRES_ONLY = """
@@ -178,16 +144,9 @@ CREATE TABLE publisher_lease (
 """
 CATALOGUE = Room(
     "catalogue",
-    (
-        SCHEMA,
-        STORE_SCHEMA,
-        LEFTOVERS_SCHEMA,
-        SHARES_SCHEMA,
-        ADOPTED_SCHEMA,
-        LAYOUTS_SCHEMA,
-        REFUTED_SCHEMA,
-        TAKEN_SCHEMA,
-    ),
+    (SCHEMA,),
     CatalogueUnavailableError,
     postgres_only=POSTGRES_ONLY,
+    # Those before never left this repository.
+    oldest=8,
 )

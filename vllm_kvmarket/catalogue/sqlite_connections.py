@@ -16,14 +16,6 @@ from vllm_kvmarket.core.database import Connection
 OWNERS_FOLDER = "publishing"
 # A request waits for what the connection for tokens reads.
 READER_TIMEOUT_MS = 100
-# Tables that an earlier version kept for matches in the database.
-_FORMER_ROOM = "catalogue_beyond"
-_DROP_FORMER = """
-DROP TRIGGER IF EXISTS listing_offered;
-DROP VIEW IF EXISTS followed;
-DROP TABLE IF EXISTS offered;
-DROP TABLE IF EXISTS continuation;
-"""
 
 
 class SqliteConnections(sqlite.SqliteDatabase):
@@ -35,7 +27,6 @@ class SqliteConnections(sqlite.SqliteDatabase):
         super().__init__(path, CATALOGUE)
         self.owner = LockedFile(path.parent / OWNERS_FOLDER)
         with self._reported():
-            sqlite.migrate(self._writer, _FORMER_ROOM, ("", _DROP_FORMER))
             self._tokens_reader = sqlite.connect(path)
             self._tokens_reader.set_busy_timeout(READER_TIMEOUT_MS)
         self._tokens_lock = threading.Lock()

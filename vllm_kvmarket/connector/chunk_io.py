@@ -41,7 +41,7 @@ from vllm_kvmarket.store.chunk_reader import current_guard, guarded
 from vllm_kvmarket.store.conversion import as_floats, canonical
 from vllm_kvmarket.store.host_memory import Filling, HostTier, layers_of
 from vllm_kvmarket.store.packings import clear_slots, own_share
-from vllm_kvmarket.store.tiers import KnownShares, OpenChunk, Tiers
+from vllm_kvmarket.store.tiers import OpenChunk, Tiers
 
 # The largest difference that is still close, as a share of the layer's largest computed value:
 # other kernels, or a prompt cut into other pieces, change less than this by rounding.
@@ -90,11 +90,10 @@ class _Converted:
     def __init__(  # ruff counts the instance
         self, store: Tiers, cache: PagedCache, namespace: bytes, key: bytes, known: bytes
     ) -> None:
-        self._store = KnownShares(store, known)
-        self._cache, self._namespace, self._key = cache, namespace, key
+        self._store, self._cache, self._namespace, self._key = store, cache, namespace, key
         self.known = known
         # What has to be fetched is fetched by this: `copy` does not wait for an object store.
-        tokens = conversion.token_count(self._store, key, cache.layout, namespace)
+        tokens = conversion.token_count(store, key, cache.layout, namespace, known)
         self.page_count = cache.layout.page_count(tokens)
 
     def copy(self, first: int, last: int, destinations: Sequence[Sequence[Bytes]]) -> None:
@@ -107,6 +106,7 @@ class _Converted:
             first,
             last,
             destinations,
+            known=self.known,
         )
 
 

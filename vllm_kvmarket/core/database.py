@@ -44,7 +44,8 @@ class Connection(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Room:
-    """A room's tables: `migrations[n]` leads from version n to n + 1, and is only ever appended to.
+    """A room's tables: `migrations[0]` makes those of version `oldest`, each further one leads to
+    the next version; they are only ever appended to.
 
     `sqlite_only` and `postgres_only` are run after the first migration. `unavailable` makes the
     room's error; a transaction waits `patience_ms` for other writers.
@@ -56,6 +57,7 @@ class Room:
     sqlite_only: str = ""
     postgres_only: str = ""
     patience_ms: int = 10_000
+    oldest: int = 1
 
 
 class Database(Protocol):

@@ -13,7 +13,6 @@ from vllm_kvmarket.core.model_identity import (
     ROOT,
     TOKEN_BYTES,
     pack_tokens,
-    unpack_tokens,
 )
 
 
@@ -45,7 +44,3 @@ class DocumentChunks(msgspec.Struct, frozen=True):
     def parents(self) -> tuple[bytes, ...]:
         """The key of the chunk before each, ROOT before the first."""
         return (ROOT, *self.keys[:-1])
-
-    def token_ids(self) -> list[int]:
-        """All tokens of the document."""
-        return unpack_tokens(b"".join(self.tokens))

@@ -122,22 +122,13 @@ def _length(part: bytes) -> bytes:
     return struct.pack("<Q", len(part))
 
 
-def chunk_keys(
-    namespace: bytes, token_ids: Sequence[int], chunk_tokens: int = CHUNK_TOKENS
-) -> list[bytes]:
-    """Compute the keys of a document's chunks, in order; the last chunk may be shorter.
+def keys_of(namespace: bytes, chunks: Sequence[bytes]) -> list[bytes]:
+    """Compute the keys of a document's chunks, in order, from their packed tokens.
 
     Where the model has recurrent layers, a document's last chunk has their state, and so has each
     chunk with which `chunks_between_states` end. Such a chunk is another one than the same tokens
-    without a state. Raises ValueError as `pack_tokens` does.
+    without a state.
     """
-    packed = pack_tokens(token_ids)
-    width = chunk_tokens * TOKEN_BYTES
-    return keys_of(namespace, [packed[at : at + width] for at in range(0, len(packed), width)])
-
-
-def keys_of(namespace: bytes, chunks: Sequence[bytes]) -> list[bytes]:
-    """Compute the keys of a document's chunks, as `chunk_keys`, from their packed tokens."""
     keys: list[bytes] = []
     parent = ROOT
     between = chunks_between_states(namespace)

@@ -15,7 +15,7 @@ from typing import Any
 
 from vllm_kvmarket.core.database import Bindings, BusyError, Connection, Room, Rows
 from vllm_kvmarket.core.errors import ConfigError
-from vllm_kvmarket.core.sqlite import refuse_newer
+from vllm_kvmarket.core.sqlite import steps_from
 
 try:
     import psycopg
@@ -163,19 +163,18 @@ def migrate(raw: psycopg.Connection[Any], room: Room) -> None:
         raw.execute("SET LOCAL lock_timeout = '60s'")  # many may open at once
         raw.execute("SELECT pg_advisory_xact_lock(%s)", (SCHEMA_LOCK,))
         version = _version(raw, room.name)
-        newest = len(room.migrations)
-        refuse_newer(room.name, version, newest)
-        if version == newest:
+        steps = steps_from(room.name, version, room.migrations, room.oldest)
+        if not steps:
             return
         raw.execute(_WORDS)
-        for number, migration in enumerate(room.migrations[version:], version):
+        for number, migration in enumerate(steps):
             raw.execute(translated_tables(migration))
-            if number == 0 and room.postgres_only:
+            if version == number == 0 and room.postgres_only:
                 raw.execute(room.postgres_only.encode())
         raw.execute(
             "INSERT INTO schema_version VALUES (%s, %s) "
             "ON CONFLICT (room) DO UPDATE SET version = excluded.version",
-            (room.name, newest),
+            (room.name, room.oldest + len(room.migrations) - 1),
         )
 
 

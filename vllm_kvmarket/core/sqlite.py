@@ -63,20 +63,28 @@ def empty_log(path: Path) -> bool:
     return True
 
 
-def refuse_newer(room: str, version: int, known: int) -> None:
-    """Raise ConfigError for tables that a newer kvmarket has made: older code would spoil them."""
-    if version > known:
+def steps_from(room: str, version: int, migrations: Sequence[str], oldest: int = 1) -> list[str]:
+    """Return what brings tables of this version (0: none) to the newest; see database.Room.
+
+    Raises ConfigError for tables that a newer kvmarket has made, which older code would spoil, and
+    for those that are too old.
+    """
+    known = oldest + len(migrations) - 1
+    if 0 < version < oldest or version > known:
+        age, known = ("a newer", known) if version > known else ("an older", oldest)
         raise ConfigError(
-            f"the {room} tables were made by a newer kvmarket (version {version}, this one knows "
+            f"the {room} tables were made by {age} kvmarket (version {version}, this one knows "
             f"{known}); install that version of vllm-kvmarket, or open another home or database"
         )
+    return list(migrations[version - oldest + 1 if version else 0 :])
 
 
-def migrate(connection: apsw.Connection, room: str, migrations: Sequence[str]) -> None:
+def migrate(
+    connection: apsw.Connection, room: str, migrations: Sequence[str], oldest: int = 1
+) -> None:
     """Bring one room's tables to the newest version, in one transaction; mutates the database.
 
-    `migrations[n]` is the SQL that leads from version n to n + 1. Entries are only ever appended.
-    Raises ConfigError for tables of a newer version, and leaves them as they are.
+    Raises ConfigError as `steps_from` does, and leaves the tables as they are.
     """
     # BEGIN IMMEDIATE takes the write lock first, so that two processes never migrate at once.
     connection.execute("BEGIN IMMEDIATE")
@@ -89,13 +97,12 @@ def migrate(connection: apsw.Connection, room: str, migrations: Sequence[str]) -
             "SELECT version FROM schema_version WHERE room = ?", (room,)
         ).fetchone()
         version = row[0] if row else 0
-        refuse_newer(room, version, len(migrations))
-        for migration in migrations[version:]:
+        for migration in steps_from(room, version, migrations, oldest):
             connection.execute(migration)
         connection.execute(
             "INSERT INTO schema_version VALUES (?, ?) "
             "ON CONFLICT (room) DO UPDATE SET version = excluded.version",
-            (room, len(migrations)),
+            (room, oldest + len(migrations) - 1),
         )
     except BaseException:
         connection.execute("ROLLBACK")
@@ -115,7 +122,7 @@ class SqliteDatabase:
         first, *later = room.migrations
         with self._reported():
             self._writer = connect(path)
-            migrate(self._writer, room.name, (first + room.sqlite_only, *later))
+            migrate(self._writer, room.name, (first + room.sqlite_only, *later), room.oldest)
             self._writer.set_busy_timeout(room.patience_ms)
             self._reader = connect(path)
         self._file = self._file_identity()

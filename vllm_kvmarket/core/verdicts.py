@@ -53,12 +53,10 @@ def verdicts(home: Path) -> list[Verdict]:
     return sorted((each for each in found if each), key=lambda each: -each.at_s)
 
 
-def forget_verdicts(home: Path) -> int:
-    """Have every engine tested again at its next start; returns how many verdicts there were."""
-    files = list((home / VERDICTS_FOLDER).glob("*.json"))
-    for file in files:
+def forget_verdicts(home: Path) -> None:
+    """Have every engine tested again at its next start."""
+    for file in (home / VERDICTS_FOLDER).glob("*.json"):
         file.unlink(missing_ok=True)
-    return len(files)
 
 
 def _file(home: Path, engine: Mapping[str, str]) -> Path:

@@ -7,10 +7,9 @@ import time
 from collections.abc import Collection, Iterator
 from typing import TYPE_CHECKING
 
-from vllm_kvmarket.catalogue import Listing, eviction_policy
+from vllm_kvmarket.catalogue import eviction_policy
 from vllm_kvmarket.catalogue.eviction_policy import Candidate
-from vllm_kvmarket.catalogue.listing import ON_OFFER
-from vllm_kvmarket.market.garbage_collection import bytes_on_disk, release_leftovers
+from vllm_kvmarket.market.garbage_collection import release_leftovers
 
 if TYPE_CHECKING:
     from vllm_kvmarket.market.market import Market
@@ -26,9 +25,9 @@ def make_room(market: Market, needed_bytes: int, protect: Collection[str] = froz
     the disk evicts by itself. No folder is scanned unless the disk's quota is used up. Raises
     CatalogueError, StoreError.
     """
-    space = _Bucket(market, protect) if market.store.objects is not None else _Disk(market, protect)
+    space = _Space(market, protect)
     free = space.free_bytes()
-    if free >= needed_bytes or not space.has_quota:
+    if free >= needed_bytes or space.quota_bytes is None:
         return free
     market.catalogue.expire()
     release_leftovers(market)
@@ -48,48 +47,25 @@ def make_room(market: Market, needed_bytes: int, protect: Collection[str] = froz
     return free
 
 
-class _Disk:
-    """The chunks folder; what is counted are its bytes."""
-
-    def __init__(self, market: Market, protect: Collection[str]) -> None:
-        self._market = market
-        self._protect = protect
-        self.has_quota = market.store.disk.quota_bytes is not None
-
-    def free_bytes(self) -> int:
-        return self._market.store.disk.free_bytes()
-
-    def bytes_that_can_be_free(self) -> int:
-        keys = {
-            key
-            for listing in self._market.catalogue.listings()
-            if _stays(listing, self._protect)
-            for key in listing.chunk_keys
-        }
-        quota = self._market.store.disk.quota_bytes or 0
-        return quota - bytes_on_disk(self._market, keys)
-
-
-class _Bucket:
-    """The object store; what is counted are the bytes that the database knows of there."""
+class _Space:
+    """Where chunks are kept: the object store if there is one, else the chunks folder."""
 
     def __init__(self, market: Market, protect: Collection[str]) -> None:
         self._shares = market.catalogue.shares
         self._protect = protect
-        self._quota = market.config.object_store_quota_bytes or 0
-        self.has_quota = market.config.object_store_quota_bytes is not None
+        self._disk = market.store.disk if market.store.objects is None else None
+        self.quota_bytes = (
+            market.config.object_store_quota_bytes if self._disk is None else self._disk.quota_bytes
+        )
 
     def free_bytes(self) -> int:
-        return self._quota - self._shares.taken_bytes(self._protect)
+        """Of a folder its real bytes count, of an object store those that the database knows."""
+        if self._disk is not None:
+            return self._disk.free_bytes()
+        return (self.quota_bytes or 0) - self._shares.taken_bytes(self._protect)
 
     def bytes_that_can_be_free(self) -> int:
-        return self._quota - self._shares.taken_bytes(self._protect, fixed=True)
-
-
-def _stays(listing: Listing, protect: Collection[str]) -> bool:
-    return listing.state == "publishing" or (
-        listing.state in ON_OFFER and (listing.pinned or listing.document_id in protect)
-    )
+        return (self.quota_bytes or 0) - self._shares.taken_bytes(self._protect, fixed=True)
 
 
 def _victims(market: Market, protect: Collection[str]) -> Iterator[Candidate]:

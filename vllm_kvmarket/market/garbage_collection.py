@@ -18,7 +18,6 @@ import msgspec
 
 from vllm_kvmarket.catalogue.listing import NEEDED, ON_OFFER
 from vllm_kvmarket.core import sqlite
-from vllm_kvmarket.core.errors import StoreError
 from vllm_kvmarket.store.chunk_format import chunk_name, is_chunk_file
 
 if TYPE_CHECKING:
@@ -26,8 +25,6 @@ if TYPE_CHECKING:
 
 # Chunks that the database is asked for at once.
 _ASKED_AT_ONCE = 1000
-# Where several markets of one bucket told each other what they published.
-_OLD_DIRECTORY = "listings"
 
 
 class GcReport(msgspec.Struct, frozen=True, kw_only=True):
@@ -66,8 +63,7 @@ def collect_garbage(market: Market, *, dry_run: bool = False) -> GcReport:
     remover.release_objects()
     remover.release(market.catalogue.leftovers.unneeded())
     remover.release(market.store.disk.keys())
-    swept = market.store.disk.sweep_temporary(0)
-    market.store.disk.recount()
+    swept = market.store.disk.sweep_temporary()
     market.catalogue.shares.recount()
     return GcReport(
         dry_run=False,
@@ -190,11 +186,6 @@ class _Remover:
         objects = self._store.objects
         if objects is None:
             return
-        if next(objects.names(_OLD_DIRECTORY), None) is not None:
-            raise StoreError(
-                f"{objects.url} has {_OLD_DIRECTORY}/ of an older kvmarket, where other markets "
-                "may have documents; export these as bundles, and delete that folder"
-            )
         names = filter(_is_chunk, objects.names())
         while batch := list(islice(names, _ASKED_AT_ONCE)):
             listed = defaultdict(set)

@@ -61,7 +61,7 @@ def _credentials(config: MarketConfig, home: Path) -> Credentials:
     if config.database_url is not None:
         key = secrets_key(config.secrets_key_file)
         if key is not None:
-            return Credentials.of(SealedSecret(config.database_url, key))
+            return Credentials(SealedSecret(config.database_url, key))
     return Credentials.of_home(home)
 
 
@@ -354,7 +354,7 @@ class Market:
         shares: Sequence[StoredShare],
     ) -> None:
         self.catalogue.shares.note(shares)
-        self.catalogue.heal_all(stored_keys)
+        self.catalogue.heal(*stored_keys)
         if self.catalogue.get(document_id).state == "publishing":
             self.catalogue.commit(document_id, stored_bytes)
 

@@ -22,6 +22,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path, PurePosixPath
+from urllib.parse import quote
 
 import apsw
 import msgspec
@@ -30,7 +31,8 @@ from blake3 import blake3
 from vllm_kvmarket.auth.operator_tokens import SECRET_FILE
 from vllm_kvmarket.auth.sealed_keys import seal, unseal
 from vllm_kvmarket.auth.signing_keys import KEY_SUFFIX, KEYS_FOLDER, TRUSTED_FOLDER
-from vllm_kvmarket.catalogue import Catalogue
+from vllm_kvmarket.catalogue import queries
+from vllm_kvmarket.catalogue.listing import ON_OFFER
 from vllm_kvmarket.core import sqlite
 from vllm_kvmarket.core.durable_files import sync_path, write_durably
 from vllm_kvmarket.core.errors import ConfigError, NotFoundError, ProofError, StoreError
@@ -45,7 +47,7 @@ FORMAT = 1
 MANIFEST = "backup.json"
 DATABASE = "database"
 PIECE_BYTES = 1 << 20
-ON_OFFER = ("live", "damaged")
+_READ_ONLY = apsw.SQLITE_OPEN_READONLY | apsw.SQLITE_OPEN_URI
 SEALED_KEYS = "keys.sealed"
 _FIRST_PARTS = {DATABASE, SEALED_KEYS, KEYS_FOLDER, TRUSTED_FOLDER, LOG_FOLDER, CHUNKS_FOLDER}
 
@@ -182,7 +184,8 @@ def restore(
             home.rmdir()
         draft.rename(home)
     finally:
-        _remove(draft)
+        if draft.exists():
+            shutil.rmtree(draft)
     sync_path(home.parent)
     return _report(folder, home, manifest, report, with_keys=passphrase is not None)
 
@@ -262,8 +265,13 @@ def _into_one_file(path: Path) -> None:
 
 def _copy_chunks(market: Market, folder: Path, copier: _Copier) -> list[str]:
     """Copy every chunk that a listing of the copied catalogue needs; what is not there."""
+    # As the copy has it, and written to by nobody.
+    with contextlib.closing(
+        apsw.Connection(f"file:{quote(str(folder / DATABASE))}?immutable=1", flags=_READ_ONLY)
+    ) as db:
+        needed = queries.all_held(db, ON_OFFER)
     missing = []
-    for key in sorted(_needed(folder, market.config.chunk_tokens)):
+    for key in sorted(needed):
         try:
             shares = market.store.files(key)
             if not shares:
@@ -276,16 +284,6 @@ def _copy_chunks(market: Market, folder: Path, copier: _Copier) -> list[str]:
         except (StoreError, FileNotFoundError) as error:
             missing.append(f"{key.hex()}: {error}")
     return missing
-
-
-def _needed(folder: Path, chunk_tokens: int) -> set[bytes]:
-    """The chunks of everything on offer in the copied catalogue."""
-    with tempfile.TemporaryDirectory(prefix=".catalogue-", dir=folder) as scratch:
-        path = Path(scratch) / DATABASE_FILE
-        _copy(folder / DATABASE, path, 0o600)
-        with contextlib.closing(Catalogue.open(path, chunk_tokens=chunk_tokens)) as catalogue:
-            on_offer = [each for each in catalogue.listings() if each.state in ON_OFFER]
-    return {key for listing in on_offer for key in listing.chunk_keys}
 
 
 class _Copier:
@@ -310,12 +308,8 @@ class _Copier:
 
     def note(self, name: str) -> None:
         """A file that is in the backup already."""
-        size, digest = 0, blake3()
-        with (self._folder / name).open("rb") as stream:
-            while piece := stream.read(PIECE_BYTES):
-                digest.update(piece)
-                size += len(piece)
-        self._note(name, size, digest.hexdigest())
+        path = self._folder / name
+        self._note(name, path.stat().st_size, blake3().update_mmap(path).hexdigest())
 
     def _note(self, name: str, size: int, digest: str) -> None:
         self.files.append(BackedUpFile(name, size, digest))
@@ -404,8 +398,3 @@ def _copy(source: Path, target: Path, mode: int) -> tuple[int, str]:
             stream.flush()
             os.fsync(descriptor)
     return size, digest.hexdigest()
-
-
-def _remove(folder: Path) -> None:
-    if folder.exists():
-        shutil.rmtree(folder)

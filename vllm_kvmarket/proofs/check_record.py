@@ -51,7 +51,7 @@ def read(log: TransparencyLog) -> CheckRecord | None:
         signature = decode_base64(line.decode(errors="replace"))
     except ProofError:
         signature = b""
-    keys = log.own_keys()
+    keys = log.keys.own_keys()
     signer = next((key for key in keys if key.verifies(signature, _SIGNED + body)), None)
     if signer is None:
         raise ProofError(f"{path} is not signed by this home")

@@ -90,12 +90,6 @@ def pages(ledger: Ledger, after: int = 0) -> Iterator[list[Transfer]]:
         after += len(page)
 
 
-def transfer_at(ledger: Ledger, index: int) -> Transfer | None:
-    """The transfer that is this leaf; None where the log is not that long."""
-    found = ledger.transfers_after(index, 1)
-    return found[0] if found else None
-
-
 def indexes_of(ledger: Ledger, transfer_ids: Iterable[str]) -> dict[str, int]:
     """Which leaves transfers are, from 0. Raises NotFoundError."""
     return {transfer_id: ledger.sequence_of(transfer_id) - 1 for transfer_id in transfer_ids}

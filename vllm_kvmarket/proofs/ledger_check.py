@@ -49,20 +49,13 @@ class LedgerCheck(msgspec.Struct, frozen=True, kw_only=True):
     rebuilt: bool
 
 
-def check_ledger(
-    ledger: Ledger,
-    home: Path,
-    given: Iterable[str] = (),
-    on_progress: Progress | None = None,
-    *,
-    keys: SigningKeys | None = None,
-) -> LedgerCheck:
+def check_ledger(ledger: Ledger, home: Path, given: Iterable[str] = ()) -> LedgerCheck:
     """Recompute everything; `given` are checkpoints' notes that somebody kept.
 
     Safe while engines charge. Changes nothing but the log's file of hashes, which is made anew
     where it differs, and reported as a problem. Raises LedgerError and ConfigError.
     """
-    return _check(TransparencyLog(ledger, home, keys), CheckRecord(), given, on_progress)[0]
+    return _check(TransparencyLog(ledger, home), CheckRecord(), given, None)[0]
 
 
 def check_new(
@@ -143,7 +136,7 @@ def _checkpoints(
     log: TransparencyLog, since: int, given: Iterable[str]
 ) -> tuple[list[Checkpoint], list[str]]:
     """The checkpoints that this home signed: its own behind `since`, and those given; problems."""
-    keys = log.own_keys()
+    keys = log.keys.own_keys()
     found, problems = [], []
     try:
         notes = [signed.note for signed in log.checkpoints()]

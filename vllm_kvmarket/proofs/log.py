@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Self, TypeVar
 
 import msgspec
 
-from vllm_kvmarket.auth.signing_keys import PublicKey, SigningKeys
+from vllm_kvmarket.auth.signing_keys import SigningKeys
 from vllm_kvmarket.core.durable_files import append_line, locked, write_durably
 from vllm_kvmarket.core.errors import ProofError
 from vllm_kvmarket.ledger import Ledger
@@ -202,7 +202,7 @@ class TransparencyLog:
 
     def is_own(self, checkpoint: Checkpoint) -> bool:
         """Whether this home signed a checkpoint, in this epoch or before, under any of its keys."""
-        own = {ORIGIN_PREFIX + key.kid for key in self.own_keys()}
+        own = {ORIGIN_PREFIX + key.kid for key in self.keys.own_keys()}
         return (
             checkpoint.origin == self.origin
             or checkpoint.origin.rpartition("/")[0] in own
@@ -246,14 +246,6 @@ class TransparencyLog:
             if before is None or before.size < end or not self._is_beginning(tree, before):
                 self._checkpoint(tree)
         return found
-
-    def own_keys(self) -> list[PublicKey]:
-        """Every key that this log signs or signed with, the newest first."""
-        return self.keys.own_keys()
-
-    def public_keys(self) -> list[PublicKey]:
-        """Those, and the keys of other machines of the market."""
-        return self.keys.public_keys()
 
     def indexes_of(self, transfer_ids: Iterable[str]) -> dict[str, int]:
         """Which leaves of the log transfers are, from 0. Raises NotFoundError."""
@@ -319,12 +311,12 @@ class TransparencyLog:
         with self._tree() as tree:
             return merkle.consistency_path(tree.read, old, new)
 
-    def rebuild(self) -> int:
-        """Hash all transfers again, from the first; how many there are."""
+    def rebuild(self) -> None:
+        """Hash all transfers again, from the first."""
         with locked(self.folder):
             self._forget()
-            with self._opened() as tree:
-                return tree.size
+            with self._opened():
+                pass
 
     def _checkpoint(self, tree: StoredHashes) -> Checkpoint:
         key = self.keys.current()
@@ -409,8 +401,8 @@ class TransparencyLog:
         """Whether the ledger still has the transfer that was hashed last, where it was."""
         if head.size == 0:
             return True
-        last = leaves.transfer_at(self.ledger, head.size - 1)
-        return last is not None and merkle.leaf_hash(entry_of(last)) == tree.read(0, head.size - 1)
+        last = self.ledger.transfers_after(head.size - 1, 1)
+        return [merkle.leaf_hash(entry_of(each)) for each in last] == [tree.read(0, head.size - 1)]
 
     def _forget(self) -> None:
         (self.folder / HEAD_FILE).unlink(missing_ok=True)

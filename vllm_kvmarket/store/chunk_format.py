@@ -19,7 +19,7 @@ from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import accumulate
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any, NamedTuple, TypedDict
 
 import msgspec
 import numpy as np
@@ -247,6 +247,17 @@ def _place(sizes: tuple[int, ...], alignment: int) -> Arrangement:
             start = index
     groups.append((start, len(sizes)))
     return Arrangement(tuple(offsets), sizes, (*gaps, 0), tuple(groups))
+
+
+class NewChunk(TypedDict):
+    """What is stored of a chunk, by the names of `prepare`."""
+
+    key: bytes
+    parent: bytes
+    namespace: bytes
+    tokens: bytes
+    layout: ChunkLayout
+    layers: Sequence[Sequence[Bytes]]
 
 
 def prepare(

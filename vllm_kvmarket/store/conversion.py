@@ -11,7 +11,6 @@ import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
 from math import prod
-from typing import Protocol
 
 import numpy as np
 
@@ -21,7 +20,7 @@ from vllm_kvmarket.core.errors import (
     LayoutMismatchError,
     StoreError,
 )
-from vllm_kvmarket.store.chunk_format import ChunkHeader, ChunkLayout, LayerLayout, Share, damaged
+from vllm_kvmarket.store.chunk_format import ChunkLayout, LayerLayout, Share, damaged
 from vllm_kvmarket.store.chunk_reader import aligned_empty, zero_unless_late
 from vllm_kvmarket.store.codec import Bytes
 from vllm_kvmarket.store.packings import (
@@ -36,53 +35,9 @@ from vllm_kvmarket.store.packings import (
     read_tag,
     shape_of,
 )
+from vllm_kvmarket.store.tiers import OpenChunk, Tiers
 
 __all__ = ["as_floats", "canonical", "copy_converted", "is_usable", "token_count", "why_not"]
-
-
-class OpenShare(Protocol):
-    """One open share of a chunk: a StoredChunk, or what stands for one."""
-
-    @property
-    def header(self) -> ChunkHeader:
-        """The verified header."""
-
-    def copy_pages(
-        self, index: int, first_page: int, last_page: int, destination: Sequence[Bytes]
-    ) -> None:
-        """See StoredChunk.copy_pages."""
-
-    def verify(self) -> None:
-        """See StoredChunk.verify."""
-
-    def close(self) -> None:
-        """See StoredChunk.close."""
-
-
-class ShareStore(Protocol):
-    """The part of a store that conversion uses."""
-
-    def shares(self, key: bytes) -> list[tuple[int, int]]:
-        """(rank, world_size) of each file of a chunk that is there and can be converted."""
-
-    def files(self, key: bytes) -> list[Share]:
-        """What each file of a chunk is."""
-
-    def open_share(
-        self,
-        key: bytes,
-        rank: int,
-        world_size: int,
-        namespace: bytes | None = None,
-        *,
-        layout: str = "",
-    ) -> OpenShare:
-        """Open one rank's share in whatever layout it has; raises as `open` does."""
-
-    def quarantine(
-        self, key: bytes, rank: int, world_size: int, reason: str, layout: str = ""
-    ) -> bool:
-        """Move a damaged share away."""
 
 
 @lru_cache(maxsize=256)
@@ -157,7 +112,7 @@ def _heads_of(layout: ChunkLayout, layer: LayerLayout) -> range:
     return range(first, first + shape.heads)
 
 
-def is_usable(store: ShareStore, key: bytes, layout: ChunkLayout, namespace: bytes) -> bool:
+def is_usable(store: Tiers, key: bytes, layout: ChunkLayout, namespace: bytes) -> bool:
     """Whether an engine of this layout can load the whole chunk: verified, its own or converted.
 
     Reads every byte of the shares that it would use; a damaged one is quarantined.
@@ -169,31 +124,39 @@ def is_usable(store: ShareStore, key: bytes, layout: ChunkLayout, namespace: byt
     return True
 
 
-def token_count(store: ShareStore, key: bytes, layout: ChunkLayout, namespace: bytes) -> int:
+def token_count(
+    store: Tiers, key: bytes, layout: ChunkLayout, namespace: bytes, known: bytes = b""
+) -> int:
     """Tokens in a chunk that `copy_converted` can load; all that it will read is then on this disk.
 
     Opens the shares, and reads none. Raises as copy_converted.
     """
     counts: list[int] = []
-    _visit(store, key, layout, namespace, lambda share: counts.append(share.header.token_count))
+
+    def count(share: OpenChunk) -> None:
+        counts.append(share.header.token_count)
+
+    _visit(store, key, layout, namespace, count, known)
     return counts[0]
 
 
 def copy_converted(  # noqa: PLR0917  # the last three are those of StoredChunk.copy_all_pages
-    store: ShareStore,
+    store: Tiers,
     key: bytes,
     layout: ChunkLayout,
     namespace: bytes,
     first_page: int,
     last_page: int,
     destinations: Sequence[Sequence[Bytes]],
+    *,
+    known: bytes = b"",
 ) -> None:
     """Read pages first_page .. last_page - 1, counted in this layout's blocks, into place.
 
     `destinations` as in StoredChunk.copy_all_pages: for each layer of `layout` dense uint8 arrays
     of one or more pages each. Slots behind the chunk's last token become zeros, except in a
     straight copy of this very layout. A damaged share is quarantined, and another that holds the
-    same heads is used if there is one.
+    same heads is used if there is one. `known` as in Tiers.open.
 
     Raises LayoutMismatchError with the reason when nothing that is stored can be converted;
     ChunkMissingError when nothing is stored, or not for all heads; ChunkDamagedError; StoreError;
@@ -202,22 +165,23 @@ def copy_converted(  # noqa: PLR0917  # the last three are those of StoredChunk.
     """
     _check_sizes(layout, first_page, last_page, destinations)
 
-    def convert(share: OpenShare) -> None:
+    def convert(share: OpenChunk) -> None:
         _convert_share(share, layout, first_page, last_page, destinations)
 
     try:
-        _visit(store, key, layout, namespace, convert)
+        _visit(store, key, layout, namespace, convert, known)
     except BaseException as error:
         zero_unless_late(error, destinations)
         raise
 
 
-def _visit(
-    store: ShareStore,
+def _visit(  # noqa: PLR0917  # the first four are those of its callers
+    store: Tiers,
     key: bytes,
     layout: ChunkLayout,
     namespace: bytes,
-    use: Callable[[OpenShare], None],
+    use: Callable[[OpenChunk], None],
+    known: bytes = b"",
 ) -> None:
     """Hand over shares until each of this layout's heads has been had; raises when they are not.
 
@@ -227,7 +191,7 @@ def _visit(
     problems: list[StoreError] = []
     for each in _in_order(store, key, layout):
         try:
-            with _open(store, key, each, namespace) as share:
+            with _open(store, key, each, namespace, known) as share:
                 theirs = share.header.layout
                 _check_convertible(theirs, key, layout)
                 if missing.has_use_for(theirs):
@@ -276,7 +240,7 @@ class _Missing:
         return set(_heads_of(share, layer))
 
 
-def _in_order(store: ShareStore, key: bytes, layout: ChunkLayout) -> list[Share]:
+def _in_order(store: Tiers, key: bytes, layout: ChunkLayout) -> list[Share]:
     """Shares to try: our own first, then those of our world size, then the fewest to read."""
     own = own_share(layout)
 
@@ -289,9 +253,11 @@ def _in_order(store: ShareStore, key: bytes, layout: ChunkLayout) -> list[Share]
 
 
 @contextlib.contextmanager
-def _open(store: ShareStore, key: bytes, share_id: Share, namespace: bytes) -> Iterator[OpenShare]:
+def _open(
+    store: Tiers, key: bytes, share_id: Share, namespace: bytes, known: bytes
+) -> Iterator[OpenChunk]:
     rank, world_size, form = share_id
-    opened = store.open_share(key, rank, world_size, namespace, layout=form)
+    opened = store.open_share(key, rank, world_size, namespace, layout=form, known=known)
     with contextlib.closing(opened) as share:
         found = share.header.layout
         if (found.rank, found.world_size) != (rank, world_size):
@@ -323,7 +289,7 @@ def _check_sizes(
 
 
 def _convert_share(
-    share: OpenShare,
+    share: OpenChunk,
     layout: ChunkLayout,
     first_page: int,
     last_page: int,

@@ -6,10 +6,10 @@ import contextlib
 import fcntl
 import os
 import stat
-import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Unpack
 
 from vllm_kvmarket.core.durable_files import (
     DRAFT_PREFIX,
@@ -21,8 +21,8 @@ from vllm_kvmarket.core.durable_files import (
 from vllm_kvmarket.core.errors import ChunkDamagedError, StoreError, StoreFullError
 from vllm_kvmarket.store import chunk_format
 from vllm_kvmarket.store.chunk_format import (
-    Bytes,
     ChunkLayout,
+    NewChunk,
     Share,
     check_complete,
     chunk_name,
@@ -101,46 +101,30 @@ class DiskStore:
 
     # Writing
 
-    def put(
-        self,
-        *,
-        key: bytes,
-        parent: bytes,
-        namespace: bytes,
-        tokens: bytes,
-        layout: ChunkLayout,
-        layers: Sequence[Sequence[Bytes]],
-    ) -> int:
+    def put(self, **chunk: Unpack[NewChunk]) -> int:
         """Store a chunk durably; returns the bytes written, 0 when the whole chunk was there.
 
-        `layers`: for each layer its pages, dense uint8 arrays, one after another. They must not
-        change meanwhile, because raw pages are written from where they lie. A damaged file goes
-        into quarantine. A file with another layout is replaced if it is one that engines convert;
-        others have files of their own. Any number of writers of one key may run at once.
+        Its pages must not change meanwhile, because raw ones are written from where they lie. A
+        damaged file goes into quarantine. A file with another layout is replaced if it is one that
+        engines convert; others have files of their own. Any number of writers of one key may run at
+        once.
 
         Raises StoreFullError; StoreError; ValueError when the pages do not fit the layout or the
         key. After an error no draft is left, and a whole chunk that was there is still there.
         """
-        path = self.path(key, *own_share(layout))
-        if self._has_whole(key, layout, namespace):
+        layout = chunk["layout"]
+        path = self.path(chunk["key"], *own_share(layout))
+        if self._has_whole(chunk["key"], layout, chunk["namespace"]):
             with self._reporting(path):
                 self._sync_names(path.parent)
             return 0
-        chunk = chunk_format.prepare(
-            key=key,
-            parent=parent,
-            namespace=namespace,
-            tokens=tokens,
-            layout=layout,
-            layers=layers,
-            codec=self.codec,
-        )
-        with self._reporting(path), self._draft(path, chunk.size) as draft:
-            self._files.write(draft.descriptor, chunk)
+        prepared = chunk_format.prepare(**chunk, codec=self.codec)
+        with self._reporting(path), self._draft(path, prepared.size) as draft:
+            self._files.write(draft.descriptor, prepared)
             self._files.sync(draft.descriptor)
             self._place(draft, path)
             self._files.sync_folder(path.parent)
-        return chunk.size
+        return prepared.size
 
     @contextlib.contextmanager
     def receive(
@@ -233,10 +217,6 @@ class DiskStore:
         """What each file of a chunk is; files may be damaged."""
         found = [(share_of(file.name), file) for file in self._files_of(key)]
         return sorted(share for share, file in found if share is not None and file.is_file())
-
-    def shares(self, key: bytes) -> list[tuple[int, int]]:
-        """The (rank, world_size) of each file of a chunk that others can convert."""
-        return [share[:2] for share in self.files(key) if not share.layout]
 
     def keys(self) -> Iterator[bytes]:
         """Every chunk that has a file, whole or damaged, in the order of keys."""
@@ -365,7 +345,7 @@ class DiskStore:
             count.recount()
             return count.used
 
-    def sweep_temporary(self, older_than_s: float = 0) -> int:
+    def sweep_temporary(self) -> int:
         """Remove what dead writers left; returns the number of files. Raises StoreError.
 
         The draft of a living writer is locked and stays, whatever its age.
@@ -374,8 +354,7 @@ class DiskStore:
         with self._locked() as count:
             for path in self.root.glob(f"??/{DRAFT_PREFIX}*"):
                 with contextlib.suppress(FileNotFoundError):
-                    age_s = time.time() - path.lstat().st_mtime
-                    if age_s < older_than_s or is_being_written(path):
+                    if is_being_written(path):
                         continue
                     if path.is_dir() and not path.is_symlink():
                         self._files.remove_tree(path)

@@ -10,7 +10,8 @@ from __future__ import annotations
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Self
 
@@ -52,20 +53,6 @@ class _Entry:
     users: int
     protected_until_s: float = 0.0
     dropped: bool = False
-
-
-class PinnedPages:
-    """A chunk's pages, not evicted until the `with` ends: uint8 (bytes,), to be read only."""
-
-    def __init__(self, tier: HostTier, entry: _Entry) -> None:
-        self._tier = tier
-        self._entry = entry
-
-    def __enter__(self) -> Bytes:
-        return self._entry.buffer
-
-    def __exit__(self, *error: object) -> None:
-        self._tier._release(self._entry)
 
 
 class Filling:
@@ -159,10 +146,11 @@ class HostTier:
         with self._changed:
             return key in self._entries or self._filling.get(key, False)
 
-    def pin(self, key: bytes, wait_s: float = 0.0) -> PinnedPages | None:
-        """The chunk's pages, to be used in a `with`; None when they are not here.
+    def pin(self, key: bytes, wait_s: float = 0.0) -> AbstractContextManager[Bytes] | None:
+        """The chunk's pages, uint8 (bytes,), to be read only; None when they are not here.
 
-        Waits at most `wait_s` for a chunk that another thread brings in, unless `idly`.
+        They are not evicted until the `with` ends, in which they must be used. Waits at most
+        `wait_s` for a chunk that another thread brings in, unless `idly`.
         """
         if not self.is_on:
             return None
@@ -177,7 +165,14 @@ class HostTier:
             if entry.users == 0:
                 self._idle -= entry.buffer.nbytes
             entry.users += 1
-            return PinnedPages(self, entry)
+            return self._pinned(entry)
+
+    @contextmanager
+    def _pinned(self, entry: _Entry) -> Iterator[Bytes]:
+        try:
+            yield entry.buffer
+        finally:
+            self._release(entry)
 
     def begin(self, key: bytes, *, prefetched: bool = False, idly: bool = False) -> Filling | None:
         """Begin to bring in a chunk; None when it is here, or another thread brings it.

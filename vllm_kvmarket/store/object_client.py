@@ -115,8 +115,7 @@ class Breaker:
     it gets no answer either, the next pause is twice as long.
     """
 
-    def __init__(self, first_pause_s: float = FIRST_PAUSE_S) -> None:
-        self._first_pause_s = first_pause_s
+    def __init__(self) -> None:
         self._pause_s = 0.0
         self._until_s = 0.0
         self._probing = False
@@ -151,7 +150,7 @@ class Breaker:
             # Calls that run together fail together; they make one pause.
             if self._probing or now_s >= self._until_s:
                 doubled = min(2 * self._pause_s, LONGEST_PAUSE_S)
-                self._pause_s = max(self._first_pause_s, doubled)
+                self._pause_s = max(FIRST_PAUSE_S, doubled)
                 self._until_s = now_s + self._pause_s
             self._probing = False
 

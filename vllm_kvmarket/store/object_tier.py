@@ -12,7 +12,6 @@ import itertools
 import os
 from collections.abc import Awaitable, Callable, Iterator, Mapping
 from dataclasses import dataclass
-from datetime import datetime
 from pathlib import Path
 from typing import Any, cast
 
@@ -43,7 +42,7 @@ class ObjectReplacedError(StoreError):
 
 @dataclass(frozen=True, slots=True)
 class ObjectFacts:
-    """An object's name, bytes, time of writing (Unix) and version.
+    """An object's name, bytes and version.
 
     `version` is the ETag: equal for equal content, and as a rule different for other content; None
     when the bucket has none.
@@ -51,7 +50,6 @@ class ObjectFacts:
 
     name: str
     size: int
-    modified_s: float
     version: str | None
 
 
@@ -180,10 +178,6 @@ class ObjectTier:
                 break
         return sorted(share for share in found if share is not None)
 
-    def shares(self, key: bytes) -> list[tuple[int, int]]:
-        """The (rank, world_size) of each object of a chunk that others can convert."""
-        return [share[:2] for share in self.files(key) if not share.layout]
-
     # Anything
 
     def get_bytes(self, name: str) -> bytes | None:
@@ -245,27 +239,26 @@ class ObjectTier:
             # Cannot be repeated: it may continue where it failed, or after that.
             batch = self._calls.run(lambda: anext(batches, None), prefix or "/")
 
-    def put_new(self, name: str, content: bytes) -> bool:
-        """Store bytes durably unless something is there already; returns whether it was stored.
+    def put_new(self, name: str, content: bytes) -> None:
+        """Store bytes durably unless something is there already.
 
-        Not every store can tell: then two writers of one moment may both get True.
+        Not every store can tell: then of two writers of one moment the later one replaces.
         """
         if self.facts(name) is not None:
-            return False
+            return
         put = lambda: obstore.put_async(self._store, name, content, mode="create")  # noqa: E731
         try:
             # Not repeated: the second attempt would find what the first has stored.
             self._calls.run(put, name)
         except obstore.exceptions.AlreadyExistsError:
-            return False
+            return
         except StoreError:
             # Some stores do not know conditional requests.
             if self.facts(name) is not None:
-                return False
+                return
             self.put_bytes(name, content)
         if self._root is not None:
             _sync_to_disk(self._root, self._root / name)
-        return True
 
     def put_bytes(self, name: str, content: bytes) -> None:
         """Store bytes durably, and replace what was there."""
@@ -304,8 +297,7 @@ class ObjectTier:
 
 
 def _facts(found: Any) -> ObjectFacts:
-    written: datetime = found["last_modified"]
-    return ObjectFacts(found["path"], found["size"], written.timestamp(), found["e_tag"])
+    return ObjectFacts(found["path"], found["size"], found["e_tag"])
 
 
 def _sync_to_disk(root: Path, file: Path) -> None:

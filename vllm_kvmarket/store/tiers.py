@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple, Self, TypeVar
+from typing import NamedTuple, Self, TypeVar, Unpack
 
 from vllm_kvmarket.core.config import MarketConfig
 from vllm_kvmarket.core.errors import (
@@ -31,6 +31,7 @@ from vllm_kvmarket.store.chunk_format import (
     Bytes,
     ChunkHeader,
     ChunkLayout,
+    NewChunk,
     Share,
     check_complete,
     chunk_name,
@@ -60,30 +61,6 @@ class ShareId(NamedTuple):
     def name(self) -> str:
         """The name of its object, and of its file below the store's folder."""
         return chunk_name(*self)
-
-
-class KnownShares:
-    """The shares of chunks in the tiers, old copies fetched again; see conversion.ShareStore."""
-
-    def __init__(self, store: Tiers, known: bytes) -> None:
-        self._store = store
-        self._known = known
-        self.shares = store.shares
-        self.files = store.files
-        self.quarantine = store.quarantine
-
-    def open_share(
-        self,
-        key: bytes,
-        rank: int,
-        world_size: int,
-        namespace: bytes | None = None,
-        *,
-        layout: str = "",
-    ) -> OpenChunk:
-        """See Tiers.open_share."""
-        known = self._known
-        return self._store.open_share(key, rank, world_size, namespace, layout=layout, known=known)
 
 
 class MirroredChunk:
@@ -180,27 +157,16 @@ class Tiers:
 
     # Writing
 
-    def put(
-        self,
-        *,
-        key: bytes,
-        parent: bytes,
-        namespace: bytes,
-        tokens: bytes,
-        layout: ChunkLayout,
-        layers: Sequence[Sequence[Bytes]],
-    ) -> int:
+    def put(self, **chunk: Unpack[NewChunk]) -> int:
         """Store a chunk durably, as DiskStore.put; returns the bytes written, 0 when it was there.
 
         With an object store, the chunk is in it when this returns. When the upload fails, this
         raises StoreError; the copy on the disk stays, and a later `put` uploads it.
         """
-        written = self.disk.put(
-            key=key, parent=parent, namespace=namespace, tokens=tokens, layout=layout, layers=layers
-        )
+        written = self.disk.put(**chunk)
         if self.objects is None:
             return written
-        share = ShareId(key, *own_share(layout))
+        share = ShareId(chunk["key"], *own_share(chunk["layout"]))
         return max(written, self._upload(self.objects, share, is_new=written > 0))
 
     @contextlib.contextmanager
@@ -420,20 +386,9 @@ class Tiers:
             return None
 
     def has(self, key: bytes, rank: int = 0, world_size: int = 1, layout: str = "") -> bool:
-        """Whether there is a file or an object for this chunk; it may be damaged.
-
-        Raises StoreError when the object store has to be asked and does not answer.
-        """
-        if self.disk.has(key, rank, world_size, layout):
-            return True
-        if self.objects is None:
-            return False
-        return self.objects.head(chunk_name(key, rank, world_size, layout)) is not None
-
-    def is_kept(self, key: bytes, rank: int = 0, world_size: int = 1, layout: str = "") -> bool:
         """Whether a share is where it stays: in the object store, if there is one.
 
-        Raises StoreError.
+        It may be damaged. Raises StoreError.
         """
         if self.objects is None:
             return self.disk.has(key, rank, world_size, layout)
@@ -445,12 +400,12 @@ class Tiers:
         The object store is asked when the disk does not have the shares of all ranks. Raises
         StoreError.
         """
-        on_disk = self.disk.shares(key)
+        on_disk = _convertible(self.disk.files(key))
         if self.objects is None or any(
             {(rank, size) for rank in range(size)} <= set(on_disk) for _, size in on_disk
         ):
             return on_disk
-        return sorted({*on_disk, *self.objects.shares(key)})
+        return sorted({*on_disk, *_convertible(self.objects.files(key))})
 
     def verify(self, key: bytes, expected: Iterable[Share] = ()) -> None:
         """Check every byte of a chunk, and that each rank has its share; as DiskStore.verify.
@@ -483,6 +438,10 @@ class Tiers:
         """What each file and object of a chunk is, in order. Raises StoreError."""
         on_disk = self.disk.files(key)
         return sorted({*on_disk, *self.objects.files(key)}) if self.objects else on_disk
+
+
+def _convertible(files: Iterable[Share]) -> list[tuple[int, int]]:
+    return [share[:2] for share in files if not share.layout]
 
 
 def _whole_object(objects: ObjectTier, share: ShareId) -> bytes | None:

@@ -26,7 +26,7 @@ def place(path):
 
 
 def opened(place, key=KEY):
-    return contextlib.closing(Credentials.of(SealedSecret(place, key)))
+    return contextlib.closing(Credentials(SealedSecret(place, key)))
 
 
 def test_machines_with_the_key_accept_each_others_tokens(place, monkeypatch):

@@ -77,14 +77,13 @@ def test_lru_goes_by_the_last_use_alone():
 
 @pytest.mark.parametrize("policy", ["value", "lru"])
 def test_paid_ones_go_after_the_others_and_pinned_ones_never(policy):
-    """Unless they are asked for, too: then they are the very last."""
+    """Whatever they are worth."""
     all_ = [
         candidate("a", pinned=True, score=0.0, last_used_s=0.0),
         candidate("b", paid_for=True, score=0.0, last_used_s=0.0),
         candidate("c"),
     ]
     assert names(order(all_, policy, NOW_S)) == "cb"
-    assert names(order(all_, policy, NOW_S, include_pinned=True)) == "cba"
 
 
 @pytest.mark.parametrize("policy", ["value", "lru"])

@@ -394,6 +394,24 @@ def test_leaving_costs_no_more_for_what_begins_on_its_tokens(file):
         published.check((*stem, 9))
 
 
+def test_the_last_state_is_looked_for_from_the_end(file):
+    """However many documents end before it."""
+    namespace = marked(NAMESPACE, 0)
+    with published_in(file, 256, namespace) as published:
+        stem = tokens(4096)
+        published.put(stem)
+        for index in range(1, 300):
+            published.put(stem[: 13 * index])
+        read = []
+        backwards = published.rows.backwards
+        published.rows.backwards = lambda *of: (read.append(row) or row for row in backwards(*of))
+        for request, expected in ((stem, 4096), (stem[:2000], 1989)):
+            asked = Asked(namespace, 256, request)
+            owned = walk(published.rows, asked, published.tokens_of)
+            assert last_state(published.rows, asked, owned)[0] == expected
+        assert len(read) == 1
+
+
 @given(
     st.lists(
         st.lists(st.integers(1, 2), min_size=1, max_size=11),

@@ -28,7 +28,7 @@ from vllm_kvmarket.catalogue import Catalogue, index_file, queries
 from vllm_kvmarket.catalogue import index as index_module
 from vllm_kvmarket.catalogue.first_offers import LISTINGS
 from vllm_kvmarket.catalogue.sqlite_connections import SqliteConnections
-from vllm_kvmarket.core.errors import CatalogueError, ConfigError
+from vllm_kvmarket.core.errors import CatalogueError, CatalogueUnavailableError, ConfigError
 from vllm_kvmarket.core.model_identity import ROOT
 from vllm_kvmarket.core.pricing import Tariff
 
@@ -167,7 +167,7 @@ def test_a_lost_index_is_made_again(path, caplog):
         listing = publish(catalogue, DOCUMENT)
         shutil.rmtree(path.parent / "index")
         for each in (catalogue, other):
-            assert each.refresh() is True
+            each.refresh()
             assert each.match(NAMESPACE, DOCUMENT).listing == listing
         assert caplog.records == []
         with catalogue.index._file.writing() as rows:
@@ -280,22 +280,46 @@ def test_the_index_is_its_owners_alone(catalogue, path):
         assert each.stat().st_mode & 0o077 == 0, each
 
 
-def test_tables_of_earlier_versions_go(path):
-    """They cost each writer time, and kept a copy of all tokens."""
-    Catalogue.open(path).close()
-    raw = apsw.Connection(str(path))
-    raw.execute(
-        "INSERT OR REPLACE INTO schema_version VALUES ('catalogue_beyond', 1);"
-        "CREATE TABLE offered (key BLOB); CREATE TABLE continuation (parent BLOB);"
-        "CREATE VIEW followed AS SELECT * FROM listing;"
-        "CREATE TRIGGER listing_offered AFTER UPDATE OF state ON listing "
-        "BEGIN INSERT INTO offered VALUES (NEW.namespace); END"
-    )
-    with Catalogue.open(path) as catalogue:
+def test_a_folder_of_others_keeps_its_rights_and_what_is_in_it(path, tmp_path):
+    """`index_folder` may be one where other programs have folders too."""
+    shared = tmp_path / "shared"
+    (shared / "theirs").mkdir(parents=True)
+    (shared / "theirs" / "in-use").touch()
+    shared.chmod(0o777)
+    Catalogue.open(path, index_folder=shared).close()
+    Catalogue.open(path, index_folder=shared, tariff=Tariff(input_nano_per_mtok=3)).close()
+    assert shared.stat().st_mode & 0o777 == 0o777
+    assert (shared / "theirs" / "in-use").exists() and len(list(shared.iterdir())) == 2
+
+
+def test_an_index_that_another_user_may_have_made_is_refused(path, tmp_path):
+    """It would say what documents cost, and who earns."""
+    shared = tmp_path / "shared"
+    with Catalogue.open(path, index_folder=shared) as catalogue:
         publish(catalogue, DOCUMENT)
-    names = "('offered', 'continuation', 'followed', 'listing_offered')"
-    assert raw.execute(f"SELECT name FROM sqlite_schema WHERE name IN {names}").fetchall() == []
-    raw.close()
+    (made,) = shared.iterdir()
+    made.rename(shared / "elsewhere")
+    made.symlink_to(shared / "elsewhere")
+    Catalogue.open(path, index_folder=shared).close()
+    shared.chmod(0o777)
+    with pytest.raises(ConfigError, match="which another user has made; set index_folder"):
+        Catalogue.open(path, index_folder=shared)
+
+
+def test_a_database_that_fails_at_the_start_leaves_nothing_open(path, monkeypatch):
+    """Neither the index's file nor its lock, nor the database itself."""
+    Catalogue.open(path).close()
+    before = len(list(Path("/proc/self/fd").iterdir()))
+    for failing in ("news", "transaction"):
+        with monkeypatch.context() as broken:
+            broken.setattr(SqliteConnections, failing, _away)
+            with pytest.raises(CatalogueError, match="away") as refused:
+                Catalogue.open(path)
+        assert len(list(Path("/proc/self/fd").iterdir())) == before, refused
+
+
+def _away(*_args, **_kwargs):
+    raise CatalogueUnavailableError("it is away")
 
 
 # Time to live
@@ -311,7 +335,7 @@ def test_what_has_ended_is_not_matched_though_nobody_looked(catalogue):
     ]  # fmt: skip
     time.sleep(0.35)
     assert catalogue.match(NAMESPACE, [*DOCUMENT, 7]).token_count == 512
-    assert catalogue.refresh() is True
+    catalogue.refresh()
     found = catalogue.match(NAMESPACE, [*DOCUMENT, 7])
     assert [each.end for each in found.segments] == [512, 701]
 

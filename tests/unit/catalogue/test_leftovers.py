@@ -21,8 +21,6 @@ from tests.support.catalogue_documents import (
 )
 from vllm_kvmarket.catalogue import Catalogue, Use
 from vllm_kvmarket.catalogue import leftovers as module
-from vllm_kvmarket.catalogue.schema import CATALOGUE
-from vllm_kvmarket.core import sqlite
 from vllm_kvmarket.core.errors import (
     CatalogueRefusedError,
     CatalogueUnavailableError,
@@ -172,7 +170,7 @@ def test_what_was_published_while_it_was_deleted_is_damaged(catalogue, place, pa
 
         catalogue.leftovers.release(gone.chunk_keys, delete)
         assert other.get(gone.document_id).state == "damaged"
-        other.heal_all(gone.chunk_keys)
+        other.heal(*gone.chunk_keys)
     assert catalogue.get(gone.document_id).state == "live"
     assert catalogue.get(kept.document_id).state == "live"
 
@@ -276,21 +274,3 @@ def test_only_what_left_long_ago_is_overdue(catalogue):
     assert catalogue.get(live).state == "live"
     with pytest.raises(NotFoundError, match="there is no document"):
         catalogue.leftovers.purge(["kvd_none"], lambda _: None)
-
-
-@pytest.mark.parametrize("known", [2, 4])
-def test_what_left_before_its_time_was_recorded_is_kept_from_now_on(path, known):
-    """Not from its publication on: it may have been on offer for years."""
-    db = sqlite.connect(path)
-    sqlite.migrate(db, CATALOGUE.name, CATALOGUE.migrations[:known])
-    db.execute(
-        "INSERT INTO listing (document_id, namespace, title, publisher, token_count, rendered_as, "
-        "state, reason, created_at_s, stored_bytes, revision) "
-        "VALUES ('kvd_1', zeroblob(32), '', 'acme', 1, 'text', 'delisted', '', 1000, 0, 0)"
-    )
-    if known == 4:
-        db.execute("UPDATE listing SET ended_at_s = created_at_s")
-    db.close()
-    with Catalogue.open(path) as catalogue:
-        assert catalogue.leftovers.overdue(time.time() - 60) == []
-        assert catalogue.leftovers.overdue(time.time() + 60) == ["kvd_1"]

@@ -30,7 +30,7 @@ def repairs(monkeypatch, list_document):
     def republish(market, llm, document_id):
         listing = market.catalogue.get(document_id)
         list_document(market, market.catalogue.tokens_of(document_id), title=listing.terms.title)
-        market.catalogue.heal_all(listing.chunk_keys)
+        market.catalogue.heal(*listing.chunk_keys)
         return market.catalogue.get(document_id)
 
     monkeypatch.setattr(engine, "open_engine", open_engine)

@@ -42,6 +42,16 @@ def test_publish_lists_many_files_on_one_engine(run, run_json, home, tmp_path, f
     assert "an engine's process prints what it likes" in done.err
 
 
+@pytest.mark.parametrize("earner", ["alice", "provider"])
+def test_an_account_of_another_kind_may_publish(run_json, tmp_path, fake_engine, earner):
+    """As it may over HTTP: a buyer earns royalties, and the provider has documents of its own."""
+    run_json("account", "create", "alice")
+    (tmp_path / "a.txt").write_text("words " * 100)
+    words = ["document", "publish", tmp_path / "a.txt", "--model", "tiny", "--publisher", earner]
+    (document,) = run_json(*words)["documents"]
+    assert (document["status"], document["publisher"]) == ("published", earner)
+
+
 def tokens_of(home, name):
     """A document's tokens, as the catalogue has them."""
     with Market.open(home) as market:

@@ -17,13 +17,14 @@ from vllm_kvmarket.connector.cache_groups import CacheGroup, GroupKind
 from vllm_kvmarket.connector.messages import LoadReport
 from vllm_kvmarket.connector.purchases import client_request_id, ledger_key, purchase_group
 from vllm_kvmarket.connector.request_state import EngineFacts, Reuse
+from vllm_kvmarket.core.document_chunks import DocumentChunks
 from vllm_kvmarket.core.listing_terms import ListingTerms
-from vllm_kvmarket.core.model_identity import ROOT, chunk_keys, marked
+from vllm_kvmarket.core.model_identity import ROOT, marked
 
 CHUNK, BLOCK = 64, 16
 NAMESPACE = b"n" * 32
 DOCUMENT = list(range(1000, 1250))  # 3 whole chunks of 64 tokens and one of 58
-KEYS = chunk_keys(NAMESPACE, DOCUMENT, CHUNK)
+KEYS = DocumentChunks.of(NAMESPACE, DOCUMENT, CHUNK).keys
 BLOCK_IDS = list(range(500, 530))
 FACTS = EngineFacts("e", (one_group(["layer"], BLOCK),), CHUNK, 1)
 
@@ -39,7 +40,7 @@ def matching(count):
         reason="",
         created_at_s=1.0,
         stored_bytes=1,
-        chunk_keys=tuple(KEYS),
+        chunk_keys=KEYS,
     )
     chunks = [
         MatchedChunk(

@@ -26,7 +26,6 @@ from vllm_kvmarket.core.model_identity import (
     adapter_digest,
     canonical_model_config,
     chunk_key,
-    chunk_keys,
     chunks_between_states,
     document_id,
     has_state,
@@ -54,9 +53,10 @@ GOLDEN = {
 }
 GOLDEN_SCRIPT = """
 import json
+from vllm_kvmarket.core.document_chunks import DocumentChunks
 from vllm_kvmarket.core.model_identity import *
 facts = NamespaceFacts(weights=("blake3:" + "0" * 64,), settings="1" * 64)
-keys = chunk_keys(bytes(range(32)), range(300))
+keys = DocumentChunks.of(bytes(range(32)), range(300)).keys
 print(json.dumps({
     "keys": [key.hex() for key in keys],
     "document": document_id(keys[-1]),
@@ -109,7 +109,7 @@ def test_token_ids_may_come_as_any_sequence_of_integers():
 
 def test_keys_and_ids_are_the_golden_ones():
     """The digests of a known document and known facts never change."""
-    keys = chunk_keys(NAMESPACE, range(300))
+    keys = DocumentChunks.of(NAMESPACE, range(300)).keys
     assert [key.hex() for key in keys] == GOLDEN["keys"]
     assert document_id(keys[-1]) == GOLDEN["document"]
     assert namespace_digest(FACTS).hex() == GOLDEN["namespace"]
@@ -125,7 +125,6 @@ def test_where_a_model_keeps_a_state_a_documents_last_chunk_is_another_one():
     assert marks == [[False, True], [False, False, True]]
     assert short.keys[0] == long.keys[0]
     assert short.keys[1][:24] == long.keys[1][:24]
-    assert list(long.keys) == chunk_keys(stateful, range(513))
     for document in (short, long):
         for key, parent, tokens in zip(
             document.keys, document.parents, document.tokens, strict=True
@@ -147,7 +146,6 @@ def test_states_inside_a_document_are_behind_chunks_that_its_namespace_tells():
     marks = [[has_state(key) for key in document.keys] for document in (short, long)]
     assert marks == [[False, True, False, True], [False, True, False, True, False, True]]
     assert short.keys == long.keys[:4]
-    assert list(long.keys) == chunk_keys(stateful, range(83), 16)
     for key, parent, tokens in zip(long.keys, long.parents, long.tokens, strict=True):
         assert is_key_of(key, stateful, parent, tokens)
 
@@ -171,8 +169,7 @@ def test_other_processes_compute_the_same_whatever_their_hash_seed(seed):
 @given(TOKEN_IDS, TOKEN_IDS, st.integers(1, 8))
 def test_documents_share_keys_exactly_as_far_as_they_share_whole_chunks(a, b, chunk_tokens):
     """Equal leading chunks have equal keys; from the first difference on, none is equal."""
-    keys_a = chunk_keys(NAMESPACE, a, chunk_tokens)
-    keys_b = chunk_keys(NAMESPACE, b, chunk_tokens)
+    keys_a, keys_b = (DocumentChunks.of(NAMESPACE, each, chunk_tokens).keys for each in (a, b))
     assert len(keys_a) == -(-len(a) // chunk_tokens)
     same = True
     for index, (key_a, key_b) in enumerate(zip(keys_a, keys_b, strict=False)):
@@ -201,7 +198,7 @@ def test_every_part_of_a_chunk_decides_its_key():
         == len({key, chunk_key(NAMESPACE, ROOT, tokens + tokens), chunk_key(key, key, b""), b""})
         == 4
     )
-    assert chunk_keys(NAMESPACE, []) == []
+    assert DocumentChunks.of(NAMESPACE, []).keys == ()
 
 
 # Namespaces

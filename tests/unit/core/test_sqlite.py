@@ -5,8 +5,12 @@ import os
 import subprocess
 import sys
 
+import pytest
+
+from vllm_kvmarket.catalogue import Catalogue
 from vllm_kvmarket.core import sqlite
 from vllm_kvmarket.core.durable_files import make_private
+from vllm_kvmarket.core.errors import ConfigError
 from vllm_kvmarket.market.market import Market
 
 
@@ -50,6 +54,19 @@ def test_a_market_is_its_owners_alone(tmp_path):
         assert home.stat().st_mode & 0o777 == 0o700
         assert {path.name for path in files} >= {"market.sqlite", "market.sqlite-wal"}
         assert [path.name for path in files if path.stat().st_mode & 0o077] == []
+
+
+@pytest.mark.parametrize(("version", "age"), [(7, "an older"), (9, "a newer")])
+def test_tables_of_a_version_that_is_not_known_are_refused_and_left_alone(tmp_path, version, age):
+    """In one line, which says what to do: this code would spoil them."""
+    path = tmp_path / "m.sqlite"
+    Catalogue.open(path).close()
+    with contextlib.closing(sqlite.connect(path)) as db:
+        db.execute("UPDATE schema_version SET version = ? WHERE room = 'catalogue'", (version,))
+        with pytest.raises(ConfigError, match=rf"by {age} kvmarket \(version {version}, .* 8\)"):
+            Catalogue.open(path)
+        kept = db.execute("SELECT version FROM schema_version WHERE room = 'catalogue'").fetchall()
+        assert kept == [(version,)]
 
 
 def test_opening_twice_keeps_this_processs_locks(tmp_path):

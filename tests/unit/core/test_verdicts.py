@@ -37,6 +37,6 @@ def test_verdicts_are_listed_and_forgotten(tmp_path):
         write_verdict(tmp_path, Verdict("m", ENGINE | {"n": str(at_s)}, "", 1.0, at_s))
     (tmp_path / VERDICTS_FOLDER / "half.json").write_text("{")
     assert [each.at_s for each in verdicts(tmp_path)] == [3.0, 2.0, 1.0]
-    assert forget_verdicts(tmp_path) == 4
-    assert verdicts(tmp_path) == []
-    assert forget_verdicts(tmp_path) == 0
+    for _ in range(2):
+        forget_verdicts(tmp_path)
+        assert verdicts(tmp_path) == []

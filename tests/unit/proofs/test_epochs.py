@@ -50,7 +50,7 @@ def test_a_rolled_back_market_signs_nothing_until_an_epoch_is_opened(tmp_path):
         assert signed.payload.kvmarket.log == log.origin
         charge = signed.payload.kvmarket.transfers[0]
         assert charge.log_index in {each.log_index for each in lost.payload.kvmarket.transfers}
-        keys = log.public_keys()
+        keys = log.keys.public_keys()
         assert verify_with_proof(verify(signed.jws, keys), log.prove(charge.id), keys) == 0
         with pytest.raises(ProofError, match="none of the receipt's"):
             verify_with_proof(lost, log.prove(charge.id), keys)

@@ -67,7 +67,9 @@ def test_a_note_with_other_signatures_verifies(log):
     """Witnesses may have signed as well, by algorithms that we do not know."""
     note = log.checkpoint().note
     witness = base64.b64encode(b"four" + bytes(80)).decode()
-    assert verify_checkpoint(note + f"— witness.example {witness}\n", log.public_keys()).size == 1
+    assert (
+        verify_checkpoint(note + f"— witness.example {witness}\n", log.keys.public_keys()).size == 1
+    )
 
 
 @pytest.mark.parametrize(
@@ -89,4 +91,4 @@ def test_a_changed_checkpoint_is_refused(log, harm):
     """Any change gives a reason, and no crash."""
     note = log.checkpoint().note
     with pytest.raises(ProofError):
-        verify_checkpoint(harm(note), log.public_keys())
+        verify_checkpoint(harm(note), log.keys.public_keys())

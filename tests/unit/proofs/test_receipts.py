@@ -237,7 +237,7 @@ def test_a_publisher_checks_that_its_royalties_count_the_sales_that_buyers_show(
     transfers = [each for sale in sales for each in sale.transfer_ids]
     proofs = {each: log.prove(each).text() for each in transfers}
     made = statement(market.ledger, "pat", indexes_of=log.indexes_of)
-    keys = log.public_keys()
+    keys = log.keys.public_keys()
 
     # 1. the receipts hold, 2. their transfers are in the log, 3. the statement has the royalties
     on_statement = {line.transfer_id: line for line in made.lines}

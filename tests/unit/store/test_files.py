@@ -22,7 +22,7 @@ def test_an_empty_store_has_nothing(store: DiskStore) -> None:
     store.delete(key)
     assert list(store.keys()) == []
     assert store.bytes_used() == 0
-    assert store.sweep_temporary(0) == 0
+    assert store.sweep_temporary() == 0
     assert not store.has(key)
 
 
@@ -74,7 +74,7 @@ def test_files_that_are_none_of_ours_are_left_alone(store: DiskStore, name: str)
     assert list(store.keys()) == []
     assert store.bytes_used() == 0
     store.delete(bytes(32))
-    assert store.sweep_temporary(0) == 0
+    assert store.sweep_temporary() == 0
     assert (store.root / name).exists()
 
 
@@ -103,19 +103,19 @@ def test_the_name_of_a_file_is_its_key(store: DiskStore) -> None:
 
 
 def test_shares_are_the_files_of_a_chunk(store: DiskStore) -> None:
-    """shares() names each rank's file that is there, and no other thing beside it."""
+    """files() names each rank's file that is there, and no other thing beside it."""
     alone, half = sample(), sample(layout_of(rank=1, world_size=2))
     key = alone.key
-    assert store.shares(key) == []
+    assert store.files(key) == []
     half.put(store)
-    assert store.shares(key) == [(1, 2)]
+    assert store.files(key) == [(1, 2, "")]
     alone.put(store)
-    assert store.shares(key) == [(0, 1), (1, 2)]
+    assert store.files(key) == [(0, 1, ""), (1, 2, "")]
     name = key.hex()
     for other in ("2of2", "0of1", "01of2", "0of0"):
         store.path(key).with_name(f"{name}.{other}.kv").write_bytes(b"")
     store.path(key, 0, 3).mkdir()
-    assert store.shares(key) == [(0, 1), (1, 2)]
+    assert store.files(key) == [(0, 1, ""), (1, 2, "")]
     with store.open_share(key, 1, 2, NAMESPACE) as share:
         assert share.header.layout == half.layout
     store.path(key).rename(store.path(key, 3, 4))

@@ -66,7 +66,7 @@ def test_another_ranks_file_is_damage(store: DiskStore) -> None:
     share.put(store)
     os.link(store.path(share.key, 0, 2), store.path(share.key, 1, 2))
     assert store.quarantine(share.key, 1, 2, "not its share")
-    assert store.shares(share.key) == [(0, 2)]
+    assert store.files(share.key) == [(0, 2, "")]
     share.load(store)
 
 

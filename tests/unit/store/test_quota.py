@@ -251,7 +251,7 @@ def test_a_draft_counts_whole_from_the_start_and_is_not_swept(tmp_path: Path) ->
         chunk_of(1).put(other)
         with pytest.raises(StoreFullError):
             chunk_of(2).put(other)
-        assert other.sweep_temporary(0) == 0
+        assert other.sweep_temporary() == 0
         os.pwrite(descriptor, content, 0)
     chunk_of(0).load(other)
 

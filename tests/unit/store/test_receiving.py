@@ -109,7 +109,7 @@ def test_another_chunk_or_share_is_refused(
         take(store, chunk.key, content, (1, 2))
     half = sample(layout_of(rank=1, world_size=2))
     take(store, half.key, content_of(tmp_path, half), (1, 2))
-    assert store.shares(half.key) == [(1, 2)]
+    assert store.files(half.key) == [(1, 2, "")]
     with store.open(half.key, half.layout, NAMESPACE):
         pass
 

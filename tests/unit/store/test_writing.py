@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import errno
+import fcntl
 import os
 import resource
 import shutil
 import subprocess
-import time
 from pathlib import Path
 
 import numpy as np
@@ -309,15 +309,15 @@ def test_a_store_whose_folder_was_removed_makes_it_again(store: DiskStore) -> No
 
 
 def test_the_sweep_spares_drafts_in_the_making(store: DiskStore) -> None:
-    """Only temporary files older than the limit go, and chunks never do."""
+    """Only drafts that nobody has locked go, and chunks never do."""
     chunk = sample()
     chunk.put(store)
     folder = store.path(chunk.key).parent
-    for name, age_s in ((".draft-old", 100), (".draft-new", 1)):
+    for name in (".draft-left", ".draft-new"):
         (folder / name).write_bytes(b"half")
-        then = time.time() - age_s
-        os.utime(folder / name, (then, then))
-    assert store.sweep_temporary(50) == 1
+    with (folder / ".draft-new").open("rb") as writer:
+        fcntl.flock(writer, fcntl.LOCK_EX)
+        assert store.sweep_temporary() == 1
     assert files_in(store) == sorted([".draft-new", store.path(chunk.key).name])
     chunk.load(store)
 
@@ -337,11 +337,7 @@ def test_layouts_that_nobody_converts_have_files_of_their_own(store: DiskStore) 
     key = chunks[0].key
     store.verify(key)
     first, *others = store.files(key)
-    assert (store.shares(key), first, len({share.layout for share in others})) == (
-        [(0, 1)],
-        (0, 1, ""),
-        2,
-    )
+    assert (first, len({share.layout for share in others} - {""})) == ((0, 1, ""), 2)
     assert list(store.keys()) == [key]
     other = store.files(key)[1]
     content = bytearray(store.path(key, *other).read_bytes())

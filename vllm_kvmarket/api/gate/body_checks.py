@@ -15,7 +15,7 @@ from fastapi import FastAPI
 from fastapi.routing import APIRoute
 from pydantic import TypeAdapter, ValidationError
 
-from vllm_kvmarket.api.bodies import CONVERSATIONS, Scope, count_values
+from vllm_kvmarket.api.bodies import CONVERSATIONS, count_values
 from vllm_kvmarket.api.errors import ApiError, invalid
 
 # vLLM describes this many in some 10 ms; one wrong item of a conversation has up to 230.
@@ -32,9 +32,8 @@ _ROLES = frozenset(("system", "developer", "user", "assistant"))
 _SHORT_TEXT = 256
 
 
-def body_type(app: FastAPI, scope: Scope, body: dict[str, Any]) -> Any:
+def body_type(app: FastAPI, path: str, body: dict[str, Any]) -> Any:
     """The type that vLLM parses a request's body as; None if it is not known."""
-    path = scope["path"]
     if path == "/invocations":
         path = "/v1/chat/completions" if "messages" in body else "/v1/completions"
     for route in app.routes:

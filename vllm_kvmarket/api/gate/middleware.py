@@ -215,7 +215,7 @@ async def _check(scope: Scope, caller: Caller, body: dict[str, Any], content: by
         return
     await beside_loop(len(content), body_checks.check_forms, body)
     if await beside_loop(len(content), body_checks.needs_check, body):
-        kind = body_checks.body_type(scope["app"], scope, body)
+        kind = body_checks.body_type(scope["app"], scope["path"], body)
         if kind is not None:
             await asyncio.to_thread(body_checks.check, kind, content)
 

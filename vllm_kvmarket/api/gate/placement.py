@@ -10,18 +10,17 @@ from __future__ import annotations
 import asyncio
 import copy
 import threading
-from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import lru_cache
 from typing import Any
 
 import msgspec
-from fastapi import FastAPI
-from fastapi.routing import APIRoute
 from pydantic import BaseModel
 
 from vllm_kvmarket.api.bodies import beside_loop
 from vllm_kvmarket.api.errors import ApiError, invalid
+from vllm_kvmarket.api.gate.body_checks import body_type
 from vllm_kvmarket.api.gate.request_fields import GatedRequest, check_beside_document
 from vllm_kvmarket.api.gate.route_kinds import Kind
 from vllm_kvmarket.catalogue import Listing
@@ -55,7 +54,7 @@ class Documents:
         # vLLM's threads use the original, and change its truncation.
         self._tokenizer = copy.deepcopy(tokenizer)
         self._lock = threading.Lock()
-        self._tokens: OrderedDict[str, list[int]] = OrderedDict()
+        self._tokens_of = lru_cache(REMEMBERED)(market.catalogue.tokens_of)
 
     async def place(self, request: GatedRequest, document_id: str) -> None:
         """Put a document in front of the body's prompt; mutates the body.
@@ -84,22 +83,12 @@ class Documents:
 
     def _find(self, document_id: str) -> tuple[Listing, list[int]]:
         """A document that is on offer, with its tokens. Raises ApiError."""
-        with self._lock:
-            tokens = self._tokens.get(document_id)
-        if tokens is None:
-            try:
-                tokens = self._market.catalogue.tokens_of(document_id)
-            except NotFoundError:
-                raise ApiError(
-                    404,
-                    "document_not_found",
-                    f"there is no document {document_id}",
-                    param="kvmarket",
-                ) from None
-            with self._lock:
-                self._tokens[document_id] = tokens
-                while len(self._tokens) > REMEMBERED:
-                    self._tokens.popitem(last=False)
+        try:
+            tokens = self._tokens_of(document_id)
+        except NotFoundError:
+            raise ApiError(
+                404, "document_not_found", f"there is no document {document_id}", param="kvmarket"
+            ) from None
         # It may have been withdrawn meanwhile.
         match = self._market.catalogue.match_anywhere(self._namespace, tokens)
         whole = None if match is None else match.whole
@@ -199,7 +188,9 @@ async def prompts_of(request: GatedRequest) -> list[Sequence[int]]:
         if isinstance(prompt, list) and prompt and isinstance(prompt[0], list):
             return [_token_ids(each, "prompt") for each in prompt]
     method, path = _RENDERERS[kind]
-    model = _request_model(request.app, path)
+    model: type[BaseModel] | None = body_type(request.app, path, body)
+    if model is None:
+        raise invalid(f"{path} is not served here")
     try:
         # From text: vLLM's validators change what they are given, and copying costs more.
         parsed = await beside_loop(
@@ -221,12 +212,3 @@ def _token_ids(value: Any, param: str) -> list[int]:
     if not isinstance(value, list) or not all(type(each) is int and each >= 0 for each in value):
         raise invalid(f"{param}: expected token ids", param)
     return value
-
-
-def _request_model(app: FastAPI, path: str) -> type[BaseModel]:
-    """The class with which vLLM parses a route's body."""
-    for route in app.routes:
-        if isinstance(route, APIRoute) and route.path == path and "POST" in route.methods:
-            model: type[BaseModel] = route.dependant.body_params[0].field_info.annotation
-            return model
-    raise invalid(f"{path} is not served here")

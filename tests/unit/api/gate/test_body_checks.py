@@ -88,9 +88,9 @@ def test_the_type_of_a_body_is_its_routes():
     async def chat(body: Body) -> int:
         return len(body.messages)
 
-    assert body_checks.body_type(app, {"path": "/v1/chat/completions"}, {}) is Body
-    assert body_checks.body_type(app, {"path": "/invocations"}, {"messages": []}) is Body
-    assert body_checks.body_type(app, {"path": "/elsewhere"}, {}) is None
+    assert body_checks.body_type(app, "/v1/chat/completions", {}) is Body
+    assert body_checks.body_type(app, "/invocations", {"messages": []}) is Body
+    assert body_checks.body_type(app, "/elsewhere", {}) is None
 
 
 SCHEMA = {"type": "json_schema", "json_schema": {"name": "a", "schema": {"type": "string"}}}

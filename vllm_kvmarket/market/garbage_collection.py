@@ -18,11 +18,14 @@ import msgspec
 
 from vllm_kvmarket.catalogue.listing import NEEDED, ON_OFFER
 from vllm_kvmarket.core import sqlite
+from vllm_kvmarket.core.errors import StoreError
 from vllm_kvmarket.store.chunk_format import chunk_name, is_chunk_file
 
 if TYPE_CHECKING:
     from vllm_kvmarket.market.market import Market
 
+# Where several markets of one bucket told each other what they published.
+_OLD_DIRECTORY = "listings"
 # Chunks that the database is asked for at once.
 _ASKED_AT_ONCE = 1000
 
@@ -186,6 +189,11 @@ class _Remover:
         objects = self._store.objects
         if objects is None:
             return
+        if next(objects.names(_OLD_DIRECTORY), None) is not None:
+            raise StoreError(
+                f"{objects.url} has {_OLD_DIRECTORY}/ of an older kvmarket, where other markets "
+                "may have documents; export these as bundles, and delete that folder"
+            )
         names = filter(_is_chunk, objects.names())
         while batch := list(islice(names, _ASKED_AT_ONCE)):
             listed = defaultdict(set)

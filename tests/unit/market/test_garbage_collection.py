@@ -303,6 +303,16 @@ def test_a_deletion_that_a_crash_interrupts_is_finished_by_the_next(bucket, monk
     assert check_and_repair.check(bucket).ok
 
 
+def test_a_bucket_that_markets_shared_before_is_left_alone(bucket):
+    """They told each other there what they published; their documents may need any chunk."""
+    gone = store(bucket, 1)
+    bucket.delist(gone.document_id)
+    bucket.store.objects.put_bytes("listings/kvd_1", b"theirs")
+    with pytest.raises(StoreError, match="export these as bundles"):
+        garbage_collection.collect_garbage(bucket)
+    assert len(names(bucket)) == 4
+
+
 # What is purged
 
 

@@ -63,7 +63,11 @@ async def ask(client, kind, index):
         return cached(answer), sold(answer)["charge_nano"]
     events = [(event, json.loads(data)) for event, data in events_of(response) if data != "[DONE]"]
     (usage,) = [data["usage"] for event, data in events if event is None and data.get("usage")]
-    (receipt,) = events[-1][1]["receipts"]
+    # The last event waits a moment only for a receipt that is not on the disk yet.
+    (receipt_id,) = events[-1][1]["receipt_ids"]
+    receipt = (await client.get(f"/v1/kvmarket/receipts/{receipt_id}")).json()
+    for told in events[-1][1]["receipts"]:
+        assert (told["id"], told["charge_nano"]) == (receipt["id"], receipt["charge_nano"])
     return usage["prompt_tokens_details"]["cached_tokens"], receipt["charge_nano"]
 
 

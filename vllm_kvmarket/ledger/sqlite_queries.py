@@ -33,11 +33,11 @@ INSERT INTO period_sum
 MOVED_BEFORE = f"""
 SELECT (SELECT ifnull(sum(moved_nano), 0) FROM period_sum WHERE account = :account AND hour < :hour)
     + ifnull(sum(iif(credit = :account, amount_nano, -amount_nano)), 0)
-FROM transfer WHERE sequence IN (
-    SELECT sequence FROM transfer WHERE debit = :account AND sequence BETWEEN :first AND :last
+FROM (
+    SELECT * FROM transfer WHERE debit = :account AND sequence BETWEEN :first AND :last
     UNION ALL
-    SELECT sequence FROM transfer WHERE credit = :account AND sequence BETWEEN :first AND :last
-) AND kind IN {MOVES} AND created_at_s >= :from_s AND created_at_s < :to_s
+    SELECT * FROM transfer WHERE credit = :account AND sequence BETWEEN :first AND :last
+) WHERE kind IN {MOVES} AND created_at_s >= :from_s AND created_at_s < :to_s
 """  # noqa: S608  # names are ours
 IN_PERIOD = "sequence BETWEEN :first AND :last"
 OF_ACCOUNT_OR_DOCUMENTS = f"""sequence IN (

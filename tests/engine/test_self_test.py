@@ -23,6 +23,10 @@ from vllm_kvmarket.market.timed_requests import ask, empty_prefix_cache
 DOCUMENT, QUESTION = words(70, 600), words(71, 10)
 
 
+IN_PIECES = {"max_num_batched_tokens": 512, "max_num_seqs": 4}
+RECURRENT = IN_PIECES | {"enable_prefix_caching": False}
+
+
 @pytest.fixture(autouse=True)
 def own_verdicts(shared_verdicts, monkeypatch):
     """Each home keeps its own, as it does for users."""
@@ -127,8 +131,7 @@ def test_a_server_whose_engine_reuses_nothing_promises_nothing(tiny, tmp_path):
 def test_wrong_loads_are_seen_in_models_with_windows(family, smollm, own_market, tmp_path):
     """Prefill in pieces, a prompt that leaves its windows behind."""
     model = make_tiny_model(1, smollm, tmp_path / "tiny", family)
-    options = {"max_num_batched_tokens": 512, "max_num_seqs": 4}
-    with running(model, own_market, **options, worker_extension_cls=WRONG_PAGES):
+    with running(model, own_market, **IN_PIECES, worker_extension_cls=WRONG_PAGES):
         (verdict,) = verdicts(own_market.home)
         assert "gives other answers" in verdict.reason
 
@@ -137,8 +140,7 @@ def test_wrong_loads_are_seen_in_models_with_windows(family, smollm, own_market,
 def test_a_model_that_answers_otherwise_in_two_pieces_is_not_reused(smollm, own_market, tmp_path):
     """vLLM's attention of LFM2 does here, whose layers are all taken: the self-test's verdict."""
     model = make_tiny_model(1, smollm, tmp_path / "tiny", "lfm2")
-    options = {"enable_prefix_caching": False, "max_num_batched_tokens": 512, "max_num_seqs": 4}
-    with running(model, own_market, **options, dtype="float32") as llm:
+    with running(model, own_market, **RECURRENT, dtype="float32") as llm:
         (verdict,) = verdicts(own_market.home)
         assert "gives other answers" in verdict.reason
         with pytest.raises(NotPublishableError, match="self-test failed"):
@@ -149,8 +151,7 @@ def test_a_model_that_answers_otherwise_in_two_pieces_is_not_reused(smollm, own_
 def test_a_gated_delta_net_is_reused_to_its_last_token(smollm, own_market, tmp_path):
     """Qwen3-Next, beside attention, in bfloat16: the only numbers that vLLM's kernel takes here."""
     model = make_tiny_model(1, smollm, tmp_path / "tiny", "qwen3-next")
-    options = {"enable_prefix_caching": False, "max_num_batched_tokens": 512, "max_num_seqs": 4}
-    with running(model, own_market, **options, dtype="bfloat16") as llm:
+    with running(model, own_market, **RECURRENT, dtype="bfloat16") as llm:
         (verdict,) = verdicts(own_market.home)
         assert verdict.passed, verdict.reason
         own_market.publish(llm, token_ids=DOCUMENT)

@@ -10,6 +10,10 @@ CONVERTED := $(LOCAL_MODEL)/config.json
 # A model of the user's own is none of ours to prepare.
 MODEL_READY := $(if $(filter $(LOCAL_MODEL),$(MODEL)),$(CONVERTED))
 
+# For models that see, beside .venv, where it breaks transformers: PyPI's is not built for this torch.
+TORCHVISION := .cache/torchvision
+VISION := PYTHONPATH=tests/support/vision:$(TORCHVISION)
+
 CHECK := .venv-check/bin
 CHECK_READY := .venv-check/.ready
 PYTEST := $(BIN)/python -m pytest
@@ -47,8 +51,9 @@ test-servers: $(READY) test-machine ## tests on real S3 (SeaweedFS) and PostgreS
 test-engine: $(READY) $(CONVERTED) test-machine ## every test on a real engine, long ones too
 	$(PYTEST) tests/engine
 
-test-long: $(READY) $(CONVERTED) test-machine ## what make test leaves out: kills, two engines, variations
+test-long: $(READY) $(CONVERTED) test-machine $(TORCHVISION) ## what make test leaves out: kills, two engines, variations
 	$(PYTEST) -m long tests/engine
+	$(VISION) $(PYTEST) -k "that_sees" tests/engine/test_model_families.py
 
 test-machine: ## install Chromium and PostgreSQL, where they are missing and may be installed
 	tools/test_machine.sh
@@ -66,8 +71,8 @@ bench: $(READY) $(MODEL_READY) ## speed of a reuse, of the store, of the ledger
 	$(BIN)/python -m benchmarks.store --model $(MODEL)
 	$(BIN)/python -m benchmarks.ledger
 
-bench-models: $(READY) $(MODEL_READY) ## every family of models, token for token: docs/MODELS.md
-	$(BIN)/python -m benchmarks.models
+bench-models: $(READY) $(MODEL_READY) $(TORCHVISION) ## every family of models, token for token: docs/MODELS.md
+	$(VISION) $(BIN)/python -m benchmarks.models
 
 bench-paper: $(READY) $(MODEL_READY) ## the paper's claims, one after the other
 	$(BIN)/python -m benchmarks.paper --model $(MODEL)
@@ -99,6 +104,10 @@ $(CHECK_READY): pyproject.toml
 	$(PYTHON) -m venv .venv-check
 	$(CHECK)/python -m pip install -q --disable-pip-version-check -e '.[api,postgres,check]'
 	@touch $@
+
+# The release for the torch of the vLLM in tools/bootstrap.sh.
+$(TORCHVISION): | $(READY)
+	$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps --target $@ torchvision==0.28.0
 
 # Order only: a newer environment is no reason to convert again.
 $(CONVERTED): | $(READY)

@@ -164,9 +164,15 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "minimax-m2": (
         "MiniMaxM2Config",
-        {**_ATTENTION, "num_hidden_layers": 3, "num_local_experts": 4, "num_experts_per_tok": 2},
+        {**_ATTENTION, "num_hidden_layers": 3, "num_local_experts": 4, "num_experts_per_tok": 2,
+         "rotary_dim": 32},
     ),
 }  # fmt: skip
+# Of models that see: vLLM makes these for text, too.
+_PROCESSORS = {
+    "preprocessor_config.json": {"image_processor_type": "Qwen2VLImageProcessor"},
+    "video_preprocessor_config.json": {"video_processor_type": "Qwen2VLVideoProcessor"},
+}
 # These architectures are written by another class than AutoModelForCausalLM finds for them.
 DTYPES = {"qwen3-next": "bfloat16", "qwen3.5": "bfloat16", "gpt-oss": "bfloat16"}
 
@@ -202,6 +208,9 @@ def make_tiny_model(
         model = loader.from_config(config)
     model.to(getattr(torch, kind)).save_pretrained(out)
     tokenizer.save_pretrained(out)
+    if "vision_config" in facts:
+        for file, settings in _PROCESSORS.items():
+            (out / file).write_text(json.dumps(settings))
     return out
 
 

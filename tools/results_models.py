@@ -61,14 +61,18 @@ longest shorter document on offer, or a multiple of `state_every_tokens`. Prompt
 another order of sums than full prefill has, so log-probabilities are close and not equal to the bit. vLLM's prefix
 caching must be off (`--no-enable-prefix-caching`): it keeps states in another place, which was not tried.
 Of recurrent layers Mamba2's, gated delta nets and short convolutions are taken: of each vLLM keeps all of a request's
-state in one block, which is copied alike. Whether a model's reuse is exact with it, its self-test says. A tiny random
-Qwen3-Next (`--only qwen3-next --quick`, bfloat16) passed it: of 12 answers in a new process 0 were wrong, 4,590 of 4,590
-tokens came from the store, and where a document ends with a piece of vLLM's kernel (64 tokens) all log-probabilities
-were full prefill's to the bit; elsewhere up to 0.06 away, with one fork between two equally likely tokens. That of a tiny
-random LFM2 (short convolutions) fails here: a reuse gives the same tokens, with log-probabilities up to 0.03 from full
-prefill's in float32. The state is not the cause: the convolutions gave the same numbers behind it, to the bit, and full
-prefill in two pieces, cut where the document ends, gave the reuse's answers. vLLM's attention of this model gives
-others in two pieces than in one (float32 itself is exact to 0.00001), so nothing of it is reused on this machine.
+state in one block, which is copied alike. Whether a model's reuse is exact with it, its self-test says. Of a tiny random
+Qwen3-Next, where a document ends with a piece of vLLM's kernel (64 tokens), all log-probabilities were full prefill's
+to the bit; elsewhere up to 0.06 away in bfloat16, with one fork between two equally likely tokens. A tiny random LFM2
+(short convolutions) is refused by its self-test here, and rightly: vLLM gives the queries and keys of LFM2 to its CPU
+operator for positions as (tokens, heads, head size), and the operator takes the heads for tokens. So the KV cache of a
+prompt depends on the pieces in which it was computed. Where queries and keys are given in whole rows
+(`tests/support/whole_rows.py`), the self-test passes and a document of 600 tokens is reused to its last token, with
+log-probabilities at most 0.0001 from full prefill's in float32.
+
+The text of models that see is served as any other text (`--language-model-only`). vLLM's classes of them import
+torchvision, which breaks beside a CPU build of torch when it comes from PyPI: here they ran with its Python code
+(`make bench-models`, `make test-long`). Bamba is no longer among vLLM's models; Granite 4 has the same layers.
 
 Latent attention is refused on a CPU. Of a tiny random DeepSeek-V2 in bfloat16, the only dtype of vLLM's kernel (AMX),
 vLLM's own hit was 0.8 to 1.2 from full prefill, and both were 10 from float32: its weights were so wide that rounding

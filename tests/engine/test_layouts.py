@@ -64,10 +64,8 @@ def two_rank_engine(model, market):
     """An engine of two ranks on a core each."""
     if len(os.sched_getaffinity(0)) < 2:
         pytest.skip("two ranks need two cores")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")
-        with running(model, market, tensor_parallel_size=2) as llm:
-            yield llm
+    with running(model, market, tensor_parallel_size=2) as llm:
+        yield llm
 
 
 def assert_reused(llm, market, document):

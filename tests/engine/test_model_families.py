@@ -96,7 +96,7 @@ FAMILIES = [
             "full attention, experts": Family("qwen3-moe"),
             "absolute positions": Family("gpt2"),
             "long rope": Family("phi3-longrope"),
-            "text of a model that sees": Family("qwen-vl", needs="torchvision"),
+            "text_of_a_model_that_sees": Family("qwen-vl", needs="torchvision"),
             "recurrent state and attention in one layer": Family(
                 "falcon-h1",
                 is_recurrent=True,

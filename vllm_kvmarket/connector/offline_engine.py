@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -27,18 +29,32 @@ def open_llm(
     from vllm import LLM
     from vllm.platforms import current_platform
 
+    settings = {}
     if current_platform.is_cpu():
         ranks = int(engine_args.get("tensor_parallel_size", 1))
-        os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", cores_by_rank(ranks))
-        os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "2")
+        settings["VLLM_CPU_OMP_THREADS_BIND"] = cores_by_rank(ranks)
+        settings["VLLM_CPU_KVCACHE_SPACE"] = "2"
         engine_args.setdefault("enforce_eager", True)
         dtype = dtype or "float32"
-    return LLM(
-        model=model,
-        dtype=dtype or "auto",
-        max_model_len=max_model_len,
-        **{"kv_transfer_config": market.transfer_config(), **engine_args},
-    )
+    with _set_where_missing(settings):
+        return LLM(
+            model=model,
+            dtype=dtype or "auto",
+            max_model_len=max_model_len,
+            **{"kv_transfer_config": market.transfer_config(), **engine_args},
+        )
+
+
+@contextmanager
+def _set_where_missing(settings: dict[str, str]) -> Iterator[None]:
+    """Environment variables for one engine: another one may have another number of ranks."""
+    missing = settings.keys() - os.environ.keys()
+    os.environ.update({name: settings[name] for name in missing})
+    try:
+        yield
+    finally:
+        for name in missing:
+            os.environ.pop(name, None)
 
 
 def cores_by_rank(ranks: int) -> str:

@@ -53,7 +53,7 @@ test-engine: $(READY) $(CONVERTED) test-machine ## every test on a real engine, 
 
 test-long: $(READY) $(CONVERTED) test-machine $(TORCHVISION) ## what make test leaves out: kills, two engines, variations
 	$(PYTEST) -m long tests/engine
-	$(VISION) $(PYTEST) -k "that_sees" tests/engine/test_model_families.py
+	$(VISION) $(PYTEST) -k sees tests/engine/test_model_families.py
 
 test-machine: ## install Chromium and PostgreSQL, where they are missing and may be installed
 	tools/test_machine.sh

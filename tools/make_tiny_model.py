@@ -126,7 +126,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "gemma4": (
         "Gemma4TextConfig",
-        {**_ATTENTION, "num_hidden_layers": 6, "sliding_window": 200,
+        {**_ATTENTION, "num_hidden_layers": 6, "sliding_window": 200, "global_head_dim": 64,
          "hidden_size_per_layer_input": 0,
          "layer_types": ["sliding_attention"] * 5 + ["full_attention"]},
     ),

@@ -96,7 +96,15 @@ FAMILIES = [
             "full attention, experts": Family("qwen3-moe"),
             "absolute positions": Family("gpt2"),
             "long rope": Family("phi3-longrope"),
-            "text_of_a_model_that_sees": Family("qwen-vl", needs="torchvision"),
+            "text of a model that sees": Family("qwen-vl", needs="torchvision"),
+            "gated delta nets and attention, a model that sees": Family(
+                "qwen3.5",
+                is_recurrent=True,
+                tolerance=0.1,
+                token_bytes=2048,
+                state_bytes=3 * (6144 + 262_144),
+                needs="torchvision",
+            ),
             "recurrent state and attention in one layer": Family(
                 "falcon-h1",
                 is_recurrent=True,

@@ -64,6 +64,8 @@ WITHOUT_CACHING: dict[str, Any] = {"enable_prefix_caching": False}
 FP8_KV: dict[str, Any] = {"kv_cache_dtype": "fp8"}
 LORA: dict[str, Any] = {"enable_lora": True}
 TEXT: dict[str, Any] = {"language_model_only": True}
+# vLLM's CPU operation rotates other parts of some models than it should.
+NATIVE_ROTATION: dict[str, Any] = {"compilation_config": {"custom_ops": ["-rotary_embedding"]}}
 TWO_RANKS: dict[str, Any] = {
     "tensor_parallel_size": 2,
     "distributed_executor_backend": "mp",
@@ -102,6 +104,8 @@ FAMILIES = (
     Family("llama4-bf16", "Llama 4", "llama4", dtype="bfloat16"),
     Family("deepseek-v2", "DeepSeek-V2", "deepseek-v2"),
     Family("deepseek-v2-bf16", "DeepSeek-V2", "deepseek-v2", dtype="bfloat16"),
+    Family("deepseek-v2-plain", "DeepSeek-V2 without YaRN", "deepseek-v2-plain", dtype="bfloat16",
+           engine=NATIVE_ROTATION),
     Family("deepseek-v32", "DeepSeek-V3.2", "deepseek-v32", dtype="bfloat16"),
     Family("mamba2", "Mamba2", "mamba2"),
     Family("bamba", "Bamba", "bamba"),

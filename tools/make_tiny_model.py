@@ -24,11 +24,21 @@ _DELTA_NET = {
     "num_key_value_heads": 4, "head_dim": 128, "num_hidden_layers": 4, "linear_num_value_heads": 4,
     "linear_num_key_heads": 2, "linear_key_head_dim": 128, "linear_value_head_dim": 128,
 }  # fmt: skip
-# The CPU's kernel knows only the sizes of DeepSeek's own models. Wider weights make attention so
-# sharp that bfloat16's rounding decides the answers: two prefills of vLLM then give different ones.
+# The CPU's kernel knows only the sizes of DeepSeek's own models. These have YaRN,
+# others (Moonlight, GLM-4.7-Flash) do not. Wider weights leave more of the answers to
+# bfloat16's rounding.
 _LATENT = {
     "kv_lora_rank": 512, "qk_nope_head_dim": 32, "qk_rope_head_dim": 64, "v_head_dim": 32,
+    "rope_parameters": {
+        "rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "beta_fast": 32, "beta_slow": 1,
+        "original_max_position_embeddings": 1024, "mscale": 0.707, "mscale_all_dim": 0.707,
+    },
     "initializer_range": 0.06,
+}  # fmt: skip
+_DEEPSEEK = {
+    "hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 4,
+    "num_key_value_heads": 4, "num_hidden_layers": 3, "q_lora_rank": None, **_LATENT,
+    "n_routed_experts": 4, "num_experts_per_tok": 2, "first_k_dense_replace": 3,
 }  # fmt: skip
 _LONG_ROPE = {"rope_type": "longrope", "short_factor": [1.0] * 16, "long_factor": [4.0] * 16}
 
@@ -64,11 +74,10 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
         {**_ATTENTION, "num_hidden_layers": 4, "attention_chunk_size": 256, "num_local_experts": 2,
          "intermediate_size_mlp": 256, "interleave_moe_layer_step": 2},
     ),
-    "deepseek-v2": (
+    "deepseek-v2": ("DeepseekV2Config", _DEEPSEEK),
+    "deepseek-v2-plain": (
         "DeepseekV2Config",
-        {"hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 4,
-         "num_key_value_heads": 4, "num_hidden_layers": 3, "q_lora_rank": None, **_LATENT,
-         "n_routed_experts": 4, "num_experts_per_tok": 2, "first_k_dense_replace": 3},
+        {**_DEEPSEEK, "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}},
     ),
     "mamba2": (
         "Mamba2Config",

@@ -12,7 +12,12 @@ import torch
 
 from tests.support.engines import NANO, running, words
 from vllm_kvmarket import Market
-from vllm_kvmarket.connector.paged_cache import layout_tag, proven_packing
+from vllm_kvmarket.connector.paged_cache import (
+    UNPROVEN_LATENT,
+    latent_packing,
+    layout_tag,
+    proven_packing,
+)
 from vllm_kvmarket.market.timed_requests import ask, empty_prefix_cache
 from vllm_kvmarket.store.packings import read_tag
 
@@ -167,6 +172,14 @@ def test_a_kernel_that_is_not_there_or_not_known_proves_nothing(caplog):
     assert proven_packing("vec", (3, 32, 128), torch.uint8) == "vec-unproven"
     assert proven_packing("vec", (32, 128), torch.float32) == "vec-unproven"
     assert read_tag("012/cpu-vec-unproven") is None
+
+
+@pytest.mark.parametrize("tokens", [32, 128])
+def test_latents_lie_token_by_token_where_the_kernel_writes_them_so(tokens):
+    """vLLM's kernel with AMX; it takes no other numbers than bfloat16 and float16."""
+    assert latent_packing((1, tokens, 576), torch.bfloat16) == "tokens"
+    assert latent_packing((1, tokens, 576), torch.float32) == UNPROVEN_LATENT
+    assert read_tag(f"012/cpu-{UNPROVEN_LATENT}") is None
 
 
 class Backend:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import torch
 from vllm.config import KVTransferConfig
 from vllm.engine.arg_utils import AsyncEngineArgs, EngineArgs
 
@@ -63,37 +64,66 @@ def test_models_with_recurrent_state_are_taken_where_they_were_tried(
     assert "\n" not in str(refusal.value)
 
 
-@pytest.mark.parametrize("caching", [None, True, False])
-def test_latent_attention_is_refused_on_a_cpu(caching, smollm, tmp_path):
-    """No flag for prefix caching makes the tokens right."""
-    model = make_tiny_model(1, smollm, tmp_path / "tiny", "deepseek-v2", "bfloat16")
-    options = {"model": str(model), "max_model_len": 1024, "enable_prefix_caching": caching}
+@pytest.fixture
+def amx(monkeypatch):
+    """A CPU with AMX, whatever this one has."""
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
+
+
+WITHOUT_ROTARY = {"compilation_config": {"custom_ops": ["-rotary_embedding"]}}
+
+
+@pytest.mark.parametrize(
+    ("family", "options", "complaint"),
+    [
+        ("deepseek-v2", {}, ""),
+        ("deepseek-v2", {"enable_prefix_caching": False}, "prefix caching on"),
+        # Which cannot go on from a cached prefix.
+        ("deepseek-v2", {"attention_backend": "CPU_MLA"}, "prefix caching on"),
+        # Whose keys vLLM's operation leaves unrotated.
+        ("deepseek-v2-plain", {}, "rotary_embedding"),
+        ("deepseek-v2-plain", WITHOUT_ROTARY, ""),
+        # vLLM compiles it, and rotates by code of its own.
+        ("deepseek-v2-plain", {"enforce_eager": False}, ""),
+        # Beside recurrent layers, for which prefix caching must be off.
+        ("kimi-linear", {"enable_prefix_caching": False}, "prefix caching on"),
+    ],
+)
+@pytest.mark.usefixtures("amx")
+def test_latent_attention_is_taken_on_a_cpu_where_vllm_reuses_it(
+    family, options, complaint, smollm, tmp_path
+):
+    """And refused with what to do, where there is something."""
+    model = make_tiny_model(1, smollm, tmp_path / "tiny", family, "bfloat16")
+    given = {"model": str(model), "max_model_len": 1024, "enforce_eager": True, **options}
     with Market.open(tmp_path / "home") as market:
         transfer = KVTransferConfig(**market.transfer_config())
-        with pytest.raises(ConfigError, match="multi-head latent attention") as refusal:
-            EngineArgs(**options, kv_transfer_config=transfer).create_engine_config()
+        arguments = EngineArgs(**given, kv_transfer_config=transfer)
+        if not complaint:
+            arguments.create_engine_config()
+            return
+        with pytest.raises(ConfigError, match=complaint) as refusal:
+            arguments.create_engine_config()
     assert "\n" not in str(refusal.value)
-    config = EngineArgs(**options).create_engine_config()
-    config.device_config.device_type = "cuda"
-    config.cache_config.enable_prefix_caching = True
-    check_model(config, caching_refused=False)
-    config.cache_config.enable_prefix_caching = False
-    with pytest.raises(ConfigError, match="multi-head latent attention"):
-        check_model(config, caching_refused=True)
 
 
-def test_latent_attention_beside_recurrent_layers_is_taken_without_prefix_caching(smollm, tmp_path):
-    """Of Kimi Linear kvmarket asks for that, so it does not refuse it for that; but on a CPU."""
-    model = make_tiny_model(1, smollm, tmp_path / "tiny", "kimi-linear", "bfloat16")
-    options = {"model": str(model), "max_model_len": 1024, "enable_prefix_caching": False}
+@pytest.mark.parametrize(
+    ("family", "caching"), [("deepseek-v2-plain", True), ("kimi-linear", False)]
+)
+def test_latent_attention_is_taken_on_a_device(family, caching, smollm, tmp_path):
+    """Of Kimi Linear kvmarket asks for no prefix caching, so it does not refuse it for that."""
+    model = make_tiny_model(1, smollm, tmp_path / "tiny", family, "bfloat16")
+    options = {"model": str(model), "max_model_len": 1024, "enable_prefix_caching": caching}
     config = EngineArgs(**options).create_engine_config()
-    with pytest.raises(ConfigError, match="multi-head latent attention"):
-        check_model(config, caching_refused=True)
+    with pytest.raises(ConfigError, match=r"latent attention|turns prefix caching off"):
+        check_model(config, caching_refused=not caching)
     config.device_config.device_type = "cuda"
-    check_model(config, caching_refused=True)
-    config.cache_config.enable_prefix_caching = True
-    with pytest.raises(ConfigError, match="--no-enable-prefix-caching"):
-        check_model(config, caching_refused=False)
+    config.cache_config.enable_prefix_caching = caching
+    check_model(config, caching_refused=not caching)
+    config.cache_config.enable_prefix_caching = not caching
+    complaint = "--no-enable-prefix-caching" if not caching else "multi-head latent attention"
+    with pytest.raises(ConfigError, match=complaint):
+        check_model(config, caching_refused=caching)
 
 
 @pytest.mark.parametrize(

@@ -42,7 +42,7 @@ class AuditRequest:
         self._engine = engine
         self._request = request
         self._wanted = wanted
-        self.reuse = Reuse(request, match)
+        self.reuse = Reuse(request, match, grain=engine.facts.grain)
         self._document = DocumentChunks.of(
             namespace, request.prompt_token_ids, engine.market.config.chunk_tokens
         )

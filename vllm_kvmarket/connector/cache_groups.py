@@ -27,9 +27,8 @@ if TYPE_CHECKING:
     from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheSpec
 
 LATENT = (
-    "this model keeps a compressed KV cache (multi-head latent attention, as DeepSeek does), with "
-    "which a reuse gave other tokens on a CPU; elsewhere it needs vLLM's own prefix caching; start "
-    "it without kvmarket"
+    "this model keeps a compressed KV cache (multi-head latent attention, as DeepSeek does), which "
+    "is reused only with vLLM's own prefix caching on, on a CPU with AMX; start it without kvmarket"
 )
 # Recurrent layers, by vLLM's names, of which all that a request goes on from lies in one block: its
 # first one. Whether a model's reuse is exact with it, the self-test says.
@@ -99,6 +98,16 @@ def is_plain(groups: Sequence[CacheGroup]) -> bool:
 def replicas(groups: Sequence[CacheGroup], tensor_parallel_size: int) -> int:
     """How many neighbouring ranks have the same pages, of which one is stored for all of them."""
     return tensor_parallel_size if all(group.is_replicated for group in groups) else 1
+
+
+def grain_of(groups: Sequence[CacheGroup], device: str) -> int:
+    """A reuse must end with a multiple of so many tokens, to compute what vLLM's own hit computes.
+
+    The CPU's kernel for latent attention adds a cached prefix up tile by tile, and rounds after
+    each. vLLM's hits end with a block, and so with a tile.
+    """
+    is_latent = device == "cpu" and any(group.is_replicated for group in groups)
+    return groups[0].block_tokens if is_latent else 1
 
 
 def groups_of(kv_cache_config: KVCacheConfig, chunk_tokens: int) -> tuple[CacheGroup, ...]:

@@ -18,7 +18,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 from vllm.v1.metrics.cache_hit_source import CacheHitSource
 
 from vllm_kvmarket.connector import step_ends
-from vllm_kvmarket.connector.cache_groups import groups_of, replicas
+from vllm_kvmarket.connector.cache_groups import grain_of, groups_of, replicas
 from vllm_kvmarket.connector.flags import check_prepared
 from vllm_kvmarket.connector.messages import Instructions
 from vllm_kvmarket.connector.metrics import MarketPromMetrics, MarketStats
@@ -80,7 +80,8 @@ class KVMarketConnector(KVConnectorBase_V1, SupportsHMA):
             name = uuid.uuid4().hex[:12]
             parallel = vllm_config.parallel_config
             ranks = parallel.world_size // replicas(groups, parallel.tensor_parallel_size)
-            facts = EngineFacts(name, groups, config.chunk_tokens, ranks)
+            grain = grain_of(groups, vllm_config.device_config.device_type)
+            facts = EngineFacts(name, groups, config.chunk_tokens, ranks, grain)
             self._scheduler = SchedulerHalf(vllm_config, config, facts)
         else:
             self._worker = WorkerHalf(vllm_config, config, groups, kv_cache_config.num_blocks)

@@ -29,6 +29,9 @@ if TYPE_CHECKING:
 Bytes = npt.NDArray[np.uint8]
 logger = init_logger("vllm.kvmarket.layouts")
 
+# The CPU's backend for latent attention.
+_LATENT_BACKEND = "AMX_MLA"
+UNPROVEN_LATENT = "latent-unproven"
 # Backends that keep all of a token side by side. GPU backends take K and V apart by
 # `kv_cache.split(head_size, dim=-1)`, in any order of heads and tokens.
 _TOKEN_BACKENDS = {"FLASH_ATTN", "FLASHINFER", "FLEX_ATTENTION", "HPC_ATTN", "TRITON_ATTN"}
@@ -106,6 +109,10 @@ def layout_tag(
 def _cpu_packing(
     vllm_config: VllmConfig, kv_caches: dict[str, torch.Tensor], block_tokens: int
 ) -> str:
+    pages = {(tuple(tensor.shape[1:]), tensor.dtype) for tensor in kv_caches.values()}
+    if _backends(vllm_config, kv_caches) == {_LATENT_BACKEND}:
+        found = {latent_packing(shape, dtype) for shape, dtype in pages}
+        return found.pop() if len(found) == 1 else UNPROVEN_LATENT
     # The kernels pack K per instruction set; vLLM has no public name for the choice.
     from vllm.v1.attention.backends.cpu_attn import _get_attn_isa
 
@@ -113,7 +120,6 @@ def _cpu_packing(
     isa = _get_attn_isa(
         model.dtype, block_tokens, model.get_head_size(), vllm_config.cache_config.cache_dtype
     )
-    pages = {(tuple(tensor.shape[1:]), tensor.dtype) for tensor in kv_caches.values()}
     found = {proven_packing(isa, shape, dtype) for shape, dtype in pages}
     return found.pop() if len(found) == 1 else f"{isa}-unproven"
 
@@ -162,6 +168,28 @@ def proven_packing(isa: str, page_shape: tuple[int, ...], dtype: torch.dtype) ->
         if np.array_equal(found, expected.numpy().view(found.dtype)):
             return name
     return unproven
+
+
+def latent_packing(page_shape: tuple[int, ...], dtype: torch.dtype) -> str:
+    """Whether the CPU's kernel keeps latents token by token, by letting it fill pages.
+
+    `page_shape` is (1, tokens, content): a token's latent, and its rotated key behind it.
+    """
+    from vllm import _custom_ops as ops
+
+    _, tokens, content = page_shape
+    filled = torch.zeros((2, tokens, content), dtype=dtype)
+    written = torch.arange(2 * tokens * content).reshape(-1, content).remainder(251).to(dtype)
+    # The slots in another order: a token's place is its slot's, whatever was written before.
+    slots = torch.arange(2 * tokens).flip(0)
+    latent = content // 2
+    try:
+        parts = written[:, :latent].contiguous(), written[:, latent:].contiguous()
+        ops.amx_mla_concat_and_cache(*parts, filled, slots)
+    except (AttributeError, RuntimeError, NotImplementedError, TypeError) as error:
+        logger.warning("kvmarket: cannot tell how latents are packed: %s", error)
+        return UNPROVEN_LATENT
+    return TOKENS if torch.equal(filled.view(-1, content), written.flip(0)) else UNPROVEN_LATENT
 
 
 class PagedCache:

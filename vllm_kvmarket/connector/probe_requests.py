@@ -31,7 +31,7 @@ class ProbeRequest:
     ) -> None:
         self._facts = facts
         self._document = document
-        self.reuse = Reuse(request, match)
+        self.reuse = Reuse(request, match, grain=facts.grain)
         self.report = SaveReport()
         self.failure = ""
 

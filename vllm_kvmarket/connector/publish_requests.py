@@ -56,7 +56,7 @@ class PublishRequest:
     ) -> None:
         self._engine = engine
         self._request = request
-        self.reuse = Reuse(request, match)
+        self.reuse = Reuse(request, match, grain=engine.facts.grain)
         market = engine.market
         self._document = document = DocumentChunks.of(
             namespace, request.prompt_token_ids, market.config.chunk_tokens

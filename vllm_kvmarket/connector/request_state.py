@@ -52,6 +52,8 @@ class EngineFacts:
     chunk_tokens: int
     # Ranks that have pages of their own.
     world_size: int
+    # A reuse ends with a multiple of so many tokens.
+    grain: int = 1
 
     @property
     def block_tokens(self) -> int:
@@ -113,6 +115,8 @@ class Reuse:
     match: Match | None
     # Shared by the samples of one request.
     countable: Countable = field(default_factory=Countable)
+    # What is reused ends with a multiple of so many tokens.
+    grain: int = 1
     # The most tokens of the match that can still be had; shrinks when a chunk fails to load.
     limit: int = field(init=False)
     # vLLM's prefix-cache hit as of the last time the scheduler asked, in whole blocks.
@@ -139,7 +143,12 @@ class Reuse:
         """The tokens that may be charged. A prompt's last token is computed, also when a preempted
         request finds it in the paged cache: it was not quoted.
         """
-        return self.match.last_end(self.request.num_prompt_tokens - 1) if self.match else 0
+        return self._last_end(self.request.num_prompt_tokens - 1)
+
+    def _last_end(self, end: int) -> int:
+        """The last place up to `end` behind which this engine goes on."""
+        found = self.match.last_end(end) if self.match else 0
+        return found - found % self.grain
 
     def lookup(self) -> Lookup:
         """Whether there is something to reuse, where nothing else speaks against it."""
@@ -153,7 +162,7 @@ class Reuse:
         self.local = local
         # At least one token must be computed, or there is nothing to sample from.
         end = min(self.limit, self.request.num_tokens - 1)
-        return max(0, (self.match.last_end(end) if self.match else 0) - local)
+        return max(0, self._last_end(end) - local)
 
     def allocated(self, external: int) -> bool:
         """Note what the scheduler decided; whether there is anything to load. Mutates."""

@@ -56,7 +56,7 @@ class ReuseRequest:
         self._engine = engine
         self._request = request
         self._must_reserve = params.must_reserve
-        self.reuse = Reuse(request, match)
+        self.reuse = Reuse(request, match, grain=engine.facts.grain)
         self.purchase: Purchase | None = None
         self.declined = ""
 
@@ -99,7 +99,7 @@ class ReuseRequest:
                 params.purchase_key,
                 may_go_ahead=not self._must_reserve,
             )
-            self.reuse = Reuse(self._request, shared, countable)
+            self.reuse = Reuse(self._request, shared, countable, self._engine.facts.grain)
             share(self._engine, self.reuse)
 
     def _affordable(self, params: RequestParams, match: Match) -> Match | None:
@@ -179,7 +179,7 @@ class PreloadRequest:
         self, engine: Engine, request: Request, match: Match | None, declined: str = ""
     ) -> None:
         self._engine = engine
-        self.reuse = Reuse(request, match)
+        self.reuse = Reuse(request, match, grain=engine.facts.grain)
         self.declined = declined
         share(engine, self.reuse)
 
@@ -219,7 +219,7 @@ def pin(
     if listing is None or not listing.pinned:
         return
     # The last token of a prompt is computed, also of one that is just the document.
-    if reuse.reused >= listing.token_count - 1:
+    if reuse.reused >= listing.token_count - engine.facts.grain:
         if len(block_ids) == 1:
             reason = engine.pins.pin(listing.document_id, listing.token_count, block_ids[0])
         else:

@@ -170,6 +170,8 @@ def engine_of(core: EngineCore, half: SchedulerHalf) -> dict[str, str]:
         "kvmarket": metadata.version("vllm-kvmarket"),
         "device": f"{current_platform.device_name} {host.machine()} {_device_name()}",
         "attention": str(attention.backend),
+        # A compiled model computes by other operations than one that is not.
+        "operations": ",".join(sorted(config.compilation_config.custom_ops)),
         "blocks": ",".join(f"{g.kind.value}:{g.block_tokens}" for g in facts.groups),
         "chunk_tokens": str(facts.chunk_tokens),
         "codec": half.engine.market.config.codec,
@@ -261,10 +263,12 @@ class SelfTest:
         assert stored.request is not None
         if stored.request.failure:
             raise OSError(stored.request.failure)
-        match = match_of(self._document)
+        match, grain = match_of(self._document), self._half.engine.facts.grain
+        match = match.until(match.token_count - match.token_count % grain or match.token_count)
         reused = self._ask(whole, "whole", match=match)
         reason = self._compare(full, reused, whole, "whole")
         half = match.last_end(len(self._tokens) // 2)
+        half -= half % grain
         if _any_rank(self._core, bool(reason)) or half == 0:
             return reason
         part = [*self._tokens[:half], *self._questions[1]]

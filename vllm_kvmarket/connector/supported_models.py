@@ -24,6 +24,14 @@ CACHING_TURNED_OFF = (
     "vLLM turns prefix caching off for this model on this machine, so kvmarket must not reuse its "
     "KV cache either; start it without kvmarket"
 )
+ROTATED_WRONGLY = (
+    "vLLM's operation rotary_embedding on a CPU leaves most keys of latent attention unrotated: "
+    "which ones depends on how many tokens are computed at once, so that no KV cache of them can "
+    'be reused; turn it off (-cc.custom_ops+=-rotary_embedding, or compilation_config={"custom_ops"'
+    ': ["-rotary_embedding"]}), which also gives the right tokens'
+)
+# With these vLLM rotates a latent's keys by other code.
+SCALED_ROTATIONS = frozenset({"yarn", "deepseek_yarn", "deepseek_llama_scaling"})
 STATES_IN_BLOCKS = (
     "with prefix caching vLLM keeps this model's recurrent state at the ends of blocks, where "
     "kvmarket was not tried; start it with --no-enable-prefix-caching"
@@ -46,10 +54,8 @@ def check_model(vllm_config: VllmConfig, *, caching_refused: bool) -> None:
         raise ConfigError(CONTEXT_PARALLEL)
     if transfer is not None and transfer.kv_role != "kv_both":
         raise ConfigError(f"{ONE_ROLE}, not {transfer.kv_role!r}")
-    on_cpu = vllm_config.device_config.device_type == "cpu"
-    # Beside recurrent layers (Kimi Linear) it is off because kvmarket asks for that.
-    if model.use_mla and (on_cpu or not (cache.enable_prefix_caching or has_states(vllm_config))):
-        raise ConfigError(LATENT)
+    if model.use_mla:
+        _check_latent(vllm_config)
     if has_states(vllm_config):
         _check_states(vllm_config)
     # vLLM calls its own caching of models without attention experimental, and leaves it off.
@@ -70,6 +76,20 @@ def check_groups(vllm_config: VllmConfig, groups: Sequence[CacheGroup]) -> None:
             "vLLM's configuration and its KV cache disagree about whether this model has recurrent "
             "layers; start it without kvmarket"
         )
+
+
+def _check_latent(vllm_config: VllmConfig) -> None:
+    on_cpu = vllm_config.device_config.device_type == "cpu"
+    # Beside recurrent layers (Kimi Linear) it is off because kvmarket asks for that. A CPU without
+    # AMX cannot go on from a cached prefix.
+    is_off = not vllm_config.cache_config.enable_prefix_caching
+    if is_off and (on_cpu or not has_states(vllm_config)):
+        raise ConfigError(LATENT)
+    rotation = getattr(vllm_config.model_config.hf_text_config, "rope_parameters", None) or {}
+    is_scaled = rotation.get("rope_type") in SCALED_ROTATIONS
+    by_operation = vllm_config.compilation_config.is_custom_op_enabled("rotary_embedding")
+    if on_cpu and by_operation and not is_scaled:
+        raise ConfigError(ROTATED_WRONGLY)
 
 
 def _check_states(vllm_config: VllmConfig) -> None:

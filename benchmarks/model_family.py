@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,6 +23,7 @@ from benchmarks.paper_sections.traces import Trace, trace
 from tests.support.engines import running
 from tools.make_tiny_model import TOKENIZER, make_adapter, make_tiny_model
 from vllm_kvmarket import Market
+from vllm_kvmarket.connector.state_steps import steps_end_at
 from vllm_kvmarket.market.timed_requests import ask, empty_prefix_cache
 
 if TYPE_CHECKING:
@@ -48,6 +49,11 @@ class Family:
     begins: str = ""
     engine: dict[str, Any] = field(default_factory=dict)
 
+    @property
+    def is_recurrent(self) -> bool:
+        """Whether vLLM's own prefix cache is off, because there is a recurrent state."""
+        return self.engine.get("enable_prefix_caching") is False
+
     def make(self, out: Path) -> Path:
         """The model's folder; random weights are written to `out` when they are not there."""
         if self.real:
@@ -59,7 +65,7 @@ class Family:
         return out
 
 
-# vLLM's own prefix cache makes its CPU worker fail with these.
+# Models with recurrent state: vLLM's own prefix cache keeps it in another place.
 WITHOUT_CACHING: dict[str, Any] = {"enable_prefix_caching": False}
 FP8_KV: dict[str, Any] = {"kv_cache_dtype": "fp8"}
 LORA: dict[str, Any] = {"enable_lora": True}
@@ -107,11 +113,13 @@ FAMILIES = (
     Family("deepseek-v2-plain", "DeepSeek-V2 without YaRN", "deepseek-v2-plain", dtype="bfloat16",
            engine=NATIVE_ROTATION),
     Family("deepseek-v32", "DeepSeek-V3.2", "deepseek-v32", dtype="bfloat16"),
-    Family("mamba2", "Mamba2", "mamba2"),
+    Family("mamba2", "Mamba2", "mamba2", engine=WITHOUT_CACHING),
     Family("bamba", "Bamba", "bamba"),
     Family("granite4", "Granite 4", "granite4", engine=WITHOUT_CACHING),
     Family("falcon-h1", "Falcon-H1", "falcon-h1", engine=WITHOUT_CACHING),
     Family("lfm2", "LFM2", "lfm2", engine=WITHOUT_CACHING),
+    Family("lfm2-native", "LFM2, positions as PyTorch computes them", "lfm2",
+           engine=WITHOUT_CACHING | NATIVE_ROTATION),
     Family("nemotron-h", "Nemotron-H", "nemotron-h", engine=WITHOUT_CACHING),
     Family("qwen3-next", "Qwen3-Next", "qwen3-next", dtype="bfloat16", engine=WITHOUT_CACHING),
     Family("qwen3.5", "Qwen3.5", "qwen3.5", dtype="bfloat16", engine=WITHOUT_CACHING),
@@ -138,7 +146,9 @@ QUICK = {"prose": (384, 301), "code": (333, 512)}
 
 @dataclass(slots=True)
 class Published:
-    """Of each document all questions; `hit` is empty where vLLM's prefix caching is off."""
+    """Of each document all questions. `hit` is empty where vLLM's prefix caching is off, but of a
+    model with recurrent state vLLM's own prefill in two pieces.
+    """
 
     groups: list[str]
     document_tokens: list[int] = field(default_factory=list)
@@ -193,6 +203,15 @@ def worker_groups(worker: Any) -> list[str]:
     return in_words(worker.model_runner.kv_cache_config.kv_cache_groups)
 
 
+def in_two_pieces(llm: Any, prompt: list[int], cut: int) -> Trace:
+    """An answer by full prefill whose steps end after `cut` tokens, in an engine of this process.
+
+    Behind `cut` it computes what a hit of so many tokens computes.
+    """
+    with steps_end_at(llm.llm_engine.engine_core.engine_core.scheduler, cut):
+        return replace(trace(llm, prompt), cached_tokens=cut)
+
+
 class Step:
     """A market, an engine on it, and what is asked."""
 
@@ -232,7 +251,9 @@ class Step:
                 for prompt in prompts:
                     empty_prefix_cache(llm)
                     found.full.append(trace(llm, prompt))
-                if caching:
+                if self.family.is_recurrent:
+                    found.hit.extend(in_two_pieces(llm, each, len(document)) for each in prompts)
+                elif caching:
                     found.hit.extend(trace(llm, prompt) for prompt in prompts)
                 listing = self.market.publish(llm, token_ids=document, title="document")
                 found.document_tokens.append(len(document))
@@ -324,6 +345,8 @@ def run(step: str, name: str, folder: Path, quick: bool) -> None:
     os.environ["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
     family = next(each for each in FAMILIES if each.name == name)
+    if family.is_recurrent and step == "publish":
+        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     with Market.open(folder / "home", {"host_cache_bytes": 0}) as market:
         found = getattr(Step(family, folder, market, quick), step)()
     (folder / f"{step}.json").write_bytes(msgspec.json.encode(found))

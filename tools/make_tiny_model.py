@@ -174,7 +174,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "minimax-m2": (
         "MiniMaxM2Config",
         {**_ATTENTION, "num_hidden_layers": 3, "num_local_experts": 4, "num_experts_per_tok": 2,
-         "rotary_dim": 32},
+         "rotary_dim": 32, "scoring_func": "sigmoid"},
     ),
 }  # fmt: skip
 # Of models that see: vLLM makes these for text, too.

@@ -40,6 +40,8 @@ MEANING = """
 - *wrong*: answers that vLLM could not have given. Where hit and reuse computed the same tokens, any token that
   differs is wrong. Elsewhere float sums come in another order; an answer that is neither the hit's nor full
   prefill's is wrong unless the tokens were nearer to each other than vLLM's own hits are to its full prefill.
+- The *hit* of a model with recurrent state, where vLLM caches nothing, is vLLM's own prefill in two pieces: the
+  document, and what is behind it. Then hit and reuse compute the same tokens.
 - *forks*: greedy answers that are not full prefill's to the last token: of vLLM's own hits, of reuses, and of reuses
   whose hit is full prefill's (none of them where both computed the same tokens, or it would count as wrong).
 - *bits*: answers whose 20 likeliest tokens at each step have the hit's log-probabilities to the bit, of those where
@@ -61,14 +63,12 @@ longest shorter document on offer, or a multiple of `state_every_tokens`. Prompt
 another order of sums than full prefill has, so log-probabilities are close and not equal to the bit. vLLM's prefix
 caching must be off (`--no-enable-prefix-caching`): it keeps states in another place, which was not tried.
 Of recurrent layers Mamba2's, gated delta nets and short convolutions are taken: of each vLLM keeps all of a request's
-state in one block, which is copied alike. Whether a model's reuse is exact with it, its self-test says. Of a tiny random
-Qwen3-Next, where a document ends with a piece of vLLM's kernel (64 tokens), all log-probabilities were full prefill's
-to the bit; elsewhere up to 0.06 away in bfloat16, with one fork between two equally likely tokens. A tiny random LFM2
-(short convolutions) is refused by its self-test here, and rightly: vLLM gives the queries and keys of LFM2 to its CPU
-operator for positions as (tokens, heads, head size), and the operator takes the heads for tokens. So the KV cache of a
-prompt depends on the pieces in which it was computed. Where queries and keys are given in whole rows
-(`tests/support/whole_rows.py`), the self-test passes and a document of 600 tokens is reused to its last token, with
-log-probabilities at most 0.0001 from full prefill's in float32.
+state in one block, which is copied alike. Whether a model's reuse is exact with it, its self-test says. In bfloat16
+(Qwen3-Next, Qwen3.5) vLLM's own prefill in two pieces forks now and then from that in one, and a reuse is as its own
+prefill in two pieces, to the bit. A tiny random LFM2 (short convolutions) is refused by its self-test,
+and rightly: vLLM's CPU operation `rotary_embedding` wants queries and keys as (tokens, heads * head size), gets them as
+(tokens, heads, head size), and takes heads for tokens. So the KV cache of a prompt depends on the pieces in which it
+was computed. With `-cc.custom_ops+=-rotary_embedding` vLLM computes LFM2 rightly, and the model is served.
 
 The text of models that see is served as any other text (`--language-model-only`). vLLM's classes of them import
 torchvision, which breaks beside a CPU build of torch when it comes from PyPI: here they ran with its Python code

@@ -7,11 +7,11 @@ import json
 import httpx
 import pytest
 
+from benchmarks.model_family import NATIVE_ROTATION
 from tests.support.broken_loads import WRONG_PAGES
 from tests.support.engines import NANO, SMALL, running, words
 from tests.support.forked import VERDICTS
 from tests.support.serving import MODEL, serving
-from tests.support.whole_rows import WHOLE_ROWS
 from tools.make_tiny_model import make_tiny_model
 from vllm_kvmarket import Market, NotPublishableError
 from vllm_kvmarket.catalogue import Listing
@@ -157,7 +157,7 @@ def test_a_model_that_answers_otherwise_in_two_pieces_is_not_reused(smollm, own_
         pytest.param("qwen3-next", {"dtype": "bfloat16"}, id="gated delta net"),
         pytest.param(
             "lfm2",
-            {"dtype": "float32", "worker_extension_cls": WHOLE_ROWS},
+            {"dtype": "float32", **NATIVE_ROTATION},
             id="short convolutions, where vLLM computes positions rightly",
         ),
     ],

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+from multiprocessing import get_context
+
 import pytest
 
 from tests.support.engines import NANO, running, words
@@ -102,3 +105,30 @@ def test_a_publisher_who_cannot_pay_for_storing_is_refused(tiny, home, tmp_path)
         assert listing.state == "live"
         assert market.ledger.account("rich").balance_nano == NANO - 700 * 1000
         assert market.ledger.check_integrity() == []
+
+
+def _publish_and_buy(model, home):
+    """In a process of its own, which vLLM's engine shares."""
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    with Market.open(home, {"host_cache_bytes": 0}) as market:
+        market.create_account("alice")
+        market.deposit("alice", 1000 * NANO, "d")
+        with running(model, market) as llm:
+            assert hasattr(llm.llm_engine.engine_core, "engine_core")
+            full = ask(llm, DOCUMENT + QUESTION, rest_s=0)
+            market.publish(llm, token_ids=DOCUMENT)
+            empty_prefix_cache(llm)
+            answer = ask(llm, DOCUMENT + QUESTION, market.params("alice"), rest_s=0)
+    assert answer.market["loaded_tokens"] == len(DOCUMENT)
+    assert (answer.token_ids, answer.logprobs) == (full.token_ids, full.logprobs)
+
+
+def test_an_engine_in_the_process_that_asks_it_publishes_and_sells(tiny, tmp_path):
+    """It computes only while it is asked to: publishing waits for a listing and asks."""
+    process = get_context("spawn").Process(target=_publish_and_buy, args=(tiny(1), tmp_path))
+    process.start()
+    process.join(300)
+    try:
+        assert process.exitcode == 0
+    finally:
+        process.kill()

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 import msgspec
@@ -96,14 +96,20 @@ def _publish(
     answer = _operate(market, llm, tokens, publish=wish)
     if reason := answer.get("declined"):
         raise NotPublishableError(f"{terms.title or 'the document'}: {reason}")
-    return wait_for_listing(market, answer["document_id"])
+    client = llm.llm_engine.engine_core
+    # An engine that runs in this process goes on only when it is asked for more.
+    go_on = client.get_output if hasattr(client, "engine_core") else None
+    return wait_for_listing(market, answer["document_id"], go_on=go_on)
 
 
 def wait_for_listing(
-    market: Market, document_id: str, timeout_s: float = PUBLISH_TIMEOUT_S
+    market: Market,
+    document_id: str,
+    timeout_s: float = PUBLISH_TIMEOUT_S,
+    go_on: Callable[[], object] | None = None,
 ) -> Listing:
     """Wait until a document is live. Raises PublishFailedError with the reason when it
-    failed.
+    failed. `go_on` is called meanwhile, again and again.
     """
     deadline = time.monotonic() + timeout_s
     while True:
@@ -117,6 +123,8 @@ def wait_for_listing(
                 f"{listing.terms.title or document_id}: not listed after {timeout_s:.0f} s; "
                 "look at the engine's log, then publish it again"
             )
+        if go_on is not None:
+            go_on()
         time.sleep(POLL_S)
 
 

@@ -174,6 +174,7 @@ def _safe(peers: dict[str, Any]) -> str:
     for system in peers["systems"].values():
         if "piece" in system.get("faults", {}):
             told.setdefault(system["faults"]["piece"]["outcome"], []).append(_name(system))
+    told = {outcome: list(dict.fromkeys(names)) for outcome, names in told.items()}
     cells = [f"{', '.join(names)}: {outcome}" for outcome, names in sorted(told.items())]
     return f"4 KiB of stored KV flipped, in a new process. {'; '.join(cells)}"
 

@@ -55,7 +55,7 @@ class FakeEngine:
         self.market = market
         model = SimpleNamespace(max_model_len=2000, is_attention_free=False)
         facts = SimpleNamespace(cache_config=SimpleNamespace(block_size=16), model_config=model)
-        self.llm_engine = SimpleNamespace(vllm_config=facts)
+        self.llm_engine = SimpleNamespace(vllm_config=facts, engine_core=SimpleNamespace())
 
     def get_tokenizer(self):
         return lambda text: {"input_ids": list(text.encode())}

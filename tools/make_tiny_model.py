@@ -174,7 +174,8 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "minimax-m2": (
         "MiniMaxM2Config",
         {**_ATTENTION, "num_hidden_layers": 3, "num_local_experts": 4, "num_experts_per_tok": 2,
-         "rotary_dim": 32, "scoring_func": "sigmoid"},
+         "rotary_dim": 32, "scoring_func": "sigmoid",
+         "use_routing_bias": True},
     ),
 }  # fmt: skip
 # Of models that see: vLLM makes these for text, too.

@@ -90,7 +90,10 @@ def reason(log: str) -> tuple[str, str]:
     if refusals := re.findall(r"ConfigError: (.+)", log) or verdicts:
         return "refused", refusals[-1]
     errors = re.findall(r"(?:^|\s)((?:\w+\.)*\w+(?:Error|Exception): .+)", log)
-    telling = [each for each in errors if "initialization failed" not in each]
+    errors += [f"AssertionError: {each}" for each in re.findall(r" (assert .+)", log)]
+    # A worker's assertion is not named by those that only point at it.
+    silent = ("initialization failed", "stack trace")
+    telling = [each for each in errors if not any(words in each for words in silent)]
     return "failed", (telling or errors or ["no message"])[0][:300]
 
 

@@ -76,7 +76,7 @@ torchvision, which breaks beside a CPU build of torch when it comes from PyPI: h
 
 Latent attention (DeepSeek-V2 and V3, Kimi K2) is served on a CPU with AMX, whose kernel takes bfloat16 only. That kernel
 adds up a cached prefix in tiles of 64 or 256 tokens, then the new ones in tiles of their own, and rounds after each. So
-in bfloat16 vLLM's own hit and its own prefill in two pieces differ from prefill in one, by one unit of a logit, which
+in bfloat16 vLLM's own hit and its own prefill in two pieces differ from prefill in one, by one unit in the last place, which
 can turn a tie over. A reuse therefore ends with a whole block, as vLLM's hit does, and then computes the same numbers:
 of a document of 900 tokens 896 are reused and charged. A quote does not know the engine's blocks and says 900 at most.
 Without YaRN (Moonlight, GLM-4.7-Flash) such a model is refused with `--enforce-eager`: vLLM's operation

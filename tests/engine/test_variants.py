@@ -116,7 +116,8 @@ def _publish_and_buy(model, home):
         with running(model, market) as llm:
             assert hasattr(llm.llm_engine.engine_core, "engine_core")
             full = ask(llm, DOCUMENT + QUESTION, rest_s=0)
-            market.publish(llm, token_ids=DOCUMENT)
+            listing = market.publish(llm, token_ids=DOCUMENT)
+            assert market.audit(llm, listing.document_id).result == "exact"
             empty_prefix_cache(llm)
             answer = ask(llm, DOCUMENT + QUESTION, market.params("alice"), rest_s=0)
     assert answer.market["loaded_tokens"] == len(DOCUMENT)

@@ -28,7 +28,8 @@ if TYPE_CHECKING:
 
 LATENT = (
     "this model keeps a compressed KV cache (multi-head latent attention, as DeepSeek does), which "
-    "is reused only with vLLM's own prefix caching on, on a CPU with AMX; start it without kvmarket"
+    "is reused only with vLLM's own prefix caching, and on a CPU with AMX; turn it on, or start "
+    "it without kvmarket"
 )
 # Recurrent layers, by vLLM's names, of which all that a request goes on from lies in one block: its
 # first one. Whether a model's reuse is exact with it, the self-test says.
@@ -104,7 +105,7 @@ def grain_of(groups: Sequence[CacheGroup], device: str) -> int:
     """A reuse must end with a multiple of so many tokens, to compute what vLLM's own hit computes.
 
     The CPU's kernel for latent attention adds a cached prefix up tile by tile, and rounds after
-    each. vLLM's hits end with a block, and so with a tile.
+    each. vLLM's hits end with a block.
     """
     is_latent = device == "cpu" and any(group.is_replicated for group in groups)
     return groups[0].block_tokens if is_latent else 1

@@ -219,7 +219,7 @@ def pin(
     if listing is None or not listing.pinned:
         return
     # The last token of a prompt is computed, also of one that is just the document.
-    if reuse.reused >= listing.token_count - engine.facts.grain:
+    if 0 < reuse.reused >= listing.token_count - engine.facts.grain:
         if len(block_ids) == 1:
             reason = engine.pins.pin(listing.document_id, listing.token_count, block_ids[0])
         else:

@@ -87,8 +87,11 @@ def _check_latent(vllm_config: VllmConfig) -> None:
         raise ConfigError(LATENT)
     rotation = getattr(vllm_config.model_config.hf_text_config, "rope_parameters", None) or {}
     is_scaled = rotation.get("rope_type") in SCALED_ROTATIONS
-    by_operation = vllm_config.compilation_config.is_custom_op_enabled("rotary_embedding")
-    if on_cpu and by_operation and not is_scaled:
+    if (
+        on_cpu
+        and not is_scaled
+        and vllm_config.compilation_config.is_custom_op_enabled("rotary_embedding")
+    ):
         raise ConfigError(ROTATED_WRONGLY)
 
 

@@ -96,10 +96,7 @@ def _publish(
     answer = _operate(market, llm, tokens, publish=wish)
     if reason := answer.get("declined"):
         raise NotPublishableError(f"{terms.title or 'the document'}: {reason}")
-    client = llm.llm_engine.engine_core
-    # An engine that runs in this process goes on only when it is asked for more.
-    go_on = client.get_output if hasattr(client, "engine_core") else None
-    return wait_for_listing(market, answer["document_id"], go_on=go_on)
+    return wait_for_listing(market, answer["document_id"], go_on=_goes_on_by(llm))
 
 
 def wait_for_listing(
@@ -184,12 +181,20 @@ def audit(
     wish = {"document_id": document_id, "chunks": chosen}
     if reason := _operate(market, llm, tokens, audit=wish).get("declined"):
         raise AuditFailedError(f"{document_id} was not audited: {reason}")
-    deadline = time.monotonic() + PUBLISH_TIMEOUT_S
+    deadline, go_on = time.monotonic() + PUBLISH_TIMEOUT_S, _goes_on_by(llm)
     while len(audits := market.catalogue.audits_of(document_id)) == before:
         if time.monotonic() > deadline:
             raise AuditFailedError(f"{document_id}: no result; look at the engine's log")
+        if go_on is not None:
+            go_on()
         time.sleep(POLL_S)
     return max(audits, key=lambda audit: audit.at_s)
+
+
+def _goes_on_by(llm: Any) -> Callable[[], object] | None:
+    """What an engine that runs in this process needs to be asked to compute more."""
+    client = llm.llm_engine.engine_core
+    return client.get_output if hasattr(client, "engine_core") else None
 
 
 def _operate(market: Market, llm: Any, tokens: list[int], **wish: Any) -> dict[str, Any]:

@@ -17,7 +17,7 @@ if torch.version.cuda is None:
     for _name in ("nms", "qnms"):
         _names.define(f"{_name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
 
-_here = Path(__file__).parents[1]
+_here = Path(__file__).resolve().parents[1]
 _real = PathFinder.find_spec(__name__, [each for each in sys.path if Path(each).resolve() != _here])
 if _real is None or _real.loader is None or not _real.submodule_search_locations:
     raise ModuleNotFoundError("torchvision is not on PYTHONPATH: `make .cache/torchvision`")

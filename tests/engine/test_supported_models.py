@@ -77,16 +77,16 @@ WITHOUT_ROTARY = {"compilation_config": {"custom_ops": ["-rotary_embedding"]}}
     ("family", "options", "complaint"),
     [
         ("deepseek-v2", {}, ""),
-        ("deepseek-v2", {"enable_prefix_caching": False}, "prefix caching on"),
+        ("deepseek-v2", {"enable_prefix_caching": False}, "own prefix caching"),
         # Which cannot go on from a cached prefix.
-        ("deepseek-v2", {"attention_backend": "CPU_MLA"}, "prefix caching on"),
+        ("deepseek-v2", {"attention_backend": "CPU_MLA"}, "own prefix caching"),
         # Whose keys vLLM's operation leaves unrotated.
         ("deepseek-v2-plain", {}, "rotary_embedding"),
         ("deepseek-v2-plain", WITHOUT_ROTARY, ""),
         # vLLM compiles it, and rotates by code of its own.
         ("deepseek-v2-plain", {"enforce_eager": False}, ""),
         # Beside recurrent layers, for which prefix caching must be off.
-        ("kimi-linear", {"enable_prefix_caching": False}, "prefix caching on"),
+        ("kimi-linear", {"enable_prefix_caching": False}, "own prefix caching"),
     ],
 )
 @pytest.mark.usefixtures("amx")

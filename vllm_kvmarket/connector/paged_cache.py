@@ -32,6 +32,8 @@ logger = init_logger("vllm.kvmarket.layouts")
 # The CPU's backend for latent attention.
 _LATENT_BACKEND = "AMX_MLA"
 UNPROVEN_LATENT = "latent-unproven"
+# How a kernel refuses that is not there, or takes other pages.
+_KERNEL_ERRORS = (AttributeError, RuntimeError, NotImplementedError, TypeError)
 # Backends that keep all of a token side by side. GPU backends take K and V apart by
 # `kv_cache.split(head_size, dim=-1)`, in any order of heads and tokens.
 _TOKEN_BACKENDS = {"FLASH_ATTN", "FLASHINFER", "FLEX_ATTENTION", "HPC_ATTN", "TRITON_ATTN"}
@@ -153,7 +155,7 @@ def proven_packing(isa: str, page_shape: tuple[int, ...], dtype: torch.dtype) ->
     parts = filled.view(2, heads, 2 * tokens, content // 2).chunk(2, dim=2)
     try:
         ops.cpu_attn_reshape_and_cache(keys, values, *parts, torch.arange(2 * tokens), isa)
-    except (AttributeError, RuntimeError, NotImplementedError, TypeError) as error:
+    except _KERNEL_ERRORS as error:
         logger.warning("kvmarket: cannot tell how pages are packed for %s: %s", isa, error)
         return unproven
     expected = torch.cat((keys, values), dim=2).view(bits[dtype])
@@ -186,7 +188,7 @@ def latent_packing(page_shape: tuple[int, ...], dtype: torch.dtype) -> str:
     try:
         parts = written[:, :latent].contiguous(), written[:, latent:].contiguous()
         ops.amx_mla_concat_and_cache(*parts, filled, slots)
-    except (AttributeError, RuntimeError, NotImplementedError, TypeError) as error:
+    except _KERNEL_ERRORS as error:
         logger.warning("kvmarket: cannot tell how latents are packed: %s", error)
         return UNPROVEN_LATENT
     return TOKENS if torch.equal(filled.view(-1, content), written.flip(0)) else UNPROVEN_LATENT

@@ -103,7 +103,7 @@ def wait_for_listing(
     market: Market,
     document_id: str,
     timeout_s: float = PUBLISH_TIMEOUT_S,
-    go_on: Callable[[], object] | None = None,
+    go_on: Callable[[], object] = lambda: None,
 ) -> Listing:
     """Wait until a document is live. Raises PublishFailedError with the reason when it
     failed. `go_on` is called meanwhile, again and again.
@@ -120,8 +120,7 @@ def wait_for_listing(
                 f"{listing.terms.title or document_id}: not listed after {timeout_s:.0f} s; "
                 "look at the engine's log, then publish it again"
             )
-        if go_on is not None:
-            go_on()
+        go_on()
         time.sleep(POLL_S)
 
 
@@ -185,16 +184,15 @@ def audit(
     while len(audits := market.catalogue.audits_of(document_id)) == before:
         if time.monotonic() > deadline:
             raise AuditFailedError(f"{document_id}: no result; look at the engine's log")
-        if go_on is not None:
-            go_on()
+        go_on()
         time.sleep(POLL_S)
     return max(audits, key=lambda audit: audit.at_s)
 
 
-def _goes_on_by(llm: Any) -> Callable[[], object] | None:
-    """What an engine that runs in this process needs to be asked to compute more."""
+def _goes_on_by(llm: Any) -> Callable[[], object]:
+    """What has an engine that runs in this process compute more; another one needs nothing."""
     client = llm.llm_engine.engine_core
-    return client.get_output if hasattr(client, "engine_core") else None
+    return client.get_output if hasattr(client, "engine_core") else lambda: None
 
 
 def _operate(market: Market, llm: Any, tokens: list[int], **wish: Any) -> dict[str, Any]:
